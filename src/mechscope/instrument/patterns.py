@@ -1,0 +1,257 @@
+"""Statistics of attention patterns: entropy, divergence between two models, distance, sink, mass on segments, Gini.
+
+Anything linear in the pattern P is attention with another value matrix. With scores s_ij = scale · q_i·k_j and logsumexp lse_i
+
+    entropy      H_i      = lse_i − scale · q_i · (P K)_i
+    KL(P‖Q)_i             = −H_i(P) − scale' · q'_i · (P K')_i + lse'_i        q', k', lse' of the other model, same head
+    distance_i            = i − (P · positions)_i
+    sink_i                = exp(s_i0 − lse_i)
+    segment mass          = P · 1_segment
+
+so no L × L map is ever held (idea 2 of the design). Soft-capped scores, sliding windows shorter than the text and masks that are not padding
+go through the exact block-of-queries path instead. All values are per query row; entropies in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechscope.instrument.attention import AttentionCall
+from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
+
+Method = Literal["auto", "fused", "exact"]
+
+
+@dataclass(frozen=True)
+class PatternStatistics:
+    """What each query row of each head looks at; every tensor is ``(batch, head, query)``. Rows of padding hold no meaning.
+
+    Attributes:
+        entropy: Entropy in nats.
+        relative_entropy: Entropy over the logarithm of the number of keys the row can see, 0 to 1; NaN for a row that sees one key.
+        distance: Expected distance in tokens from the query back to the key.
+        sink: Mass on the first real token.
+        segments: Mass on each named set of keys.
+        gini: Gini coefficient of the row over the keys it can see; None unless asked for.
+    """
+
+    entropy: Float[Tensor, "batch head query"]
+    relative_entropy: Float[Tensor, "batch head query"]
+    distance: Float[Tensor, "batch head query"]
+    sink: Float[Tensor, "batch head query"]
+    segments: Mapping[str, Float[Tensor, "batch head query"]]
+    gini: Float[Tensor, "batch head query"] | None = None
+
+
+@dataclass(frozen=True)
+class PatternComparison:
+    """Two models' patterns of the same heads over the same tokens.
+
+    Attributes:
+        base: Statistics of the first pattern P.
+        tuned: Statistics of the second pattern Q.
+        kl_base_tuned: Σ_j P log(P/Q), nats, ``(batch, head, query)``.
+        kl_tuned_base: Σ_j Q log(Q/P).
+    """
+
+    base: PatternStatistics
+    tuned: PatternStatistics
+    kl_base_tuned: Float[Tensor, "batch head query"]
+    kl_tuned_base: Float[Tensor, "batch head query"]
+
+
+def describe(
+    call: AttentionCall,
+    real: Bool[Tensor, "batch query"] | None = None,
+    *,
+    segments: Mapping[str, Bool[Tensor, "batch query"]] | None = None,
+    gini: bool = False,
+    method: Method = "auto",
+) -> PatternStatistics:
+    """Compute the statistics of one model's pattern.
+
+    Args:
+        call: One attention call, as a tap sees it.
+        real: True where a token is real; None if there is no padding.
+        segments: Named sets of key positions whose share of the attention is wanted.
+        gini: Also compute the Gini coefficient; it is not linear in P, so it takes the exact path.
+        method: `auto` uses the fused identity wherever it holds exactly; `fused` insists; `exact` forces the block path.
+    """
+    segments = segments or {}
+    if not gini and _use_fused(call, real, method):
+        return _fused(call, None, real, segments).statistics
+    return _exact(call, call, real, segments, gini)[0]
+
+
+def compare(
+    base: AttentionCall,
+    tuned: AttentionCall,
+    real: Bool[Tensor, "batch query"] | None = None,
+    *,
+    segments: Mapping[str, Bool[Tensor, "batch query"]] | None = None,
+    gini: bool = False,
+    method: Method = "auto",
+) -> PatternComparison:
+    """Compute both models' statistics and the divergence between their patterns, in both directions; arguments as in `describe`."""
+    segments = segments or {}
+    if not gini and _use_fused(base, real, method) and _use_fused(tuned, real, method):
+        one, two = _fused(base, tuned, real, segments), _fused(tuned, base, real, segments)
+        forward = two.logsumexp - one.cross - one.statistics.entropy
+        backward = one.logsumexp - two.cross - two.statistics.entropy
+        return PatternComparison(one.statistics, two.statistics, forward, backward)
+    (first, forward), (second, backward) = _exact(base, tuned, real, segments, gini), _exact(tuned, base, real, segments, gini)
+    return PatternComparison(first, second, forward, backward)
+
+
+def pattern(call: AttentionCall, *, dtype: torch.dtype | None = None) -> Float[Tensor, "batch head query key"]:
+    """Return the whole attention pattern of one layer, for a document short enough to hold it."""
+    keys = call.key.shape[2]
+    blocks = (block.log_pattern.exp() for block in _blocks(call, dtype))
+    return torch.cat([torch.nn.functional.pad(block, (0, keys - block.shape[-1])) for block in blocks], dim=2)
+
+
+def _use_fused(call: AttentionCall, real: Tensor | None, method: Method) -> bool:
+    length = call.query.shape[2]
+    windowed = call.window is not None and call.window < length
+    linear = call.softcap is None and not windowed and call.key.shape[2] == length
+    # a mask that is only padding leaves each document's real tokens one causal stretch
+    contiguous = (real is None and call.mask is None) or (real is not None and _is_contiguous(real))
+    if method == "fused" and not (linear and contiguous):
+        raise ValueError(
+            "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, or holes in its mask"
+        )
+    return method != "exact" and linear and contiguous
+
+
+def _is_contiguous(real: Tensor) -> bool:
+    edges = real[:, 1:] & ~real[:, :-1]
+    return bool((edges.sum(1) + real[:, 0] == 1).all())
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """One pattern's statistics with what its divergence from another pattern is made of, ``(batch, head, query)`` each."""
+
+    statistics: PatternStatistics
+    logsumexp: Tensor
+    cross: Tensor  # scale' · q'·(P K'): the other model's scores, averaged under this pattern
+
+
+def _fused(call: AttentionCall, other: AttentionCall | None, real: Tensor | None, segments: Mapping[str, Tensor]) -> _Fused:
+    """Use the identity: every statistic from one call of the fused kernel."""
+    batch, heads, length, _ = call.query.shape
+    device, dtype = call.query.device, statistics_dtype(call.query.dtype)
+    turn = _Turn.of(real, length)
+    query, key = turn.there(call.query).to(dtype), turn.there(call.key).to(dtype)
+    positions = torch.arange(length, device=device, dtype=dtype)
+    marks = [positions.expand(batch, length), *(turn.there(mark[:, None].to(dtype))[:, 0] for mark in segments.values())]
+    values = [torch.stack(marks, dim=-1)[:, None], key]
+    if other is not None:
+        values.append(turn.there(other.key).to(dtype))
+    (marked, mean_key, *mean_other), lse = averages(query, key, values, scaling=call.scaling)
+    entropy = lse - call.scaling * (query * mean_key).sum(-1)
+    cross = torch.zeros_like(lse)
+    if other is not None:
+        cross = other.scaling * (turn.there(other.query).to(dtype) * mean_other[0]).sum(-1)
+    first = key[:, :, 0].repeat_interleave(heads // key.shape[1], dim=1)
+    sink = (call.scaling * torch.einsum("bhqd,bhd->bhq", query, first) - lse).exp()
+    statistics = PatternStatistics(
+        entropy=turn.back(entropy),
+        relative_entropy=turn.back(_relative(entropy, positions + 1)),
+        distance=turn.back(positions - marked[..., 0]),
+        sink=turn.back(sink),
+        segments={name: turn.back(marked[..., index]) for index, name in enumerate(segments, start=1)},
+    )
+    return _Fused(statistics, turn.back(lse), turn.back(cross))
+
+
+def _relative(entropy: Tensor, support: Tensor) -> Tensor:
+    """Divide by the largest entropy a row can have; undefined where only one key is seen."""
+    return entropy / torch.where(support > 1, support.log(), torch.nan)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Moves each document's real tokens to the left of the row, where padding behind them is invisible to a causal pattern, and back."""
+
+    shift: Tensor | None  # (batch, 1): index of the first real token; None where every row starts with one
+
+    @classmethod
+    def of(cls, real: Tensor | None, length: int) -> _Turn:
+        if real is None or bool(real[:, 0].all()):
+            return cls(None)
+        return cls(real.to(torch.uint8).argmax(dim=1, keepdim=True))
+
+    def there(self, x: Tensor) -> Tensor:
+        """Turn ``(batch, head, query, …)`` so that real tokens come first."""
+        return x if self.shift is None else self._roll(x, self.shift)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undo `there`."""
+        return x if self.shift is None else self._roll(x, -self.shift)
+
+    @staticmethod
+    def _roll(x: Tensor, shift: Tensor) -> Tensor:
+        length = x.shape[2]
+        index = (torch.arange(length, device=x.device) + shift) % length
+        index = index[:, None].reshape(x.shape[0], 1, length, *(1 for _ in x.shape[3:]))
+        return torch.take_along_dim(x, index, dim=2)
+
+
+def _exact(
+    call: AttentionCall, other: AttentionCall, real: Tensor | None, segments: Mapping[str, Tensor], gini: bool
+) -> tuple[PatternStatistics, Tensor]:
+    """Look at the pattern itself, a block of query rows at a time."""
+    batch, _, length, _ = call.query.shape
+    keys = call.key.shape[2]
+    dtype = statistics_dtype(call.query.dtype)
+    if real is None:
+        real = torch.ones(batch, keys, dtype=torch.bool, device=call.query.device)
+    positions = (real.cumsum(1) - 1).to(dtype)
+    start = real.to(torch.uint8).argmax(dim=1)
+    first = torch.nn.functional.one_hot(start, keys)
+    # position, first token and segments, side by side: (batch, 1, key, 2 + segments)
+    marks = torch.stack([positions, first.to(dtype), *(mark.to(dtype) for mark in segments.values())], dim=-1)[:, None]
+    rows: dict[str, list[Tensor]] = {"entropy": [], "support": [], "marked": [], "kl": [], "gini": []}
+    for block, reference in zip(_blocks(call), _blocks(other), strict=True):
+        log_p = block.log_pattern
+        hidden = log_p == -torch.inf
+        p = log_p.exp()
+        finite = log_p.masked_fill(hidden, 0.0)
+        rows["entropy"].append(-(p * finite).sum(-1))
+        rows["kl"].append((p * (finite - reference.log_pattern.masked_fill(hidden, 0.0))).sum(-1))
+        rows["support"].append((~hidden).sum(-1))
+        rows["marked"].append(p @ marks[:, :, : p.shape[-1]])
+        if gini:
+            rows["gini"].append(_gini(p, hidden))
+    joined = {name: torch.cat(parts, dim=2) for name, parts in rows.items() if parts}
+    marked = joined["marked"]
+    statistics = PatternStatistics(
+        entropy=joined["entropy"],
+        relative_entropy=_relative(joined["entropy"], joined["support"].to(dtype)),
+        distance=positions[:, None, -length:] - marked[..., 0],
+        sink=marked[..., 1],
+        segments={name: marked[..., index] for index, name in enumerate(segments, start=2)},
+        gini=joined.get("gini"),
+    )
+    return statistics, joined["kl"]
+
+
+def _blocks(call: AttentionCall, dtype: torch.dtype | None = None) -> Iterator[PatternBlock]:
+    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap, dtype=dtype)
+
+
+def _gini(p: Float[Tensor, "batch head rows keys"], hidden: Tensor) -> Float[Tensor, "batch head rows"]:
+    """Return G = 2 Σ_i i·p_(i) / (n Σ p) − (n + 1)/n over the n keys a row can see, p_(i) ascending: 0 for uniform, 1 − 1/n for one-hot."""
+    ordered = p.masked_fill(hidden, 0.0).sort(dim=-1).values
+    support = (~hidden).sum(-1, keepdim=True)
+    # the keys that cannot be seen are zeros and sort first: ranks count from behind them
+    rank = (torch.arange(1, p.shape[-1] + 1, device=p.device) - (p.shape[-1] - support)).to(p.dtype)
+    n = support[..., 0].to(p.dtype)
+    return 2 * (rank * ordered).sum(-1) / n - (n + 1) / n

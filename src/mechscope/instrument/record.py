@@ -1,0 +1,138 @@
+"""Recording what flows through a model: residual stream, attention, heads, MLPs, logits.
+
+`record` is a context manager: inside it any forward pass of the model (its own call, a `Walk`, `generate`) fills the recording with what was
+asked for and nothing else. Values are those of the last pass. What is written to the residual stream is recorded as it is added, so
+h_L = embedding + Σ attention_output + Σ mlp_output for families that add plainly (checked at load).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechscope.errors import SettingsError
+from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.subject.load import Subject
+
+Site = Literal["embedding", "residual", "query", "key", "value", "z", "head_output", "attention_output", "mlp_output", "logits"]
+SITES: tuple[str, ...] = get_args(Site)
+_HEAD_SITES = {"query", "key", "value", "z", "head_output"}
+
+
+@dataclass
+class Recording:
+    """What was recorded, by site and layer.
+
+    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_output` ``(batch, token, d_model)``; `query`
+    ``(batch, head, token, d_head)`` and `key`, `value` ``(batch, kv_head, token, d_head)``, after rotary embedding; `z`
+    ``(batch, token, head, d_head)``; `head_output` (z W_O, without the projection's bias) ``(batch, token, head, d_model)``; `logits`
+    ``(batch, token, vocab)``. `embedding` and `logits` have no layer and are kept under layer 0.
+    """
+
+    values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        """Return one value by `(site, layer)`, or a site without layers by its name."""
+        site, layer = (key, 0) if isinstance(key, str) else key
+        try:
+            return self.values[site, layer]
+        except KeyError:
+            held = ", ".join(sorted({name for name, _ in self.values})) or "nothing (no forward pass was run)"
+            raise KeyError(f"site {site!r} at layer {layer} was not recorded; the recording holds {held}") from None
+
+    def stack(self, site: Site) -> Float[Tensor, "layer ..."]:
+        """Return a site's values of all recorded layers, stacked in order of the layers."""
+        return torch.stack([value for (name, _), value in sorted(self.values.items()) if name == site])
+
+
+@contextlib.contextmanager
+def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None, detach: bool = True) -> Iterator[Recording]:
+    """Record sites during the forward passes inside the context; hooks are removed in any case.
+
+    Args:
+        subject: The model.
+        sites: What to record, for example `"residual", "z"`.
+        layers: Which layers; None for all.
+        detach: Cut the values from the autograd graph.
+
+    Raises:
+        SettingsError: A site or a layer does not exist.
+    """
+    anatomy = subject.anatomy
+    for site in sites:
+        if site not in SITES:
+            raise SettingsError(f"site {site!r} cannot be recorded: the sites are {', '.join(SITES)}")
+    chosen = range(anatomy.n_layers) if layers is None else sorted(layers)
+    for layer in chosen:
+        if not 0 <= layer < anatomy.n_layers:
+            raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{anatomy.n_layers - 1}")
+    recording = Recording()
+
+    def keep(site: str, layer: int, value: Tensor) -> None:
+        recording.values[site, layer] = value.detach() if detach else value
+
+    with contextlib.ExitStack() as stack:
+        _hook_modules(subject, sites, chosen, keep, stack)
+        heads = _HEAD_SITES.intersection(sites)
+        wanted = set(chosen)
+
+        def tap(call: AttentionCall) -> None:
+            if call.layer not in wanted:
+                return
+            for site in heads:
+                keep(site, call.layer, head_outputs(subject, call) if site == "head_output" else getattr(call, site))
+
+        stack.enter_context(observed(subject, tap if heads else None))
+        yield recording
+
+
+def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch token head d_model"]:
+    """Return what each head writes: its z times its slice of W_O, without the projection's bias."""
+    output = subject.anatomy.blocks[call.layer].output
+    weight = torch.stack([output.weight(head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
+    return torch.einsum("bthd,hmd->bthm", call.z, weight)
+
+
+def _hook_modules(
+    subject: Subject, sites: tuple[str, ...], layers: Collection[int], keep: Callable[[str, int, Tensor], None], stack: contextlib.ExitStack
+) -> None:
+    """Hook the modules whose inputs or outputs are wanted; the hooks leave with the stack."""
+    anatomy = subject.anatomy
+
+    def on_output(module: nn.Module, site: str, layer: int) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+            if value.ndim == 2:  # OPT's MLP sees all tokens of the batch as rows of one matrix
+                value = value.unflatten(0, tokens["shape"])
+            keep(site, layer, value)
+
+        handle = module.register_forward_hook(hook)
+        stack.callback(handle.remove)
+
+    def on_input(module: nn.Module, hook: Callable[[Tensor], None]) -> None:
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(args[0] if args else kwargs["hidden_states"])
+
+        handle = module.register_forward_pre_hook(pre_hook, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    tokens: dict[str, torch.Size] = {}
+    if "embedding" in sites:
+        on_input(anatomy.blocks[0].module, lambda hidden: keep("embedding", 0, hidden))
+    if "logits" in sites:
+        on_output(subject.plain, "logits", 0)
+    for layer in layers:
+        block = anatomy.blocks[layer]
+        if "residual" in sites:
+            on_output(block.module, "residual", layer)
+        if "attention_output" in sites:
+            on_output(block.attention_write, "attention_output", layer)
+        if "mlp_output" in sites:
+            on_input(block.module, lambda hidden: tokens.update(shape=hidden.shape[:2]))
+            on_output(block.mlp_write, "mlp_output", layer)

@@ -1,0 +1,206 @@
+"""Trust is tested at load (idea 9 of the design).
+
+A tiny probe runs through the model and every assumption of the instrument is checked on it: that observing changes nothing, that the blocks can
+be walked one by one, that the heads' slices of the weights are where the anatomy says, that what the parts write adds up. What fails is
+reported by name, with what still works.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechscope.errors import ModelError
+from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.patterns import describe, pattern
+from mechscope.instrument.record import Recording, record
+from mechscope.instrument.walk import Walk, model_inputs
+from mechscope.subject import load as loading
+from mechscope.subject.load import Subject
+
+log = logging.getLogger(__name__)
+
+# rounding of one forward pass relative to the size of the values compared; some families take their own softmax in float32 whatever the type
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assumption, tested on the model.
+
+    Attributes:
+        name: What was tested.
+        passed: Whether it holds.
+        error: Largest deviation found, relative to the size of the values.
+        tolerance: What was allowed.
+        needed_for: What does not work without it.
+        required: Whether the model is refused without it.
+    """
+
+    name: str
+    passed: bool
+    error: float
+    tolerance: float
+    needed_for: str
+    required: bool
+
+
+def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) -> Subject:
+    """Load a model to study and test it; options as in `mechscope.subject.load.load`.
+
+    Raises:
+        ModelError: It cannot be loaded, or a check fails that everything rests on.
+    """
+    subject = loading.load(source, **options)
+    if not check:
+        return subject
+    checks = check_subject(subject)
+    failed = [item for item in checks if not item.passed]
+    for item in failed:
+        log.warning(
+            "%s: check %r failed (off by %.1e, allowed %.1e): %s will not be right",
+            source,
+            item.name,
+            item.error,
+            item.tolerance,
+            item.needed_for,
+        )
+    if required := [item for item in failed if item.required]:
+        names = "; ".join(f"{item.name} (off by {item.error:.1e}, allowed {item.tolerance:.1e})" for item in required)
+        raise ModelError(
+            f"model {subject.source!r} ({subject.family}) is not measured rightly by mechscope: {names}. Pass check=False only to investigate"
+        )
+    return subject
+
+
+@torch.no_grad()
+def check_subject(subject: Subject) -> tuple[Check, ...]:
+    """Run the probe and return every check with what it found."""
+    tolerance = _TOLERANCE[subject.dtype]
+    ids, real = _probe(subject)
+    inputs = {**model_inputs(ids, real), "use_cache": False}
+    with subject.active():
+        # each row by itself and without padding, by the model's own attention: what the padded, observed batch must reproduce
+        plain = torch.cat(
+            [subject.model(**model_inputs(row[mask][None], None), use_cache=False).logits[0] for row, mask in zip(ids, real, strict=True)]
+        )
+        calls: list[AttentionCall] = []
+        with (
+            observed(subject, calls.append),
+            record(subject, "embedding", "residual", "value", "z", "attention_output", "mlp_output") as recording,
+        ):
+            seen = subject.model(**inputs).logits
+        with observed(subject, lambda call: call.z.clone()):
+            unchanged = subject.model(**inputs).logits
+    if len(calls) != subject.anatomy.n_layers:
+        raise ModelError(
+            f"model {subject.source!r} ({subject.family}): {len(calls)} of {subject.anatomy.n_layers} layers went through transformers' attention "
+            "interface, so attention cannot be observed: this family is not supported"
+        )
+
+    def check(name: str, error: float, needed_for: str, *, required: bool = True, allowed: float = tolerance) -> Check:
+        return Check(name, error <= allowed, error, allowed, needed_for, required)
+
+    # the model may have come with another attention implementation, whose rounding differs: hence the tolerance
+    checks = [
+        check("recording and padding do not change the logits", _error(seen[real], plain), "every measurement"),
+        check("an intervention with the recorded value is a no-op", _error(unchanged, seen, real), "interventions", allowed=0.0),
+        check("attention rows sum to one", max(_row_sums(call, real) for call in calls), "attention statistics", allowed=1e-5),
+        check("fused and exact entropies agree", max(_entropy_error(call, real) for call in calls), "attention statistics", allowed=1e-4),
+        check(
+            "each head's slice of the weights is where it should be", _slices(subject, calls, ids, real), "weight change and LoRA per head"
+        ),
+        check("the heads' outputs and W_O give the attention output", _outputs(subject, recording), "head outputs", required=False),
+        check(
+            "the parts add up to the residual stream",
+            _decomposition(subject, recording, real),
+            "decomposition of the residual stream",
+            required=False,
+        ),
+        check("walking block by block gives the logits", _walked(subject, ids, real, plain), "differences, resuming from a layer"),
+    ]
+    return tuple(checks)
+
+
+def _probe(subject: Subject) -> tuple[Tensor, Tensor]:
+    """Make two rows of tokens spread over the vocabulary, the second one padded on the left."""
+    length = min(12, subject.anatomy.max_positions)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, subject.anatomy.vocab_size, (2, length), generator=generator)
+    real = torch.ones(2, length, dtype=torch.bool)
+    real[1, : length // 3] = False
+    return ids.to(subject.device), real.to(subject.device)
+
+
+def _error(found: Tensor, expected: Tensor, real: Tensor | None = None) -> float:
+    if real is not None:
+        found, expected = found[real.to(found.device)], expected[real.to(expected.device)]
+    expected = expected.to(found.device)
+    scale = expected.abs().max().clamp(min=1e-9)
+    return float(((found - expected).abs().max() / scale).nan_to_num(torch.inf))
+
+
+def _row_sums(call: AttentionCall, real: Tensor) -> float:
+    rows = pattern(call).sum(-1).transpose(1, 2)[real.to(call.z.device)]
+    return float((rows - 1).abs().max().nan_to_num(torch.inf))
+
+
+def _entropy_error(call: AttentionCall, real: Tensor) -> float:
+    rows = real.to(call.z.device)
+    auto, exact = (describe(call, rows, method=method).entropy.transpose(1, 2)[rows] for method in ("auto", "exact"))
+    return float((auto - exact).abs().max())
+
+
+def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Tensor) -> float:
+    """Compare the value (and, up to length, the query and key) of every head with its own slice of the reader's output."""
+    outputs: dict[int, Tensor] = {}
+    readers = {reader.module for block in subject.anatomy.blocks for reader in (block.query, block.key, block.value)}
+    handles = [module.register_forward_hook(lambda module, _, output: outputs.__setitem__(id(module), output)) for module in readers]
+    try:
+        with subject.active(), observed(subject):
+            subject.model(**model_inputs(ids, real), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    worst = 0.0
+    heads = range(subject.anatomy.n_heads)
+    for call, block in zip(calls, subject.anatomy.blocks, strict=True):
+        first = 0  # the first token of the unpadded row has position zero, where rotary embedding turns nothing
+        for reader, seen, exactly in ((block.value, call.value, True), (block.query, call.query, False), (block.key, call.key, False)):
+            seen = seen.repeat_interleave(len(heads) // seen.shape[1], dim=1)
+            for head in heads:
+                own = outputs[id(reader.module)][..., reader.features(head).to(seen.device)]
+                if exactly:
+                    worst = max(worst, _error(own, seen[:, head], real))
+                elif not hasattr(block.attention, "q_norm"):  # a query or key norm with its own gains changes the direction
+                    worst = max(worst, 1 - float(torch.cosine_similarity(own[0, first], seen[0, head, first], dim=0)))
+    return worst
+
+
+def _outputs(subject: Subject, recording: Recording) -> float:
+    worst = 0.0
+    for layer, block in enumerate(subject.anatomy.blocks):
+        if block.attention_write is not block.attention:  # a norm stands between the heads and the residual stream
+            continue
+        z = recording["z", layer]
+        written = block.output.module(z.flatten(2))
+        worst = max(worst, _error(written, recording["attention_output", layer]))
+    return worst
+
+
+def _decomposition(subject: Subject, recording: Recording, real: Tensor) -> float:
+    total = recording["embedding"]
+    for layer in range(subject.anatomy.n_layers):
+        total = total + (recording["attention_output", layer] + recording["mlp_output", layer]).to(total.device)
+    return _error(total, recording["residual", subject.anatomy.n_layers - 1], real)
+
+
+def _walked(subject: Subject, ids: Tensor, real: Tensor, expected: Tensor) -> float:
+    with observed(subject):
+        walk = Walk(subject, ids, real)
+        return _error(walk.logits(walk.run()[real]), expected)

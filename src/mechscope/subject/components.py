@@ -1,0 +1,129 @@
+"""A selection of a model's parts, as a value.
+
+One immutable type says which heads, MLPs and whole layers are meant. The same value is what a table names, an intervention changes, a figure
+outlines and LoRA adapts. Its text form follows the circuit literature: `a3.h5` is head 5 of layer 3, `m3` the MLP of layer 3, `layers:2,3`
+whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mechscope.errors import SettingsError
+
+if TYPE_CHECKING:
+    from mechscope.subject.anatomy import Anatomy
+
+_HEAD = re.compile(r"a(\d+)\.h(\d+)")
+_MLP = re.compile(r"m(\d+)")
+_LAYERS = re.compile(r"layers:(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
+_PART = re.compile(r"layers:\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*(?=,|$)|[^,]+")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Heads, MLPs and whole layers of a model, sorted and without repeats.
+
+    Attributes:
+        heads: (layer, head) pairs, counted from zero.
+        mlps: Layers whose MLP is meant.
+        layers: Layers meant as a whole.
+    """
+
+    heads: tuple[tuple[int, int], ...] = ()
+    mlps: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "mlps", "layers"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+
+    @classmethod
+    def of_heads(cls, heads: Iterable[tuple[int, int]]) -> Components:
+        """Select single heads, given as (layer, head) pairs."""
+        return cls(heads=tuple((int(layer), int(head)) for layer, head in heads))
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> Components:
+        """Select whole layers."""
+        return cls(layers=tuple(int(layer) for layer in layers))
+
+    @classmethod
+    def parse(cls, text: str) -> Components:
+        """Read the text form; the inverse of `str`.
+
+        Args:
+            text: For example `"a3.h5,m3"`, `"layers:2,3,5"`, `"layers:0-3,a5.h1"` or `"none"`.
+
+        Raises:
+            SettingsError: A part is not of one of these forms.
+        """
+        heads: list[tuple[int, int]] = []
+        mlps: list[int] = []
+        layers: list[int] = []
+        text = re.sub(r"\s+", "", text)
+        if text in ("", "none"):
+            return cls()
+        for part in _PART.findall(text):
+            if match := _HEAD.fullmatch(part):
+                heads.append((int(match[1]), int(match[2])))
+            elif match := _MLP.fullmatch(part):
+                mlps.append(int(match[1]))
+            elif match := _LAYERS.fullmatch(part):
+                for span in match[1].split(","):
+                    first, _, last = span.partition("-")
+                    layers.extend(range(int(first), int(last or first) + 1))
+            else:
+                raise SettingsError(
+                    f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers as 'layers:2,3,5', joined by commas"
+                )
+        return cls(tuple(heads), tuple(mlps), tuple(layers))
+
+    def __str__(self) -> str:
+        parts = [f"a{layer}.h{head}" for layer, head in self.heads] + [f"m{layer}" for layer in self.mlps]
+        if self.layers:
+            parts.append("layers:" + ",".join(map(str, self.layers)))
+        return ",".join(parts) or "none"
+
+    def __len__(self) -> int:
+        return len(self.heads) + len(self.mlps) + len(self.layers)
+
+    def __or__(self, other: Components) -> Components:
+        return Components(self.heads + other.heads, self.mlps + other.mlps, self.layers + other.layers)
+
+    def __and__(self, other: Components) -> Components:
+        return self._keep(other, present=True)
+
+    def __sub__(self, other: Components) -> Components:
+        return self._keep(other, present=False)
+
+    def _keep(self, other: Components, *, present: bool) -> Components:
+        return Components(
+            tuple(x for x in self.heads if (x in other.heads) is present),
+            tuple(x for x in self.mlps if (x in other.mlps) is present),
+            tuple(x for x in self.layers if (x in other.layers) is present),
+        )
+
+    def expand(self, n_heads: int) -> Components:
+        """Return the same parts with every whole layer written as its heads and its MLP."""
+        heads = self.heads + tuple((layer, head) for layer in self.layers for head in range(n_heads))
+        return Components(heads, self.mlps + self.layers)
+
+    def validate(self, anatomy: Anatomy) -> Components:
+        """Return itself if every part exists in the model.
+
+        Raises:
+            SettingsError: A part lies outside the model; the message names it and the model's size.
+        """
+        size = f"the model has layers 0-{anatomy.n_layers - 1} with heads 0-{anatomy.n_heads - 1}"
+        for layer, head in self.heads:
+            if layer >= anatomy.n_layers or head >= anatomy.n_heads:
+                raise SettingsError(f"component a{layer}.h{head} does not exist: {size}")
+        for name, group in (("m", self.mlps), ("layers:", self.layers)):
+            for layer in group:
+                if layer >= anatomy.n_layers:
+                    raise SettingsError(f"component {name}{layer} does not exist: {size}")
+        return self

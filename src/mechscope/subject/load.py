@@ -1,0 +1,323 @@
+"""Loading a model to study: from a hub id, a local directory, a PEFT adapter, or a module in memory.
+
+safetensors only unless the caller says `unsafe=True` (then `weights_only` loading), never remote code. Weights that are missing, truncated or
+not finite are an error that names the file or parameter, because a randomly initialised layer would look like a discovery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mechscope.errors import ModelError
+from mechscope.store.hashing import hash_state
+from mechscope.subject.anatomy import Anatomy, discover
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study.
+
+    Attributes:
+        model: The Hugging Face model, or the PEFT model around it.
+        tokenizer: Its tokenizer; None where a bare module was given without one.
+        anatomy: What is where in it.
+        source: Where it came from, as the caller wrote it.
+        adapted: Whether a PEFT adapter is active; False on the view that `without_adapter` returns.
+    """
+
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    source: str
+    adapted: bool = False
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The Hugging Face model itself, inside a PEFT wrapper if there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def family(self) -> str:
+        """The Hugging Face model type, for example `gpt2`."""
+        return str(self.plain.config.get_text_config().model_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings live, so where token ids go."""
+        return next(self.anatomy.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the weights."""
+        return next(self.plain.parameters()).dtype
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model carries a PEFT adapter, active or not."""
+        return isinstance(self.model, PeftModel)
+
+    def without_adapter(self) -> Subject:
+        """Return a view of the same weights with the adapter disabled: no memory, no second model.
+
+        Raises:
+            ModelError: The model carries no adapter.
+        """
+        if not self.is_adapter:
+            raise ModelError(f"model {self.source!r} carries no adapter to disable")
+        return replace(self, adapted=False, source=f"{self.source} (adapter disabled)")
+
+    @cached_property
+    def _tuner_layers(self) -> tuple[Any, ...]:
+        return tuple(module for module in self.plain.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper))
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Hold the adapter in this subject's state (on or off) for the duration; a no-op for a plain model."""
+        changed = [layer for layer in self._tuner_layers if _enabled(layer) is not self.adapted] if self.is_adapter else []
+        for layer in changed:
+            layer.enable_adapters(self.adapted)
+        try:
+            yield
+        finally:
+            for layer in changed:
+                layer.enable_adapters(not self.adapted)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter by its name in the plain model, with the active adapter's change added in."""
+        seen: set[int] = set()
+        for name, module in self.plain.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield from self._adapted_weights(name, module)
+                seen.update(id(parameter) for parameter in module.parameters())
+            elif isinstance(module, ModulesToSaveWrapper):
+                inner = module.modules_to_save[module.active_adapters[0]] if self.adapted else module.original_module
+                yield from ((f"{name}.{key}", parameter.detach()) for key, parameter in inner.named_parameters())
+                seen.update(id(parameter) for parameter in module.parameters())
+            else:
+                for key, parameter in module.named_parameters(recurse=False):
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield (f"{name}.{key}" if name else key), parameter.detach()
+
+    def _adapted_weights(self, name: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
+        for key, parameter in layer.get_base_layer().named_parameters():
+            value = parameter.detach()
+            if key == "weight" and self.adapted:
+                if not hasattr(layer, "get_delta_weight"):
+                    raise ModelError(f"adapter layer {name} ({type(layer).__name__}) has no weight form: merge it before comparing weights")
+                for adapter in layer.active_adapters:
+                    value = value + layer.get_delta_weight(adapter).detach().to(value.dtype)
+            yield f"{name}.{key}", value
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of all weights as they act (adapter included if active): what a result's manifest records."""
+        return hash_state(dict(self.weights()))
+
+    def __repr__(self) -> str:
+        size = self.anatomy
+        return f"Subject({self.source!r}, {self.family}, {size.n_layers} layers × {size.n_heads} heads, width {size.d_model}, {self.dtype})"
+
+
+def _enabled(layer: Any) -> bool:
+    return not layer.disable_adapters
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    base: str | Path | None = None,
+    unsafe: bool = False,
+) -> Subject:
+    """Load a causal language model to study.
+
+    Args:
+        source: Hub id, local directory, PEFT adapter (directory or hub id), or a model in memory.
+        tokenizer: Tokenizer or its source; by default the one saved with the model.
+        dtype: `float32` (default), `bfloat16`, `float16`, `float64`, or `auto` for the stored one.
+        device: `auto` (CUDA where there is one), or a torch device.
+        device_map: Passed to transformers to spread a large model over devices; then `device` is not used.
+        base: For an adapter, the base model to put it on instead of the one its configuration names.
+        unsafe: Also accept pickled checkpoints (`.bin`), read with `weights_only`.
+
+    Raises:
+        ModelError: Nothing loadable is there, the architecture is not supported, or weights are missing, truncated or not finite.
+    """
+    if isinstance(source, nn.Module):
+        return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
+    options = {"dtype": _dtype(dtype), "device_map": device_map, "unsafe": unsafe}
+    adapter = _adapter_config(str(source))
+    if adapter is None:
+        model = _pretrained(str(source), **options)
+    else:
+        model = _adapter(str(source), adapter, base=None if base is None else str(base), **options)
+    if device_map is None:
+        model = model.to(_device(device))
+    return _wrap(model, _tokenizer(tokenizer, str(source), adapter), str(source))
+
+
+def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
+    adapted = isinstance(model, PeftModel)
+    plain = model.get_base_model() if adapted else model
+    if not isinstance(plain, PreTrainedModel):
+        raise ModelError(
+            f"{type(plain).__name__} is not a Hugging Face PreTrainedModel: mechscope reads its configuration to find its parts"
+        )
+    model.eval()
+    _require_finite(plain, source)
+    return Subject(model, tokenizer, discover(plain), source, adapted)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)} or auto")
+    return DTYPES[dtype]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {str(device)!r} was asked for, but this machine has no usable CUDA device: use device='cpu' or 'auto'")
+    return chosen
+
+
+def _adapter_config(source: str) -> dict[str, Any] | None:
+    from transformers.utils import find_adapter_config_file
+
+    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
+        return None
+    try:
+        found = find_adapter_config_file(source)
+    except (OSError, ValueError):
+        return None  # not there at all: the model loader says so in its own words
+    if found is None:
+        return None
+    import json
+
+    return dict(json.loads(Path(found).read_text(encoding="utf-8")))
+
+
+def _pretrained(source: str, *, dtype: torch.dtype | str, device_map: Any, unsafe: bool) -> PreTrainedModel:
+    folder = Path(source)
+    if folder.is_file():
+        raise ModelError(f"model {source!r} is a file: give the directory that holds config.json and the weights")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise ModelError(
+            f"directory {source!r} is not a model: it has no config.json (it holds {found}); give a directory written by save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"model {source!r} ({config.model_type}) is an encoder-decoder model: mechscope studies decoder-only models (GPT-2, Llama, GPT-NeoX, …)"
+            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=None if unsafe else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ModelError(f"model {source!r}: a safetensors file is truncated or corrupt ({error}): download or save it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model {source!r} cannot be loaded: {_first_lines(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model {source!r} lacks {len(missing)} weights ({', '.join(missing[:3])}, …): they would be random; the checkpoint is incomplete"
+        )
+    if wrong := report.get("mismatched_keys"):
+        raise ModelError(f"model {source!r} has weights whose shape contradicts its config.json: {sorted(wrong)[:3]}")
+    return model
+
+
+def _adapter(source: str, settings: dict[str, Any], *, base: str | None, **options: Any) -> PeftModel:
+    recorded = settings.get("base_model_name_or_path")
+    if base is None and not recorded:
+        raise ModelError(f"adapter {source!r} does not name its base model: pass the base explicitly")
+    if base is not None and recorded and base != recorded:
+        log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file() and not options["unsafe"]:
+        raise ModelError(
+            f"adapter {source!r} has no adapter_model.safetensors: save it as safetensors, or pass unsafe=True to read a pickled one"
+        )
+    model = _pretrained(base or str(recorded), **options)
+    try:
+        return PeftModel.from_pretrained(model, source)
+    except SafetensorError as error:
+        raise ModelError(f"adapter {source!r}: its safetensors file is truncated or corrupt ({error})") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"adapter {source!r} does not fit base model {base or recorded!r}: {_first_lines(error)}") from error
+
+
+def _tokenizer(tokenizer: Any, source: str, adapter: dict[str, Any] | None) -> Any:
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        return tokenizer
+    candidates = [str(tokenizer)] if tokenizer is not None else [source, *([str(adapter["base_model_name_or_path"])] if adapter else [])]
+    error: Exception | None = None
+    for candidate in candidates:
+        if (
+            tokenizer is None
+            and Path(candidate).is_dir()
+            and not any(Path(candidate).glob("*token*"))
+            and not (Path(candidate) / "vocab.json").is_file()
+        ):
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(candidate, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as caught:
+            error = caught
+    if error is None:
+        raise ModelError(f"model {source!r} has no tokenizer beside it: name one with tokenizer=…")
+    raise ModelError(f"no tokenizer can be loaded from {candidates[-1]!r}: {_first_lines(error)}") from error
+
+
+def _require_finite(model: nn.Module, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        # a finite sum of squares would overflow in float16, so look at the values themselves
+        if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(
+                f"model {source!r}: parameter {name} holds {bad} values that are NaN or infinite: the checkpoint is damaged or training diverged"
+            )
+
+
+def _first_lines(error: Exception) -> str:
+    """Shorten a library's message to what a person reads first."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "…"
