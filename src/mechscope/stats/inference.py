@@ -1,0 +1,141 @@
+"""Intervals and tests from means over documents.
+
+Every table carries n, a standard error and an interval; every per-head test a p and, over all heads, a Benjamini–Hochberg q. Means are
+over documents, which are taken as independent, so Student's t is the reference distribution. Sources: Student (1908); Benjamini &
+Hochberg (1995), "Controlling the false discovery rate"; Wilson (1927) for shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from scipy import stats as distributions
+
+from mechscope.stats.moments import Moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Means with what is known about them, arrays of one shape.
+
+    Attributes:
+        mean: Means over documents.
+        standard_error: Their standard errors; NaN below two documents.
+        low: Lower ends of the confidence intervals; NaN below two documents.
+        high: Upper ends.
+        p: Two-sided p of "the mean is zero"; NaN below two documents.
+        n: Documents behind each mean.
+    """
+
+    mean: np.ndarray
+    standard_error: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    n: np.ndarray
+
+
+def interval(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Return Student's t confidence interval of means, elementwise.
+
+    Args:
+        mean: Means over documents.
+        standard_error: Their standard errors.
+        n: Documents behind each mean.
+        level: Confidence, a fraction.
+
+    Returns:
+        Lower and upper ends, NaN where n < 2.
+    """
+    centre, error, degrees = _broadcast(mean, standard_error, n)
+    width = distributions.t.ppf((1 + level) / 2, degrees) * error
+    return centre - width, centre + width
+
+
+def p_value(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> np.ndarray:
+    """Return the two-sided p of Student's t test that means are zero, elementwise.
+
+    Where no document differs from another (a standard error of zero) the test has no spread to compare with: an exact zero in every
+    document is no evidence at all (p = 1), the same non-zero value in every document is taken as certain (p = 0).
+
+    Args:
+        mean: Means over documents.
+        standard_error: Their standard errors.
+        n: Documents behind each mean.
+
+    Returns:
+        p, NaN where n < 2.
+    """
+    centre, error, degrees = _broadcast(mean, standard_error, n)
+    t = np.divide(centre, error, out=np.zeros_like(centre), where=error > 0)
+    p = 2 * distributions.t.sf(np.abs(t), degrees)
+    p = np.where(error == 0, np.where(centre == 0, 1.0, 0.0), p)
+    return np.where(np.isnan(centre + error + degrees), np.nan, p)
+
+
+def estimate(moments: Moments, *, level: float = 0.95) -> Estimate:
+    """Turn streamed moments into means with intervals and tests.
+
+    Args:
+        moments: Moments over documents.
+        level: Confidence of the interval, a fraction.
+    """
+    mean, error, n = moments.mean, moments.standard_error, moments.count
+    low, high = interval(mean, error, n, level=level)
+    return Estimate(mean, error, low, high, p_value(mean, error, n), n)
+
+
+def paired_difference(after: Float[np.ndarray, "n ..."], before: Float[np.ndarray, "n ..."], *, level: float = 0.95) -> Estimate:
+    """Estimate the mean of after − before over the same documents.
+
+    Args:
+        after: One array per document.
+        before: The same documents in the same order; a document with NaN in either is left out of that element.
+        level: Confidence of the interval, a fraction.
+
+    Raises:
+        ValueError: The two are not of one shape.
+    """
+    after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if after.shape != before.shape:
+        raise ValueError(f"paired values of shapes {after.shape} and {before.shape}: give both for the same documents")
+    moments = Moments(after.shape[1:])
+    moments.update_many(after - before)
+    return estimate(moments, level=level)
+
+
+def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
+    """Adjust p values to q values: rejecting all with q <= α keeps the expected share of false rejections at or below α.
+
+    Args:
+        p: Any shape; NaN means "not tested", stays NaN and does not count among the tests.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    q = np.full(p.shape, np.nan)
+    tested = ~np.isnan(p)
+    if tested.any():
+        q[tested] = distributions.false_discovery_control(p[tested], method="bh")
+    return q
+
+
+def share_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval of a share, which stays inside 0–1 and keeps its width at 0 and at n successes.
+
+    Args:
+        successes: How many of the n.
+        n: How many there are; with none, the interval is NaN.
+        level: Confidence, a fraction.
+    """
+    if n == 0:
+        return float("nan"), float("nan")
+    found = distributions.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _broadcast(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bring three arguments to one shape; degrees of freedom are NaN where there are none."""
+    centre, error, count = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (mean, standard_error, n)))
+    return centre, error, np.where(count >= 2, count - 1, np.nan)

@@ -1,0 +1,1 @@
+"""The pipelines: what a person asks, answered from the tools below."""

@@ -1,0 +1,118 @@
+"""Intervals, tests and corrections."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from mechscope.stats.inference import benjamini_hochberg, estimate, interval, p_value, paired_difference, share_interval
+from mechscope.stats.moments import Moments
+
+
+def test_the_interval_of_five_numbers_by_the_printed_t_table() -> None:
+    # t(.975, 4) = 2.776 in every printed table; mean 3, se sqrt(2.5/5)
+    low, high = interval(3.0, 0.5**0.5, 5)
+    assert float(low) == pytest.approx(3 - 2.7764 * 0.70711, abs=1e-4)
+    assert float(high) == pytest.approx(3 + 2.7764 * 0.70711, abs=1e-4)
+
+
+def test_interval_and_p_equal_scipys_one_sample_test() -> None:
+    x = np.random.default_rng(0).normal(0.3, 1.0, size=(12, 7))
+    moments = Moments((7,))
+    moments.update_many(x)
+    found = estimate(moments, level=0.9)
+    expected = scipy_stats.ttest_1samp(x, 0.0)
+    np.testing.assert_allclose(found.p, expected.pvalue, rtol=1e-10)
+    np.testing.assert_allclose(found.low, expected.confidence_interval(0.9).low, rtol=1e-10)
+    np.testing.assert_allclose(found.high, expected.confidence_interval(0.9).high, rtol=1e-10)
+    np.testing.assert_array_equal(found.n, np.full(7, 12))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    moments = Moments((20_000,))
+    moments.update_many(random.normal(2.0, 3.0, size=(6, 20_000)))
+    found = estimate(moments)
+    assert ((found.low < 2.0) & (found.high > 2.0)).mean() == pytest.approx(0.95, abs=0.006)
+
+
+def test_no_change_in_any_document_is_no_evidence() -> None:
+    assert p_value(0.0, 0.0, 10) == 1.0
+
+
+def test_the_same_change_in_every_document_is_certain() -> None:
+    assert p_value(0.1, 0.0, 10) == 0.0
+
+
+def test_one_document_says_nothing_about_another() -> None:
+    assert np.isnan(p_value(0.1, np.nan, 1))
+    assert np.isnan(p_value(0.1, 0.0, 1))
+    assert np.isnan(interval(0.1, np.nan, 1)).all()
+
+
+def test_the_sign_of_a_mean_does_not_change_its_p() -> None:
+    assert p_value(-0.4, 0.2, 9) == p_value(0.4, 0.2, 9)
+
+
+def test_q_values_of_a_worked_example() -> None:
+    # m = 5: p·m/rank = .05, .05, .065, .05125, .6; running minimum from the largest: .05, .05, .05125, .05125, .6
+    q = benjamini_hochberg([0.01, 0.6, 0.02, 0.041, 0.039])
+    np.testing.assert_allclose(q, [0.05, 0.6, 0.05, 0.05125, 0.05125], rtol=1e-12)
+
+
+def test_q_values_equal_a_loop_over_ranks() -> None:
+    p = np.random.default_rng(0).random((6, 9)) ** 3
+    flat = p.ravel()
+    order = np.argsort(flat)
+    expected = np.empty(flat.size)
+    smallest = 1.0
+    for position in reversed(range(flat.size)):
+        smallest = min(smallest, flat[order[position]] * flat.size / (position + 1))
+        expected[order[position]] = smallest
+    np.testing.assert_allclose(benjamini_hochberg(p), expected.reshape(6, 9), rtol=1e-12)
+    np.testing.assert_allclose(benjamini_hochberg(p).ravel(), scipy_stats.false_discovery_control(flat), rtol=1e-12)
+
+
+def test_what_was_not_tested_does_not_count_among_the_tests() -> None:
+    q = benjamini_hochberg([0.01, np.nan, 0.04, np.nan])
+    np.testing.assert_allclose(q[[0, 2]], benjamini_hochberg([0.01, 0.04]))
+    assert np.isnan(q[[1, 3]]).all()
+    assert np.isnan(benjamini_hochberg([np.nan, np.nan])).all()
+
+
+def test_under_no_effect_few_sets_of_heads_have_any_discovery() -> None:
+    p = np.random.default_rng(0).random((2000, 30))
+    assert np.mean([(benjamini_hochberg(row) < 0.05).any() for row in p]) < 0.065
+
+
+def test_a_paired_difference_equals_scipys_paired_test() -> None:
+    random = np.random.default_rng(2)
+    before = random.normal(size=30)
+    after = before + random.normal(0.2, 0.1, size=30)
+    found = paired_difference(after, before)
+    expected = scipy_stats.ttest_rel(after, before)
+    assert float(found.mean) == pytest.approx((after - before).mean())
+    assert float(found.p) == pytest.approx(expected.pvalue, rel=1e-9)
+    assert float(found.low) == pytest.approx(expected.confidence_interval().low, rel=1e-9)
+
+
+def test_pairs_must_match() -> None:
+    with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
+        paired_difference(np.zeros(3), np.zeros(4))
+
+
+def test_wilsons_interval_of_a_worked_example() -> None:
+    # 81 of 263: (.30798 + z²/526 ± z sqrt(.30798·.69202/263 + z²/(4·263²))) / (1 + z²/263)
+    z, p, n = 1.959964, 81 / 263, 263
+    centre, width = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n * n)) ** 0.5
+    low, high = share_interval(81, 263)
+    assert low == pytest.approx((centre - width) / (1 + z**2 / n), abs=1e-6)
+    assert high == pytest.approx((centre + width) / (1 + z**2 / n), abs=1e-6)
+
+
+def test_a_share_of_none_is_still_uncertain() -> None:
+    low, high = share_interval(0, 12)
+    assert low == pytest.approx(0.0, abs=1e-12)
+    assert high > 0.2
+    assert np.isnan(share_interval(0, 0)).all()

@@ -1,0 +1,198 @@
+"""The claims about targeted LoRA, on bake-offs made to say one thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechscope.selection import selection_table
+from mechscope.studies.claims import claims_table
+from mechscope.studies.training_claims import Claim, training_claims
+
+NAN = float("nan")
+
+
+def summary(
+    *, standard: tuple[float, float, float] = (NAN,) * 3, random: tuple[float, float, float] = (NAN,) * 3, seeds: int = 3
+) -> pd.DataFrame:
+    """Return the bake-off's intervals where targeted layers differ from standard and from random by (value, low, high)."""
+    records = []
+    for metric in ("rouge1", "rougeL"):
+        # the metric that does not decide says the opposite
+        sign = 1.0 if metric == "rougeL" else -1.0
+        record: dict[str, Any] = {
+            "protocol": "equal_rank",
+            "strategy": "targeted_layers",
+            "metric": metric,
+            "n_seeds": seeds,
+            "n_documents": 100,
+        }
+        for name, (value, low, high) in (("vs_standard", standard), ("vs_random", random)):
+            record |= {name: sign * value, f"{name}_low": min(sign * low, sign * high), f"{name}_high": max(sign * low, sign * high)}
+        records.append(record)
+        records.append(record | {"strategy": "last_layers", "vs_standard": 0.5, "vs_standard_low": 0.4, "vs_standard_high": 0.6})
+    return pd.DataFrame(records)
+
+
+def bakeoff(
+    steps: list[float], *, standard_steps: int = 100, parameters: int = 300, protocol_of_standard: str = "equal_rank", stopped: bool = True
+) -> pd.DataFrame:
+    """Return a bake-off where targeted layers reach standard LoRA's best loss after the given steps, one per seed."""
+    records = []
+    for seed, needed in enumerate(steps):
+        common = {"seed": seed, "stopped_early": stopped, "protocol": "equal_rank"}
+        records.append(
+            common
+            | {"strategy": "targeted_layers", "best_step": 40, "steps_to_standard_best": needed, "trainable_parameters": parameters}
+            | {"components": "layers:2,3,5"}
+        )
+        records.append(
+            common
+            | {"strategy": "standard", "best_step": standard_steps, "steps_to_standard_best": standard_steps, "trainable_parameters": 1200}
+            | {"components": "layers:0-11", "protocol": protocol_of_standard}
+        )
+    return pd.DataFrame(records)
+
+
+def curves(every: int) -> pd.DataFrame:
+    records = [
+        {
+            "protocol": "equal_rank",
+            "strategy": "targeted_layers",
+            "seed": seed,
+            "step": step,
+            "validation_loss": 1.0 if step % every == 0 else NAN,
+        }
+        for seed in range(3)
+        for step in range(0, 101, 5)
+    ]
+    return pd.DataFrame(records)
+
+
+def claim(
+    name: str, bake: pd.DataFrame | None = None, intervals: pd.DataFrame | None = None, curve: pd.DataFrame | None = None, **options: Any
+) -> Claim:
+    return {found.claim: found for found in training_claims(bake, intervals, curve, **options)}[name]
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.010, 0.002, 0.018), "supported"),
+        ((-0.001, -0.004, 0.002), "supported"),  # worse by less than half a point
+        ((-0.001, -0.012, 0.010), "undecided"),
+        ((-0.007, -0.010, -0.004), "undecided"),
+        ((-0.030, -0.040, -0.020), "contradicted"),
+    ],
+)
+def test_at_least_as_good_as_standard_means_not_worse_by_the_margin(interval: tuple[float, float, float], verdict: str) -> None:
+    found = claim("targeted_vs_standard.equal_rank", intervals=summary(standard=interval))
+    assert found.verdict == verdict
+    assert (found.value, found.low, found.high) == pytest.approx(interval)
+
+
+def test_the_margin_is_the_readers() -> None:
+    intervals = summary(standard=(-0.001, -0.004, 0.002))
+    assert claim("targeted_vs_standard.equal_rank", intervals=intervals, margin=0.0).verdict == "undecided"
+    assert claim("targeted_vs_standard.equal_rank", intervals=intervals, margin=0.005).verdict == "supported"
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((0.010, 0.002, 0.018), "supported"), ((0.003, -0.001, 0.007), "undecided"), ((-0.010, -0.018, -0.002), "contradicted")],
+)
+def test_better_than_random_layers_means_better(interval: tuple[float, float, float], verdict: str) -> None:
+    assert claim("targeted_vs_random.equal_rank", intervals=summary(random=interval)).verdict == verdict
+
+
+def test_the_metric_is_the_readers() -> None:
+    intervals = summary(random=(0.010, 0.002, 0.018))
+    assert claim("targeted_vs_random.equal_rank", intervals=intervals, metric="rouge1").verdict == "contradicted"
+
+
+def test_one_seed_decides_nothing() -> None:
+    found = claim("targeted_vs_random.equal_rank", intervals=summary(random=(0.010, 0.002, 0.018), seeds=1))
+    assert found.verdict == "undecided"
+    assert "One training run each" in found.note
+
+
+def test_a_protocol_that_was_not_run_is_not_measured() -> None:
+    found = claim("targeted_vs_standard.equal_parameters", intervals=summary(standard=(0.010, 0.002, 0.018)))
+    assert (found.verdict, found.measured) == ("undecided", "not measured")
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict"),
+    [
+        ([50.0, 55.0, 60.0], "supported"),
+        ([50.0, 140.0, 90.0], "undecided"),
+        ([150.0, 160.0, 155.0], "contradicted"),
+        ([NAN, NAN, NAN], "contradicted"),
+        ([50.0, NAN, 60.0], "undecided"),
+        ([100.0, 100.0, 100.0], "undecided"),
+        ([50.0], "undecided"),
+        ([NAN], "undecided"),
+    ],
+)
+def test_fewer_steps_are_counted_to_standard_loras_best_loss(steps: list[float], verdict: str) -> None:
+    assert claim("fewer_steps.equal_rank", bake=bakeoff(steps)).verdict == verdict
+
+
+def test_the_ratio_of_steps_is_a_geometric_mean_with_a_t_interval() -> None:
+    found = claim("fewer_steps.equal_rank", bake=bakeoff([25.0, 50.0, 100.0]))
+    # logs −2 ln 2, −ln 2, 0: mean −ln 2, standard error ln 2 / √3, t(.975, 2) = 4.3027
+    assert found.value == pytest.approx(0.5)
+    assert found.low == pytest.approx(0.5 * 2 ** (-4.3027 / 3**0.5), rel=1e-4)
+    assert found.high == pytest.approx(0.5 * 2 ** (4.3027 / 3**0.5), rel=1e-4)
+    assert found.verdict == "undecided"
+
+
+def test_a_saving_no_larger_than_the_distance_between_evaluations_decides_nothing() -> None:
+    runs = bakeoff([80.0, 80.0, 80.0])
+    assert claim("fewer_steps.equal_rank", bake=runs, curve=curves(10)).verdict == "supported"
+    found = claim("fewer_steps.equal_rank", bake=runs, curve=curves(20))
+    assert found.verdict == "undecided"
+    assert "every 20 steps" in found.note
+
+
+def test_a_standard_run_shared_by_the_protocols_is_found() -> None:
+    assert claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], protocol_of_standard="reference")).verdict == "supported"
+
+
+def test_standard_lora_that_was_still_improving_is_told() -> None:
+    found = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], stopped=False))
+    assert "In 2 of 2 seeds standard LoRA was still improving" in found.note
+
+
+@pytest.mark.parametrize(("parameters", "verdict"), [(300, "supported"), (400, "supported"), (600, "undecided"), (1200, "contradicted")])
+def test_fewer_parameters_are_counted(parameters: int, verdict: str) -> None:
+    found = claim("fewer_parameters", bake=bakeoff([50.0], parameters=parameters))
+    assert found.verdict == verdict
+    assert found.value == pytest.approx(1 - parameters / 1200)
+
+
+def judged_with_a_bakeoff(kl: float) -> pd.DataFrame:
+    """Return the claims table of a small model whose heads all changed by the given KL, with a bake-off that favours targeting."""
+    heads = pd.DataFrame([("all", i, j, kl, kl / 10, -kl, 0.001) for i in range(4) for j in range(2)])
+    heads.columns = pd.Index(["rows", "layer", "head", "kl_base_tuned", "kl_base_tuned_se", "entropy_change", "entropy_change_q"])
+    layers = heads.groupby(["rows", "layer"], as_index=False)[["kl_base_tuned"]].mean()
+    selection = selection_table(heads, layers, rules=["layers_by_kl"])
+    return claims_table(
+        heads, layers, selection, bakeoff([50.0, 55.0, 60.0]), summary(standard=(0.01, 0.002, 0.018)), curves(10)
+    ).set_index("claim")
+
+
+def test_targets_picked_from_equal_models_are_no_targets() -> None:
+    table = judged_with_a_bakeoff(kl=0.0)
+    assert set(table["verdict"]) == {"no change", "undecided"}
+    assert table["value"].notna()["targeted_vs_standard.equal_rank"]
+
+
+def test_a_whole_bakeoff_reaches_the_table() -> None:
+    table = judged_with_a_bakeoff(kl=0.1)
+    assert table.loc["targeted_vs_standard.equal_rank", "verdict"] == "supported"
+    assert table.loc["fewer_steps.equal_rank", "verdict"] == "supported"
+    assert table.loc["fewer_parameters", "verdict"] == "supported"
+    assert table.loc["targeted_vs_random.equal_rank", "verdict"] == "undecided"
