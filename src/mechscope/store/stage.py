@@ -1,0 +1,251 @@
+"""One stage of a run: a body of work that is done once for its inputs and survives a kill in the middle.
+
+A stage that ends well is recorded in `manifest.json` with the fingerprint of its inputs and of every file it wrote. Entered again with the
+same inputs, and its files as recorded, it is `done` and the caller skips the body; otherwise it runs (again). While it runs it may keep a
+checkpoint and scratch files in `work/<stage>/<inputs>/`: the inputs' fingerprint in the path is what makes it impossible to continue from
+another input's state. They go when the stage ends, except files that were added as outputs.
+
+    with run.stage("difference", inputs={"base": base.fingerprint, "data": corpus.hash}) as stage:
+        if not stage.done:
+            state, position = stage.resume() or ({}, 0)
+            ...
+            stage.checkpoint(state, position)
+            stage.write_table("heads", heads)
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+import torch
+
+from mechscope.errors import RunError
+from mechscope.store.differences import describe, differences
+from mechscope.store.files import make_folder, write_bytes, write_json
+from mechscope.store.hashing import hash_file, hash_json, short
+from mechscope.store.tables import read_tensors, write_table, write_tensors
+
+if TYPE_CHECKING:
+    from mechscope.store.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+WORK = "work"
+
+
+class Stage:
+    """A context manager around one stage; made by `RunFolder.stage`.
+
+    Attributes:
+        name: the stage's name.
+        done: whether the body can be skipped; known once entered.
+        outputs: the files the stage wrote, by path relative to the run, with their sha256; complete once done or left.
+    """
+
+    def __init__(self, run: RunFolder, name: str, inputs: Mapping[str, Any]) -> None:
+        """Describe a stage of `run`; nothing happens before it is entered."""
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
+            raise ValueError(f"a stage is also a folder, so {name!r} must be of letters, digits and _.=+- only")
+        self.name = name
+        self.done = False
+        self.outputs: dict[str, str] = {}
+        self._run = run
+        self._inputs = dict(inputs)
+        self._inputs_hash = hash_json([name, self._inputs])
+        self._work = run.path / WORK / name / short(self._inputs_hash)
+        self._running = False
+        self._started = 0.0
+        self._seconds_before = 0.0
+
+    def __enter__(self) -> Self:
+        stages = self._run.log.stages
+        record = self._run.manifest["stages"].get(self.name)
+        reason = self._reason_to_run(record)
+        self.done = reason is None
+        # refuses a work folder that is a link out of the run, where tidying up would delete what is not ours
+        self._relative(self._work)
+        # only now: after an error above, nobody would take the name off the stack again
+        stages.append(self.name)
+        if self.done:
+            self.outputs = dict(record["outputs"])
+            logger.info("stage %s is done already", self.name)
+        else:
+            self._running, self._started = True, time.monotonic()
+            logger.info("stage %s starts: %s", self.name, reason, extra={"data": {"inputs": self._inputs}})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if self._running and error is None:
+                self._finish()
+            elif error is not None:
+                # INFO: whoever catches the error tells the user, the diary only notes where it struck
+                logger.info("stage %s stopped", self.name, extra={"data": {"exception": repr(error)}})
+        finally:
+            self._running = False
+            self._run.log.stages.pop()
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write `tables/<name>.parquet` and return its path; raises as `tables.write_table` does."""
+        path = self._claimed(f"tables/{name}.parquet")
+        write_table(table, path)
+        return self._recorded(path)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> Path:
+        """Write `tensors/<name>.safetensors` and return its path; raises as `tables.write_tensors` does."""
+        path = self._claimed(f"tensors/{name}.safetensors")
+        write_tensors(tensors, path, meta=meta)
+        return self._recorded(path)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON-able value to the file `name`, relative to the run, and return its path."""
+        path = self._claimed(name)
+        write_json(value, path)
+        return self._recorded(path)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write text to the file `name`, relative to the run (`report.html`), and return its path."""
+        return self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        """Write bytes to the file `name`, relative to the run (`figures/kl.png`), and return its path."""
+        path = self._claimed(name)
+        write_bytes(data, path)
+        return self._recorded(path)
+
+    def add(self, path: Path) -> None:
+        """Make outputs of files that another library wrote into the run: a file, or all files of a folder (a saved model).
+
+        Args:
+            path: in the run folder, as the caller sees it (not relative to the run); also scratch files, which are then kept.
+
+        Raises:
+            RunError: `path` is outside the run, missing, or another stage's output.
+        """
+        if not path.exists():
+            raise RunError(f"stage {self.name} has no {path} to add: write it first")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                self._recorded(self._claimed(self._relative(file)))
+
+    def path(self, name: str) -> Path:
+        """Return a scratch folder of that name, made if missing; it outlives a kill and goes when the stage ends well."""
+        self._require_running()
+        folder = self._work / name
+        self._relative(folder)
+        make_folder(folder)
+        return folder
+
+    def checkpoint(self, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
+        """Keep the stage's partial state, atomically, in place of an earlier one.
+
+        Args:
+            tensors: named tensors, any dtypes.
+            meta: JSON-able; lives in the same file, so that it always belongs to the tensors.
+
+        Raises:
+            RunError: the state could not be written; the earlier checkpoint is intact.
+        """
+        self._require_running()
+        write_tensors(tensors, self._checkpoint_file, meta={"seconds": self._seconds(), "meta": meta})
+
+    def resume(self) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """Return the tensors and meta of the last checkpoint for these inputs, or None where there is none.
+
+        Raises:
+            RunError: the checkpoint is damaged.
+        """
+        self._require_running()
+        if not self._checkpoint_file.exists():
+            return None
+        tensors, header = read_tensors(self._checkpoint_file)
+        self._started, self._seconds_before = time.monotonic(), header["seconds"]
+        logger.info("stage %s continues from its checkpoint", self.name)
+        return tensors, header["meta"]
+
+    @property
+    def _checkpoint_file(self) -> Path:
+        return self._work / "checkpoint.safetensors"
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _reason_to_run(self, record: Mapping[str, Any] | None) -> str | None:
+        if record is None:
+            return "not finished before"
+        if record["inputs_hash"] != self._inputs_hash:
+            return f"its inputs changed ({describe(differences(record['inputs'], self._inputs))})"
+        spoilt = [name for name, digest in record["outputs"].items() if found_hash(self._run.path / name) != digest]
+        return f"changed or missing since it finished: {', '.join(spoilt)}" if spoilt else None
+
+    def _require_running(self) -> None:
+        if not self._running:
+            raise RuntimeError(f"stage {self.name} is not running: write inside `with`, and only if not stage.done")
+
+    def _relative(self, path: Path) -> str:
+        # the parent is resolved, not the file: a link out of the run must not carry a write with it
+        resolved, root = path.parent.resolve() / path.name, self._run.path.resolve()
+        if path.name in {"", ".."} or not resolved.is_relative_to(root) or resolved == root:
+            raise RunError(f"stage {self.name} would write {path}, which is outside the run {self._run.path}: give a path inside it")
+        return resolved.relative_to(root).as_posix()
+
+    def _claimed(self, name: str) -> Path:
+        """Return the path of an output, having checked that this stage may write it."""
+        self._require_running()
+        name = self._relative(self._run.path / name)
+        if name in self._run.OWN_FILES:
+            raise RunError(f"{name} is kept by the run itself: stage {self.name} needs another name")
+        for other, record in self._run.manifest["stages"].items():
+            if other != self.name and name in record["outputs"]:
+                raise RunError(f"{name} is an output of stage {other}: stage {self.name} needs another name")
+        return self._run.path / name
+
+    def _recorded(self, path: Path) -> Path:
+        self.outputs[self._relative(path)] = hash_file(path)
+        return path
+
+    def _finish(self) -> None:
+        stages = self._run.manifest["stages"]
+        # what an earlier run of the stage wrote and this one did not belongs to no inputs any more
+        for name in set(stages.get(self.name, {}).get("outputs", {})) - set(self.outputs):
+            (self._run.path / self._relative(self._run.path / name)).unlink(missing_ok=True)
+        stages[self.name] = {
+            "inputs_hash": self._inputs_hash,
+            "inputs": self._inputs,
+            "outputs": dict(sorted(self.outputs.items())),
+            "seconds": round(self._seconds(), 3),
+            "finished": now(),
+            "code": self._run.code,
+        }
+        self._run.save()
+        self._discard_work()
+        logger.info("stage %s finished", self.name, extra={"data": {"seconds": stages[self.name]["seconds"]}})
+
+    def _discard_work(self) -> None:
+        # also what other inputs left unfinished; deepest first, so that emptied folders can go too
+        for path in sorted(self._work.parent.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif self._relative(path) not in self.outputs:
+                path.unlink()
+        if self._work.parent.is_dir() and not any(self._work.parent.iterdir()):
+            self._work.parent.rmdir()
+
+
+def found_hash(path: Path) -> str | None:
+    """Return the sha256 of a file as it is now, or None where there is none."""
+    return hash_file(path) if path.is_file() else None
+
+
+def now() -> str:
+    """Return the time as the manifest writes it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
