@@ -3,7 +3,7 @@
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.patterns import PatternComparison, PatternStatistics, compare, describe, pattern
 from mechscope.instrument.record import Recording, record
-from mechscope.instrument.trust import Check, check_subject, load
+from mechscope.instrument.trust import Check, check_subject, load, load_pair
 from mechscope.instrument.walk import Walk, model_inputs, unembed
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "compare",
     "describe",
     "load",
+    "load_pair",
     "model_inputs",
     "observed",
     "pattern",

@@ -121,6 +121,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def observed(subject: Subject, tap: Tap | None = None) -> Iterator[None]:
     """Route a model's attention through mechscope, showing every call to a tap; nests, and restores the model in any case.
 
+    An adapter is on or off inside as the subject says, so that the view without it can be run as it is.
+
     Args:
         subject: The model to watch.
         tap: Called after every attention module; may return a replacement of z. None only switches the implementation.
@@ -134,7 +136,8 @@ def observed(subject: Subject, tap: Tap | None = None) -> Iterator[None]:
     for module, entry in entries:
         _TAPS.setdefault(module, []).append(entry)
     try:
-        yield
+        with subject.active():
+            yield
     finally:
         for module, entry in entries:
             _TAPS[module].remove(entry)

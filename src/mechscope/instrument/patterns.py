@@ -148,12 +148,12 @@ def _fused(call: AttentionCall, other: AttentionCall | None, real: Tensor | None
     batch, heads, length, _ = call.query.shape
     device, dtype = call.query.device, statistics_dtype(call.query.dtype)
     turn = _Turn.of(real, length)
-    query, key = turn.there(call.query).to(dtype), turn.there(call.key).to(dtype)
+    query, key = turn.there(call.query).to(dtype), _centred(turn.there(call.key).to(dtype))
     positions = torch.arange(length, device=device, dtype=dtype)
     marks = [positions.expand(batch, length), *(turn.there(mark[:, None].to(dtype))[:, 0] for mark in segments.values())]
     values = [torch.stack(marks, dim=-1)[:, None], key]
     if other is not None:
-        values.append(turn.there(other.key).to(dtype))
+        values.append(_centred(turn.there(other.key).to(dtype)))
     (marked, mean_key, *mean_other), lse = averages(query, key, values, scaling=call.scaling)
     entropy = lse - call.scaling * (query * mean_key).sum(-1)
     cross = torch.zeros_like(lse)
@@ -169,6 +169,11 @@ def _fused(call: AttentionCall, other: AttentionCall | None, real: Tensor | None
         segments={name: turn.back(marked[..., index]) for index, name in enumerate(segments, start=1)},
     )
     return _Fused(statistics, turn.back(lse), turn.back(cross))
+
+
+def _centred(key: Float[Tensor, "batch kv key d"]) -> Float[Tensor, "batch kv key d"]:
+    """Take out what all keys share: it shifts a row's scores alike, so no pattern sees it, but lse and q·(P K) would cancel it to rounding."""
+    return key - key.mean(dim=2, keepdim=True)
 
 
 def _relative(entropy: Tensor, support: Tensor) -> Tensor:

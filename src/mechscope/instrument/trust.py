@@ -8,9 +8,9 @@ reported by name, with what still works.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mechscope.instrument.record import Recording, record
 from mechscope.instrument.walk import Walk, model_inputs
 from mechscope.subject import load as loading
 from mechscope.subject.load import Subject
+from mechscope.subject.pair import Pair, pair
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,26 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
     return subject
 
 
+def load_pair(base: str | Path, tuned: str | Path, *, resize: Literal["refuse", "truncate"] = "refuse", **options: Any) -> Pair:
+    """Load a base model and its tuned version, test both, and check that they can be compared.
+
+    An adapter is put on the base that is given, and the base is the same weights with the adapter disabled: one model in memory.
+
+    Args:
+        base: Hub id or directory of the pre-trained model.
+        tuned: Hub id or directory of the fine-tuned model or PEFT adapter.
+        resize: What to do with vocabularies of different size; see `mechscope.subject.pair`.
+        options: As for `load`.
+
+    Raises:
+        ModelError: One cannot be loaded, fails a check, or does not belong to the other.
+    """
+    if loading.is_adapter(tuned) and not loading.is_adapter(base):
+        adapted = load(tuned, base=base, **options)
+        return pair(replace(adapted.without_adapter(), source=str(base)), adapted, resize=resize)
+    return pair(load(base, **options), load(tuned, **options), resize=resize)
+
+
 @torch.no_grad()
 def check_subject(subject: Subject) -> tuple[Check, ...]:
     """Run the probe and return every check with what it found."""
@@ -102,6 +123,7 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
             f"model {subject.source!r} ({subject.family}): {len(calls)} of {subject.anatomy.n_layers} layers went through transformers' attention "
             "interface, so attention cannot be observed: this family is not supported"
         )
+    _require_sizes(subject, calls[0])
 
     def check(name: str, error: float, needed_for: str, *, required: bool = True, allowed: float = tolerance) -> Check:
         return Check(name, error <= allowed, error, allowed, needed_for, required)
@@ -125,6 +147,18 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
         check("walking block by block gives the logits", _walked(subject, ids, real, plain), "differences, resuming from a layer"),
     ]
     return tuple(checks)
+
+
+def _require_sizes(subject: Subject, call: AttentionCall) -> None:
+    """Refuse a model whose attention works with other heads than the anatomy found: no check below could compare them."""
+    size = subject.anatomy
+    expected = ((size.n_heads, size.d_head), (size.n_kv_heads, size.d_head), (size.n_kv_heads, size.d_head))
+    found = tuple((x.shape[1], x.shape[3]) for x in (call.query, call.key, call.value))
+    if found != expected:
+        raise ModelError(
+            f"model {subject.source!r} ({subject.family}): its attention works with (heads, width) {', '.join(map(str, found))} for query, key and "
+            f"value, its weights were read as {', '.join(map(str, expected))}: this architecture is not supported"
+        )
 
 
 def _probe(subject: Subject) -> tuple[Tensor, Tensor]:
@@ -171,14 +205,24 @@ def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Ten
     heads = range(subject.anatomy.n_heads)
     for call, block in zip(calls, subject.anatomy.blocks, strict=True):
         first = 0  # the first token of the unpadded row has position zero, where rotary embedding turns nothing
-        for reader, seen, exactly in ((block.value, call.value, True), (block.query, call.query, False), (block.key, call.key, False)):
+        for reader, seen, norms in (
+            (block.value, call.value, ()),
+            (block.query, call.query, ("q_norm", "q_layernorm")),
+            (block.key, call.key, ("k_norm", "k_layernorm")),
+        ):
             seen = seen.repeat_interleave(len(heads) // seen.shape[1], dim=1)
+            norm = next((found for name in norms if (found := getattr(block.attention, name, None)) is not None), None)
+            if norm is not None and norm.weight.shape != (
+                reader.width,
+            ):  # OLMo 2 normalises all heads together: no slice of its own to compare
+                continue
             for head in heads:
                 own = outputs[id(reader.module)][..., reader.features(head).to(seen.device)]
-                if exactly:
+                if not norms:
                     worst = max(worst, _error(own, seen[:, head], real))
-                elif not hasattr(block.attention, "q_norm"):  # a query or key norm with its own gains changes the direction
-                    worst = max(worst, 1 - float(torch.cosine_similarity(own[0, first], seen[0, head, first], dim=0)))
+                else:
+                    own = own[0, first] if norm is None else norm(own[0, first])
+                    worst = max(worst, 1 - float(torch.cosine_similarity(own, seen[0, head, first], dim=0)))
     return worst
 
 

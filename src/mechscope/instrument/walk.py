@@ -9,6 +9,7 @@ leaves the layers before it untouched (idea 7 of the design); and with logits co
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,15 +105,18 @@ def model_inputs(input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batc
 
 @contextlib.contextmanager
 def _stand_ins(blocks: list[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace the blocks' forward for the duration; what stood there (accelerate puts its own) is put back in any case."""
-    before = [block.__dict__.get("forward") for block in blocks]
+    """Replace the blocks' forward for the duration; what stood there (accelerate puts its own) is put back in any case.
+
+    Hooks are taken off with it: a recording around a walk must not take what the stand-ins hand on for a residual stream.
+    """
+    replaced = {"forward": stand_in, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    before = [{name: vars(block)[name] for name in replaced if name in vars(block)} for block in blocks]
     for block in blocks:
-        block.forward = stand_in
+        vars(block).update(replaced)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        for block, own in zip(blocks, before, strict=True):
+            for name in replaced:
+                del vars(block)[name]
+            vars(block).update(own)

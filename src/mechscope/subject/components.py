@@ -59,7 +59,7 @@ class Components:
             text: For example `"a3.h5,m3"`, `"layers:2,3,5"`, `"layers:0-3,a5.h1"` or `"none"`.
 
         Raises:
-            SettingsError: A part is not of one of these forms.
+            SettingsError: A part is not of one of these forms, or a span of layers runs backwards.
         """
         heads: list[tuple[int, int]] = []
         mlps: list[int] = []
@@ -75,6 +75,8 @@ class Components:
             elif match := _LAYERS.fullmatch(part):
                 for span in match[1].split(","):
                     first, _, last = span.partition("-")
+                    if last and int(last) < int(first):
+                        raise SettingsError(f"component 'layers:{span}' runs backwards: write 'layers:{last}-{first}'")
                     layers.extend(range(int(first), int(last or first) + 1))
             else:
                 raise SettingsError(

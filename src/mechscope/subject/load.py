@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -121,8 +123,13 @@ class Subject:
         for key, parameter in layer.get_base_layer().named_parameters():
             value = parameter.detach()
             if key == "weight" and self.adapted:
-                if not hasattr(layer, "get_delta_weight"):
-                    raise ModelError(f"adapter layer {name} ({type(layer).__name__}) has no weight form: merge it before comparing weights")
+                # DoRA and LoRA with a bias of its own change more than get_delta_weight tells
+                more = {*getattr(layer, "lora_variant", {}), *(name for name, on in getattr(layer, "lora_bias", {}).items() if on)}
+                if not hasattr(layer, "get_delta_weight") or more.intersection(layer.active_adapters):
+                    raise ModelError(
+                        f"adapter layer {name} ({type(layer).__name__}) changes its map by more than a sum W + ΔW (DoRA, a bias): "
+                        "merge the adapter into its model before comparing weights"
+                    )
                 for adapter in layer.active_adapters:
                     value = value + layer.get_delta_weight(adapter).detach().to(value.dtype)
             yield f"{name}.{key}", value
@@ -168,14 +175,23 @@ def load(
     if isinstance(source, nn.Module):
         return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
     options = {"dtype": _dtype(dtype), "device_map": device_map, "unsafe": unsafe}
-    adapter = _adapter_config(str(source))
+    adapter, beneath = _adapter_config(str(source)), ""
     if adapter is None:
         model = _pretrained(str(source), **options)
     else:
-        model = _adapter(str(source), adapter, base=None if base is None else str(base), **options)
+        recorded = adapter.get("base_model_name_or_path")
+        beneath = str(base or recorded or "")
+        if base is not None and recorded not in (None, beneath):
+            log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
+        model = _adapter(str(source), beneath, **options)
     if device_map is None:
         model = model.to(_device(device))
-    return _wrap(model, _tokenizer(tokenizer, str(source), adapter), str(source))
+    return _wrap(model, _tokenizer(tokenizer, [str(source), *([beneath] if beneath else [])]), str(source))
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Tell whether a source is a PEFT adapter rather than a whole model."""
+    return _adapter_config(str(source)) is not None
 
 
 def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
@@ -184,6 +200,11 @@ def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
     if not isinstance(plain, PreTrainedModel):
         raise ModelError(
             f"{type(plain).__name__} is not a Hugging Face PreTrainedModel: mechscope reads its configuration to find its parts"
+        )
+    if not adapted and any(isinstance(module, BaseTunerLayer) for module in plain.modules()):
+        raise ModelError(
+            f"model {source!r} holds PEFT layers inside a plain model (as get_base_model() returns it), so it acts with its adapter: "
+            "give the PeftModel itself and take subject.without_adapter() as the base"
         )
     model.eval()
     _require_finite(plain, source)
@@ -235,6 +256,8 @@ def _pretrained(source: str, *, dtype: torch.dtype | str, device_map: Any, unsaf
         raise ModelError(
             f"directory {source!r} is not a model: it has no config.json (it holds {found}); give a directory written by save_pretrained"
         )
+    if not unsafe and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model {source!r} has only pickled weights (.bin): save it as safetensors, or pass unsafe=True to read them")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
@@ -252,6 +275,10 @@ def _pretrained(source: str, *, dtype: torch.dtype | str, device_map: Any, unsaf
         )
     except SafetensorError as error:
         raise ModelError(f"model {source!r}: a safetensors file is truncated or corrupt ({error}): download or save it again") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"model {source!r}: its pickled file is damaged or holds more than weights: it is not read, safetensors are"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -265,30 +292,35 @@ def _pretrained(source: str, *, dtype: torch.dtype | str, device_map: Any, unsaf
     return model
 
 
-def _adapter(source: str, settings: dict[str, Any], *, base: str | None, **options: Any) -> PeftModel:
-    recorded = settings.get("base_model_name_or_path")
-    if base is None and not recorded:
+def _adapter(source: str, base: str, **options: Any) -> PeftModel:
+    if not base:
         raise ModelError(f"adapter {source!r} does not name its base model: pass the base explicitly")
-    if base is not None and recorded and base != recorded:
-        log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
     folder = Path(source)
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file() and not options["unsafe"]:
         raise ModelError(
             f"adapter {source!r} has no adapter_model.safetensors: save it as safetensors, or pass unsafe=True to read a pickled one"
         )
-    model = _pretrained(base or str(recorded), **options)
+    model = _pretrained(base, **options)
     try:
-        return PeftModel.from_pretrained(model, source)
+        with warnings.catch_warnings():
+            # peft only warns of matrices that the file lacks, and leaves them as if never trained
+            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+            return PeftModel.from_pretrained(model, source)
+    except UserWarning as warning:
+        raise ModelError(
+            f"adapter {source!r} is incomplete, its configuration asks for weights it lacks: {_first_lines(warning)}"
+        ) from warning
     except SafetensorError as error:
         raise ModelError(f"adapter {source!r}: its safetensors file is truncated or corrupt ({error})") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"adapter {source!r} does not fit base model {base or recorded!r}: {_first_lines(error)}") from error
+        raise ModelError(f"adapter {source!r} does not fit base model {base!r}: {_first_lines(error)}") from error
 
 
-def _tokenizer(tokenizer: Any, source: str, adapter: dict[str, Any] | None) -> Any:
+def _tokenizer(tokenizer: Any, sources: list[str]) -> Any:
+    """Load the tokenizer given by name, or the first one found beside the adapter or its base."""
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
-    candidates = [str(tokenizer)] if tokenizer is not None else [source, *([str(adapter["base_model_name_or_path"])] if adapter else [])]
+    candidates = [str(tokenizer)] if tokenizer is not None else sources
     error: Exception | None = None
     for candidate in candidates:
         if (
@@ -303,7 +335,7 @@ def _tokenizer(tokenizer: Any, source: str, adapter: dict[str, Any] | None) -> A
         except (OSError, ValueError, KeyError) as caught:
             error = caught
     if error is None:
-        raise ModelError(f"model {source!r} has no tokenizer beside it: name one with tokenizer=…")
+        raise ModelError(f"model {sources[0]!r} has no tokenizer beside it: name one with tokenizer=…")
     raise ModelError(f"no tokenizer can be loaded from {candidates[-1]!r}: {_first_lines(error)}") from error
 
 

@@ -1,0 +1,133 @@
+"""Summaries written by a model.
+
+Prompts are sorted by length, padded on the left and continued by transformers' own `generate`, deterministically: greedy or by beams, never by
+sampling, whatever defaults the model's generation file brings along. Padding does not change what is written. The paper's decoding is two
+beams, no repeated bigram and at most 150 new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from mechscope.adapt.trainer import Progress
+from mechscope.data.prompt import Example, batches, encode_prompt, pad_id
+from mechscope.data.template import Template
+from mechscope.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a summary is written.
+
+    Attributes:
+        beams: Beams of the search; 1 is greedy.
+        no_repeat_ngram: Length of the n-grams that may not occur twice (prompt included, as transformers counts); 0 allows all.
+        max_new_tokens: Tokens after which a summary ends, with or without the end token.
+    """
+
+    beams: int = 1
+    no_repeat_ngram: int = 0
+    max_new_tokens: int = 150
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.max_new_tokens < 1 or self.no_repeat_ngram < 0:
+            raise SettingsError(f"decoding {self}: beams and max_new_tokens are at least 1, no_repeat_ngram at least 0")
+
+
+PAPER = Decoding(beams=2, no_repeat_ngram=2, max_new_tokens=150)
+
+
+def encode_prompts(
+    documents: Sequence[str], tokenizer: Any, *, decoding: Decoding, max_tokens: int, template: Template | None = None
+) -> list[tuple[int, ...]]:
+    """Encode prompts once for many models that share a tokenizer.
+
+    Args:
+        documents: Articles; each is truncated to leave room for the answer.
+        tokenizer: The models' tokenizer.
+        decoding: How long an answer may get.
+        max_tokens: Most tokens of prompt and answer together.
+        template: The text around the article, paper 1's by default.
+
+    Raises:
+        DataError: No room is left for an article, or one is empty.
+    """
+    limits = {"max_tokens": max_tokens, "max_new_tokens": decoding.max_new_tokens}
+    return [encode_prompt(document, tokenizer, template=template, **limits) for document in documents]
+
+
+@torch.no_grad()
+def summarize(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    decoding: Decoding,
+    tokens_per_batch: int = 16384,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Continue prompts until the end token.
+
+    Args:
+        model: A causal language model, plain or with an adapter; left in evaluation mode.
+        tokenizer: Turns tokens into text, and names the end token.
+        prompts: Token ids, for example from `encode_prompts`.
+        decoding: How to search and when to stop.
+        tokens_per_batch: Most prompt tokens of a batch, padding included and counted once per beam.
+        progress: Called with ("summaries", prompts done, prompts).
+
+    Returns:
+        One summary per prompt, in the order given, without surrounding white space.
+    """
+    # inside the adapter's wrapper, which would keep a copy of the generation settings; the adapter acts there just the same
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model.eval()
+    device = next(model.parameters()).device
+    summaries = [""] * len(prompts)
+    # the prompts' places travel through the length-sorted batches as their ids
+    waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
+    per_batch = max(tokens_per_batch // decoding.beams, 1)
+    done = 0
+    with _plain_decoding(model, tokenizer, decoding):
+        for batch in batches(waiting, tokens_per_batch=per_batch, pad_id=pad_id(tokenizer), padding="left"):
+            ids = batch.input_ids.to(device)
+            answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for example, text in zip(batch.examples, texts, strict=True):
+                summaries[int(example.id)] = text.strip()
+            done += len(texts)
+            if progress is not None:
+                progress("summaries", done, len(prompts))
+    return summaries
+
+
+@contextmanager
+def _plain_decoding(model: Any, tokenizer: Any, decoding: Decoding) -> Iterator[None]:
+    """Set the model's generation settings to exactly these for a while.
+
+    Passing them to `generate` is not enough: what they leave open is filled from the model's own, such as a chat model's sampling temperature
+    or repetition penalty.
+    """
+    before = model.generation_config
+    ends = {before.eos_token_id} if isinstance(before.eos_token_id, int) else set(before.eos_token_id or ())
+    ends |= {tokenizer.eos_token_id} - {None}
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=decoding.beams,
+        no_repeat_ngram_size=decoding.no_repeat_ngram,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_id(tokenizer),
+        bos_token_id=before.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before

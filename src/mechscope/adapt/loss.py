@@ -1,0 +1,84 @@
+"""The loss of a language model on the summaries of a set of examples.
+
+Cross-entropy in nats per predicted token, weighted by token: the sum over all summary tokens divided by their number, not a mean of batch
+means (which would favour short summaries). The unembedding is applied only to the rows that predict a counted token, so a document's
+thousand rows never become logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechscope.data.prompt import Batch, Example, batches, collate
+
+LossOn = Literal["summary", "all"]
+IGNORED = -100  # the label that Hugging Face leaves out of a loss
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Stack examples into the tensors a causal language model is trained on, padded on the right.
+
+    Attributes:
+        pad_id: Token id of the padding.
+        loss_on: `"summary"` labels the summary's tokens alone, `"all"` every token that can be predicted.
+    """
+
+    pad_id: int
+    loss_on: LossOn = "summary"
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask, position_ids and labels, each (batch, longest), of examples in the order given."""
+        return self.inputs(collate(examples, pad_id=self.pad_id))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Label a batch."""
+        labels = batch.input_ids.masked_fill(~batch.rows(self.loss_on), IGNORED)
+        labels[:, 0] = IGNORED  # nothing precedes the first token, so nothing predicts it
+        # positions run on through the padding: a return to 0 would look like a second packed sequence to transformers
+        positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+        mask = batch.attention_mask.long()  # Hugging Face's trainer sums it to count tokens
+        return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+def summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
+    """Return the summed cross-entropy (nats) of a right-padded batch and the number of tokens it counts."""
+    labels = inputs["labels"]
+    rows = torch.zeros_like(labels, dtype=torch.bool)
+    rows[:, :-1] = labels[:, 1:] != IGNORED  # row t predicts token t + 1
+    # the padding stands to the right of every real token, where causal attention never looks: without a mask the fast kernels apply
+    output: Any = model(
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        logits_to_keep=rows,
+        use_cache=False,
+    )
+    logits = output.logits.float() if output.logits.dtype in (torch.bfloat16, torch.float16) else output.logits
+    targets = labels[:, 1:][rows[:, :-1]]
+    return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collator, tokens_per_batch: int = 8192) -> float:
+    """Return the token-weighted loss of a set of examples, in nats per token.
+
+    Args:
+        model: A causal language model; left in evaluation mode.
+        examples: Encoded documents with summaries.
+        collator: Which tokens count.
+        tokens_per_batch: Most tokens of a forward pass, padding included.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for batch in batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id):
+        loss, tokens = summed_loss(model, {name: tensor.to(device) for name, tensor in collator.inputs(batch).items()})
+        total += float(loss)
+        count += tokens
+    return total / count

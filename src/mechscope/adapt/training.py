@@ -1,0 +1,291 @@
+"""Fine-tuning on summaries: full or LoRA, stopped early, resumable, saved whole or not at all.
+
+`tune` trains a copy of the subject's model and keeps the checkpoint with the best validation loss. While it runs, a hidden folder beside the
+result holds the trainer's checkpoints. A killed training continues there and ends with the weights an undisturbed one has (bit-equal on a
+CPU), because optimizer, schedule, order of examples and random generators are all restored. A result that is already there and was made
+from the same request is returned, not made again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from mechscope.adapt.lora import attach, base_copy, leak, total_parameters
+from mechscope.adapt.settings import Method, TrainSettings
+from mechscope.adapt.targets import Placement
+from mechscope.adapt.trainer import Progress, Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
+from mechscope.data.prompt import Example, pad_id
+from mechscope.errors import DataError, ModelError, RunError, SettingsError
+from mechscope.store.files import read_json, refusal, write_json
+from mechscope.store.hashing import hash_json
+
+RECORD = "training.json"
+# what a checkpoint holds for resuming only
+_NOT_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished fine-tuning.
+
+    Attributes:
+        path: Folder with the weights: a model for `from_pretrained`, or a PEFT adapter.
+        method: `"full"` or `"lora"`.
+        rank: LoRA ranks as text; empty for full fine-tuning.
+        curve: One row per evaluation: step, tokens (input tokens seen), train_loss (mean since the last row), validation_loss; nats per token.
+            Row 0 is the model before training.
+        best_loss: Lowest validation loss of a trained checkpoint; its weights are the saved ones.
+        best_step: Optimizer step of that checkpoint.
+        tokens_to_best: Input tokens seen until then.
+        steps: Optimizer steps done.
+        tokens: Input tokens seen in all.
+        stopped_early: Whether patience ran out before the steps did.
+        trainable_parameters: Entries that could move.
+        total_parameters: Parameters of the base model, and of the adapter the entries that could move.
+    """
+
+    path: Path
+    method: Method
+    rank: str
+    curve: pd.DataFrame
+    best_loss: float
+    best_step: int
+    tokens_to_best: int
+    steps: int
+    tokens: int
+    stopped_early: bool
+    trainable_parameters: int
+    total_parameters: int
+
+    @classmethod
+    def read(cls, path: Path) -> Tuned:
+        """Read a result back from its folder.
+
+        Raises:
+            RunError: The folder holds no readable `training.json`.
+        """
+        result = read_json(path / RECORD)["result"]
+        curve = pd.DataFrame(result.pop("curve")).astype({"train_loss": float})
+        return cls(path=path, curve=curve, **result)
+
+
+def tune(
+    subject: Any,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    out: Path,
+    *,
+    method: Method = "full",
+    placed: Placement | None = None,
+    scaling: float = 2.0,
+    dropout: float = 0.0,
+    settings: TrainSettings | None = None,
+    progress: Progress | None = None,
+    initial_loss: float | None = None,
+) -> Tuned:
+    """Fine-tune a copy of a model on summaries and save the best checkpoint.
+
+    Args:
+        subject: The base `Subject`; its model is not changed. Full fine-tuning trains in float32 whatever the base's type.
+        train: Examples to learn.
+        validation: Examples whose loss decides which checkpoint is kept and when to stop.
+        out: Folder to write; it appears when it is complete.
+        method: `"full"` or `"lora"`.
+        placed: For LoRA, what learns at which rank; see `place`.
+        scaling: LoRA's α/r.
+        dropout: LoRA's dropout.
+        settings: How to train.
+        progress: Called with ("training", steps done, steps at most).
+        initial_loss: The base's validation loss if known already (many trainings of one base); otherwise it is measured.
+
+    Returns:
+        What was reached, with the learning curve.
+
+    Raises:
+        SettingsError: Method and placement contradict each other.
+        DataError: No examples.
+        RunError: The folder is taken by something else or cannot be written, or the loss is no longer a number.
+    """
+    settings = settings or TrainSettings()
+    if (method == "lora") is (placed is None):
+        raise SettingsError(
+            f"method {method!r} {'needs' if method == 'lora' else 'takes no'} placement: LoRA is placed, full fine-tuning changes everything"
+        )
+    for name, examples in (("training", train), ("validation", validation)):
+        if not examples:
+            raise DataError(f"there are no {name} examples: give at least one document with a summary")
+    if subject.dtype == torch.float16:
+        raise ModelError(f"model {subject.source!r} is loaded in float16, in which training overflows: load it in float32 or bfloat16")
+    request = {
+        "base": subject.source,
+        "fingerprint": subject.fingerprint,
+        "method": method,
+        "placement": None if placed is None else asdict(placed),
+        "scaling": scaling,
+        "dropout": dropout,
+        "settings": asdict(settings),
+        "examples": [_digest(train), _digest(validation)],
+    }
+    request_hash = hash_json(request)
+    work = out.absolute().with_name(f".{out.name}.work")
+    if out.exists():
+        tuned = _already_there(out, request_hash)
+        shutil.rmtree(work, ignore_errors=True)  # a kill between the result's renaming and this line leaves it
+        return tuned
+    try:
+        _claim(work, request_hash)
+        try:
+            model_facts = _train(subject, train, validation, work, method, placed, scaling, dropout, settings, progress, initial_loss)
+        except RunError:
+            shutil.rmtree(work)  # a diverged training would diverge again
+            raise
+        _publish(work, out, request, request_hash, subject.tokenizer, settings, model_facts)
+    except (OSError, SafetensorError) as error:
+        raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
+    return Tuned.read(out)
+
+
+def load_tuned(subject: Any, tuned: Tuned) -> Any:
+    """Return the tuned model, ready for use; an adapter is put on a view of the base's own weights, so do not merge it.
+
+    Args:
+        subject: The base `Subject` that was tuned.
+        tuned: What `tune` returned.
+    """
+    with undisturbed():
+        if tuned.method == "lora":
+            model: Any = PeftModel.from_pretrained(base_copy(subject, share_weights=True), tuned.path)
+        else:
+            model = type(subject.model).from_pretrained(tuned.path).to(subject.device)
+    return model.eval()
+
+
+def _train(
+    subject: Any,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    work: Path,
+    method: Method,
+    placed: Placement | None,
+    scaling: float,
+    dropout: float,
+    settings: TrainSettings,
+    progress: Progress | None,
+    initial_loss: float | None,
+) -> dict[str, Any]:
+    """Train up to the last checkpoint in `work`, from the one that is there if there is one, and count parameters."""
+    base = total_parameters(subject.model)
+    trainable = base if placed is None else placed.trainable_parameters
+    facts = {
+        "method": method,
+        "rank": "" if placed is None else placed.rank_text,
+        "trainable_parameters": trainable,
+        "total_parameters": base if placed is None else base + trainable,
+    }
+    checkpoint = last_checkpoint(work)
+    state = None if checkpoint is None else read_state(checkpoint)
+    if state is not None and finished(state, settings):
+        return facts
+    with undisturbed():
+        if placed is None:
+            model: Any = base_copy(subject).float().requires_grad_(True)
+        else:
+            model = attach(subject, placed, scaling=scaling, dropout=dropout, seed=settings.seed, share_weights=True)
+        trainer = build_trainer(
+            model,
+            train,
+            validation,
+            work,
+            settings=settings,
+            method=method,
+            pad_id=0 if subject.tokenizer is None else pad_id(subject.tokenizer),
+            first_time=checkpoint is None,
+            callbacks=[Reporter(progress, "training")],
+        )
+        trainer.initial_loss = initial_loss
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if placed is not None and leak(model, placed) != 0.0:
+            raise RunError("the adapter moved outside the slices it was placed in: this is a defect of mechscope, please report it")
+    return facts
+
+
+def _publish(
+    work: Path, out: Path, request: dict[str, Any], request_hash: str, tokenizer: Any, settings: TrainSettings, facts: dict[str, Any]
+) -> None:
+    """Turn the best checkpoint into the result and remove the work folder."""
+    last = last_checkpoint(work)
+    state = None if last is None else read_state(last)
+    if state is None:
+        raise RunError(f"training in {work} left no checkpoint")
+    curve = _curve(state["log_history"])
+    best = curve[curve["step"] == state["best_global_step"]].iloc[0]
+    result = {
+        **facts,
+        "best_loss": float(best["validation_loss"]),
+        "best_step": int(best["step"]),
+        "tokens_to_best": int(best["tokens"]),
+        "steps": int(state["global_step"]),
+        "tokens": int(state["num_input_tokens_seen"]),
+        "stopped_early": state["global_step"] < state["max_steps"],
+        "curve": [{key: None if math.isnan(value) else value for key, value in row.items()} for row in curve.to_dict("records")],
+    }
+    folder = work / "result"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / f"checkpoint-{state['best_global_step']}", folder, ignore=shutil.ignore_patterns(*_NOT_RESULT))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_json({"request": request, "request_hash": request_hash, "result": result}, folder / RECORD)
+    os.rename(folder, out)
+    shutil.rmtree(work)
+
+
+def _curve(history: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Gather the trainer's log into one row per evaluation."""
+    train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    rows = [
+        {
+            "step": int(entry["step"]),
+            "tokens": int(entry["num_input_tokens_seen"]),
+            "train_loss": float(train.get(entry["step"], math.nan)),
+            "validation_loss": float(entry["eval_loss"]),
+        }
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    return pd.DataFrame(rows)
+
+
+def _claim(work: Path, request_hash: str) -> None:
+    """Take the work folder, or find it taken by this very request."""
+    owner = work / "request.json"
+    if owner.is_file():
+        if read_json(owner) != request_hash:
+            raise SettingsError(
+                f"{work} holds an unfinished training with other settings or data: delete it, or choose another output folder"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(request_hash, owner)
+
+
+def _already_there(out: Path, request_hash: str) -> Tuned:
+    if not (out / RECORD).is_file():
+        raise RunError(f"{out} exists already and is not a training of mechscope: choose another output folder")
+    if read_json(out / RECORD)["request_hash"] != request_hash:
+        raise RunError(f"{out} holds a training with other settings, data or base model: choose another output folder, or delete it")
+    return Tuned.read(out)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    return hash_json([[example.input_ids, example.summary] for example in examples])

@@ -1,0 +1,1 @@
+"""Documents, prompts, task metrics and generated corpora."""

@@ -1,0 +1,11 @@
+"""The newsroom: a generated corpus whose facts are known, and a small language model pre-trained on it.
+
+The embedded default of mechscope's studies and its planted truth: where the facts stand in an article and its summary is known, any fact can
+be swapped for another in line token by token, and the model copies facts from first to later mentions.
+"""
+
+from mechscope.data.newsroom.articles import ROLES, Article, Fact, Role, generate, split_articles
+from mechscope.data.newsroom.counterfactual import counterfactual
+from mechscope.data.newsroom.shipped import newsroom_model_path, newsroom_tokenizer
+
+__all__ = ["ROLES", "Article", "Fact", "Role", "counterfactual", "generate", "newsroom_model_path", "newsroom_tokenizer", "split_articles"]

@@ -1,0 +1,108 @@
+"""Tokens of a piece of text as it stands inside a longer one.
+
+Some tokenizers (SentencePiece's, Llama 2's among them) put an invisible space before whatever they are given, which is right at the start of a
+text and wrong in its middle. A piece from the middle is therefore tokenised behind an anchor, a line feed, whose tokens are cut off
+again. Tokenizers without that habit (byte-level ones) tokenise the piece alone. Which kind it is, and which start token it sets, is found by
+trying.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from mechscope.errors import DataError
+
+ANCHOR = "\n"
+PROBE = "a"
+
+
+def _bare(text: str) -> str:
+    """Reduce a text to what normalising tokenizers leave alone: no case, no compatibility forms, no white space."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+class Pieces:
+    """A tokenizer, asked for the tokens of pieces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer sets before a text by itself (a BOS token, or none)."""
+        plain = self._tokenise([PROBE])[0]
+        special = list(self.tokenizer(PROBE, add_special_tokens=True)["input_ids"])
+        starts = [at for at in range(len(special) - len(plain) + 1) if special[at : at + len(plain)] == plain]
+        return tuple(special[: starts[0]]) if starts else ()
+
+    @cached_property
+    def anchor_ids(self) -> list[int]:
+        """The anchor's tokens, or none where a piece can be tokenised alone."""
+        alone, anchor, both = self._tokenise([PROBE, ANCHOR, ANCHOR + PROBE])
+        return anchor if both == anchor + both[len(anchor) :] and both[len(anchor) :] != alone else []
+
+    def ids(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
+        """Tokenise pieces, each on its own.
+
+        Args:
+            texts: the pieces.
+            first: whether they stand at the start of a text rather than inside one.
+
+        Returns:
+            Token ids per piece, without special tokens.
+        """
+        anchor = [] if first else self.anchor_ids
+        if not anchor:
+            return self._tokenise(texts)
+        found = self._tokenise([ANCHOR + text for text in texts])
+        # a merge across the anchor (several line feeds in one token) leaves only the piece alone to go by
+        merged = [at for at, ids in enumerate(found) if ids[: len(anchor)] != anchor]
+        alone = dict(zip(merged, self._tokenise([texts[at] for at in merged]), strict=True)) if merged else {}
+        return [alone[at] if at in alone else ids[len(anchor) :] for at, ids in enumerate(found)]
+
+    def token_spans(self, text: str, spans: Sequence[tuple[int, int]], *, first: bool = False) -> list[tuple[int, int]]:
+        """Find the tokens that hold given characters of a piece.
+
+        Args:
+            text: the piece.
+            spans: half-open character spans in it.
+            first: as in `ids`.
+
+        Returns:
+            Half-open token spans, each the fewest tokens that cover its characters.
+
+        Raises:
+            DataError: the tokenizer gives no offsets, or wrong ones (some do after a character that they have no token for).
+        """
+        if not self.tokenizer.is_fast:
+            raise DataError(f"{type(self.tokenizer).__name__} gives no character offsets: use the fast version of this tokenizer")
+        anchor = [] if first else self.anchor_ids
+        encoded = self._call([ANCHOR + text if anchor else text], return_offsets_mapping=True)
+        skip = len(anchor) if list(encoded["input_ids"][0][: len(anchor)]) == anchor else None
+        if skip is None:
+            encoded, skip = self._call([text], return_offsets_mapping=True), 0
+        shift = len(ANCHOR) if skip else 0
+        offsets = [(begin - shift, end - shift) for begin, end in encoded["offset_mapping"][0][skip:]]
+        ids = encoded["input_ids"][0][skip:]
+        found = []
+        for begin, end in spans:
+            inside = [at for at, (left, right) in enumerate(offsets) if left < end and begin < right]
+            read = self.tokenizer.decode(ids[inside[0] : inside[-1] + 1]) if inside else ""
+            if not inside or _bare(text[begin:end]) not in _bare(read):
+                name = type(self.tokenizer).__name__
+                raise DataError(
+                    f"{name} places {text[begin:end]!r} at tokens that read {read!r}: its offsets do not fit this text; use another tokenizer"
+                )
+            found.append((inside[0], inside[-1] + 1))
+        return found
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(ids) for ids in self._call(texts)["input_ids"]] if texts else []
+
+    def _call(self, texts: Sequence[str], **options: bool) -> dict[str, list]:
+        # split_special_tokens: "<|endoftext|>" written in an article is text and must not end the prompt
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False, **options)

@@ -1,0 +1,214 @@
+"""Two models over one batch of documents, in lock-step.
+
+Both models are walked block by block side by side, so that one layer of each is held at a time and every comparison is made while both sides are
+at hand: patterns by the identity of idea 2, heads' outputs, residual streams. Logits are made a few rows at a time and never held whole. Every
+row-level value is averaged over the query rows of each document at once: what leaves this module is one number per document, head and measure.
+
+    1. both models' embeddings;
+    2. layer by layer: one block of each, compare the patterns, z and the residual stream after the block;
+    3. next-token distributions and losses, in chunks of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mechscope.data.prompt import Batch, Rows
+from mechscope.errors import ModelError
+from mechscope.instrument import AttentionCall, PatternStatistics, Walk, compare, observed, unembed
+from mechscope.instrument.patterns import Method
+from mechscope.subject import Pair, Subject
+
+ROWS: tuple[Rows, ...] = get_args(Rows)
+PATTERN_MEASURES = ("entropy", "relative_entropy", "distance", "sink")
+SIDES = ("base", "tuned")
+HEAD_MEASURES = (
+    *(f"{name}_{side}" for name in PATTERN_MEASURES for side in SIDES),
+    "entropy_change",
+    "kl_base_tuned",
+    "kl_tuned_base",
+    "z_cosine_distance",
+)
+GINI_MEASURES = ("gini_base", "gini_tuned")
+LAYER_MEASURES = (
+    "kl_base_tuned",
+    "kl_tuned_base",
+    "entropy_change",
+    "activation_norm_base",
+    "activation_norm_tuned",
+    "activation_abs_base",
+    "activation_abs_tuned",
+    "cosine_distance",
+)
+OUTPUT_MEASURES = ("kl_base_tuned", "kl_tuned_base", "loss_base", "loss_tuned", "loss_change")
+
+# logits held at once, in elements of one model: 64 MiB in float32, about 330 rows of GPT-2's vocabulary
+_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One batch's documents: means over each document's query rows, NaN where it has no such rows. Axes in `ROWS` and `*_MEASURES` order.
+
+    Attributes:
+        ids: The documents' ids.
+        heads: ``(document, rows, measure, layer, head)``.
+        layers: ``(document, rows, measure, layer)``.
+        outputs: ``(document, rows, measure)``; the rows of a next-token distribution are those of the token it predicts.
+        pooled: ``(document, side, rows, layer, d_model)``: mean residual stream after each block, float32.
+    """
+
+    ids: tuple[str, ...]
+    heads: Float[np.ndarray, "document rows measure layer head"]
+    layers: Float[np.ndarray, "document rows measure layer"]
+    outputs: Float[np.ndarray, "document rows measure"]
+    pooled: Float[np.ndarray, "document side rows layer d_model"]
+
+
+@torch.no_grad()
+def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
+    """Run both models over a batch and return every document's means.
+
+    Args:
+        pair: The base and the tuned model.
+        batch: Documents, padded on either side.
+        gini: Also measure the Gini coefficient of every pattern (takes the exact path, several times slower on long documents).
+        method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
+
+    Raises:
+        ModelError: A model's activations overflow on a document.
+    """
+    base, tuned = pair.base, pair.tuned
+    real = batch.attention_mask.to(base.device)
+    rows = torch.stack([batch.rows(which) for which in ROWS], dim=1).to(base.device)
+    calls: list[AttentionCall] = []
+    heads, layers, pooled = [], [], []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(observed(base, calls.append))
+        if tuned.plain is not base.plain:
+            stack.enter_context(observed(tuned, calls.append))
+        walks = Walk(base, batch.input_ids, real), Walk(tuned, batch.input_ids, real)
+        hidden = [walk.hidden for walk in walks]
+        for layer in range(base.anatomy.n_layers):
+            hidden = [walk.step(layer, stream) for walk, stream in zip(walks, hidden, strict=True)]
+            of_heads = _attention(calls[0], calls[1], real, rows, gini=gini, method=method)
+            calls.clear()
+            heads.append(of_heads)
+            layers.append(torch.cat([_mean_over_heads(of_heads), _residual(hidden[0], hidden[1].to(real.device), rows)], dim=2))
+            pooled.append(torch.stack([_row_means(stream.to(real.device).transpose(1, 2), rows) for stream in hidden], dim=1))
+    for side, stream in zip(SIDES, hidden, strict=True):
+        _require_finite(side, getattr(pair, side), batch, stream)
+    outputs = _outputs(pair, batch, hidden[0], hidden[1], rows)
+    return Measured(
+        tuple(example.id for example in batch.examples),
+        torch.stack(heads, dim=3).cpu().numpy(),
+        torch.stack(layers, dim=3).cpu().numpy(),
+        outputs.cpu().numpy(),
+        torch.stack(pooled, dim=3).float().cpu().numpy(),
+    )
+
+
+def _require_finite(side: str, subject: Subject, batch: Batch, last: Float[Tensor, "batch token d"]) -> None:
+    """Refuse activations that overflowed: NaN means "no such row" further on, and would silently leave these rows out."""
+    real = batch.attention_mask.to(last.device)
+    bad = (~last.isfinite().all(-1) & real).any(1)
+    if bool(bad.any()):
+        document = batch.examples[int(bad.int().argmax())].id
+        raise ModelError(
+            f"{side} model {subject.source!r} in {subject.dtype}: the activations of document {document!r} are not finite: "
+            "load it in bfloat16 or float32"
+        )
+
+
+def _attention(
+    base: AttentionCall,
+    tuned: AttentionCall,
+    real: Bool[Tensor, "batch token"],
+    rows: Bool[Tensor, "batch rows token"],
+    *,
+    gini: bool,
+    method: Method,
+) -> Float[Tensor, "batch rows measure head"]:
+    compared = compare(base, tuned, real, gini=gini, method=method)
+    z_distance = cosine_distance(base.z, tuned.z.to(base.z.device)).transpose(1, 2)
+    sides: tuple[PatternStatistics, ...] = (compared.base, compared.tuned)
+    values = [getattr(side, name) for name in PATTERN_MEASURES for side in sides]
+    values += [compared.tuned.entropy - compared.base.entropy, compared.kl_base_tuned, compared.kl_tuned_base, z_distance]
+    if gini:
+        values += [side.gini for side in sides]
+    return torch.stack([_row_means(value, rows) for value in values], dim=2)
+
+
+def _mean_over_heads(heads: Float[Tensor, "batch rows measure head"]) -> Float[Tensor, "batch rows 3"]:
+    return heads[:, :, [HEAD_MEASURES.index(name) for name in LAYER_MEASURES[:3]]].mean(-1)
+
+
+def _residual(
+    base: Float[Tensor, "batch token d"], tuned: Float[Tensor, "batch token d"], rows: Bool[Tensor, "batch rows token"]
+) -> Float[Tensor, "batch rows 5"]:
+    """Measure the residual stream after a block: size by two norms, and direction."""
+    streams = (base.float() if base.dtype != torch.float64 else base, tuned.float() if tuned.dtype != torch.float64 else tuned)
+    values = [stream.norm(dim=-1) for stream in streams] + [stream.abs().mean(-1) for stream in streams] + [cosine_distance(*streams)]
+    return _row_means(torch.stack(values, dim=1), rows)
+
+
+def cosine_distance(x: Float[Tensor, "*shape d"], y: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+    """Return 1 − cosine as half the squared distance of the unit vectors: no cancellation, and exactly zero for equal vectors."""
+    x, y = (value if value.dtype == torch.float64 else value.float() for value in (x, y))
+    return (normalize(x, dim=-1) - normalize(y, dim=-1)).square().sum(-1) / 2
+
+
+def _row_means(x: Float[Tensor, "batch some token"], rows: Bool[Tensor, "batch rows token"]) -> Float[Tensor, "batch rows some"]:
+    """Average over each document's query rows of each kind, in float64; NaN rows (and padding, whatever it holds) are left out."""
+    x = x.double()
+    valid = ~x.isnan()
+    kinds = rows.double()
+    total = torch.einsum("bst,brt->brs", x.masked_fill(~valid, 0.0), kinds)
+    count = torch.einsum("bst,brt->brs", valid.double(), kinds)
+    return total / torch.where(count > 0, count, torch.nan)
+
+
+def _outputs(
+    pair: Pair,
+    batch: Batch,
+    base: Float[Tensor, "batch token d"],
+    tuned: Float[Tensor, "batch token d"],
+    rows: Bool[Tensor, "batch rows token"],
+) -> Float[Tensor, "batch rows measure"]:
+    """Compare next-token distributions: at the position before each real token, counted to the kind of row of the token predicted."""
+    predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    at = predicted.nonzero()
+    step = max(1, _LOGITS // max(pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size))
+    parts = []
+    for chosen in at.split(step):
+        row, token = chosen.unbind(1)
+        parts.append(_compare_logits(pair, base[row, token], tuned[row, token], batch.input_ids[row, token + 1]))
+    by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
+    by_token[:, at[:, 0], at[:, 1]] = torch.cat(parts, dim=1).to(rows.device)
+    return _row_means(by_token.transpose(0, 1), rows[:, :, 1:])
+
+
+def _compare_logits(pair: Pair, base: Float[Tensor, "n d"], tuned: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, "measure n"]:
+    """Return `OUTPUT_MEASURES` of some rows. Tokens outside a truncated shared vocabulary have no loss (NaN)."""
+    size = pair.vocab_size
+    logs = [torch.log_softmax(unembed(side, x)[:, :size], -1, dtype=_wide(x.dtype)) for side, x in ((pair.base, base), (pair.tuned, tuned))]
+    p, q = logs[0], logs[1].to(logs[0].device)
+    targets = targets.to(p.device)
+    inside = targets < size
+    index = targets.clamp(max=size - 1)[:, None]
+    losses = [-log.gather(1, index)[:, 0].masked_fill(~inside, torch.nan) for log in (p, q)]
+    difference = p - q
+    forward, backward = (p.exp_() * difference).sum(-1), -(q.exp_() * difference).sum(-1)
+    return torch.stack([forward, backward, *losses, losses[1] - losses[0]]).double()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,154 @@
+"""What fine-tuning did to the weights: per matrix, per head's own slices, per layer.
+
+Query, key and value are separate matrices here whatever the family's storage (GPT-2 and GPT-NeoX keep them in one map): they are cut out by the
+anatomy's slices. All changes are Frobenius norms; `relative` ones are divided by the base's norm. A PEFT adapter's change is added to the weight
+it adapts, so that an adapter and a merged model give the same table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechscope.errors import ModelError
+from mechscope.stats.spectra import weight_change
+from mechscope.subject import Pair, Subject
+from mechscope.subject.anatomy import Slice, is_conv1d
+
+log = logging.getLogger(__name__)
+
+SINGULAR_VALUES = 8
+
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """How the weights changed.
+
+    Attributes:
+        table: One row per matrix and vector; the columns of `weights.parquet`.
+        heads: ``(layer, head)``: relative change of a head's slices of query, key, value and output projection together.
+        layers: ``(layer,)``: relative change of all weights of a block together.
+    """
+
+    table: pd.DataFrame
+    heads: np.ndarray
+    layers: np.ndarray
+
+
+@torch.no_grad()
+def compare_weights(pair: Pair, *, progress: Callable[[int, int], None] | None = None) -> WeightDifference:
+    """Compare the weights of two models.
+
+    Args:
+        pair: The base and the tuned model.
+        progress: Called with the number of parameters done and their total.
+
+    Raises:
+        ModelError: The models do not have the same parameters.
+    """
+    base, tuned = dict(pair.base.weights()), dict(pair.tuned.weights())
+    _require_same_names(pair, base, tuned)
+    rows = []
+    for done, name in enumerate(base):
+        if progress is not None:
+            progress(done, len(base))
+        for part, first, second in _parts(pair, name, base[name], tuned[name]):
+            layer, kind = _place(pair.base, name, part)
+            change = weight_change(first, second, top=SINGULAR_VALUES)
+            rows.append(
+                {
+                    "name": f"{name}[{part}]" if part else name,
+                    "layer": layer,
+                    "kind": kind,
+                    "rows": first.shape[0],
+                    "columns": first.shape[1] if first.ndim == 2 else 1,
+                    "norm_base": change.norm_base,
+                    "change": change.change,
+                    "relative_change": change.relative_change,
+                    "effective_rank": change.effective_rank,
+                    "stable_rank": change.stable_rank,
+                    **{f"sv{index}": value for index, value in enumerate(change.singular_values, start=1)},
+                    "intruders": change.intruders,
+                }
+            )
+    table = pd.DataFrame(rows)
+    if progress is not None:
+        progress(len(base), len(base))
+    return WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
+
+
+def _require_same_names(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> None:
+    if missing := sorted(base.keys() ^ tuned.keys()):
+        raise ModelError(
+            f"models {pair.base.source!r} and {pair.tuned.source!r} do not have the same parameters: {', '.join(missing[:3])} "
+            f"({len(missing)} in all) are in one only; were the input and output embeddings untied?"
+        )
+
+
+def _readers(subject: Subject) -> Iterator[tuple[int, str, Slice]]:
+    for layer, block in enumerate(subject.anatomy.blocks):
+        for part, where in (("query", block.query), ("key", block.key), ("value", block.value), ("output", block.output)):
+            yield layer, part, where
+
+
+def _parts(pair: Pair, name: str, base: Tensor, tuned: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+    """Cut a parameter into the matrices it stores, oriented (out, in); embeddings of different length to their shared tokens."""
+    module_name, _, key = name.rpartition(".")
+    if base.shape != tuned.shape:
+        by_token = (base.shape[0], tuned.shape[0]) == (pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size)
+        if not by_token or base.shape[1:] != tuned.shape[1:]:
+            raise ModelError(f"parameter {name} has shape {tuple(tuned.shape)} in the tuned model and {tuple(base.shape)} in the base")
+        base, tuned = base[: pair.vocab_size], tuned[: pair.vocab_size]
+    tuned = tuned.to(base.device)
+    if key == "weight" and base.ndim == 2 and is_conv1d(pair.base.plain.get_submodule(module_name)):
+        base, tuned = base.T, tuned.T
+    fused = [(part, where) for _, part, where in _readers(pair.base) if where.name == module_name]
+    if len(fused) < 2:
+        return [("", base, tuned)]
+    return [(part, base[where.all_features], tuned[where.all_features]) for part, where in fused]
+
+
+def _place(subject: Subject, name: str, part: str) -> tuple[int, str]:
+    """Return the layer (−1 outside the blocks) and the kind of a parameter."""
+    module_name, _, key = name.rpartition(".")
+    module = subject.plain.get_submodule(module_name)
+    if module is subject.anatomy.embedding:
+        return -1, "embedding"
+    if module is subject.anatomy.unembedding:
+        return -1, "unembedding"
+    for layer, block in enumerate(subject.anatomy.blocks):
+        if not name.startswith(f"{block.name}."):
+            continue
+        found = next((found for _, found, where in _readers(subject) if where.name == module_name), None)
+        kind = part or found or ("mlp" if module_name in block.mlp_linears else "norm")
+        return layer, kind if key == "weight" else f"{kind}_{key}"
+    return -1, "position" if "pos" in name or "wpe" in name else "norm"
+
+
+def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.ndarray:
+    """Return the relative change of every head's own slices; a shared key/value slice counts for each head that reads it."""
+    anatomy = pair.base.anatomy
+    squares = np.zeros((2, anatomy.n_layers, anatomy.n_heads))
+    for layer, _, where in _readers(pair.base):
+        transposed = is_conv1d(where.module)
+        first, second = (weights[f"{where.name}.weight"] for weights in (base, tuned))
+        first, second = (weight.T if transposed else weight for weight in (first, second.to(first.device)))
+        for head in range(anatomy.n_heads):
+            own, new = where.take(first, head).double(), where.take(second, head).double()
+            squares[0, layer, head] += float((new - own).square().sum())
+            squares[1, layer, head] += float(own.square().sum())
+    return np.sqrt(squares[0] / squares[1])
+
+
+def _layers(pair: Pair, table: pd.DataFrame) -> np.ndarray:
+    squares = (
+        table.assign(change=table["change"] ** 2, norm=table["norm_base"] ** 2).groupby("layer")[["change", "norm"]].sum()
+    ).sort_index()
+    inside = squares[squares.index >= 0]
+    return np.sqrt(inside["change"].to_numpy() / inside["norm"].to_numpy())

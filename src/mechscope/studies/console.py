@@ -1,0 +1,150 @@
+"""What a person sees in the terminal: progress while a study runs, a short summary when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mechscope.studies.stages import Progress as Report
+
+if TYPE_CHECKING:
+    from mechscope.adapt.training import Tuned
+    from mechscope.instrument import Check
+    from mechscope.studies.summarization import Study
+    from mechscope.subject import Subject
+
+_VERDICTS = {"supported": "green", "contradicted": "red", "undecided": "yellow", "no change": "cyan"}
+
+out = Console()
+err = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and notices of the libraries underneath: they would break ours."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.disable_progress_bar()
+    logging.getLogger("mechscope").addHandler(_Warnings())
+
+
+class _Warnings(logging.Handler):
+    """Shows mechscope's own warnings as yellow lines."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(f"[yellow]warning:[/yellow] {escape(record.getMessage())}", highlight=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Report]:
+    """Show progress: bars on a terminal, elsewhere one line when something begins."""
+    quiet_libraries()
+    if not err.is_terminal:
+        seen: set[str] = set()
+
+        def line(label: str, done: int, total: int) -> None:
+            if label not in seen:
+                seen.add(label)
+                err.print(f"{label} …", highlight=False)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            elif done < bars.tasks[tasks[label]].completed:  # the same kind of work again, for the next arm
+                bars.reset(tasks[label], total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield bar
+
+
+def show_study(study: Study) -> None:
+    """Print the claims and where the report is."""
+    claims = study.tables.get("claims")
+    if claims is not None:
+        table = Table(title="Claims of the paper, measured", show_lines=False)
+        for name in ("verdict", "statement", "measured"):
+            table.add_column(name, overflow="fold")
+        for claim in claims.itertuples():
+            style = _VERDICTS[str(claim.verdict)]
+            table.add_row(f"[{style}]{claim.verdict}[/{style}]", escape(str(claim.statement)), escape(str(claim.measured)))
+        out.print(table)
+    out.print(f"run     {escape(str(study.path))}", highlight=False)
+    show_report(study.report)
+
+
+def show_report(page: Path) -> None:
+    """Print where the report is."""
+    out.print(f"report  [bold]{escape(str(page))}[/bold]", highlight=False, soft_wrap=True)
+
+
+def show_tuned(tuned: Tuned) -> None:
+    """Print what a fine-tuning reached and where it is."""
+    share = tuned.trainable_parameters / tuned.total_parameters
+    out.print(
+        f"best validation loss {tuned.best_loss:.4f} nats per token at step {tuned.best_step:,} of {tuned.steps:,}; "
+        f"{tuned.trainable_parameters:,} trainable parameters ({share:.2%})",
+        highlight=False,
+    )
+    out.print(f"model   [bold]{escape(str(tuned.path))}[/bold]", highlight=False, soft_wrap=True)
+
+
+def show_verified(path: Path, files: pd.DataFrame) -> bool:
+    """Print what verification found; return whether every recorded file is as it was."""
+    wrong = files[files["status"].isin(["changed", "missing"])]
+    for row in wrong.itertuples():
+        out.print(f"[red]{row.status}[/red]  {escape(str(row.file))}", highlight=False)
+    unrecorded = int((files["status"] == "unrecorded").sum())
+    note = f", {unrecorded} not recorded by any finished stage" if unrecorded else ""
+    verdict = "[red]not as recorded[/red]" if len(wrong) else "[green]as recorded[/green]"
+    out.print(f"{escape(str(path))}: {int((files['status'] == 'ok').sum())} files ok, {len(wrong)} wrong{note}: {verdict}", highlight=False)
+    return not len(wrong)
+
+
+def show_model(subject: Subject, checks: tuple[Check, ...]) -> bool:
+    """Print a model's parts and the load-time checks; return whether all passed."""
+    anatomy = subject.anatomy
+    first = anatomy.blocks[0]
+    facts = {
+        "family": subject.family,
+        "layers": anatomy.n_layers,
+        "heads": f"{anatomy.n_heads} query, {anatomy.n_kv_heads} key/value, width {anatomy.d_head}",
+        "residual stream": anatomy.d_model,
+        "vocabulary": f"{anatomy.vocab_size:,}",
+        "positions": f"{anatomy.max_positions:,}" if anatomy.max_positions < 2**31 else "unbounded",
+        "parameters": f"{sum(p.numel() for p in subject.plain.parameters()):,}",
+        "type, device": f"{subject.dtype}, {subject.device}".removeprefix("torch."),
+        "adapter": "yes" if subject.is_adapter else "no",
+        "first block": first.name,
+        "query, key, value": ", ".join(dict.fromkeys(part.name for part in (first.query, first.key, first.value))),
+        "output projection": first.output.name,
+        "MLP": ", ".join(first.mlp_linears),
+    }
+    table = Table(title=escape(subject.source), show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    out.print(table)
+    for check in checks:
+        mark = "[green]ok[/green]    " if check.passed else "[red]FAILED[/red]"
+        note = "" if check.passed else f"; needed for {check.needed_for}"
+        out.print(f"{mark} {check.name} (off by {check.error:.1e}, allowed {check.tolerance:.1e}){note}", highlight=False)
+    return all(check.passed for check in checks)

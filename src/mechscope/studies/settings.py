@@ -1,0 +1,256 @@
+"""What a command is asked to do, as a value: every field is a flag of the command line and a key of `study.yaml`.
+
+The dataclasses here are the one place where a setting's name, type, default and help are written; the command line builds its flags from them and
+`resolve` checks a configuration file against them. Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mechscope.errors import SettingsError
+
+DEFAULT_TEMPLATE = "Article: {document}\nSummary: {summary}"
+
+
+def _setting(default: Any, help: str) -> Any:
+    """Declare a field with the sentence that explains it; `...` as the default means it must be given."""
+    if default is ...:
+        return field(metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How models are loaded."""
+
+    dtype: str = _setting("float32", "Type of the weights: float32, bfloat16, float16, float64, or auto for the stored one.")
+    device: str = _setting("auto", "Where to run: auto, cpu, cuda, cuda:N.")
+    unsafe: bool = _setting(False, "Also accept pickled checkpoints (.bin), read with weights_only.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which documents are used, and how they become tokens."""
+
+    data: str = _setting(
+        ..., "Documents: a JSONL, CSV or Parquet file, a hub data set such as cnn_dailymail:3.0.0, or newsroom (the generated corpus)."
+    )
+    document_column: str = _setting("document", "Column that holds the document.")
+    summary_column: str = _setting("summary", "Column that holds the reference summary.")
+    on_problem: Literal["skip", "error"] = _setting("skip", "Unusable rows: skip and count them, or stop with an error.")
+    template: str = _setting(DEFAULT_TEMPLATE, "Prompt around the document and the summary; only the document is ever truncated.")
+    max_tokens: int = _setting(1024, "Most tokens of a prompt with its summary; lowered to what the model can read.")
+    seed: int = _setting(0, "Seed of every random choice: sampling, splitting, initialisation, resampling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(DataSettings):
+    """How documents are divided into training, validation and test."""
+
+    validation_data: str | None = _setting(None, "Validation documents; by default a part of --data, disjoint from the others.")
+    test_data: str | None = _setting(None, "Held-out documents for the difference and for ROUGE; by default a part of --data.")
+    train_split: str = _setting("train", "Split of a hub data set to train on.")
+    validation_split: str = _setting("validation", "Split of a hub data set to validate on.")
+    test_split: str = _setting("test", "Split of a hub data set to test on.")
+    train_documents: int = _setting(2000, "Documents to train on; fewer if there are not that many.")
+    validation_documents: int = _setting(200, "Documents whose loss stops the training.")
+    test_documents: int = _setting(300, "Held-out documents to measure on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How the difference is measured."""
+
+    tokens_per_batch: int = _setting(8192, "Tokens of a batch, padding included; decides the memory.")
+    gini: bool = _setting(False, "Also measure the Gini sparsity of attention (several times slower on long documents).")
+    replicates: int = _setting(200, "Bootstrap replicates for the stability of selections.")
+    geometry_documents: int = _setting(300, "Most documents whose pooled states are kept for CKA and RSA.")
+    pattern_documents: int = _setting(0, "Documents whose whole attention patterns are kept (tensors/patterns.safetensors).")
+    resize: Literal["refuse", "truncate"] = _setting("refuse", "Vocabularies of different size: refuse, or compare the shared tokens.")
+    rows: Literal["all", "document", "summary"] = _setting("all", "Which query rows selections and claims read.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings:
+    """Which layers and heads are called most changed."""
+
+    layer_rule: str = _setting(
+        "layers_by_kl", "Rule that chooses layers: layers_by_kl (the paper's), layers_by_score, last_layers, random_layers."
+    )
+    head_rule: str = _setting("heads_by_kl", "Rule that chooses heads: heads_by_kl, heads_by_entropy, heads_by_score, random_heads.")
+    selected_layers: int | None = _setting(None, "How many layers; by default a quarter of them.")
+    selected_heads: int | None = _setting(None, "How many heads; by default as many as the selected layers hold.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How fine-tuning is run; the defaults are the paper's."""
+
+    learning_rate_full: float = _setting(3e-5, "Peak learning rate of full fine-tuning.")
+    learning_rate_lora: float = _setting(3e-4, "Peak learning rate of LoRA.")
+    weight_decay: float = _setting(0.01, "AdamW's decoupled weight decay.")
+    epochs: int = _setting(10, "Passes over the training documents at most.")
+    max_steps: int | None = _setting(None, "Optimizer steps at most; by default what the epochs give.")
+    batch_size: int = _setting(32, "Documents per forward pass.")
+    gradient_accumulation: int = _setting(1, "Forward passes per optimizer step.")
+    warmup: float = _setting(0.0, "Share of the steps in which the learning rate rises, 0 to 1.")
+    schedule: Literal["linear", "cosine", "constant"] = _setting("linear", "What the learning rate does after the warm-up.")
+    patience: int | None = _setting(6, "Evaluations without a better validation loss after which training stops.")
+    eval_every: int | None = _setting(None, "Optimizer steps between evaluations; by default once per epoch.")
+    loss_on: Literal["summary", "all"] = _setting("summary", "Tokens that are learned and scored.")
+    bf16: bool = _setting(False, "Compute in bfloat16 while the learned weights stay float32.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """What a LoRA adapter is made of."""
+
+    rank: int = _setting(8, "Rank of standard LoRA, and of every strategy at equal rank.")
+    lora_scaling: float = _setting(2.0, "Alpha divided by rank.")
+    lora_dropout: float = _setting(0.0, "Dropout in front of the adapter.")
+    lora_modules: Literal["attention", "mlp", "all"] = _setting("attention", "Linear maps of a layer that are adapted.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingSettings:
+    """How summaries are written."""
+
+    beams: int = _setting(1, "Beams of the search; 1 is greedy (the paper: 2).")
+    no_repeat_ngram: int = _setting(0, "Length of word pieces that may not repeat; 0 allows all (the paper: 2).")
+    max_new_tokens: int = _setting(150, "Longest summary, in tokens.")
+    rouge_documents: int = _setting(100, "Held-out documents that are summarized and scored.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContestSettings:
+    """Which placements of LoRA compete."""
+
+    strategies: str = _setting(
+        "standard,targeted_layers,targeted_heads,more_rank,random_layers,last_layers,full,none",
+        "Strategies that compete, joined by commas.",
+    )
+    protocols: str = _setting("equal_rank,equal_parameters", "Budgets: equal_rank (the paper's), equal_parameters, or both.")
+    seeds: int = _setting(3, "Seeds of every strategy.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffSettings(ModelSettings, DataSettings, MeasureSettings, SelectionSettings):
+    """`mechscope diff`: what fine-tuning changed."""
+
+    base: str = _setting(..., "The pre-trained model: hub id, directory, or adapter.")
+    tuned: str = _setting(..., "The fine-tuned model or adapter.")
+    split: str | None = _setting(None, "Split of a hub data set to measure on (default: test).")
+    documents: int = _setting(300, "Documents to measure on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(ModelSettings, SplitSettings, TrainingSettings, LoraSettings):
+    """`mechscope tune`: fine-tune a model to summarize."""
+
+    base: str = _setting(..., "The pre-trained model.")
+    method: Literal["full", "lora"] = _setting("full", "Full fine-tuning or LoRA.")
+    targets: str | None = _setting(None, 'Where LoRA learns, e.g. "layers:2,3,5" or "a3.h5,m3"; by default every layer.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class BakeOffSettings(ModelSettings, SplitSettings, TrainingSettings, LoraSettings, DecodingSettings, ContestSettings):
+    """`mechscope bakeoff`: is LoRA at chosen places as good as everywhere?"""
+
+    base: str = _setting(..., "The pre-trained model.")
+    target_layers: str = _setting(..., 'Layers for targeted LoRA, e.g. "layers:2,3,5".')
+    target_heads: str | None = _setting(None, 'Heads for targeted LoRA, e.g. "a4.h11,a2.h2"; without, that strategy is left out.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(
+    ModelSettings,
+    SplitSettings,
+    MeasureSettings,
+    SelectionSettings,
+    TrainingSettings,
+    LoraSettings,
+    DecodingSettings,
+    ContestSettings,
+):
+    """`mechscope study summarization`: difference, selection, bake-off, claims, report."""
+
+    base: str = _setting(..., "The pre-trained model: hub id, directory, or adapter.")
+    tuned: str | None = _setting(None, "The fine-tuned model or adapter; without, one is fine-tuned here (full and LoRA).")
+    bakeoff: bool = _setting(True, "Run the bake-off of LoRA placements.")
+
+
+S = TypeVar("S")
+
+# do not change what is measured, only where and how fast: a run may be continued with others
+VOLATILE = ("device",)
+_MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents")
+
+
+def resolve(kind: type[S], config: str | Path | None = None, **given: Any) -> S:
+    """Build settings from a configuration file and what was given on top of it.
+
+    Args:
+        kind: The settings' class.
+        config: A YAML file with the fields of that class.
+        given: Fields that were set explicitly; None means not given.
+
+    Raises:
+        SettingsError: The file cannot be read, or a field is unknown, missing or of the wrong type; the message names it.
+    """
+    values = _read(config) if config is not None else {}
+    values.update({name: value for name, value in given.items() if value is not None})
+    return validated(kind, values, source=str(config) if config is not None else None)
+
+
+def validated(kind: type[S], values: Mapping[str, Any], *, source: str | None = None) -> S:
+    """Check values against the fields of a settings class.
+
+    Raises:
+        SettingsError: A field is unknown, missing or of the wrong type.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    where = f" in {source}" if source else ""
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise SettingsError(f"setting {unknown[0]!r}{where} is not known: {_nearest(unknown[0], list(fields))}")
+    missing = [name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise SettingsError(f"setting {missing[0]!r} is missing{where}: {fields[missing[0]].metadata['help']}")
+    try:
+        settings = TypeAdapter(with_config(ConfigDict(allow_inf_nan=False))(kind)).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise SettingsError(f"setting {name!r}{where} is {first['input']!r}: {first['msg'].lower()}") from error
+    for name in fields:
+        value = getattr(settings, name)
+        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if name in _MAY_BE_ZERO else 1):
+            raise SettingsError(f"setting {name!r}{where} is {value}: it must be at least {0 if name in _MAY_BE_ZERO else 1}")
+    return settings
+
+
+def _read(config: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"configuration file {str(config)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"configuration file {str(config)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"configuration file {str(config)!r} holds no settings: write one 'name: value' per line")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

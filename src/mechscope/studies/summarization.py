@@ -1,0 +1,215 @@
+"""The flagship: what fine-tuning to summarize changed in a model, which parts it changed most, and whether LoRA belongs there (paper 1).
+
+    1. documents: load, divide, encode
+    2. tuned model: the one given, or fine-tuned here (full, and LoRA beside it)
+    3. difference: base against tuned over held-out documents; with a LoRA trained here, the two further pairs of the paper
+    4. selection: which layers and heads changed most, and how stable that is
+    5. bake-off: LoRA there, everywhere, at random places, …, over seeds and at matched budgets
+    6. summaries of held-out documents, side by side
+    7. claims: the paper's, each with what was measured and a verdict
+    8. report
+
+Every stage is skipped when it was done with the same inputs, so a killed study continues with the same command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechscope.data.sources import is_file_source
+from mechscope.instrument import load, load_pair
+from mechscope.store.run import RunFolder
+from mechscope.studies import stages
+from mechscope.studies.claims import claims_table
+from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_splits
+from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
+from mechscope.studies.stages import Progress
+from mechscope.subject import Components, Pair, Subject, pair
+
+_TABLES = (
+    "heads",
+    "layers",
+    "weights",
+    "outputs",
+    "selection",
+    "bakeoff",
+    "bakeoff_summary",
+    "learning_curves",
+    "rouge",
+    "pairs",
+    "claims",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study: its folder, its page, and its tables by name.
+
+    Attributes:
+        path: The run folder.
+        report: The page.
+        tables: The tables the study wrote, by name.
+    """
+
+    path: Path
+    report: Path
+    tables: dict[str, pd.DataFrame]
+
+    @classmethod
+    def of(cls, run: RunFolder, report: Path) -> Study:
+        """Read a finished run."""
+        return cls(run.path, report, {name: run.table(name) for name in _TABLES if run.has_table(name)})
+
+
+def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> Study:
+    """Run the whole study, or continue it.
+
+    Args:
+        settings: What to study and how.
+        out: The run folder.
+        command: The command line that asked for it, for the report.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        MechscopeError: Models, documents or settings cannot be used, or the folder belongs to another run.
+    """
+    with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
+        _record_command(run, command)
+        models, splits = _models(run, settings, progress)
+        both = models["base"], models["tuned"]
+        compared = pair(*both, resize=settings.resize)
+        _record(run, models, splits, settings)
+        stages.difference_stage(run, compared, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
+        if "lora" in models:
+            further = {
+                "base–LoRA": pair(models["lora"].without_adapter(), models["lora"]),
+                "tuned–LoRA": pair(models["tuned"], models["lora"]),
+            }
+            stages.pairs_stage(run, further, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
+        layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
+        if settings.bakeoff:
+            with _plain_base(models["base"], settings) as subject:
+                stages.bakeoff_stage(run, subject, splits, settings, layers, heads, progress=progress)
+        stages.summaries_stage(run, models, splits, settings, progress=progress)
+        claims_stage(run, settings)
+        return Study.of(run, stages.report_stage(run))
+
+
+def diff_run(settings: DiffSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> Study:
+    """Measure a difference into a run folder: tables, selection, claims about attention, report.
+
+    Arguments and errors as for `study`.
+    """
+    with RunFolder.open(out, asdict(settings), kind="diff", volatile=VOLATILE) as run:
+        _record_command(run, command)
+        compared = load_pair(settings.base, settings.tuned, resize=settings.resize, **_loading(settings))
+        corpus = load_corpus(
+            settings, settings.data, split=document_split(settings, settings.data), limit=settings.documents, name="documents"
+        )
+        encoded = encode_for(settings, corpus, compared.base)
+        splits = Splits({"test": corpus}, {"test": encoded})
+        _record(run, {"base": compared.base, "tuned": compared.tuned}, splits, settings)
+        stages.difference_stage(run, compared, encoded, settings, seed=settings.seed, progress=progress)
+        stages.selection_stage(run, settings, seed=settings.seed)
+        claims_stage(run, settings)
+        return Study.of(run, stages.report_stage(run))
+
+
+def document_split(settings: DiffSettings, data: str) -> str | None:
+    """Return the split to measure on: the one asked for, else `test`; files have none."""
+    return settings.split or (None if is_file_source(data) else "test")
+
+
+def bakeoff_run(
+    settings: BakeOffSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None
+) -> Study:
+    """Run a bake-off alone into a run folder: tables and report.
+
+    Arguments and errors as for `study`.
+    """
+    layers = Components.parse(settings.target_layers)
+    heads = Components.parse(settings.target_heads or "none")
+    with RunFolder.open(out, asdict(settings), kind="bakeoff", volatile=VOLATILE) as run:
+        _record_command(run, command)
+        subject = load(settings.base, **_loading(settings))
+        splits = load_splits(settings, subject)
+        _record(run, {"base": subject}, splits, settings)
+        stages.bakeoff_stage(run, subject, splits, settings, layers, heads, progress=progress)
+        stages.summaries_stage(run, {"base": subject}, splits, settings, progress=progress)
+        return Study.of(run, stages.report_stage(run))
+
+
+def report_run(path: str | Path) -> Path:
+    """Write a run's report again, from its tables, and return the page's path.
+
+    Raises:
+        RunError: It is not a run folder, or holds no tables yet.
+    """
+    settings = RunFolder.read(path)
+    with RunFolder.open(path, settings.settings, kind=settings.kind, volatile=VOLATILE) as run:
+        return stages.report_stage(run)
+
+
+def claims_stage(run: RunFolder, settings: Any) -> None:
+    """Write the table `claims` from the tables that are there."""
+    names = ("bakeoff", "bakeoff_summary", "learning_curves")
+    inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name in ("difference", "selection", "bakeoff")}
+    with run.stage("claims", {**inputs, "rows": settings.rows, "rule": settings.layer_rule}) as stage:
+        if stage.done:
+            return
+        trained = [run.table(name) if run.has_table(name) else None for name in names]
+        table = claims_table(
+            run.table("heads"), run.table("layers"), run.table("selection"), *trained, rows=settings.rows, rule=settings.layer_rule
+        )
+        stage.write_table("claims", table)
+
+
+def _models(run: RunFolder, settings: StudySettings, progress: Progress | None) -> tuple[dict[str, Subject], Splits]:
+    """Load the models of a study, fine-tuning those that are missing."""
+    loading = _loading(settings)
+    if settings.tuned is not None:
+        given: Pair = load_pair(settings.base, settings.tuned, resize=settings.resize, **loading)
+        return {"base": given.base, "tuned": given.tuned}, load_splits(settings, given.base)
+    base = load(settings.base, **loading)
+    splits = load_splits(settings, base)
+    for name, method in (("tuned", "full"), ("lora", "lora")):
+        stages.tune_stage(run, name, base, splits, settings, method=method, seed=settings.seed, progress=progress)
+    tuned = load(run.path / "models" / "tuned", tokenizer=base.tokenizer, **loading)
+    lora = load(run.path / "models" / "lora", base=settings.base, tokenizer=base.tokenizer, **loading)
+    return {"base": base, "tuned": tuned, "lora": lora}, splits
+
+
+@contextlib.contextmanager
+def _plain_base(base: Subject, settings: StudySettings) -> Any:
+    """Give the bake-off a base without any adapter inside: training starts from plain weights."""
+    yield load(settings.base, tokenizer=base.tokenizer, **_loading(settings)) if base.is_adapter else base
+
+
+def _loading(settings: ModelSettings) -> dict[str, Any]:
+    return {"dtype": settings.dtype, "device": settings.device, "unsafe": settings.unsafe}
+
+
+def _record_command(run: RunFolder, command: Sequence[str] | None) -> None:
+    if command is not None and "command" not in run.manifest:
+        run.record("command", list(command))
+
+
+def _record(run: RunFolder, models: dict[str, Subject], splits: Splits, settings: Any) -> None:
+    run.record(
+        "models",
+        {
+            name: {"source": subject.source, "family": subject.family, "fingerprint": subject.fingerprint}
+            for name, subject in models.items()
+        },
+    )
+    run.record("data", splits.record())
+    seeds: dict[str, Any] = {"study": settings.seed}
+    if hasattr(settings, "seeds"):
+        seeds["training"] = list(range(settings.seed, settings.seed + settings.seeds))
+    run.record("seeds", seeds)

@@ -1,0 +1,270 @@
+"""`difference` as a whole: its tables, its equality with two separate models, its survival."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from peft import LoraConfig, get_peft_model
+
+from mechscope.data.prompt import Encoded
+from mechscope.diff import Difference, difference
+from mechscope.errors import DataError
+from mechscope.stats.geometry import cka, rsa
+from mechscope.store.run import RunFolder
+from mechscope.subject import Pair, pair
+from mechscope.subject.load import load
+from tests import families
+from tests.diff import oracle
+
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma3", "qwen3")
+# batches of one to three documents of different length, so that there is padding and more than one batch
+SMALL = {"tokens_per_batch": 46, "replicates": 20}
+TABLES = ("heads", "layers", "weights", "outputs")
+
+
+def run(both: Pair, documents: Encoded | None = None, **options: Any) -> Difference:
+    return difference(both, documents or oracle.encoded(), **{**SMALL, **options})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def found(family: str) -> Difference:
+    return run(oracle.models(family))
+
+
+def assert_equal_tables(one: Difference, other: Difference, **tolerance: Any) -> None:
+    for name in TABLES:
+        assert_frame_equal(getattr(one, name), getattr(other, name), obj=name, **(tolerance or {"check_exact": True}))
+
+
+def assert_spread(table: pd.DataFrame, name: str, values: np.ndarray, *, ends: tuple[str, ...]) -> None:
+    """Compare a measure's column and its statistics, row by row, with those of `values` (document, row)."""
+    expected = [oracle.spread(column) for column in values.T]
+    np.testing.assert_allclose(table[name], [one.mean for one in expected], rtol=1e-9, atol=1e-11, err_msg=name)
+    for end in ends:
+        np.testing.assert_allclose(
+            table[f"{name}_{end}"], [getattr(one, end) for one in expected], rtol=1e-6, atol=1e-11, err_msg=f"{name}_{end}"
+        )
+
+
+def test_the_heads_table_is_that_of_plain_hugging_face(family: str, found: Difference):
+    truth = oracle.truth(family).heads
+    for index, rows in enumerate(oracle.KINDS):
+        table = found.heads[found.heads["rows"] == rows]
+        assert table["component"].tolist() == [f"a{layer}.h{head}" for layer in range(families.LAYERS) for head in range(families.HEADS)]
+        assert set(table["n"]) == {len(oracle.examples())}
+        for measure, name in enumerate(oracle.HEAD_NAMES):
+            ends = {"entropy_change": ("se", "low", "high", "p"), "kl_base_tuned": ("se",), "kl_tuned_base": ("se",)}.get(name, ())
+            assert_spread(table, name, truth[:, index, measure].reshape(len(truth), -1), ends=ends)
+        p = table["entropy_change_p"].tolist()
+        np.testing.assert_allclose(table["entropy_change_q"], oracle.benjamini_hochberg(p), rtol=1e-12)
+
+
+def test_the_layers_table_is_that_of_plain_hugging_face(family: str, found: Difference):
+    truth = oracle.truth(family)
+    for index, rows in enumerate(oracle.KINDS):
+        table = found.layers[found.layers["rows"] == rows]
+        for measure, name in enumerate(oracle.LAYER_NAMES):
+            assert_spread(table, name, truth.layers[:, index, measure], ends=("se", "low", "high"))
+        changes = truth.heads[:, index, oracle.HEAD_NAMES.index("entropy_change")].mean(0)
+        assert table["share_focused"].tolist() == [sum(row < 0) / len(row) for row in changes]
+        base, tuned = truth.pooled[:, 0, index], truth.pooled[:, 1, index]
+        for similarity in (cka, rsa):
+            expected = [similarity(base[:, layer], tuned[:, layer]) for layer in range(families.LAYERS)]
+            np.testing.assert_allclose(table[similarity.__name__], expected, rtol=1e-3)  # the pooled states are kept in float32
+
+
+def test_the_outputs_table_is_that_of_plain_hugging_face(family: str, found: Difference):
+    assert found.outputs["rows"].tolist() == list(oracle.KINDS)
+    truth = oracle.truth(family).outputs
+    for measure, name in enumerate(oracle.OUTPUT_NAMES):
+        ends = {"loss_base": (), "loss_tuned": (), "loss_change": ("se", "low", "high", "p")}.get(name, ("se", "low", "high"))
+        assert_spread(found.outputs, name, truth[:, :, measure], ends=ends)
+
+
+def test_batching_changes_nothing_but_rounding(family: str, found: Difference):
+    for tokens in (1, 10_000):
+        assert_equal_tables(run(oracle.models(family), tokens_per_batch=tokens), found, rtol=1e-6, atol=1e-9)
+
+
+def test_a_model_against_itself_shows_no_change(family: str):
+    base = families.build(family)
+    found = run(oracle.two(base, oracle.perturbed(base, size=0.0)))
+    zero = ["entropy_change", "kl_base_tuned", "kl_tuned_base"]
+    assert found.heads[[*zero, "z_cosine_distance", "weight_change"]].abs().to_numpy().max() < 1e-6
+    assert found.layers[[*zero, "cosine_distance", "weight_change"]].abs().to_numpy().max() < 1e-6
+    assert found.outputs[["kl_base_tuned", "kl_tuned_base", "loss_change"]].abs().to_numpy().max() < 1e-6
+    np.testing.assert_allclose(found.layers[["cka", "rsa"]], 1.0, atol=1e-6)
+    assert (found.heads["entropy_change_q"] == 1).all()
+    assert (found.layers["share_focused"] == 0).all()
+    assert (found.weights["change"] == 0).all()
+
+
+# of each family: what a block writes to the residual stream with, and what its patterns are made of
+QUERIES = {"gpt2": "h.{}.attn.c_attn", "gpt_neox": "layers.{}.attention.query_key_value", "llama": "layers.{}.self_attn.q_proj"}
+WRITERS = ("c_proj", "dense.", "dense_4h_to_h", "o_proj", "down_proj")
+
+
+@pytest.mark.parametrize("layer", range(families.LAYERS))
+@pytest.mark.parametrize("family_name", QUERIES)
+def test_the_one_layer_that_was_tuned_ranks_first(family_name: str, layer: int):
+    # blocks write little compared with the embedding, as in real models; in random ones a change grows from layer to layer
+    base = families.build(family_name, torch.float64)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if any(writer in name for writer in WRITERS):
+                parameter.mul_(0.01)
+    found = run(oracle.two(base, oracle.perturbed(base, 0.3, only=QUERIES[family_name].format(layer))))
+    for rows in oracle.KINDS:
+        table = found.layers[found.layers["rows"] == rows].set_index("layer")
+        assert table["kl_base_tuned"].idxmax() == layer
+        assert table["score"].idxmax() == layer
+        assert (table["kl_base_tuned"][:layer] < 1e-12).all()
+        assert (table["weight_change"] > 0).tolist() == [index == layer for index in range(families.LAYERS)]
+
+
+def adapted(family_name: str, seed: int = 0) -> Any:
+    """Wrap a tiny model in a LoRA adapter that does something."""
+    targets = {"gpt2": ["c_attn", "c_proj", "c_fc"], "gpt_neox": ["query_key_value", "dense_h_to_4h"]}.get(
+        family_name, ["q_proj", "v_proj", "up_proj"]
+    )
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=family_name == "gpt2")
+    model = get_peft_model(families.build(family_name, torch.float64), config, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "gpt_neox", "llama"])
+def test_an_adapter_differs_from_its_base_as_the_merged_model_does(family_name: str):
+    tuned = load(adapted(family_name), device="cpu")
+    as_adapter = run(pair(tuned.without_adapter(), tuned))
+    merged = adapted(family_name).merge_and_unload()
+    as_models = run(oracle.two(families.build(family_name, torch.float64), merged))
+    assert as_adapter.heads["kl_base_tuned"].mean() > 1e-3
+    assert_equal_tables(as_adapter, as_models, rtol=1e-6, atol=1e-9)
+
+
+def test_the_adapter_is_left_on():
+    model = adapted("gpt2")
+    ids = torch.tensor([oracle.examples()[0].input_ids])
+    with torch.no_grad():
+        before = model(ids).logits
+        tuned = load(model, device="cpu")
+        run(pair(tuned.without_adapter(), tuned))
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_document_longer_than_the_models_can_read_is_an_error():
+    with pytest.raises(DataError, match=r"a document has 65 tokens, the models read at most 64: lower max_tokens"):
+        run(oracle.models("gpt2"), oracle.encoded(lengths=(65, 10)))
+
+
+def test_documents_without_a_summary_leave_the_summary_rows_empty():
+    bare = tuple(replace(example, summary=(len(example), len(example))) for example in oracle.examples())
+    found = run(oracle.models("gpt2"), Encoded(bare, {"odd": 2}))
+    for table in (found.heads, found.layers, found.outputs):
+        summary = table[table["rows"] == "summary"]
+        assert (summary["n"] == 0).all()
+        measured = [name for name in summary.columns if name not in ("rows", "layer", "head", "component", "n", "weight_change")]
+        assert summary[measured].isna().all(axis=None)
+        assert table[table["rows"] == "document"]["kl_base_tuned"].notna().all()
+    assert found.problems == {"odd": 2}
+
+
+def test_a_document_without_a_summary_lowers_n_and_nothing_else():
+    first, *others = oracle.examples()
+    bare = replace(first, summary=(len(first), len(first)))
+    found, without = run(oracle.models("gpt2"), Encoded((bare, *others), {})), run(oracle.models("gpt2"), Encoded(tuple(others), {}))
+    for name in ("heads", "outputs"):
+        one, other = (getattr(result, name).query("rows == 'summary'") for result in (found, without))
+        assert set(one["n"]) == {len(others)}
+        assert_frame_equal(one, other, rtol=1e-9)
+
+
+def test_replicates_resample_documents():
+    found = run(oracle.models("gpt2"), replicates=400)
+    replicates = found.replicates("kl_base_tuned", "document")
+    table = found.heads[found.heads["rows"] == "document"]
+    assert replicates.shape == (400, families.LAYERS, families.HEADS)
+    # the spread of bootstrap means estimates the standard error, (n − 1)/n of its variance
+    ratio = np.nanstd(replicates, axis=0).ravel() / table["kl_base_tuned_se"].to_numpy()
+    assert np.median(ratio) == pytest.approx(np.sqrt(4 / 5), rel=0.25)
+
+
+def test_progress_ends_with_everything_done():
+    seen: list[tuple[str, int, int]] = []
+    run(oracle.models("gpt2"), progress=lambda *at: seen.append(at))
+    documents = [at for at in seen if at[0] == "comparing documents"]
+    assert [done for _, done, _ in documents] == sorted({done for _, done, _ in documents})
+    assert documents[-1] == ("comparing documents", 5, 5)
+    assert seen[-1][0] == "comparing weights"
+    assert seen[-1][1] == seen[-1][2]
+
+
+def staged(folder: Path, progress: Any = None) -> tuple[Difference, bool]:
+    """Run in a stage of a run folder that saves after every batch; tell whether it continued from a checkpoint."""
+    with RunFolder.open(folder, {}, kind="test") as run_folder, run_folder.stage("difference", {"of": "test"}) as stage:
+        resumed = any((folder / "work").rglob("checkpoint*"))
+        return run(oracle.models("gpt2", torch.float32), stage=stage, checkpoint_seconds=0, progress=progress), resumed
+
+
+class Stopped(Exception):
+    """Raised to interrupt."""
+
+
+@pytest.mark.parametrize("documents", [3, 5])
+def test_an_interrupted_difference_continues_to_equal_tables(tmp_path: Path, documents: int):
+    def stop(label: str, done: int, total: int) -> None:
+        if label == "comparing documents" and done >= documents:
+            raise Stopped
+
+    measured: list[int] = []
+    with pytest.raises(Stopped):
+        staged(tmp_path, stop)
+    found, resumed = staged(tmp_path, lambda label, done, total: measured.append(done) if label == "comparing documents" else None)
+    assert resumed
+    assert measured[0] > 2, "documents measured before the interruption were measured again"
+    undisturbed = run(oracle.models("gpt2", torch.float32))
+    assert_equal_tables(found, undisturbed)
+    assert np.array_equal(found.replicates("entropy_change"), undisturbed.replicates("entropy_change"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(int(sys.argv.pop()))
+from tests.diff import test_difference
+
+def kill(label, done, total):
+    if done >= 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+test_difference.staged(test_difference.Path(sys.argv[1]), kill)
+"""
+
+
+def test_a_killed_difference_continues_to_equal_tables(tmp_path: Path):
+    project = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(project), str(torch.get_num_threads())]
+    assert subprocess.run(command, check=False, timeout=300).returncode == -9
+    found, resumed = staged(tmp_path)
+    assert resumed
+    assert_equal_tables(found, run(oracle.models("gpt2", torch.float32)))

@@ -1,0 +1,34 @@
+"""Invented runs, rendered once for the tests that only read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mechscope.report.page import render
+from tests.report import synthetic
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a rendered run of 12 layers by 12 heads with every table."""
+    folder = synthetic.write_run(tmp_path_factory.mktemp("report") / "run", synthetic.tables())
+    render(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a rendered run with hostile text in every string that a user, a document or a model can supply."""
+    nasty = synthetic.HOSTILE[0]
+    settings = synthetic.settings() | {"base": f"models/{nasty}", "note": synthetic.HOSTILE[2]}
+    record = synthetic.manifest() | {
+        "command": ["mechscope", nasty],
+        "data": {nasty: {"problems": {nasty: 3}}},
+        "models": {"base": {"source": nasty}},
+    }
+    made = synthetic.hostile(synthetic.tables(4, 4))
+    folder = synthetic.write_run(tmp_path_factory.mktemp("report") / "hostile", made, study=settings, record=record)
+    render(folder)
+    return folder

@@ -1,0 +1,347 @@
+"""Models load from what people have, and what cannot be trusted is refused with the thing, what was found, and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mechscope.errors import ModelError
+from mechscope.subject.load import Subject, is_adapter, load
+from tests import families
+
+LORA: dict[str, dict[str, Any]] = {
+    "gpt2": {"target_modules": ["c_attn", "mlp.c_fc"], "fan_in_fan_out": True},
+    "llama": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+    "gpt_neox": {"target_modules": ["query_key_value"]},
+}
+IDS = families.documents()[0][None]
+
+
+def save(folder: Path, family: str = "gpt2", seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny model with its tokenizer, as `save_pretrained` does."""
+    families.build(family, seed=seed, **changes).save_pretrained(folder)
+    families.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def save_adapter(folder: Path, base: Path, family: str, **changes: Any) -> Path:
+    """Write a LoRA adapter with random matrices on a saved base."""
+    model = load(base).model
+    adapter = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **{**LORA[family], **changes}))
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(subject: Subject) -> Tensor:
+    with subject.active():
+        return subject.model(input_ids=IDS).logits
+
+
+# what people have
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_a_saved_model_loads_with_its_weights_its_tokenizer_and_its_family(tmp_path: Path, family: str) -> None:
+    subject = load(save(tmp_path, family))
+    assert torch.equal(logits(subject), families.build(family)(input_ids=IDS).logits.detach())
+    assert subject.tokenizer.decode(subject.tokenizer.encode("w5 w7")) == "w5 w7"
+    assert subject.source == str(tmp_path)
+    assert not subject.plain.training
+    assert family in repr(subject)
+
+
+def test_a_model_in_memory_loads_without_a_copy() -> None:
+    model = families.build("llama")
+    subject = load(model, tokenizer=families.tokenizer())
+    assert subject.model is model
+    assert not subject.is_adapter
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", torch.bfloat16])
+def test_weights_come_in_the_type_asked_for(tmp_path: Path, dtype: str | torch.dtype) -> None:
+    subject = load(save(tmp_path), dtype=dtype)
+    assert subject.dtype == (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+
+
+def test_equal_weights_have_equal_fingerprints_and_one_changed_value_another() -> None:
+    one, two, other = (load(families.build("gpt2", seed=seed)) for seed in (0, 0, 1))
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    changed = families.build("gpt2")
+    with torch.no_grad():
+        changed.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
+    assert load(changed).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_weights_of_a_plain_model_are_its_named_parameters(family: str) -> None:
+    subject = families.subject(family)
+    assert {name: value.data_ptr() for name, value in subject.weights()} == {
+        name: value.data_ptr() for name, value in subject.plain.named_parameters()
+    }
+
+
+# adapters
+
+
+@pytest.fixture(scope="module", params=sorted(LORA))
+def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the directories of a base and of a LoRA adapter on it."""
+    base = save(tmp_path_factory.mktemp("base"), request.param)
+    return base, save_adapter(tmp_path_factory.mktemp("adapter"), base, request.param)
+
+
+def test_an_adapter_acts_and_without_it_the_base_acts_exactly(adapter: tuple[Path, Path]) -> None:
+    base, tuned = load(adapter[0]), load(adapter[1])
+    assert is_adapter(adapter[1])
+    assert tuned.is_adapter
+    assert tuned.adapted
+    assert (logits(tuned) - logits(base)).abs().max() > 1e-2
+    assert torch.equal(logits(tuned.without_adapter()), logits(base))
+    assert (logits(tuned) - logits(base)).abs().max() > 1e-2, "the adapter acts again"
+
+
+def test_the_base_view_nests_in_the_adapters_state_and_gives_it_back_after_an_exception(adapter: tuple[Path, Path]) -> None:
+    tuned = load(adapter[1])
+    expected, base = logits(tuned), logits(tuned.without_adapter())
+
+    @torch.no_grad()
+    def found() -> Tensor:
+        return tuned.model(input_ids=IDS).logits
+
+    with tuned.active():
+        with tuned.without_adapter().active():
+            assert torch.equal(found(), base)
+        assert torch.equal(found(), expected)
+        with pytest.raises(RuntimeError, match="inside"), tuned.without_adapter().active():
+            raise RuntimeError("inside")
+        assert torch.equal(found(), expected)
+
+
+def test_an_adapters_weights_are_those_of_the_merged_model(adapter: tuple[Path, Path]) -> None:
+    found = dict(load(adapter[1]).weights())
+    merged = dict(load(adapter[1]).model.merge_and_unload().named_parameters())
+    assert found.keys() == merged.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(found[name], value.detach())
+
+
+def test_the_weights_without_the_adapter_are_the_bases(adapter: tuple[Path, Path]) -> None:
+    expected = dict(load(adapter[0]).weights())
+    tuned = load(adapter[1])
+    found = dict(tuned.without_adapter().weights())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert tuned.without_adapter().fingerprint == load(adapter[0]).fingerprint != tuned.fingerprint
+
+
+def test_an_adapter_takes_the_tokenizer_of_its_base(adapter: tuple[Path, Path]) -> None:
+    assert load(adapter[1]).tokenizer.get_vocab() == families.tokenizer().get_vocab()
+
+
+def test_modules_saved_whole_with_an_adapter_count_as_its_weights(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", "llama")
+    folder = save_adapter(tmp_path / "adapter", base, "llama", modules_to_save=["lm_head"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = next(key for key in stored if "lm_head" in key)
+    stored[name] = stored[name] * 2
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tuned = load(folder)
+    torch.testing.assert_close(dict(tuned.weights())["lm_head.weight"], stored[name])
+    assert torch.equal(dict(tuned.without_adapter().weights())["lm_head.weight"], dict(load(base).weights())["lm_head.weight"])
+    assert torch.equal(logits(tuned.without_adapter()), logits(load(base)))
+
+
+def test_an_adapter_can_be_put_on_a_base_that_has_moved(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "old"), "gpt2")
+    expected = logits(load(folder))
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ModelError, match="old"):
+        load(folder)
+    assert torch.equal(logits(load(folder, base=tmp_path / "new")), expected)
+
+
+def test_an_adapter_on_a_model_of_another_kind_is_refused_with_both_names(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "gpt2"), "gpt2")
+    other = save(tmp_path / "llama", "llama")
+    with pytest.raises(ModelError, match=r"adapter .*adapter' does not fit base model .*llama'"):
+        load(folder, base=other)
+
+
+def test_an_adapter_on_a_model_of_another_width_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
+    with pytest.raises(ModelError, match=r"does not fit base model .*size mismatch"):
+        load(folder, base=save(tmp_path / "wide", n_embd=64))
+
+
+def test_an_adapter_whose_file_lacks_a_matrix_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
+    stored = load_file(folder / "adapter_model.safetensors")
+    del stored[next(name for name in stored if "lora_B" in name)]
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"adapter .* is incomplete, its configuration asks for weights it lacks: .*lora_B"):
+        load(folder)
+
+
+def test_an_adapter_with_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
+    truncate(folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter .*safetensors file is truncated or corrupt"):
+        load(folder)
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="does not name its base model: pass the base"):
+        load(folder, tokenizer=families.tokenizer())
+
+
+def test_a_plain_model_has_no_adapter_to_disable() -> None:
+    with pytest.raises(ModelError, match="carries no adapter to disable"):
+        families.subject("gpt2").without_adapter()
+
+
+# what is refused
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_directory_that_is_not_a_model_is_named_with_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(
+        ModelError, match=r"is not a model: it has no config.json \(it holds notes.txt\); give a directory written by save_pr"
+    ):
+        load(tmp_path)
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"model.safetensors' is a file: give the directory that holds config.json"):
+        load(path)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model '.*nowhere' cannot be loaded"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*config\.json"):
+        load(tmp_path)
+
+
+def test_truncated_safetensors_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    save(tmp_path)
+    truncate(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"safetensors file is truncated or corrupt .*: download or save it again"):
+        load(tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["transformer.h.1.mlp.c_fc.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks 1 weights \(transformer.h.1.mlp.c_fc.weight.*would be random; the checkpoint is incomplete"
+    ):
+        load(tmp_path)
+
+
+def test_weights_of_another_shape_than_configured_are_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["n_inner"] = 96
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"mlp.c_fc|shape contradicts|size mismatch|mismatch"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_counted(tmp_path: Path, value: float) -> None:
+    model = families.build("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[:2, 0] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"parameter transformer.h.1.mlp.c_fc.weight holds 2 values that are NaN or infinite: the checkpoint"
+    ):
+        load(tmp_path, tokenizer=families.tokenizer())
+
+
+def test_a_pickled_checkpoint_is_refused_unless_the_user_says_unsafe(tmp_path: Path) -> None:
+    save(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has only pickled weights \(.bin\): save it as safetensors, or pass unsafe=True"):
+        load(tmp_path)
+    assert torch.equal(logits(load(tmp_path, unsafe=True)), families.build("gpt2")(input_ids=IDS).logits.detach())
+
+
+def test_a_pickle_that_runs_code_is_refused_even_when_unsafe(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb(tmp_path / "went off")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds more than weights"):
+        load(tmp_path, unsafe=True)
+    assert not (tmp_path / "went off").exists()
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path) -> None:
+    families.build("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer beside it: name one with tokenizer="):
+        load(tmp_path)
+    assert load(tmp_path, tokenizer=families.tokenizer()).tokenizer is not None
+
+
+def test_an_unknown_type_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"dtype 'int8' is not known: use one of float64, float32, bfloat16, float16 or auto"):
+        load("anything", dtype="int8")
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"device 'abacus' is not known: use auto, cpu, cuda"):
+        load(save(tmp_path), device="abacus")
+
+
+def test_cuda_asked_for_on_a_machine_without_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ModelError, match=r"device 'cuda:0' was asked for, but this machine has no usable CUDA device: use device='cpu' or 'auto'"
+    ):
+        load(save(tmp_path), device="cuda:0")
+
+
+def test_a_module_that_is_not_from_transformers_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear is not a Hugging Face PreTrainedModel"):
+        load(nn.Linear(2, 2))

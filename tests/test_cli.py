@@ -1,0 +1,188 @@
+"""The command line: quick help, one red line for what the user can mend, and commands that do what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+from mechscope.cli import main
+from tests.studies.conftest import TINY, tiny_model
+
+__all__ = ["tiny_model"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run a command in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["mechscope", *map(str, words)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
+    path = tmp_path / "articles.jsonl"
+    rows = [
+        {"document": f"The council of town {i} met on Monday and voted on the new budget.", "summary": f"Town {i} voted."}
+        for i in range(12)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def flags() -> list[str]:
+    return [
+        part
+        for name, value in TINY.items()
+        if name not in ("data", "replicates", "seeds")
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys; sys.argv = ['mechscope', '--help']\nfrom mechscope.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'pandas', 'altair', 'pydantic') if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "Usage: mechscope" in out
+    assert out.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    "command", [["diff"], ["tune"], ["bakeoff"], ["study", "summarization"], ["demo"], ["inspect"], ["verify"], ["report"]]
+)
+def test_every_command_has_help(monkeypatch, capsys, command):
+    assert run(monkeypatch, *command, "--help") == 0
+    assert "Usage: mechscope" in capsys.readouterr().out
+
+
+def broken(tmp_path: Path, tiny_model: Path, how: str) -> Path:
+    """Make a model directory with something wrong."""
+    folder = tmp_path / how
+    if how == "no model":
+        folder.mkdir()
+        (folder / "notes.txt").write_text("nothing here")
+        return folder
+    if how == "encoder-decoder":
+        T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(folder)
+        return folder
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:2000])
+    elif how == "nan":
+        tensors = load_file(weights)
+        tensors["transformer.h.1.mlp.c_fc.weight"][0, 0] = torch.nan
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "other tokenizer":
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocab = tokenizer["model"]["vocab"]
+        first, second = list(vocab)[300:302]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no model", ["is not a model", "config.json", "notes.txt"]),
+        ("encoder-decoder", ["encoder-decoder", "decoder-only"]),
+        ("truncated", ["truncated or corrupt", "safetensors"]),
+        ("nan", ["transformer.h.1.mlp.c_fc.weight", "NaN", "1 values"]),
+        ("other tokenizer", ["different tokenizers"]),
+    ],
+)
+def test_a_wrong_model_is_one_red_line(monkeypatch, capsys, tmp_path, tiny_model, articles, how, words):
+    model = broken(tmp_path, tiny_model, how)
+    assert run(monkeypatch, "diff", tiny_model, model, "--data", articles, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in error
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("empty.jsonl", "", ["empty.jsonl"]),
+        ("column.jsonl", '{"text": "a", "summary": "b"}\n', ["'document'", "text"]),
+        ("short.jsonl", "\n".join(json.dumps({"document": f"Hi {i}", "summary": "x"}) for i in range(9)), ["too short"]),
+        ("broken.jsonl", '{"document": "a"', ["broken.jsonl", "line 1"]),
+    ],
+)
+def test_wrong_documents_are_one_red_line(monkeypatch, capsys, tmp_path, tiny_model, name, text, words):
+    data = tmp_path / name
+    data.write_text(text)
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", data, "--out", tmp_path / "run") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_red_line(monkeypatch, capsys, tmp_path, tiny_model):
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", "cnn_dailymail:3.0.0", "--out", tmp_path / "run") == 2
+    assert "cnn_dailymail" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(monkeypatch, capsys, tmp_path, tiny_model, articles):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("important")
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", articles, "--out", tmp_path / "mine") == 2
+    assert "not a run folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_missing_setting_is_one_red_line(monkeypatch, capsys, tmp_path, tiny_model):
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--out", tmp_path / "run") == 2
+    assert "error: setting 'data' is missing" in capsys.readouterr().err
+
+
+def test_inspect_shows_the_parts_and_the_checks(monkeypatch, capsys, tiny_model):
+    assert run(monkeypatch, "inspect", tiny_model) == 0
+    out = capsys.readouterr().out
+    assert "transformer.h.0.attn.c_attn" in out
+    assert out.count("ok ") >= 8
+    assert "FAILED" not in out
+
+
+def test_tune_writes_an_adapter_that_diff_compares_and_verify_confirms(monkeypatch, capsys, tmp_path, tiny_model, articles):
+    adapter, folder = tmp_path / "adapter", tmp_path / "run"
+    training = ["--max-steps", 2, "--eval-every", 1, "--batch-size", 2, "--learning-rate-lora", 0.01, "--rank", 2, "--max-tokens", 64]
+    assert (
+        run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", adapter, "--lora", "--targets", "a1.h2,layers:3", *training) == 0
+    )
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert run(monkeypatch, "diff", tiny_model, adapter, "--data", articles, "--out", folder, "--max-tokens", 64) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
+    assert run(monkeypatch, "verify", folder) == 0
+    (folder / "tables" / "heads.parquet").write_bytes(b"tampered")
+    assert run(monkeypatch, "verify", folder) == 1
+    assert "heads.parquet" in capsys.readouterr().out
+
+
+def test_full_and_lora_exclude_each_other(monkeypatch, capsys, tmp_path, tiny_model, articles):
+    assert run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", tmp_path / "x", "--full", "--lora") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_bakeoff_alone_writes_its_tables_and_a_report(monkeypatch, tmp_path, tiny_model):
+    words = ["bakeoff", tiny_model, "--data", "newsroom", "--target-layers", "layers:1", "--out", tmp_path / "run", *flags()]
+    assert (
+        run(monkeypatch, *words, "--seeds", 1, "--strategies", "standard,targeted_layers,random_layers", "--protocols", "equal_parameters")
+        == 0
+    )
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "tables" / "bakeoff_summary.parquet").is_file()
