@@ -21,11 +21,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# one thread per test process: two processes with two threads each would spin against each other on two cores
 test: lint
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: lint
-	$(BIN)/pytest -n 2 -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not gpu'
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

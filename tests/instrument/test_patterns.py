@@ -263,11 +263,13 @@ def test_half_precision_models_are_measured_in_single_precision(family: str, pad
             torch.testing.assert_close(value[rows].double(), truth[rows], rtol=1e-4, atol=2e-5)
 
 
-def test_blocks_of_queries_join_to_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = families.padded(TEXTS, "left")
-    whole = [describe(call, texts.real, gini=True, method="exact") for call in calls(families.subject("mistral"), texts)]
-    monkeypatch.setattr("mechscope.instrument.kernels._BLOCK", 2 * 3 * 4 * 14)  # two query rows at a time
-    for one, call in zip(whole, calls(families.subject("mistral"), texts), strict=True):
+@pytest.mark.parametrize(("family", "padding"), [("mistral", "left"), ("gpt2", "none"), ("gpt2", "right")])
+def test_blocks_of_queries_join_to_the_same_statistics(monkeypatch: pytest.MonkeyPatch, family: str, padding: str) -> None:
+    texts = families.padded(TEXTS, padding)
+    seen = calls(families.subject(family), texts)
+    whole = [describe(call, texts.real, gini=True, method="exact") for call in seen]
+    monkeypatch.setattr("mechscope.instrument.kernels._BLOCK", 2 * len(texts.ids) * 4 * 14)  # two query rows at a time
+    for one, call in zip(whole, seen, strict=True):
         parts = describe(call, texts.real, gini=True, method="exact")
         for name in ("entropy", "distance", "sink", "gini", "relative_entropy"):
             torch.testing.assert_close(getattr(parts, name), getattr(one, name), equal_nan=True, rtol=1e-5, atol=1e-6)

@@ -280,13 +280,31 @@ def summaries_table(n: int) -> pd.DataFrame:
     )
 
 
+def pairs_table(layers: pd.DataFrame) -> pd.DataFrame:
+    """Return the two further pairs of models: half and a third of the base–tuned divergence."""
+    parts = {"base–LoRA": 0.5, "tuned–LoRA": 1 / 3}
+    return pd.concat([layers.assign(kl_base_tuned=layers["kl_base_tuned"] * factor, pair=name) for name, factor in parts.items()])
+
+
+def rouge_table() -> pd.DataFrame:
+    rows = [
+        {"model": model, "metric": metric, "mean": mean, "low": mean - 0.011, "high": mean + 0.012, "n": 57}
+        for model, mean in (("base", 0.1375), ("tuned", 0.1864))
+        for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    ]
+    return pd.DataFrame(rows)
+
+
 def tables(layers: int = 12, heads: int = 12, *, seed: int = 0) -> dict[str, pd.DataFrame]:
     """Return every table of the contract for a model of the given shape."""
     rng = np.random.default_rng(seed)
     head_table = heads_table(layers, heads, rng)
+    layer_table = layers_table(head_table, rng)
     return {
         "heads": head_table,
-        "layers": layers_table(head_table, rng),
+        "layers": layer_table,
+        "pairs": pairs_table(layer_table),
+        "rouge": rouge_table(),
         "weights": weights_table(layers, rng),
         "outputs": outputs_table(),
         "selection": selection_table(head_table, layers, rng),

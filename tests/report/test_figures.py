@@ -101,6 +101,13 @@ def test_layer_curve_without_error_draws_no_band(drawn: dict[str, Figure]) -> No
     assert "line" in marks
 
 
+def test_every_pair_of_models_has_its_own_curve_of_attention_kl(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
+    found = {(row["series"], row["rows"], row["layer"]): row["value"] for row in numbers(drawn["layer-pairs"], "value")}
+    for row in tables["layers"].itertuples():
+        for series, factor in (("base–tuned", 1), ("base–LoRA", 1 / 2), ("tuned–LoRA", 1 / 3)):
+            assert found[series, row.rows, row.layer] == pytest.approx(float(str(row.kl_base_tuned)) * factor, rel=1e-4)
+
+
 def test_mean_learning_curve_ends_where_the_first_seed_stops() -> None:
     curves = pd.DataFrame(
         [

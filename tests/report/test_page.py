@@ -123,6 +123,11 @@ def test_sample_shows_every_models_summary_beside_the_reference(page: Page) -> N
         assert row[column].strip() in page.text
 
 
+def test_rouge_of_each_model_is_told_with_its_interval(page: Page) -> None:
+    score = synthetic.rouge_table().iloc[-1]
+    assert f"{number(score['mean'])}{interval(score['low'], score['high'])}" in page.text.replace(" [", "[")
+
+
 @pytest.mark.parametrize("text", [text for text in synthetic.HOSTILE if "<" in text or "'" in text])
 def test_hostile_text_is_shown_as_text(hostile_page: Page, text: str) -> None:
     assert re.sub(r"\s+", " ", text) in hostile_page.text

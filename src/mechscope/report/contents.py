@@ -53,6 +53,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
         ),
         *("loss_base", "loss_tuned", "loss_change", "loss_change_low", "loss_change_high", "loss_change_p"),
     ),
+    "pairs": ("pair", "rows", "layer", "n", "kl_base_tuned"),
+    "rouge": ("model", "metric", "mean", "low", "high", "n"),
     "selection": ("rule", "component", "kind", "layer", "head", "rank", "score", "chosen", "frequency", "n_resamples"),
     "bakeoff": (
         *("protocol", "strategy", "seed", "components", "rank", "trainable_parameters", "trainable_share", "best_loss", "best_step"),

@@ -135,6 +135,7 @@ def _layers(tables: Tables) -> list[Figure]:
         return layer_curves(layers, columns, name=name, title=title, axis=axis, caption=caption, selected=selected, zero=zero, share=share)
 
     models = {"activation_norm_base": "base", "activation_norm_tuned": "tuned"}
+    further = [_pairs(layers, tables["pairs"], selected)] if "pairs" in tables else []
     return [
         curves(
             {"kl_base_tuned": "KL(base || tuned)", "kl_tuned_base": "KL(tuned || base)"},
@@ -175,7 +176,22 @@ def _layers(tables: Tables) -> list[Figure]:
             {"weight_change": "weight change"},
             *("layer-weights", "Weight change by layer", "relative norm of ΔW", "All matrices of the layer together."),
         ),
+        *further,
     ]
+
+
+def _pairs(layers: pd.DataFrame, pairs: pd.DataFrame, selected: list[int]) -> Figure:
+    """Draw the attention KL of all pairs of models that were measured, side by side."""
+    table, columns = layers[["rows", "layer", "n"]], {}
+    for index, (name, part) in enumerate([("base–tuned", layers), *pairs.groupby("pair", sort=False)]):
+        names = {f"kl_base_tuned{end}": f"pair{index}{end}" for end in ("", "_low", "_high") if f"kl_base_tuned{end}" in part}
+        table = table.merge(part[["rows", "layer", *names]].rename(columns=names), on=["rows", "layer"], how="left")
+        columns[f"pair{index}"] = str(name)
+    return layer_curves(
+        table, columns, name="layer-pairs", title="Attention KL of each pair of models", axis="mean KL over heads (nats)",
+        caption="KL of the second model's attention from the first's; LoRA in every layer, trained beside the full fine-tuning.",
+        selected=selected,
+    )  # fmt: skip
 
 
 def _weights(tables: Tables) -> list[Figure]:

@@ -60,7 +60,7 @@ _SECTIONS = (
     ("outputs", "Outputs", ("outputs",), "difference"),
     ("selection", "Selection and its stability", ("selection",), "claims"),
     ("bakeoff", "Bake-off", ("bakeoff", "bakeoff_summary", "learning_curves"), "bakeoff"),
-    ("samples", "Sample documents", ("summaries",), "claims"),
+    ("samples", "Summaries", ("summaries", "rouge"), "claims"),
 )
 
 
@@ -208,6 +208,8 @@ def _views(contents: Contents) -> dict[str, list[views.View]]:
         found["layers"] = views.layers_views(tables["layers"], [layer for layer, _ in chosen(selection, "layer")])
     if "outputs" in tables:
         found["outputs"] = [views.outputs_view(tables["outputs"])]
+    if "rouge" in tables:
+        found["rouge"] = [views.rouge_view(tables["rouge"])]
     if "weights" in tables:
         found["weights"] = [views.weights_view(tables["weights"])]
     if "bakeoff" in tables:

@@ -164,6 +164,17 @@ def outputs_view(outputs: pd.DataFrame) -> View:
     return View(columns, tuple(rows))
 
 
+def rouge_view(scores: pd.DataFrame) -> View:
+    """Return the ROUGE of each model's summaries, one line per model."""
+    metrics = [metric for metric in METRIC_NAMES if (scores["metric"] == metric).any()]
+    rows = []
+    for model, group in scores.groupby("model", sort=False):
+        of_metric = group.set_index("metric")
+        cells = [value(of_metric.loc[m, "mean"], note=interval(of_metric.loc[m, "low"], of_metric.loc[m, "high"])) for m in metrics]
+        rows.append((words(model, strong=True), *cells, value(int(group["n"].iloc[0]))))
+    return View(("model", *(METRIC_NAMES[metric] for metric in metrics), "documents"), tuple(rows))
+
+
 def weights_view(weights: pd.DataFrame) -> View:
     """Return the weight changes by kind of matrix; what lies outside the layers has lines of its own."""
     columns = ("matrix", "count", "relative change", "largest", "where", "effective rank", "stable rank", "intruder dimensions")
