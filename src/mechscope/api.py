@@ -15,7 +15,7 @@ from torch import nn
 from mechscope.adapt.training import Tuned
 from mechscope.data.documents import Corpus, Document
 from mechscope.data.prompt import Encoded
-from mechscope.diff import Difference, difference
+from mechscope.difference import Difference, difference
 from mechscope.instrument import Check, load, load_pair, record
 from mechscope.instrument import check_subject as check
 from mechscope.studies.corpora import encode_for, load_corpus

@@ -112,6 +112,13 @@ def test_an_adapter_acts_and_without_it_the_base_acts_exactly(adapter: tuple[Pat
     assert (logits(tuned) - logits(base)).abs().max() > 1e-2, "the adapter acts again"
 
 
+def test_an_adapter_merged_into_its_base_is_refused(adapter: tuple[Path, Path]) -> None:
+    merged = load(adapter[1]).model
+    merged.merge_adapter()
+    with pytest.raises(ModelError, match=r"merged into the base weights.*unmerge_adapter"):
+        load(merged)
+
+
 def test_the_base_view_nests_in_the_adapters_state_and_gives_it_back_after_an_exception(adapter: tuple[Path, Path]) -> None:
     tuned = load(adapter[1])
     expected, base = logits(tuned), logits(tuned.without_adapter())

@@ -23,7 +23,7 @@ from mechscope.data.documents import Document
 from mechscope.data.prompt import Encoded
 from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
-from mechscope.diff import attention_patterns, difference
+from mechscope.difference import attention_patterns, difference
 from mechscope.errors import SettingsError
 from mechscope.report.page import render
 from mechscope.selection import RULES, selection_table

@@ -1,15 +1,13 @@
-"""Loading a model to study: from a hub id, a local directory, a PEFT adapter, or a module in memory.
+"""The model under study, and loading it: from a hub id, a local directory, a PEFT adapter, or a module in memory.
 
-safetensors only unless the caller says `unsafe=True` (then `weights_only` loading), never remote code. Weights that are missing, truncated or
-not finite are an error that names the file or parameter, because a randomly initialised layer would look like a discovery.
+A `Subject` is a model with its tokenizer and anatomy. An adapter gives two of them over the same weights: with the adapter, and without. Weights
+that are not finite are an error that names the parameter; what can be wrong with files is in `checkpoint`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,13 +18,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
 from mechscope.subject.anatomy import Anatomy, discover
+from mechscope.subject.checkpoint import read_adapter, read_adapter_config, read_model, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -175,23 +173,23 @@ def load(
     if isinstance(source, nn.Module):
         return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
     options = {"dtype": _dtype(dtype), "device_map": device_map, "unsafe": unsafe}
-    adapter, beneath = _adapter_config(str(source)), ""
+    adapter, beneath = read_adapter_config(str(source)), ""
     if adapter is None:
-        model = _pretrained(str(source), **options)
+        model = read_model(str(source), **options)
     else:
         recorded = adapter.get("base_model_name_or_path")
         beneath = str(base or recorded or "")
         if base is not None and recorded not in (None, beneath):
             log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
-        model = _adapter(str(source), beneath, **options)
+        model = read_adapter(str(source), beneath, **options)
     if device_map is None:
         model = model.to(_device(device))
-    return _wrap(model, _tokenizer(tokenizer, [str(source), *([beneath] if beneath else [])]), str(source))
+    return _wrap(model, read_tokenizer(tokenizer, [str(source), *([beneath] if beneath else [])]), str(source))
 
 
 def is_adapter(source: str | Path) -> bool:
     """Tell whether a source is a PEFT adapter rather than a whole model."""
-    return _adapter_config(str(source)) is not None
+    return read_adapter_config(str(source)) is not None
 
 
 def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
@@ -205,6 +203,10 @@ def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
         raise ModelError(
             f"model {source!r} holds PEFT layers inside a plain model (as get_base_model() returns it), so it acts with its adapter: "
             "give the PeftModel itself and take subject.without_adapter() as the base"
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in plain.modules()):
+        raise ModelError(
+            f"model {source!r} has its adapter merged into the base weights: call unmerge_adapter() first, or save the merged model"
         )
     model.eval()
     _require_finite(plain, source)
@@ -231,114 +233,6 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _adapter_config(source: str) -> dict[str, Any] | None:
-    from transformers.utils import find_adapter_config_file
-
-    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
-        return None
-    try:
-        found = find_adapter_config_file(source)
-    except (OSError, ValueError):
-        return None  # not there at all: the model loader says so in its own words
-    if found is None:
-        return None
-    import json
-
-    return dict(json.loads(Path(found).read_text(encoding="utf-8")))
-
-
-def _pretrained(source: str, *, dtype: torch.dtype | str, device_map: Any, unsafe: bool) -> PreTrainedModel:
-    folder = Path(source)
-    if folder.is_file():
-        raise ModelError(f"model {source!r} is a file: give the directory that holds config.json and the weights")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-        raise ModelError(
-            f"directory {source!r} is not a model: it has no config.json (it holds {found}); give a directory written by save_pretrained"
-        )
-    if not unsafe and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        raise ModelError(f"model {source!r} has only pickled weights (.bin): save it as safetensors, or pass unsafe=True to read them")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"model {source!r} ({config.model_type}) is an encoder-decoder model: mechscope studies decoder-only models (GPT-2, Llama, GPT-NeoX, …)"
-            )
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=None if unsafe else True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ModelError(f"model {source!r}: a safetensors file is truncated or corrupt ({error}): download or save it again") from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"model {source!r}: its pickled file is damaged or holds more than weights: it is not read, safetensors are"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"model {source!r} cannot be loaded: {_first_lines(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"model {source!r} lacks {len(missing)} weights ({', '.join(missing[:3])}, …): they would be random; the checkpoint is incomplete"
-        )
-    if wrong := report.get("mismatched_keys"):
-        raise ModelError(f"model {source!r} has weights whose shape contradicts its config.json: {sorted(wrong)[:3]}")
-    return model
-
-
-def _adapter(source: str, base: str, **options: Any) -> PeftModel:
-    if not base:
-        raise ModelError(f"adapter {source!r} does not name its base model: pass the base explicitly")
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file() and not options["unsafe"]:
-        raise ModelError(
-            f"adapter {source!r} has no adapter_model.safetensors: save it as safetensors, or pass unsafe=True to read a pickled one"
-        )
-    model = _pretrained(base, **options)
-    try:
-        with warnings.catch_warnings():
-            # peft only warns of matrices that the file lacks, and leaves them as if never trained
-            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-            return PeftModel.from_pretrained(model, source)
-    except UserWarning as warning:
-        raise ModelError(
-            f"adapter {source!r} is incomplete, its configuration asks for weights it lacks: {_first_lines(warning)}"
-        ) from warning
-    except SafetensorError as error:
-        raise ModelError(f"adapter {source!r}: its safetensors file is truncated or corrupt ({error})") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"adapter {source!r} does not fit base model {base!r}: {_first_lines(error)}") from error
-
-
-def _tokenizer(tokenizer: Any, sources: list[str]) -> Any:
-    """Load the tokenizer given by name, or the first one found beside the adapter or its base."""
-    if tokenizer is not None and not isinstance(tokenizer, str | Path):
-        return tokenizer
-    candidates = [str(tokenizer)] if tokenizer is not None else sources
-    error: Exception | None = None
-    for candidate in candidates:
-        if (
-            tokenizer is None
-            and Path(candidate).is_dir()
-            and not any(Path(candidate).glob("*token*"))
-            and not (Path(candidate) / "vocab.json").is_file()
-        ):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(candidate, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as caught:
-            error = caught
-    if error is None:
-        raise ModelError(f"model {sources[0]!r} has no tokenizer beside it: name one with tokenizer=…")
-    raise ModelError(f"no tokenizer can be loaded from {candidates[-1]!r}: {_first_lines(error)}") from error
-
-
 def _require_finite(model: nn.Module, source: str) -> None:
     for name, parameter in model.named_parameters():
         # a finite sum of squares would overflow in float16, so look at the values themselves
@@ -347,9 +241,3 @@ def _require_finite(model: nn.Module, source: str) -> None:
             raise ModelError(
                 f"model {source!r}: parameter {name} holds {bad} values that are NaN or infinite: the checkpoint is damaged or training diverged"
             )
-
-
-def _first_lines(error: Exception) -> str:
-    """Shorten a library's message to what a person reads first."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "…"

@@ -8,12 +8,12 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from mechscope.data.prompt import collate
-from mechscope.diff.accumulate import Accumulated
-from mechscope.diff.difference import assemble
-from mechscope.diff.measure import Measured, measure
-from mechscope.diff.weights import compare_weights
+from mechscope.difference.accumulate import Accumulated
+from mechscope.difference.lockstep import Measured, measure
+from mechscope.difference.one_pass import assemble
+from mechscope.difference.weights import compare_weights
 from tests import families
-from tests.diff import oracle
+from tests.difference import oracle
 
 PARTS = ("heads", "layers", "outputs", "resampled", "pooled")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechscope.diff.measure import GINI_MEASURES, HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS, SIDES, Measured
+from mechscope.difference.lockstep import GINI_MEASURES, HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS, SIDES, Measured
 from mechscope.stats.geometry import BottomK
 from mechscope.stats.moments import Moments, Resampled
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from mechscope.diff.accumulate import Accumulated
-from mechscope.diff.measure import GINI_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS
+from mechscope.difference.accumulate import Accumulated
+from mechscope.difference.lockstep import GINI_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS
 from mechscope.stats.geometry import cka, rsa
 from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate
 from mechscope.stats.ranking import layer_score

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from mechscope.diff import compare_weights
+from mechscope.difference import compare_weights
 from mechscope.errors import ModelError
 from mechscope.subject import pair
 from mechscope.subject.load import load
 from tests import families
-from tests.diff import oracle
+from tests.difference import oracle
 
 HEADS, WIDTH, LAYER = families.HEADS, families.WIDTH, 1
 D = WIDTH // HEADS

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 
 from mechscope.data.prompt import Encoded, batches
-from mechscope.diff.accumulate import Accumulated
-from mechscope.diff.measure import measure
-from mechscope.diff.tables import heads_table, layers_table, outputs_table
-from mechscope.diff.weights import WeightDifference, compare_weights
+from mechscope.difference.accumulate import Accumulated
+from mechscope.difference.lockstep import measure
+from mechscope.difference.tables import heads_table, layers_table, outputs_table
+from mechscope.difference.weights import WeightDifference, compare_weights
 from mechscope.errors import DataError
 from mechscope.subject import Pair
 

@@ -2,7 +2,7 @@
 
 Whole attention maps are taken from the model's own eager attention; because some eager functions take their softmax in float32 whatever the
 model's type, float64 models use a function registered here that only multiplies, masks and normalises. Nothing of `mechscope.instrument` or
-`mechscope.diff` is used: modules are found by the names that each family gives them.
+`mechscope.difference` is used: modules are found by the names that each family gives them.
 """
 
 from __future__ import annotations

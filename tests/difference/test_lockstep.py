@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,11 @@ import pytest
 import torch
 
 from mechscope.data.prompt import Example, collate
-from mechscope.diff.measure import HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, Measured, measure
+from mechscope.difference import lockstep
+from mechscope.difference.lockstep import HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, Measured, measure
 from mechscope.errors import ModelError
 from tests import families
-from tests.diff import oracle
+from tests.difference import oracle
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "gemma3", "qwen3")
 # float32: relative; the floor is a few roundings (1e-7 each) of scores about twenty, of which entropies and divergences are small differences
@@ -202,7 +202,7 @@ def test_logits_in_small_pieces_give_the_same_outputs(monkeypatch: pytest.Monkey
     both, batch = oracle.models("qwen3"), collate(oracle.examples(), pad_id=0)
     whole = measure(both, batch).outputs
     # the package's name `measure` is the function, so the module is asked for by its path
-    monkeypatch.setattr(import_module("mechscope.diff.measure"), "_LOGITS", 3 * families.VOCABULARY)
+    monkeypatch.setattr(lockstep, "_LOGITS", 3 * families.VOCABULARY)
     np.testing.assert_allclose(measure(both, batch).outputs, whole, rtol=1e-12)
 
 

@@ -16,14 +16,14 @@ from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
 from mechscope.data.prompt import Encoded
-from mechscope.diff import Difference, difference
+from mechscope.difference import Difference, difference
 from mechscope.errors import DataError
 from mechscope.stats.geometry import cka, rsa
 from mechscope.store.run import RunFolder
 from mechscope.subject import Pair, pair
 from mechscope.subject.load import load
 from tests import families
-from tests.diff import oracle
+from tests.difference import oracle
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma3", "qwen3")
 # batches of one to three documents of different length, so that there is padding and more than one batch
@@ -251,13 +251,13 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(int(sys.argv.pop()))
-from tests.diff import test_difference
+from tests.difference import test_one_pass
 
 def kill(label, done, total):
     if done >= 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-test_difference.staged(test_difference.Path(sys.argv[1]), kill)
+test_one_pass.staged(test_one_pass.Path(sys.argv[1]), kill)
 """
 
 
