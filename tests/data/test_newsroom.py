@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mechscope.data.documents import Corpus, Document, load_documents
 from mechscope.data.newsroom import ROLES, Article, Role, counterfactual, generate, newsroom_model_path, newsroom_tokenizer, split_articles
 from mechscope.data.newsroom.events import EVENTS
-from mechscope.data.newsroom.train import mention_losses, write_card
+from mechscope.data.newsroom.train import write_card
 from mechscope.data.newsroom.vocabulary import COUNTS, DATES, FIRST_NAMES, LAST_NAMES, PLACES, WEEKDAYS
 from mechscope.data.pieces import Pieces
 from mechscope.data.prompt import encode
@@ -222,11 +222,14 @@ def test_the_shipped_model_is_small_float32_when_loaded_and_made_by_the_script()
     assert "Made by `python -m mechscope.data.newsroom.train" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_shipped_model_copies_facts() -> None:
+def test_the_shipped_model_knows_how_the_news_is_written() -> None:
     model = AutoModelForCausalLM.from_pretrained(newsroom_model_path()).eval()
-    losses = mention_losses(model, newsroom_tokenizer(), articles=20)
-    for role, (first, later) in losses.items():
-        assert later < first / 2, (role, first, later)
+    losses = []
+    with torch.no_grad():
+        for article in split_articles("validation", limit=20):
+            ids = torch.tensor([newsroom_tokenizer()(article.document)["input_ids"]])
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert sum(losses) / len(losses) < 1.4  # nats per token; a uniform guess has log 2,048 = 7.6
 
 
 def test_the_model_card_states_how_the_model_was_made(tmp_path: Path) -> None:

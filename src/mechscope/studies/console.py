@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +37,12 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.disable_progress_bar()
-    logging.getLogger("mechscope").addHandler(_Warnings())
+    # deprecations inside other libraries are nothing the user can mend
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 class _Warnings(logging.Handler):
-    """Shows mechscope's own warnings as yellow lines."""
+    """Shows mechscope's own warnings as yellow lines; the rest goes to the run's log only."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -53,6 +55,20 @@ class _Warnings(logging.Handler):
 def progress() -> Iterator[Report]:
     """Show progress: bars on a terminal, elsewhere one line when something begins."""
     quiet_libraries()
+    ours, handler = logging.getLogger("mechscope"), _Warnings()
+    # libraries put a handler on the root logger, which would print every line that is meant for the run's log
+    before, ours.propagate = ours.propagate, False
+    ours.addHandler(handler)
+    try:
+        with _reporting() as report:
+            yield report
+    finally:
+        ours.removeHandler(handler)
+        ours.propagate = before
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[Report]:
     if not err.is_terminal:
         seen: set[str] = set()
 

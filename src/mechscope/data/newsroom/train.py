@@ -4,7 +4,7 @@
 
 A GPT-2 of 1.5 million parameters learns generated news articles as plain text, with some lists of headlines, each text ended by the end token. It
 never sees a summary or the summary prompt, so that fine-tuning has something to teach. Every step takes fresh articles (negative seeds,
-which no corpus uses). What it should learn is copying: the card states its loss at first and at later mentions of facts.
+which no corpus uses). Whether it learnt to copy is on the card: its loss at first and at later mentions of facts.
 """
 
 from __future__ import annotations
