@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # accelerate brings it
+import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -180,9 +180,8 @@ def measure_memory(job: str, positions: int, shape: argparse.Namespace) -> int:
 
 
 @torch.inference_mode()
-def times(positions: int, repeats: int, jobs: list[str], shape: argparse.Namespace) -> dict[str, float]:
+def times(case: Case, repeats: int, *jobs: str) -> list[float]:
     """Return every job's median time in seconds; the jobs take turns."""
-    case = build(positions, shape)
     taken: dict[str, list[float]] = {job: [] for job in jobs}
     for repeat in range(repeats + 1):
         for job in jobs:
@@ -190,36 +189,35 @@ def times(positions: int, repeats: int, jobs: list[str], shape: argparse.Namespa
             JOBS[job](case)
             if repeat:  # the first round warms up
                 taken[job].append(time.perf_counter() - start)
-    return {job: statistics.median(values) for job, values in taken.items()}
+    return [statistics.median(taken[job]) for job in jobs]
 
 
-def _jobs(positions: int, shape: argparse.Namespace) -> list[str]:
+def _fits(job: str, positions: int, shape: argparse.Namespace) -> bool:
     """Leave eager maps out where they would not fit."""
     needed = 1.5 * shape.layers * shape.heads * positions**2 * 4
-    return [job for job in JOBS if job != "eager_maps" or needed < psutil.virtual_memory().available]
+    return job != "eager_maps" or needed < psutil.virtual_memory().available
 
 
-def run(positions: int, shape: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every job at one length; return one row per ratio."""
-    jobs = _jobs(positions, shape)
-    seconds = times(positions, shape.repeats, jobs, shape)
-    memory = {job: memory_of(job, positions, shape) for job in jobs}
-    return [
-        {
+def run(positions: int, shape: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure the jobs asked for at one length; yield one row per ratio as it is known."""
+    # memory first: its processes should not share the machine with this one's models
+    wanted = [ratio for ratio in RATIOS if ratio[0] in shape.jobs and _fits(ratio[0], positions, shape)]
+    memory = {job: memory_of(job, positions, shape) for job in dict.fromkeys(name for ratio in wanted for name in ratio[:2])}
+    case = build(positions, shape)
+    for job, reference, count, time_allowed, memory_allowed in wanted:
+        seconds, reference_seconds = times(case, shape.repeats, job, reference)
+        yield {
             "positions": positions,
             "job": job,
-            "seconds": seconds[job],
+            "seconds": seconds,
             "memory_gib": memory[job] / GIB,
             "against": f"{count} × {reference}" if count > 1 else reference,
-            "time_ratio": seconds[job] / (count * seconds[reference]),
+            "time_ratio": seconds / (count * reference_seconds),
             "allowed_time": time_allowed,
             # two models that run one after the other need the memory of one
             "memory_ratio": memory[job] / max(1, memory[reference]),
             "allowed_memory": memory_allowed,
         }
-        for job, reference, count, time_allowed, memory_allowed in RATIOS
-        if job in jobs
-    ]
 
 
 @torch.inference_mode()
@@ -233,19 +231,19 @@ def long(positions: int, shape: argparse.Namespace) -> dict[str, Any]:
     return {"positions": positions, "seconds": time.perf_counter() - start, "peak_gib": (loaded + peak()) / GIB, "loaded_gib": loaded / GIB}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Format the rows as plain text."""
+HEADER = f"{'positions':>9}  {'job':<18}{'seconds':>9}{'GiB':>8}  {'against':<16}{'time ×':>8} {'':<7}{'memory ×':>9}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """Format a row as plain text, under HEADER."""
 
     def allowed(limit: float | None) -> str:
         return "" if limit is None else f"≤ {limit}"
 
-    lines = [f"{'positions':>9}  {'job':<18}{'seconds':>9}{'GiB':>8}  {'against':<16}{'time ×':>8} {'':<7}{'memory ×':>9}"]
-    lines += [
+    return (
         f"{row['positions']:>9,}  {row['job']:<18}{row['seconds']:>9.3f}{row['memory_gib']:>8.3f}  {row['against']:<16}"
         f"{row['time_ratio']:>8.2f} {allowed(row['allowed_time']):<7}{row['memory_ratio']:>9.2f} {allowed(row['allowed_memory'])}"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -253,7 +251,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, nargs="+", default=[1024, 4096], help="lengths of the text in tokens")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds after one to warm up")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    names = [ratio[0] for ratio in RATIOS]
+    parser.add_argument("--jobs", nargs="+", choices=names, default=names, help="only these (default: all)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line instead of a table")
     parser.add_argument("--long", type=int, metavar="N", help="only compare two models over N tokens and print the peak memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
@@ -272,8 +272,11 @@ def main(arguments: list[str] | None = None) -> None:
             else f"{shape.long:,} positions, two models with divergences and logits: {found['seconds']:.0f} s, peak {found['peak_gib']:.2f} GiB"
         )
     else:
-        rows = [row for positions in shape.positions for row in run(positions, shape)]
-        print(json.dumps(rows, indent=1) if shape.json else table(rows))
+        if not shape.json:
+            print(HEADER, flush=True)
+        for positions in shape.positions:
+            for row in run(positions, shape):
+                print(json.dumps(row) if shape.json else line(row), flush=True)
 
 
 if __name__ == "__main__":

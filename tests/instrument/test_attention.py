@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, observed
-from mechscope.instrument.attention import _TAPS, _attention
+from mechscope.instrument.attention import _WATCHES, _attention
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
@@ -52,7 +52,7 @@ def test_the_implementation_and_the_taps_are_restored_after_an_exception() -> No
     with pytest.raises(KeyboardInterrupt), observed(subject, lambda call: seen.append(call.layer)):
         raise KeyboardInterrupt
     assert subject.plain.config._attn_implementation == implementation
-    assert not any(_TAPS.get(block.attention) for block in subject.anatomy.blocks)
+    assert not any(_WATCHES.get(block.attention) for block in subject.anatomy.blocks)
     logits(subject, texts)
     assert seen == []
 

@@ -154,7 +154,7 @@ def call_with_scores(scores: Tensor) -> AttentionCall:
     """Make a one-head call whose score matrix is given: the queries are its rows, the keys the unit vectors."""
     length = len(scores)
     query, key = scores[None, None], torch.eye(length, dtype=scores.dtype)[None, None]
-    return AttentionCall(0, query, key, key, key.transpose(1, 2), 1.0, None, None, None)
+    return AttentionCall(layer=0, query=query, key=key, value=key, z=key.transpose(1, 2), scaling=1.0)
 
 
 @pytest.mark.parametrize("method", ["fused", "exact"])

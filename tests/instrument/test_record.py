@@ -83,7 +83,7 @@ def test_query_key_and_value_give_the_map_and_z(family: str) -> None:
     for layer in range(subject.anatomy.n_layers):
         for document in range(len(TEXTS)):
             real = texts.real[document]
-            q, k, v = (recording[site, layer][document][:, real] for site in ("query", "key", "value"))
+            q, k, v = (recording[site, layer][document].transpose(0, 1)[:, real] for site in ("query", "key", "value"))
             group = len(q) // len(k)
             p = torch.softmax(
                 (q @ k.repeat_interleave(group, 0).mT / q.shape[-1] ** 0.5).masked_fill(

@@ -1,21 +1,32 @@
-"""One forward pass, observed: attention, recording, walking block by block, and the checks that it is right."""
+"""One forward pass, observed or changed: attention, recording, edits, walking block by block, rerunning, and the checks that it is right."""
 
-from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.attention import AttentionCall, AttentionInputs, attend, observed
+from mechscope.instrument.edits import Change, Edit, Knockout
+from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import PatternComparison, PatternStatistics, compare, describe, pattern
 from mechscope.instrument.record import Recording, record
+from mechscope.instrument.rerun import Prefix, Reading
 from mechscope.instrument.trust import Check, check_subject, load, load_pair
 from mechscope.instrument.walk import Walk, model_inputs, unembed
 
 __all__ = [
     "AttentionCall",
+    "AttentionInputs",
+    "Change",
     "Check",
+    "Edit",
+    "Knockout",
     "PatternComparison",
     "PatternStatistics",
+    "Prefix",
+    "Reading",
     "Recording",
     "Walk",
+    "attend",
     "check_subject",
     "compare",
     "describe",
+    "intervene",
     "load",
     "load_pair",
     "model_inputs",

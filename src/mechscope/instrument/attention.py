@@ -3,7 +3,8 @@
 transformers lets a program register an attention implementation; some 350 model families call it with per-head query, key and value, after
 rotary embedding. While a model is observed it is switched to the function registered here. It computes what the model would have computed
 (the same fused kernel, or the exact block-of-queries form where scores are soft-capped) and shows every call to the taps that watch that
-module. A tap may return a replacement for z, the heads' outputs before W_O. Idea 1 of the design.
+module. A tap may return a replacement for z, the heads' outputs before W_O; a rewrite sees what goes in and may change it before anything is
+computed. Idea 1 of the design.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from mechscope.subject.load import Subject
 NAME = "mechscope"
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs:
     """What one attention module was called with, in one layer.
 
     Attributes:
@@ -37,9 +38,8 @@ class AttentionCall:
         query: ``(batch, head, query, d_head)``, after rotary embedding and query norm.
         key: ``(batch, kv_head, key, d_head)``; grouped heads are not repeated.
         value: ``(batch, kv_head, key, d_head)``.
-        z: ``(batch, query, head, d_head)``: the heads' outputs before the output projection.
         scaling: Factor on the scores.
-        mask: Boolean ``(batch, 1, query, key)``, True where a query may look; None means causal.
+        mask: Boolean ``(batch, 1 or head, query, key)``, True where a query may look; None means causal.
         window: Keys that a sliding-window layer can see, None for all.
         softcap: Bound of soft-capped scores (Gemma 2), None for plain scores.
     """
@@ -48,17 +48,38 @@ class AttentionCall:
     query: Float[Tensor, "batch head query d"]
     key: Float[Tensor, "batch kv key d"]
     value: Float[Tensor, "batch kv key d"]
-    z: Float[Tensor, "batch query head d"]
     scaling: float
-    mask: Bool[Tensor, "batch 1 query key"] | None
-    window: int | None
-    softcap: float | None
+    mask: Bool[Tensor, "batch some query key"] | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall(AttentionInputs):
+    """An attention module's inputs with what its heads made of them.
+
+    Attributes:
+        z: ``(batch, query, head, d_head)``: the heads' outputs before the output projection.
+    """
+
+    z: Float[Tensor, "batch query head d"]
 
 
 Tap = Callable[[AttentionCall], Tensor | None]
+Rewrite = Callable[[AttentionInputs], AttentionInputs]
 
-# which taps watch which attention module; a module that is gone takes its taps with it
-_TAPS: WeakKeyDictionary[nn.Module, list[tuple[int, Tap]]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who watches one attention module, as which layer."""
+
+    layer: int
+    tap: Tap | None
+    rewrite: Rewrite | None
+
+
+# a module that is gone takes its watches with it
+_WATCHES: WeakKeyDictionary[nn.Module, list[_Watch]] = WeakKeyDictionary()
 
 # what an attention call may carry besides the arguments named in `_attention`, without changing what the heads compute
 _HARMLESS = {
@@ -92,25 +113,51 @@ def _attention(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention: mechscope does not know what that does to the pattern"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if softcap is None:
+    watches = tuple(_WATCHES.get(module, ()))
+    found = AttentionInputs(
+        layer=watches[0].layer if watches else -1,
+        query=query,
+        key=key,
+        value=value,
+        scaling=scaling,
+        mask=attention_mask,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    inputs = found
+    for watch in watches:
+        if watch.rewrite is not None:
+            inputs = watch.rewrite(inputs)
+    if inputs is found and softcap is None:
+        # as the model itself would have called it, so that watching changes no bit
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     else:
-        z = _softcapped(query, key, value, attention_mask, scaling, softcap)
-    for layer, tap in tuple(_TAPS.get(module, ())):
-        call = AttentionCall(layer, query, key, value, z, scaling, attention_mask, sliding_window, softcap)
-        replacement = tap(call)
-        z = z if replacement is None else replacement
+        z = attend(inputs)
+    for watch in watches:
+        if watch.tap is not None:
+            replacement = watch.tap(AttentionCall(**vars(inputs), z=z))
+            z = z if replacement is None else replacement
     return z, None
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float) -> Tensor:
-    """Compute z where scores are soft-capped, which no fused kernel on a CPU does."""
-    values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    z = [
-        block.log_pattern.exp().to(value.dtype) @ values[:, :, : block.log_pattern.shape[-1]]
-        for block in pattern_blocks(query, key, scaling=scaling, mask=mask, softcap=softcap)
-    ]
-    return torch.cat(z, dim=2).transpose(1, 2).contiguous()
+def attend(inputs: AttentionInputs) -> Float[Tensor, "batch query head d"]:
+    """Compute what the heads make of their inputs: z, before the output projection."""
+    groups = inputs.query.shape[1] // inputs.key.shape[1]
+    value = inputs.value.repeat_interleave(inputs.query.shape[1] // inputs.value.shape[1], dim=1)
+    if inputs.softcap is not None:  # no fused kernel on a CPU does this
+        blocks = pattern_blocks(inputs.query, inputs.key, scaling=inputs.scaling, mask=inputs.mask, softcap=inputs.softcap)
+        z = torch.cat([block.log_pattern.exp().to(value.dtype) @ value[:, :, : block.log_pattern.shape[-1]] for block in blocks], dim=2)
+    else:
+        z = torch.nn.functional.scaled_dot_product_attention(
+            inputs.query,
+            inputs.key.repeat_interleave(groups, dim=1),
+            value,
+            attn_mask=inputs.mask,
+            scale=inputs.scaling,
+            # one query without a mask is a decoding step: it sees all keys
+            is_causal=inputs.mask is None and inputs.query.shape[2] > 1,
+        )
+    return z.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, _attention)
@@ -118,28 +165,29 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextlib.contextmanager
-def observed(subject: Subject, tap: Tap | None = None) -> Iterator[None]:
+def observed(subject: Subject, tap: Tap | None = None, *, rewrite: Rewrite | None = None) -> Iterator[None]:
     """Route a model's attention through mechscope, showing every call to a tap; nests, and restores the model in any case.
 
     An adapter is on or off inside as the subject says, so that the view without it can be run as it is.
 
     Args:
         subject: The model to watch.
-        tap: Called after every attention module; may return a replacement of z. None only switches the implementation.
+        tap: Called after every attention module; may return a replacement of z.
+        rewrite: Called before every attention module; returns its inputs, changed or as they are.
     """
     config = subject.plain.config
     before = config._attn_implementation
-    modules = [block.attention for block in subject.anatomy.blocks]
     if before != NAME:
         subject.plain.set_attn_implementation(NAME)
-    entries = [] if tap is None else [(module, (layer, tap)) for layer, module in enumerate(modules)]
+    entries = [(block.attention, _Watch(layer, tap, rewrite)) for layer, block in enumerate(subject.anatomy.blocks)]
     for module, entry in entries:
-        _TAPS.setdefault(module, []).append(entry)
+        _WATCHES.setdefault(module, []).append(entry)
     try:
         with subject.active():
             yield
     finally:
         for module, entry in entries:
-            _TAPS[module].remove(entry)
+            # by identity: two observers may be equal
+            _WATCHES[module][:] = [other for other in _WATCHES[module] if other is not entry]
         if before != NAME:
             subject.plain.set_attn_implementation(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,21 +19,36 @@ from torch import Tensor, nn
 
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.patterns import pattern
 from mechscope.subject.load import Subject
 
-Site = Literal["embedding", "residual", "query", "key", "value", "z", "head_output", "attention_output", "mlp_output", "logits"]
+Site = Literal[
+    "embedding",
+    "residual",
+    "query",
+    "key",
+    "value",
+    "pattern",
+    "z",
+    "head_output",
+    "attention_output",
+    "neuron",
+    "mlp_output",
+    "logits",
+]
 SITES: tuple[str, ...] = get_args(Site)
-_HEAD_SITES = {"query", "key", "value", "z", "head_output"}
+_ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}
 
 
 @dataclass
 class Recording:
     """What was recorded, by site and layer.
 
-    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_output` ``(batch, token, d_model)``; `query`
-    ``(batch, head, token, d_head)`` and `key`, `value` ``(batch, kv_head, token, d_head)``, after rotary embedding; `z`
-    ``(batch, token, head, d_head)``; `head_output` (z W_O, without the projection's bias) ``(batch, token, head, d_model)``; `logits`
-    ``(batch, token, vocab)``. `embedding` and `logits` have no layer and are kept under layer 0.
+    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_output` ``(batch, token, d_model)``; `query` and `z`
+    ``(batch, token, head, d_head)``; `key` and `value` ``(batch, token, kv_head, d_head)`` (query and key after rotary embedding);
+    `head_output` (z W_O, without the projection's bias) ``(batch, token, head, d_model)``; `pattern` ``(batch, head, query, key)``, whole;
+    `neuron` (what the MLP's last map reads) ``(batch, token, d_mlp)``; `logits` ``(batch, token, vocab)``. `embedding` and `logits` have
+    no layer and are kept under layer 0.
     """
 
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -79,17 +95,25 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
 
     with contextlib.ExitStack() as stack:
         _hook_modules(subject, sites, chosen, keep, stack)
-        heads = _HEAD_SITES.intersection(sites)
+        heads = _ATTENTION_SITES.intersection(sites)
         wanted = set(chosen)
 
         def tap(call: AttentionCall) -> None:
             if call.layer not in wanted:
                 return
             for site in heads:
-                keep(site, call.layer, head_outputs(subject, call) if site == "head_output" else getattr(call, site))
+                keep(site, call.layer, _seen(subject, call, site))
 
         stack.enter_context(observed(subject, tap if heads else None))
         yield recording
+
+
+def _seen(subject: Subject, call: AttentionCall, site: str) -> Tensor:
+    if site == "head_output":
+        return head_outputs(subject, call)
+    if site == "pattern":
+        return pattern(call, dtype=call.query.dtype)
+    return call.z if site == "z" else getattr(call, site).transpose(1, 2)
 
 
 def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch token head d_model"]:
@@ -108,9 +132,7 @@ def _hook_modules(
     def on_output(module: nn.Module, site: str, layer: int) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
-            if value.ndim == 2:  # OPT's MLP sees all tokens of the batch as rows of one matrix
-                value = value.unflatten(0, tokens["shape"])
-            keep(site, layer, value)
+            keep(site, layer, by_token(value))
 
         handle = module.register_forward_hook(hook)
         stack.callback(handle.remove)
@@ -123,6 +145,14 @@ def _hook_modules(
         stack.callback(handle.remove)
 
     tokens: dict[str, torch.Size] = {}
+
+    def by_token(value: Tensor) -> Tensor:
+        # OPT's MLP sees all tokens of the batch as rows of one matrix
+        return value.unflatten(0, tokens["shape"]) if value.ndim == 2 else value
+
+    def keep_neurons(layer: int, hidden: Tensor) -> None:
+        keep("neuron", layer, by_token(hidden))
+
     if "embedding" in sites:
         on_input(anatomy.blocks[0].module, lambda hidden: keep("embedding", 0, hidden))
     if "logits" in sites:
@@ -133,6 +163,9 @@ def _hook_modules(
             on_output(block.module, "residual", layer)
         if "attention_output" in sites:
             on_output(block.attention_write, "attention_output", layer)
-        if "mlp_output" in sites:
+        if "mlp_output" in sites or "neuron" in sites:
             on_input(block.module, lambda hidden: tokens.update(shape=hidden.shape[:2]))
+        if "mlp_output" in sites:
             on_output(block.mlp_write, "mlp_output", layer)
+        if "neuron" in sites:
+            on_input(block.mlp_down, partial(keep_neurons, layer))

@@ -74,6 +74,7 @@ class Block:
         attention_write: Module whose output is what attention adds to the residual stream (a norm after attention where the family has one).
         mlp_write: Likewise for the MLP.
         mlp_read: Module whose input is what the MLP reads.
+        mlp_down: The MLP's last linear map: its input are the neurons.
         mlp_linears: Paths of the MLP's linear maps.
     """
 
@@ -88,7 +89,13 @@ class Block:
     attention_write: nn.Module
     mlp_write: nn.Module
     mlp_read: nn.Module
+    mlp_down: nn.Module
     mlp_linears: tuple[str, ...]
+
+    @property
+    def d_mlp(self) -> int:
+        """Number of the MLP's neurons."""
+        return oriented_weight(self.mlp_down).shape[1]
 
 
 @dataclass(frozen=True)
@@ -233,7 +240,10 @@ def _read_block(path: str, block: nn.Module, n_heads: int, d_head: int, family: 
         if name.startswith(mlp_prefixes) and getattr(base_layer(module), "weight", torch.empty(0)).ndim == 2 and ".base_layer" not in name
         if not any(name.endswith(f".{part}") or f".{part}." in name for part in ("lora_A", "lora_B", "modules_to_save"))
     )
-    return Block(path, block, attention, attention_name, *readers, output, attention_write, mlp_write, mlp_read, linears)
+    if not linears:
+        raise ModelError(f"{family}: the MLP of block {path} holds no linear map: this architecture is not supported")
+    mlp_down = block.get_submodule(linears[-1].removeprefix(f"{path}."))  # maps stand in the order in which they are applied
+    return Block(path, block, attention, attention_name, *readers, output, attention_write, mlp_write, mlp_read, mlp_down, linears)
 
 
 def _readers(attention: nn.Module, name: str, n_heads: int, d_head: int, family: str) -> tuple[Slice, Slice, Slice]:

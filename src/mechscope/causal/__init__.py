@@ -1,0 +1,23 @@
+"""Interventions: what matters, shown by changing it."""
+
+from mechscope.causal.ablation import ablate, ablate_together, random_like
+from mechscope.causal.effects import Effects
+from mechscope.causal.patching import patch
+from mechscope.causal.places import Place, places
+from mechscope.causal.sources import Mean, Resample, Source, Text, Vector, mean_of
+
+__all__ = [
+    "Effects",
+    "Mean",
+    "Place",
+    "Resample",
+    "Source",
+    "Text",
+    "Vector",
+    "ablate",
+    "ablate_together",
+    "mean_of",
+    "patch",
+    "places",
+    "random_like",
+]

@@ -1,0 +1,164 @@
+"""Ablation: take components out of a run, and see what it costs.
+
+A component's value is replaced by zero (Olsson et al. 2022), by its mean over a reference set (Wang et al. 2022) or by its value on another text
+(resample; Chan et al. 2022). Zero and mean can lie far from anything the model ever computes; resampling stays in distribution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from mechscope.causal.effects import Effects, effects, place_columns
+from mechscope.causal.places import Place, edits_of, places, places_of
+from mechscope.causal.sources import Source, source_named
+from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import Prefix
+from mechscope.subject import Components, Subject
+from mechscope.subject.anatomy import Anatomy
+
+Mode = Literal["each", "keep"]
+
+
+def ablate(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    sites: Sequence[str] = ("head", "mlp"),
+    source: str | Source = "zero",
+    mode: Mode = "each",
+    metric: str = "loss",
+    components: Components | str | None = None,
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Effects:
+    """Ablate places one at a time, or all but one at a time, on the clean texts.
+
+    Args:
+        subject: The model.
+        pairs: The texts; only the clean ones are run, and the corrupt ones where they are the source.
+        sites: Sites whose places are ablated.
+        source: `zero`, `resample`, `corrupt`, or a `Mean` from `mean_of`.
+        mode: `each` leaves one out, `keep` keeps only one (of the places considered).
+        metric: `loss`, `logit-diff`, `probability` or `kl`.
+        components: Only these.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        One row per place.
+
+    Raises:
+        MechscopeError: Texts, components or metric do not fit the model or each other.
+    """
+    if mode not in ("each", "keep"):
+        raise SettingsError(f"mode {mode!r} is not known: use each (leave one out) or keep (keep only one)")
+    where = _where(subject.anatomy, sites, components)
+    sets = [(place,) for place in where] if mode == "each" else [tuple(other for other in where if other != place) for place in where]
+    values, unchanged = _ablated(subject, pairs, sets, source, metric, tokens_per_batch, progress)
+    return effects([place_columns(place) for place in where], values, unchanged, metric=metric, seed=seed, mode=mode)
+
+
+def ablate_together(
+    subject: Subject,
+    pairs: Pairs,
+    sets: Sequence[Components | str],
+    *,
+    source: str | Source = "zero",
+    metric: str = "loss",
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Effects:
+    """Ablate whole sets of components, one set at a time; arguments as for `ablate`.
+
+    Returns:
+        One row per set; `component` is the set's text form.
+    """
+    parsed = [Components.parse(chosen) if isinstance(chosen, str) else chosen for chosen in sets]
+    changed = [places_of(chosen, subject.anatomy) for chosen in parsed]
+    values, unchanged = _ablated(subject, pairs, changed, source, metric, tokens_per_batch, progress)
+    rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for chosen in parsed]
+    return effects(rows, values, unchanged, metric=metric, seed=seed)
+
+
+def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int = 0) -> list[Components]:
+    """Draw random head sets with as many heads in every layer as a given set: the control for "these heads matter".
+
+    Args:
+        components: The set to be matched; a whole layer counts as its heads.
+        anatomy: The model's parts.
+        n: How many sets.
+        seed: Seed of the draw.
+
+    Raises:
+        SettingsError: The set has no heads, or fills its layers, so that there is no other set like it.
+    """
+    heads = components.validate(anatomy).expand(anatomy.n_heads).heads
+    profile = Counter(layer for layer, _ in heads)
+    if not profile:
+        raise SettingsError(f"components {str(components)!r} hold no heads: there are no random head sets like them")
+    if all(count == anatomy.n_heads for count in profile.values()):
+        raise SettingsError(f"components {str(components)!r} are all heads of their layers: no other set has the same layer profile")
+    random = np.random.default_rng(seed)
+    return [
+        Components.of_heads(
+            (layer, int(head)) for layer, count in profile.items() for head in random.choice(anatomy.n_heads, count, replace=False)
+        )
+        for _ in range(n)
+    ]
+
+
+def _where(anatomy: Anatomy, sites: Sequence[str], components: Components | str | None) -> list[Place]:
+    """List the places of all sites; components that one site does not have may belong to another."""
+    found: list[Place] = []
+    failed: SettingsError | None = None
+    for site in sites:
+        try:
+            found += places(anatomy, site, components)
+        except SettingsError as error:
+            failed = error
+            if components is None or len(sites) == 1:
+                raise
+    if not found:
+        raise failed or SettingsError("no site was given: name at least one, such as head")
+    return found
+
+
+def _ablated(
+    subject: Subject,
+    pairs: Pairs,
+    sets: Sequence[Sequence[Place]],
+    source: str | Source,
+    metric: str,
+    tokens_per_batch: int,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the metric of every ablated run and of the whole model."""
+    check_fits(subject, pairs)
+    taken = source_named(source)
+    sites = {place.site for chosen in sets for place in chosen}
+    gathered, done = Gathered(pairs), 0
+    total = len(sets) * len(pairs)
+    for batch in batches(pairs, tokens_per_batch):
+        clean = Prefix(subject, batch.clean, batch.real, sites=sites)
+        runs = Runs(clean, metric_of(metric, batch, clean))
+        value = taken.bind(subject, batch, sites, {"clean": clean})
+        units = [edits_of(chosen, value) for chosen in sets]
+
+        def tell(number: int, batch: PairBatch = batch) -> None:
+            nonlocal done
+            done += number * len(batch.pairs)
+            if progress is not None:
+                progress("ablating", done, total)
+
+        gathered.put("unchanged", batch, runs.unchanged())
+        gathered.put("ablated", batch, runs.of(units, progress=tell))
+    return gathered["ablated"], gathered["unchanged"]

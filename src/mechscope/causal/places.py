@@ -1,0 +1,145 @@
+"""Where a sweep changes the model: one place at a time, named as the circuit literature names it.
+
+input      embedding            r3      residual stream behind block 3      a3      attention output of layer 3
+a3.h5      head (its z)         a3.h5<q>, <k>, <v>   its query, key, value   a3.h5<p>   its attention pattern
+m3         MLP output           m3.n17  neuron 17 of its MLP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from mechscope.errors import SettingsError
+from mechscope.instrument.edits import EDIT_SITES, HEAD_SITES, Edit, EditSite, Value
+from mechscope.subject import Components
+from mechscope.subject.anatomy import Anatomy
+
+# what a person may call a site
+ALIASES = {
+    "head": "z",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "attention": "attention_output",
+    "mlp": "mlp_output",
+    "input": "embedding",
+}
+_MARKS = {"query": "<q>", "key": "<k>", "value": "<v>", "pattern": "<p>", "z": ""}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One component's value at one site.
+
+    Attributes:
+        site: Where in the block.
+        layer: Which block.
+        head: Which query head, of sites with heads.
+        feature: Which neuron, of site `neuron`.
+    """
+
+    site: EditSite
+    layer: int
+    head: int | None = None
+    feature: int | None = None
+
+    def __str__(self) -> str:
+        if self.site in HEAD_SITES:
+            return f"a{self.layer}.h{self.head}{_MARKS[self.site]}"
+        if self.site == "neuron":
+            return f"m{self.layer}" if self.feature is None else f"m{self.layer}.n{self.feature}"
+        prefix = {"attention_output": "a", "mlp_output": "m", "residual": "r"}.get(self.site)
+        return f"{prefix}{self.layer}" if prefix else "input"
+
+    def edit(self, value: Value, positions: Tensor | None = None) -> Edit:
+        """Return the edit that puts a value here."""
+        heads = None if self.head is None else (self.head,)
+        features = None if self.feature is None else (self.feature,)
+        return Edit(self.site, self.layer, value, heads=heads, features=features, positions=positions)
+
+
+def site_named(name: str) -> EditSite:
+    """Return the site a person means.
+
+    Raises:
+        SettingsError: There is none of that name.
+    """
+    site = ALIASES.get(name, name)
+    if site not in EDIT_SITES:
+        raise SettingsError(f"site {name!r} is not known: use one of {', '.join(sorted({*ALIASES, *EDIT_SITES}))}")
+    return cast(EditSite, site)
+
+
+def places(anatomy: Anatomy, site: str, components: Components | str | None = None) -> tuple[Place, ...]:
+    """List a site's places, layer by layer.
+
+    Args:
+        anatomy: The model's parts.
+        site: A site or its short name (`head`, `mlp`, …).
+        components: Only these: heads and whole layers for sites with heads, MLPs and whole layers for `mlp_output` and `neuron`, whole layers
+            for the others; None for all.
+
+    Raises:
+        SettingsError: The site is not known, a component does not exist, or none of the components has such a site.
+    """
+    site = site_named(site)
+    if isinstance(components, str):
+        components = Components.parse(components)
+    chosen = None if components is None else components.validate(anatomy)
+    found = tuple(_places(anatomy, site, chosen))
+    if not found:
+        raise SettingsError(
+            f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, layers layers:2,3"
+        )
+    return found
+
+
+def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iterator[Place]:
+    if site == "embedding":
+        yield Place(site, 0)
+        return
+    whole = set(range(anatomy.n_layers)) if chosen is None else set(chosen.layers)
+    if site in HEAD_SITES:
+        heads = set() if chosen is None else set(chosen.heads)
+        for layer, head in anatomy.heads():
+            if layer in whole or (layer, head) in heads:
+                yield Place(site, layer, head=head)
+        return
+    if chosen is not None and site in ("mlp_output", "neuron"):
+        whole |= set(chosen.mlps)
+    for layer in sorted(whole):
+        if site == "neuron":
+            yield from (Place(site, layer, feature=index) for index in range(anatomy.blocks[layer].d_mlp))
+        else:
+            yield Place(site, layer)
+
+
+def places_of(components: Components, anatomy: Anatomy) -> tuple[Place, ...]:
+    """Return the places that stand for components: z of heads, outputs of MLPs; a whole layer is its heads and its MLP."""
+    each = components.validate(anatomy).expand(anatomy.n_heads)
+    return (
+        *(Place("z", layer, head=head) for layer, head in each.heads),
+        *(Place("mlp_output", layer) for layer in each.mlps),
+    )
+
+
+def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value], positions: Tensor | None = None) -> list[Edit]:
+    """Return the edits that change places together: one per site and layer, so that hundreds of heads stay cheap."""
+    together: dict[tuple[EditSite, int], list[Place]] = {}
+    for place in changed:
+        together.setdefault((place.site, place.layer), []).append(place)
+    return [
+        Edit(
+            site,
+            layer,
+            value(site, layer),
+            heads=None if members[0].head is None else tuple(place.head for place in members if place.head is not None),
+            features=None if members[0].feature is None else tuple(place.feature for place in members if place.feature is not None),
+            positions=positions,
+        )
+        for (site, layer), members in together.items()
+    ]

@@ -1,0 +1,208 @@
+"""Where a changed component takes its value from.
+
+    clean, corrupt   the same component's value when the model reads the clean or the corrupt text of the pair
+    zero             nothing
+    resample         its value on another text of the same batch (Chan et al. 2022: stays in distribution, unlike zero and mean)
+    Text(model=…)    its value in another model, for example the fine-tuned one (Prakash et al. 2024)
+    Mean(…)          its mean over a reference set, over all tokens or per position (Wang et al. 2022)
+    Vector(…)        a given value
+
+A source is bound to a batch once; it then gives the value of any site of any layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mechscope.causal.texts import batches
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import Prefix, model_inputs, record
+from mechscope.instrument.record import Site
+from mechscope.subject import Subject
+
+Which = Literal["clean", "corrupt"]
+Bound = Callable[[str, int], Tensor | float]
+
+
+class Source(ABC):
+    """Where values come from."""
+
+    @abstractmethod
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+        """Return a function of (site, layer) for one batch.
+
+        Args:
+            subject: The model that is changed.
+            batch: The pairs.
+            sites: Sites that will be asked for.
+            runs: Runs of that model over the batch that are there already, by `clean` or `corrupt`; what is run here is added.
+        """
+
+
+@dataclass(frozen=True)
+class Text(Source):
+    """The value when a model reads one of the pair's texts.
+
+    Attributes:
+        which: Which text.
+        model: Another model; None for the one that is changed.
+    """
+
+    which: Which
+    model: Subject | None = None
+
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+        """Run the text, unless it was."""
+        if self.model is not None:
+            run = Prefix(self.model, getattr(batch, self.which), batch.real, sites=sites)
+        else:
+            if self.which not in runs:
+                runs[self.which] = Prefix(subject, getattr(batch, self.which), batch.real, sites=sites)
+            run = runs[self.which]
+        return lambda site, layer: run.recording[site, layer]
+
+
+@dataclass(frozen=True)
+class Vector(Source):
+    """A given value, broadcast over texts and tokens."""
+
+    value: Tensor | float
+
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+        """Return the value for whatever is asked."""
+        return lambda site, layer: self.value
+
+
+@dataclass(frozen=True)
+class Resample(Source):
+    """The value on another text of the batch, chosen at random; a shorter text is read again from its beginning.
+
+    Attributes:
+        seed: Seed of the choice.
+        which: Which of the pair's texts is read.
+    """
+
+    seed: int = 0
+    which: Which = "clean"
+
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+        """Choose for every text another one."""
+        size, length = batch.real.shape
+        if size < 2:
+            raise SettingsError(
+                "resampling takes values from another text of the batch, and there is only one: give more pairs, or larger batches"
+            )
+        values = Text(self.which).bind(subject, batch, sites, runs)
+        generator = torch.Generator().manual_seed(self.seed)
+        # a random cycle: nobody is given its own value, everybody's is used once
+        order = torch.randperm(size, generator=generator)
+        other = torch.empty_like(order)
+        other[order] = order.roll(1)
+        first = batch.real.to(torch.uint8).argmax(1)
+        lengths = batch.real.sum(1)
+        own = (torch.arange(length) - first[:, None]).clamp(min=0)
+        token = first[other][:, None] + own % lengths[other][:, None]
+
+        def value(site: str, layer: int) -> Tensor | float:
+            found = values(site, layer)
+            if not isinstance(found, Tensor) or site == "pattern":
+                raise SettingsError("attention patterns cannot be resampled: texts differ in their tokens; resample 'z' instead")
+            return found[other.to(found.device)[:, None], token.to(found.device)]
+
+        return value
+
+
+@dataclass(frozen=True)
+class Mean(Source):
+    """Means over a reference set; see `mean_of`.
+
+    Attributes:
+        values: By site and layer: ``(features)`` or ``(head, d_head)``, with a token axis in front if per position.
+        tokens: Length of the reference texts, if per position.
+    """
+
+    values: dict[tuple[str, int], Tensor]
+    tokens: int | None = None
+
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+        """Check that the reference fits the batch."""
+        if self.tokens is not None:
+            unfit = [pair for pair in batch.pairs if len(pair.clean) != self.tokens]
+            if unfit:
+                raise SettingsError(
+                    f"the mean reference has a value per position for texts of {self.tokens} tokens, pair {unfit[0].id!r} has {len(unfit[0].clean)}: "
+                    "take the mean over all positions (per_position=False), or a reference of that length"
+                )
+
+        def value(site: str, layer: int) -> Tensor | float:
+            try:
+                return self.values[site, layer]
+            except KeyError:
+                held = ", ".join(sorted({name for name, _ in self.values}))
+                raise SettingsError(
+                    f"the mean reference holds {held}, not {site!r} of layer {layer}: compute it with mean_of(…, sites=…)"
+                ) from None
+
+        return value
+
+
+@torch.no_grad()
+def mean_of(
+    subject: Subject, reference: Pairs, sites: Collection[str], *, per_position: bool = False, tokens_per_batch: int = 4096
+) -> Mean:
+    """Average sites over a reference set's clean texts.
+
+    Args:
+        subject: The model.
+        reference: The texts.
+        sites: What to average.
+        per_position: Keep a mean per position; the texts must then be equally long.
+        tokens_per_batch: Most tokens of a forward pass.
+
+    Raises:
+        SettingsError: Per position, and the texts differ in length; or a site that has no mean.
+    """
+    lengths = {len(pair.clean) for pair in reference}
+    if per_position and len(lengths) > 1:
+        raise SettingsError(
+            f"a mean per position needs texts of one length, these have {min(lengths)} to {max(lengths)} tokens: use per_position=False"
+        )
+    if "pattern" in sites:
+        raise SettingsError("attention patterns have no mean over texts of different tokens: take the mean of 'z'")
+    sums: dict[tuple[str, int], Tensor] = {}
+    count = 0
+    names: list[Site] = [site for site in sites if site != "embedding"]  # type: ignore[misc]  # checked by record
+    with_embedding: list[Site] = ["embedding"] if "embedding" in sites else []
+    for batch in batches(reference, tokens_per_batch):
+        with record(subject, *names, *with_embedding) as recording, subject.active():
+            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+        count += len(batch.pairs) if per_position else int(batch.real.sum())
+        for key, value in recording.values.items():
+            real = value.double()[batch.real.to(value.device)]
+            total = real.unflatten(0, (len(batch.pairs), -1)).sum(0) if per_position else real.sum(0)
+            sums[key] = sums[key] + total if key in sums else total
+    means = {key: (total / count).to(subject.dtype) for key, total in sums.items()}
+    return Mean(means, lengths.pop() if per_position else None)
+
+
+NAMED: dict[str, Source] = {"clean": Text("clean"), "corrupt": Text("corrupt"), "zero": Vector(0.0), "resample": Resample()}
+
+
+def source_named(source: str | Source) -> Source:
+    """Return the source a person means.
+
+    Raises:
+        SettingsError: There is none of that name.
+    """
+    if isinstance(source, Source):
+        return source
+    if source not in NAMED:
+        raise SettingsError(f"source {source!r} is not known: use one of {', '.join(NAMED)}, or a mean, a vector or another model's values")
+    return NAMED[source]

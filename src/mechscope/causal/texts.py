@@ -1,0 +1,138 @@
+"""The texts a sweep runs over: batches, their metric, and runs of many units over them.
+
+Everything here keeps one number per text and unit; tables and intervals are made of these in `effects`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.data.metrics import Metric, pair_metric, read_at
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.instrument import Prefix, Reading, unembed
+from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
+from mechscope.subject import Subject
+
+Progress = Callable[[str, int, int], None]
+# rows of logits held at once: 256 × 50,257 × 4 bytes are 49 MiB
+_ROWS = 256
+
+
+def batches(pairs: Pairs, tokens_per_batch: int) -> Iterator[PairBatch]:
+    """Yield batches padded on the right, which needs no mask under a causal pattern.
+
+    Raises:
+        SettingsError: There are no pairs.
+    """
+    if not len(pairs):
+        raise SettingsError("there are no pairs to run: give at least one")
+    yield from pairs.batches(tokens_per_batch=tokens_per_batch, padding="right")
+
+
+def check_fits(subject: Subject, pairs: Pairs) -> None:
+    """Refuse texts that the model cannot read.
+
+    Raises:
+        DataError: A text is longer than the model's positions, or holds a token outside its vocabulary.
+    """
+    for pair in pairs:
+        if len(pair.clean) > subject.anatomy.max_positions:
+            raise DataError(
+                f"pair {pair.id!r} has {len(pair.clean):,} tokens, the model reads {subject.anatomy.max_positions:,}: shorten it"
+            )
+        highest = max((*pair.clean, *pair.corrupt, *pair.answers, *pair.wrong_answers))
+        if highest >= subject.anatomy.vocab_size:
+            raise DataError(
+                f"pair {pair.id!r} holds token {highest}, the model's vocabulary has {subject.anatomy.vocab_size:,}: "
+                "was it made with another tokenizer?"
+            )
+
+
+def score(subject: Subject, hidden: Float[Tensor, "units read d_model"], metric: Metric) -> Float[Tensor, "units batch"]:
+    """Return a metric from rows of the last residual stream; logits are held a few rows at a time."""
+    units, read, _ = hidden.shape
+    per_row = hidden.new_empty(units, read)
+    at_once = max(1, _ROWS // read)
+    for first in range(0, units, at_once):
+        for start in range(0, read, _ROWS):
+            rows = slice(start, min(start + _ROWS, read))
+            per_row[first : first + at_once, rows] = metric.score(unembed(subject, hidden[first : first + at_once, rows]), rows)
+    return metric.mean(per_row)
+
+
+class Runs:
+    """One batch's runs of a model: the base run, its metric, and reruns of it.
+
+    Attributes:
+        prefix: The run that is changed.
+        metric: What is measured.
+        reading: The rows it reads.
+    """
+
+    def __init__(self, prefix: Prefix, metric: Metric) -> None:
+        """Bind a metric to a run."""
+        self.prefix = prefix
+        self.metric = metric
+        self.reading = Reading.of(metric.where)
+
+    @torch.no_grad()
+    def unchanged(self) -> np.ndarray:
+        """Return the metric of the base run, one number per text."""
+        return _array(score(self.prefix.subject, self.prefix.read(self.reading)[None], self.metric)[0])
+
+    @torch.no_grad()
+    def of(
+        self, units: Sequence[Unit], *, tokens_per_pass: int = TOKENS_PER_PASS, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Return the metric of every unit's run, (units, batch)."""
+        found = np.full((len(units), self.prefix.batch), np.nan)
+        for indices, hidden in self.prefix.rerun(units, self.reading, tokens_per_pass=tokens_per_pass):
+            found[indices] = _array(score(self.prefix.subject, hidden, self.metric))
+            if progress is not None:
+                progress(len(indices))
+        if not np.isfinite(found).all():
+            raise ModelError("a changed run gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32")
+        return found
+
+
+@torch.no_grad()
+def metric_of(name: str, batch: PairBatch, reference: Prefix) -> Metric:
+    """Build a batch's metric; `kl` compares with a reference run.
+
+    Args:
+        name: One of `mechscope.data.metrics.METRICS`.
+        batch: The pairs.
+        reference: The run of the clean texts.
+    """
+    if name != "kl":
+        return pair_metric(name, batch)
+    rows = reference.read(Reading.of(read_at(name, batch)))
+    logits = torch.cat([unembed(reference.subject, part) for part in rows.split(_ROWS)])
+    return pair_metric(name, batch, logits)
+
+
+class Gathered:
+    """Per-text results of batches, put back into the order of the pairs."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        """Remember the order."""
+        self._place = {id(pair): index for index, pair in enumerate(pairs)}
+        self._values: dict[str, np.ndarray] = {}
+
+    def put(self, name: str, batch: PairBatch, values: np.ndarray) -> None:
+        """Keep values whose last axis is a batch's texts."""
+        whole = self._values.setdefault(name, np.full((*values.shape[:-1], len(self._place)), np.nan))
+        whole[..., [self._place[id(pair)] for pair in batch.pairs]] = values
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._values[name]
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().double().cpu().numpy()

@@ -1,0 +1,342 @@
+"""Running a model again with something changed, from where the change is (idea 7 of the design).
+
+A change in layer l leaves the layers before it untouched. A `Prefix` is a run that keeps what its layers computed; `rerun` takes any number of
+changed runs ("units"), puts those that begin at the same place side by side as rows of one batch, and begins there:
+
+1. a change inside attention (q, k, v, pattern, z, a knockout) begins after the projections: z is patched, W_O applied, and the rest of the
+   block runs with attention replaced by that result;
+2. a change of the attention output begins there;
+3. a change of neurons or of the MLP output begins behind the block: residual + (new − old);
+4. a change of the residual stream begins with the next block.
+
+Changes further up act by `intervene` on their unit's rows. In the last block the MLP runs only where its result is read, and only these rows of
+the last residual stream are returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mechscope.errors import ModelError, SettingsError
+from mechscope.instrument.attention import AttentionCall, attend, observed
+from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate, with_patterns
+from mechscope.instrument.intervene import intervene
+from mechscope.instrument.patterns import pattern
+from mechscope.instrument.record import Recording, Site, record
+from mechscope.instrument.walk import Walk
+from mechscope.subject.anatomy import Block
+from mechscope.subject.load import Subject
+
+Unit = Sequence[Change]
+# where in a block a change begins
+_STAGE = {
+    "embedding": 0,
+    **dict.fromkeys(("query", "key", "value", "mask", "pattern", "z"), 1),
+    "attention_output": 2,
+    "neuron": 3,
+    "mlp_output": 4,
+    "residual": 5,
+}
+# tokens of one batch of units: enough for full speed of the matrix products, few enough to stay near the processor
+TOKENS_PER_PASS = 4096
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which rows of the last residual stream are read.
+
+    Attributes:
+        example: ``(read,)``: row of the batch.
+        position: ``(read,)``: token.
+    """
+
+    example: Int[Tensor, " read"]
+    position: Int[Tensor, " read"]
+
+    @classmethod
+    def of(cls, where: Bool[Tensor, "batch token"]) -> Reading:
+        """Read the marked tokens, text by text."""
+        example, position = where.nonzero(as_tuple=True)
+        return cls(example, position)
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    def take(self, hidden: Float[Tensor, "units batch token d"]) -> Float[Tensor, "units read d"]:
+        """Gather the rows out of several runs of the batch."""
+        return hidden[:, self.example.to(hidden.device), self.position.to(hidden.device)]
+
+
+class Prefix:
+    """One run of a batch that keeps what `rerun` needs.
+
+    Attributes:
+        subject: The model.
+        input_ids: ``(batch, token)``.
+        real: ``(batch, token)``, True where a token is real; None if all are.
+        recording: What was asked for besides.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        input_ids: Int[Tensor, "batch token"],
+        real: Bool[Tensor, "batch token"] | None = None,
+        *,
+        sites: Collection[Site | str] = (),
+    ) -> None:
+        """Run the batch.
+
+        Args:
+            subject: The model.
+            input_ids: Tokens.
+            real: True where a token is real; None if all are.
+            sites: What changes begin at and sources are taken from; residual streams are always kept.
+        """
+        self.subject = subject
+        self.input_ids = input_ids.to(subject.device)
+        self.real = None if real is None or bool(real.all()) else real.to(subject.device)
+        self._walks: dict[int, Walk] = {}
+        self._calls: dict[int, AttentionCall] = {}
+        kept = {site for site in sites if site not in ("mask", "pattern")}
+        if "neuron" in kept:
+            kept.add("mlp_output")
+        inside = any(_STAGE.get(site) == 1 for site in sites)
+        sites_kept = cast(set[Site], (kept - {"embedding"}) | {"residual"} | ({"pattern"} if "pattern" in sites else set()))
+
+        def tap(call: AttentionCall) -> None:
+            self._calls[call.layer] = call
+
+        with torch.no_grad(), observed(subject, tap if inside else None):
+            walk = self._walk(1)
+            with record(subject, *sorted(sites_kept)) as recording:
+                walk.run()
+        self.recording: Recording = recording
+        self.recording.values["embedding", 0] = walk.hidden
+
+    @property
+    def batch(self) -> int:
+        """Number of texts."""
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def tokens(self) -> Bool[Tensor, "batch token"]:
+        """Mark the real tokens."""
+        return torch.ones_like(self.input_ids, dtype=torch.bool) if self.real is None else self.real
+
+    def read(self, reading: Reading) -> Float[Tensor, "read d_model"]:
+        """Return rows of the last residual stream, unchanged."""
+        return reading.take(self.recording["residual", self.subject.anatomy.n_layers - 1][None])[0]
+
+    def input_of(self, layer: int) -> Float[Tensor, "batch token d_model"]:
+        """Return the residual stream that a block reads."""
+        return self.recording["residual", layer - 1] if layer else self.recording["embedding"]
+
+    @torch.no_grad()
+    def rerun(
+        self, units: Sequence[Unit], reading: Reading, *, tokens_per_pass: int = TOKENS_PER_PASS
+    ) -> Iterator[tuple[list[int], Float[Tensor, "units read d_model"]]]:
+        """Run the batch again once per unit, each with its own changes.
+
+        Args:
+            units: Changes of each run; their values, positions and masks are those of the batch, without rows.
+            reading: Which rows are read.
+            tokens_per_pass: Most tokens of one forward pass, padding included.
+
+        Yields:
+            Indices of some units, and the rows that are read of their last residual streams. Units come in order of their layers.
+
+        Raises:
+            SettingsError: A change names something the model does not have, or a site this prefix did not keep.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, unit in enumerate(units):
+            validate(unit, self.subject.anatomy)
+            start = min(((change.layer, _STAGE[change.site]) for change in unit), default=(self.subject.anatomy.n_layers, 0))
+            groups.setdefault(start, []).append(index)
+        at_once = max(1, tokens_per_pass // self.input_ids.numel())
+        with observed(self.subject):
+            for start, members in sorted(groups.items()):
+                for first in range(0, len(members), at_once):
+                    chunk = members[first : first + at_once]
+                    yield chunk, self._run_from(start, [units[index] for index in chunk], reading)
+
+    def _run_from(self, start: tuple[int, int], units: list[Unit], reading: Reading) -> Tensor:
+        layer, stage = start
+        if layer == self.subject.anatomy.n_layers:  # nothing is changed
+            return self.read(reading).expand(len(units), -1, -1)
+        later = [
+            change.on_rows(slice(number * self.batch, (number + 1) * self.batch))
+            for number, unit in enumerate(units)
+            for change in unit
+            if change.layer > layer or (stage < 3 and _STAGE[change.site] > stage)
+        ]
+        walk = self._walk(len(units))
+        with intervene(self.subject, *later), self._last_block(start, len(units), later, reading):
+            hidden, layer = self._begin(walk, layer, stage, units)
+            hidden = walk.run(hidden, start=layer)
+        return reading.take(hidden.unflatten(0, (len(units), self.batch)))
+
+    def _last_block(
+        self, start: tuple[int, int], units: int, later: Sequence[Change], reading: Reading
+    ) -> contextlib.AbstractContextManager[object]:
+        """Let the last block work only where it is read: nothing comes after it that would look at other tokens."""
+        last = self.subject.anatomy.n_layers - 1
+        if start >= (last, 3) or any(
+            change.layer == last and change.site in ("attention_output", "neuron", "mlp_output") for change in later
+        ):
+            return contextlib.nullcontext()  # no block runs, or those edits are made on whole texts
+        block = self.subject.anatomy.blocks[last]
+        wanted = (reading.example * self.length + reading.position).unique()
+        rows = (torch.arange(units)[:, None] * self.batch * self.length + wanted.to("cpu")).flatten()
+        stack = contextlib.ExitStack()
+        stack.enter_context(_only_at(block.output.module, block.output.module, rows))
+        stack.enter_context(_only_at(block.mlp_read, block.mlp_write, rows))
+        return stack
+
+    def _begin(self, walk: Walk, layer: int, stage: int, units: list[Unit]) -> tuple[Tensor, int]:
+        """Return the units' residual streams behind what is changed first, and the layer to go on with."""
+        block = self.subject.anatomy.blocks[layer]
+        now = [[change for change in unit if change.layer == layer] for unit in units]
+        if stage == 0:
+            # blocks run from here on, with hooks for what is changed further up
+            return torch.cat([apply(_edits(changes, "embedding"), self.input_of(0)) for changes in now]), 0
+        if stage >= 3:
+            return torch.cat([self._behind(block, layer, changes) for changes in now]), layer + 1
+        given = self.input_of(layer).repeat(len(units), 1, 1)
+        if stage == 1:
+            z = torch.cat([self._z(layer, changes) for changes in now])
+            attention = block.output.module(z.flatten(2))
+            with _stubbed(block.attention, (attention, None)):
+                return walk.step(layer, given), layer + 1
+        written = torch.cat([apply(_edits(changes, "attention_output"), self._kept("attention_output", layer)) for changes in now])
+        if block.attention_write is block.attention:
+            with _stubbed(block.attention, (written, None)):
+                return walk.step(layer, given), layer + 1
+        with _stubbed(block.attention, (given, None)), _stubbed(block.attention_write, written):
+            return walk.step(layer, given), layer + 1
+
+    def _z(self, layer: int, changes: Sequence[Change]) -> Tensor:
+        """Patch what the heads of one layer compute."""
+        try:
+            call = self._calls[layer]
+        except KeyError:
+            raise SettingsError("this prefix did not keep attention: name the sites to change when it is made, e.g. sites=('z',)") from None
+        z = call.z
+        inside = [change for change in changes if change.site in ("query", "key", "value", "mask")]
+        inputs = rewritten(call, inside)
+        if inside:
+            heads = sorted({head for change in inside for head in (range(z.shape[2]) if change.heads is None else change.heads)})
+            z = z.clone()
+            z[:, :, heads] = attend(_of_heads(inputs, heads))
+        if at := _edits(changes, "pattern"):
+            z = with_patterns(at, inputs.value, z, lambda: pattern(AttentionCall(**{**vars(inputs), "z": z}), dtype=z.dtype))
+        return apply(_edits(changes, "z"), z)
+
+    def _behind(self, block: Block, layer: int, changes: Sequence[Change]) -> Tensor:
+        """Change what the MLP wrote, or the residual stream behind the block."""
+        hidden = self.recording["residual", layer]
+        neurons, outputs = _edits(changes, "neuron"), _edits(changes, "mlp_output")
+        if neurons or outputs:
+            if getattr(self.subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
+                raise ModelError(
+                    f"{self.subject.family} scales what its MLPs add (residual_multiplier): changing MLP outputs is not supported"
+                )
+            old = written = self._kept("mlp_output", layer)
+            if neurons:
+                written = block.mlp_down(apply(neurons, self._kept("neuron", layer)))
+                if _is_norm(block):
+                    written = block.mlp_write(written)
+            hidden = hidden + (apply(outputs, written) - old)
+        return apply(_edits(changes, "residual"), hidden)
+
+    def _kept(self, site: str, layer: int) -> Tensor:
+        try:
+            return self.recording.values[site, layer]
+        except KeyError:
+            raise SettingsError(
+                f"this prefix did not keep {site!r}: name the sites to change when it is made, e.g. sites=({site!r},)"
+            ) from None
+
+    def _walk(self, units: int) -> Walk:
+        """Return the pass of `units` copies of the batch; only the first and the latest are kept."""
+        if units not in self._walks:
+            self._walks = {number: walk for number, walk in self._walks.items() if number == 1}
+            real = None if self.real is None else self.real.repeat(units, 1)
+            self._walks[units] = Walk(self.subject, self.input_ids.repeat(units, 1), real)
+        return self._walks[units]
+
+
+def _edits(changes: Sequence[Change], site: str) -> list[Edit]:
+    return [change for change in changes if isinstance(change, Edit) and change.site == site]
+
+
+def _of_heads(inputs: Any, heads: list[int]) -> Any:
+    """Cut some query heads out of an attention module's inputs, each with the key and value it sees."""
+    n_heads = inputs.query.shape[1]
+    if len(heads) == n_heads:
+        return inputs
+    groups = {name: n_heads // getattr(inputs, name).shape[1] for name in ("key", "value")}
+    mask = inputs.mask if inputs.mask is None or inputs.mask.shape[1] == 1 else inputs.mask[:, heads]
+    return replace(
+        inputs,
+        query=inputs.query[:, heads],
+        key=inputs.key[:, [head // groups["key"] for head in heads]],
+        value=inputs.value[:, [head // groups["value"] for head in heads]],
+        mask=mask,
+    )
+
+
+def _is_norm(block: Block) -> bool:
+    """Tell whether a norm stands between the MLP and the residual stream (Gemma 2/3)."""
+    inside = {id(module) for module in block.mlp_write.modules()}
+    return id(block.mlp_down) not in inside
+
+
+@contextlib.contextmanager
+def _stubbed(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return a given output instead of running; its hooks still see it."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+@contextlib.contextmanager
+def _only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> Iterator[None]:
+    """Run a chain of modules that work token by token only on some rows of the flattened batch; it writes zeros elsewhere."""
+    shape: list[torch.Size] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        shape[:] = [args[0].shape]
+        few = args[0].flatten(0, -2)[rows.to(args[0].device)]
+        return (few if args[0].ndim == 2 else few[None], *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        whole = output.new_zeros(*shape[0][:-1], output.shape[-1])
+        whole.flatten(0, -2)[rows.to(output.device)] = output.flatten(0, -2)
+        return whole
+
+    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
