@@ -40,8 +40,9 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def shape() -> argparse.Namespace:
-    return argparse.Namespace(layers=2, heads=2, vocabulary=50, threads=1, repeats=1)
+def shape(benchmark: ModuleType) -> argparse.Namespace:
+    jobs = [ratio[0] for ratio in benchmark.RATIOS]
+    return argparse.Namespace(layers=2, heads=2, vocabulary=50, threads=1, repeats=1, jobs=jobs)
 
 
 def test_every_ratio_is_printed_with_its_limit(
@@ -59,7 +60,7 @@ def test_every_ratio_is_printed_with_its_limit(
 def test_a_ratio_is_the_jobs_time_over_that_of_the_passes_it_is_measured_against(
     benchmark: ModuleType, shape: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "times", lambda positions, repeats, jobs, shape: {job: 3.0 if "both" in job else 2.0 for job in jobs})
+    monkeypatch.setattr(benchmark, "times", lambda case, repeats, *jobs: [3.0 if "both" in job else 2.0 for job in jobs])
     monkeypatch.setattr(benchmark, "memory_of", lambda job, positions, shape: 4 * benchmark.GIB)
     rows = {row["job"]: row for row in benchmark.run(16, shape)}
     assert rows["entropy"]["time_ratio"] == 1.0

@@ -160,10 +160,14 @@ def test_reading_only_the_last_token_gives_the_same_rows(family: str) -> None:
 def test_the_model_is_as_before_after_a_sweep() -> None:
     subject = families.subject("llama", torch.float64)
     texts, clean, corrupt, reading = runs(subject, "none")
-    before = whole(subject, texts)
+    before, hooks = whole(subject, texts), state(subject)
     rerun(subject, clean, reading, (edit("z", 0, corrupt),), (edit("attention_output", 1, corrupt), edit("mlp_output", 2, corrupt)))
     assert torch.equal(whole(subject, texts), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in subject.plain.modules())
+    assert state(subject) == hooks
+
+
+def state(subject: Subject) -> list[Any]:
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks), vars(module).get("forward")) for module in subject.plain.modules()]
 
 
 def test_a_site_that_was_not_kept_is_named() -> None:
