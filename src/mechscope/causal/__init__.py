@@ -1,6 +1,8 @@
 """Interventions: what matters, shown by changing it."""
 
 from mechscope.causal.ablation import ablate, ablate_together, random_like
+from mechscope.causal.attribution import attribute
+from mechscope.causal.cross import cross_patch, swapped
 from mechscope.causal.effects import Effects
 from mechscope.causal.patching import patch
 from mechscope.causal.places import Place, places
@@ -16,8 +18,11 @@ __all__ = [
     "Vector",
     "ablate",
     "ablate_together",
+    "attribute",
+    "cross_patch",
     "mean_of",
     "patch",
     "places",
     "random_like",
+    "swapped",
 ]

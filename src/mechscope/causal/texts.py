@@ -100,6 +100,14 @@ class Runs:
             raise ModelError("a changed run gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32")
         return found
 
+    @torch.no_grad()
+    def resumed(self, layer: int) -> np.ndarray:
+        """Return the metric when the model runs from a layer on as it is now: −1 for the embedding, the number of blocks for what follows them.
+
+        For weights that were changed from that layer on.
+        """
+        return _array(score(self.prefix.subject, self.prefix.resume(layer, self.reading)[None], self.metric)[0])
+
 
 @torch.no_grad()
 def metric_of(name: str, batch: PairBatch, reference: Prefix) -> Metric:

@@ -2,6 +2,7 @@
 
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, attend, observed
 from mechscope.instrument.edits import Change, Edit, Knockout
+from mechscope.instrument.gradients import Gradients, gradients
 from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import PatternComparison, PatternStatistics, compare, describe, pattern
 from mechscope.instrument.record import Recording, record
@@ -15,6 +16,7 @@ __all__ = [
     "Change",
     "Check",
     "Edit",
+    "Gradients",
     "Knockout",
     "PatternComparison",
     "PatternStatistics",
@@ -26,6 +28,7 @@ __all__ = [
     "check_subject",
     "compare",
     "describe",
+    "gradients",
     "intervene",
     "load",
     "load_pair",

@@ -140,6 +140,20 @@ class Prefix:
         """Return rows of the last residual stream, unchanged."""
         return reading.take(self.recording["residual", self.subject.anatomy.n_layers - 1][None])[0]
 
+    @torch.no_grad()
+    def resume(self, layer: int, reading: Reading) -> Float[Tensor, "read d_model"]:
+        """Run the batch from a layer on with the model as it is now, for weights that were changed there.
+
+        Args:
+            layer: First block to run; −1 to begin with the embedding.
+            reading: Which rows are read.
+        """
+        if layer < 0:
+            return Prefix(self.subject, self.input_ids, self.real).read(reading)
+        with observed(self.subject):
+            hidden = self.input_of(layer)
+            return reading.take(self._walk(1).run(hidden, start=layer)[None])[0]
+
     def input_of(self, layer: int) -> Float[Tensor, "batch token d_model"]:
         """Return the residual stream that a block reads."""
         return self.recording["residual", layer - 1] if layer else self.recording["embedding"]
@@ -202,8 +216,8 @@ class Prefix:
         wanted = (reading.example * self.length + reading.position).unique()
         rows = (torch.arange(units)[:, None] * self.batch * self.length + wanted.to("cpu")).flatten()
         stack = contextlib.ExitStack()
-        stack.enter_context(_only_at(block.output.module, block.output.module, rows))
-        stack.enter_context(_only_at(block.mlp_read, block.mlp_write, rows))
+        stack.enter_context(only_at(block.output.module, block.output.module, rows))
+        stack.enter_context(only_at(block.mlp_read, block.mlp_write, rows))
         return stack
 
     def _begin(self, walk: Walk, layer: int, stage: int, units: list[Unit]) -> tuple[Tensor, int]:
@@ -320,7 +334,7 @@ def _stubbed(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> Iterator[None]:
+def only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> Iterator[None]:
     """Run a chain of modules that work token by token only on some rows of the flattened batch; it writes zeros elsewhere."""
     shape: list[torch.Size] = []
 

@@ -1,0 +1,216 @@
+"""Attribution patching: what patching every place would do, to first order, from one forward and one backward pass.
+
+    effect(place) ≈ Σ (source value − value) · ∂metric/∂value, over the place's tokens and features        (Nanda 2023)
+
+The gradient is that of the run which would be changed. AtP* (Kramár et al. 2024) mends its two known failures:
+
+    softmax     a saturated softmax has no gradient: for queries and keys, attention is computed again with the patched ones, and only what lies
+                behind z is linearised
+    grad_drop   effects of opposite sign through different layers cancel: the gradient is taken once per layer with that layer left out, and the
+                absolute values are averaged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats as distributions
+from torch import Tensor
+
+from mechscope.causal.effects import Effects, effects, place_columns
+from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
+from mechscope.causal.places import Place, places
+from mechscope.causal.sources import source_named
+from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of, score
+from mechscope.data.metrics import Metric
+from mechscope.data.pairs import Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients
+from mechscope.instrument.edits import HEAD_SITES
+from mechscope.subject import Components, Subject
+
+
+def attribute(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    site: str = "head",
+    direction: Direction = "denoise",
+    metric: str = "logit-diff",
+    positions: Positions = "all",
+    components: Components | str | None = None,
+    softmax: bool = False,
+    grad_drop: bool = False,
+    check: int = 0,
+    tokens_per_batch: int = 2048,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Effects:
+    """Estimate the effect of patching every place of a site.
+
+    Args:
+        subject: The model.
+        pairs: Clean and corrupt prompts.
+        site: As for `patch`.
+        direction: `denoise` or `noise`.
+        metric: `logit-diff`, `probability` or `loss`; the gradient of `kl` is zero in the clean run, so there it needs `denoise`.
+        positions: As for `patch`.
+        components: Only these.
+        softmax: For sites `query` and `key`: compute attention again instead of linearising the softmax.
+        grad_drop: Average absolute effects over backward passes that each leave out one layer; effects are then not signed.
+        check: Also patch this many places exactly, drawn at random.
+        tokens_per_batch: Most tokens of a batch of pairs, padding included.
+        seed: Seed of the bootstrap and of the places to check.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        One row per place and set of positions. With `check`, a column `exact` (NaN where not measured) and the notes `correlation` (Pearson),
+        `rank_correlation` (Spearman) and `mean_absolute_error` over the checked places.
+
+    Raises:
+        MechscopeError: Pairs, positions, components or options do not fit the model or each other.
+    """
+    where = places(subject.anatomy, site, components)
+    if softmax and where[0].site not in ("query", "key"):
+        raise SettingsError(f"softmax is computed again for sites query and key, not for {where[0].site!r}: leave softmax out")
+    if direction not in ("denoise", "noise"):
+        raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
+    if metric == "kl" and direction == "noise":
+        raise SettingsError("metric 'kl' has no gradient in the clean run, where it is smallest: use direction denoise, or exact patching")
+    check_fits(subject, pairs)
+    labels = position_labels(positions, pairs)
+    gathered, done = Gathered(pairs), 0
+    checked = _drawn(len(where) * len(labels), check, seed)
+    given, changed = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
+    for batch in batches(pairs, tokens_per_batch):
+        kept = {where[0].site} if checked else set()
+        runs = {given: Prefix(subject, getattr(batch, given), batch.real, sites={where[0].site})}
+        if metric == "kl" or checked:
+            runs.setdefault("clean", Prefix(subject, batch.clean, batch.real, sites=kept))
+        judged = metric_of(metric, batch, runs.get("clean", runs[given]))
+        found = gradients(
+            subject,
+            getattr(batch, changed).to(subject.device),
+            batch.real.to(subject.device),
+            where[0].site,
+            Reading.of(judged.where),
+            partial(_scored, subject, judged),
+            drop=grad_drop,
+        )
+        unchanged = found.score.double().cpu().numpy()
+        sets = list(position_masks(positions, batch, pairs))
+        estimate = _estimates(found, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
+        values = estimate + unchanged
+        values[np.stack([absent for _, _, absent in sets] * len(where))] = np.nan
+        gathered.put(changed, batch, unchanged)
+        gathered.put(given, batch, Runs(runs[given], judged).unchanged())
+        gathered.put("estimate", batch, values)
+        if checked:
+            value = source_named(given).bind(subject, batch, kept, runs)
+            base = runs[changed] if changed in runs else Prefix(subject, getattr(batch, changed), batch.real, sites=kept)
+            units = [
+                where[at // len(sets)].edit(value(where[0].site, where[at // len(sets)].layer), sets[at % len(sets)][1]) for at in checked
+            ]
+            gathered.put("exact", batch, Runs(base, judged).of([(unit,) for unit in units]) - unchanged)
+        done += len(batch.pairs)
+        if progress is not None:
+            progress(f"attributing {where[0].site}", done, len(pairs))
+    rows = [place_columns(place, label) for place in where for label in labels]
+    result = effects(
+        rows,
+        gathered["estimate"],
+        gathered[changed],
+        metric=metric,
+        clean=gathered["clean"],
+        corrupt=gathered["corrupt"],
+        seed=seed,
+        direction=direction,
+        method="attribution" + (" with softmax" if softmax else "") + (" with grad_drop" if grad_drop else ""),
+    )
+    return _with_exact(result, checked, gathered["exact"], absolute=grad_drop) if checked else result
+
+
+def _scored(subject: Subject, metric: Metric, rows: Tensor) -> Tensor:
+    return score(subject, rows[None], metric)[0]
+
+
+def _drawn(n: int, check: int, seed: int) -> list[int]:
+    if not check >= 0:
+        raise SettingsError(f"check is {check}: give the number of places to patch exactly, or 0")
+    return sorted(np.random.default_rng(seed).choice(n, min(check, n), replace=False).tolist()) if check else []
+
+
+def _estimates(found: Gradients, source: Prefix, where: Sequence[Place], masks: Sequence[Tensor], *, softmax: bool) -> np.ndarray:
+    """Return (place × set of positions, batch), places outermost."""
+    site = where[0].site
+    rows: dict[int, Tensor] = {}  # (mask, batch, component) by layer
+    for layer in sorted({place.layer for place in where}):
+        if softmax:
+            rows[layer] = torch.stack([_by_softmax(found, source, site, layer, mask) for mask in masks])
+        else:
+            parts = [_by_token(source, site, layer, found.values[layer], one[layer]) for one in found.gradients]
+            pooled = torch.stack([_pooled(part, masks) for part in parts])
+            rows[layer] = pooled[0] if len(parts) == 1 else _averaged(pooled)
+    columns = [
+        0 if place.head is None and place.feature is None else place.head if place.head is not None else place.feature for place in where
+    ]
+    taken = [rows[place.layer][:, :, column] for place, column in zip(where, columns, strict=True)]
+    return torch.cat(taken).double().cpu().numpy()
+
+
+def _by_token(source: Prefix, site: str, layer: int, value: Tensor, gradient: Tensor) -> Tensor:
+    """Return (source − value) · gradient, per text, token and component: ``(batch, token, component)``."""
+    given = source.recording[site, layer].to(value.device)
+    if site in HEAD_SITES and site != "pattern":
+        given = given.repeat_interleave(value.shape[2] // given.shape[2], dim=2)
+    product = (given - value) * gradient
+    if site == "pattern":
+        return product.sum(-1).transpose(1, 2)
+    if site in HEAD_SITES:
+        return product.sum(-1)
+    return product if site == "neuron" else product.sum(-1, keepdim=True)
+
+
+def _pooled(part: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Sum over each set of tokens: ``(mask, batch, component)``."""
+    where = torch.stack(list(masks)).to(part)
+    # padding may hold anything; zero times infinity is not zero
+    return torch.einsum("mbt,btc->mbc", where, torch.where(where.any(0)[..., None], part, 0.0))
+
+
+def _averaged(pooled: Tensor) -> Tensor:
+    """Average absolute values over the layers left out: one of them is the place's own, which gives zero (Kramár et al. 2024, eq. 8)."""
+    return pooled.abs().sum(0) / (len(pooled) - 1)
+
+
+def _by_softmax(found: Gradients, source: Prefix, site: str, layer: int, mask: Tensor) -> Tensor:
+    """Return (z with patched queries or keys − z) · ∂metric/∂z: ``(batch, head)``."""
+    call: AttentionCall = found.calls[layer]
+    z, passes = found.z[layer]
+    own: Tensor = getattr(call, site)
+    given = source.recording[site, layer].transpose(1, 2)
+    given = given.repeat_interleave(call.query.shape[1] // given.shape[1], dim=1)
+    own = own.repeat_interleave(call.query.shape[1] // own.shape[1], dim=1)
+    mixed: dict[str, Any] = {site: torch.where(mask.to(own.device)[:, None, :, None], given, own)}
+    change = attend(replace(call, **mixed)) - z
+    each = torch.stack([(change * gradient).sum((1, 3)) for gradient in passes])
+    return each[0] if len(passes) == 1 else _averaged(each)
+
+
+def _with_exact(result: Effects, checked: Sequence[int], exact: np.ndarray, *, absolute: bool) -> Effects:
+    table = result.table.copy()
+    table["exact"] = np.nan
+    means = exact.mean(1)
+    table.loc[list(checked), "exact"] = means
+    estimates = table["effect"].to_numpy()[list(checked)]
+    truth = np.abs(means) if absolute else means
+    notes: dict[str, Any] = {"mean_absolute_error": float(np.abs(estimates - truth).mean())}
+    if len(checked) > 2 and np.ptp(estimates) > 0 and np.ptp(truth) > 0:
+        notes["correlation"] = float(distributions.pearsonr(estimates, truth)[0])
+        notes["rank_correlation"] = float(distributions.spearmanr(estimates, truth)[0])
+    return replace(result, table=table, notes={**result.notes, **notes})

@@ -1,0 +1,168 @@
+"""Cross-model patching: which components carry what fine-tuning brought?
+
+Two models of one architecture read the same text. A component's activation in one is put into the other (Prakash et al. 2024), or its weights are:
+
+    into_base    the tuned component in the base model: how much of the gain does it carry alone?
+    into_tuned   the base component in the tuned model: how much of the gain is lost without it?
+
+Both are shares of the whole change of the metric, m(tuned) − m(base): 0 nothing, 1 all of it. Shares of parts need not add up to one, as parts
+work together; the two directions bracket what a part does. Activations go through what the other model makes of them further up; weights let
+the component answer to the other model's residual stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechscope.causal.effects import Effects, effects
+from mechscope.causal.parts import Index, Part, parts_of, set_of
+from mechscope.causal.places import edits_of
+from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import Prefix
+from mechscope.subject import Components, Pair, Subject
+from mechscope.subject.anatomy import base_layer
+
+By = Literal["activations", "weights"]
+Into = Literal["into_base", "into_tuned"]
+
+
+def cross_patch(
+    pair: Pair,
+    texts: Pairs,
+    *,
+    levels: Sequence[str] = ("layer", "attention", "mlp", "head"),
+    sets: Sequence[Components | str] = (),
+    by: By = "activations",
+    metric: str = "loss",
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[Into, Effects]:
+    """Exchange components between a base and a tuned model, one at a time, in both directions.
+
+    Args:
+        pair: The two models.
+        texts: What both read (the clean texts).
+        levels: `layer` (attention and MLP output together), `attention`, `mlp`, `head` (z), `residual` (all up to a layer; activations only),
+            `embedding`, `unembedding` (with the final norm; weights only).
+        sets: Further sets of heads, MLPs and layers, each exchanged as one.
+        by: `activations` or `weights`.
+        metric: What fine-tuning was to improve; `loss` of the target tokens.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        For each direction one row per part; `normalised` is the share of the gain that is carried (`into_base`) or lost (`into_tuned`).
+
+    Raises:
+        MechscopeError: Texts, levels or sets do not fit the models.
+    """
+    check_fits(pair.base, texts)
+    if by not in ("activations", "weights"):
+        raise SettingsError(f"parts are exchanged by activations or by weights, not by {by!r}")
+    parts = [*parts_of(pair.base, levels, by), *(set_of(pair.base, chosen) for chosen in sets)]
+    if not parts:
+        raise SettingsError("nothing to exchange: name levels or sets of components")
+    sites = {place.site for part in parts for place in part.places}
+    receivers: dict[Into, Subject] = {"into_base": pair.base, "into_tuned": pair.tuned}
+    gathered, done, total = Gathered(texts), 0, 2 * len(parts) * len(texts)
+
+    def tell(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(f"exchanging {by}", done, total)
+
+    for batch in batches(texts, tokens_per_batch):
+        kept = sites if by == "activations" else ()
+        runs = {into: Prefix(receiver, batch.clean, batch.real, sites=kept) for into, receiver in receivers.items()}
+        judged = metric_of(metric, batch, runs["into_base"])
+        for into in receivers:
+            run, giver = Runs(runs[into], judged), runs[_other(into)]
+            gathered.put(f"{into}.unchanged", batch, run.unchanged())
+            exchange = _activations if by == "activations" else _weights
+            gathered.put(into, batch, exchange(run, giver, parts, batch, tell))
+    found: dict[Into, Effects] = {}
+    for into in receivers:
+        found[into] = effects(
+            [part.columns for part in parts],
+            gathered[into],
+            gathered[f"{into}.unchanged"],
+            metric=metric,
+            clean=gathered[f"{_other(into)}.unchanged"],
+            corrupt=gathered[f"{into}.unchanged"],
+            seed=seed,
+            by=by,
+        )
+    return found
+
+
+def _other(into: Into) -> Into:
+    return "into_tuned" if into == "into_base" else "into_base"
+
+
+def _activations(run: Runs, giver: Prefix, parts: Sequence[Part], batch: PairBatch, tell: Callable[[int], None]) -> np.ndarray:
+    def value(site: str, layer: int) -> Tensor:
+        return giver.recording[site, layer]
+
+    units = [edits_of(part.places, value) for part in parts]
+    return run.of(units, progress=lambda number: tell(number * len(batch.pairs)))
+
+
+@torch.no_grad()
+def _weights(run: Runs, giver: Prefix, parts: Sequence[Part], batch: PairBatch, tell: Callable[[int], None]) -> np.ndarray:
+    receiver = run.prefix.subject
+    given, own = dict(giver.subject.weights()), dict(receiver.weights())
+    found = []
+    for part in parts:
+        with swapped(receiver, {name: _mixed(own[name], given[name], where) for name, where in part.weights.items()}, own):
+            found.append(run.resumed(part.start))
+        tell(len(batch.pairs))
+    return np.stack(found)
+
+
+@contextlib.contextmanager
+def swapped(subject: Subject, weights: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Let a model run with other weights for a while; restores them in any case.
+
+    Args:
+        subject: The model.
+        weights: By name in the plain model, as they are to act (an active adapter's change included).
+        own: The weights as they act now, if they are at hand.
+    """
+    own = dict(subject.weights()) if own is None else own
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, value in weights.items():
+            parameter = _parameter(subject, name)
+            before.append((parameter, parameter.detach().clone()))
+            # an active adapter adds its change to whatever stands here
+            adapter = own[name].to(parameter.device) - parameter.detach() if subject.adapted else None
+            parameter.data.copy_(value if adapter is None else value.to(parameter.device) - adapter)
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data.copy_(value)
+
+
+def _parameter(subject: Subject, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    found: Tensor = getattr(base_layer(subject.plain.get_submodule(path)), key)
+    return found
+
+
+def _mixed(own: Tensor, given: Tensor, where: Sequence[Index]) -> Tensor:
+    """Return a parameter with a part of it from the other model."""
+    mixed = own.clone()
+    for index in where:
+        mixed[index] = given.to(own.device)[index]
+    return mixed
