@@ -16,6 +16,7 @@ from mechscope.adapt.training import Tuned
 from mechscope.data.documents import Corpus, Document
 from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, difference
+from mechscope.errors import DataError
 from mechscope.instrument import Check, load, load_pair, record
 from mechscope.instrument import check_subject as check
 from mechscope.studies.corpora import encode_for, load_corpus
@@ -113,4 +114,6 @@ def _corpus(data: Documents, settings: DiffSettings) -> Corpus:
         return data
     if isinstance(data, str | Path):
         return load_corpus(settings, str(data), split=document_split(settings, str(data)), limit=settings.documents, name="documents")
-    return Corpus(tuple(data), source="given in memory")  # type: ignore[arg-type]
+    if isinstance(data, Encoded):
+        raise DataError("these documents are encoded already: give the corpus they came from")
+    return Corpus(tuple(data), source="given in memory")

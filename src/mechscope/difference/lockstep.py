@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from mechscope.data.prompt import Batch, Rows
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, PatternStatistics, Walk, compare, observed, unembed
+from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.patterns import Method
 from mechscope.subject import Pair, Subject
 
@@ -199,7 +200,10 @@ def _outputs(
 def _compare_logits(pair: Pair, base: Float[Tensor, "n d"], tuned: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, "measure n"]:
     """Return `OUTPUT_MEASURES` of some rows. Tokens outside a truncated shared vocabulary have no loss (NaN)."""
     size = pair.vocab_size
-    logs = [torch.log_softmax(unembed(side, x)[:, :size], -1, dtype=_wide(x.dtype)) for side, x in ((pair.base, base), (pair.tuned, tuned))]
+    logs = [
+        torch.log_softmax(unembed(side, x)[:, :size], -1, dtype=statistics_dtype(x.dtype))
+        for side, x in ((pair.base, base), (pair.tuned, tuned))
+    ]
     p, q = logs[0], logs[1].to(logs[0].device)
     targets = targets.to(p.device)
     inside = targets < size
@@ -208,7 +212,3 @@ def _compare_logits(pair: Pair, base: Float[Tensor, "n d"], tuned: Float[Tensor,
     difference = p - q
     forward, backward = (p.exp_() * difference).sum(-1), -(q.exp_() * difference).sum(-1)
     return torch.stack([forward, backward, *losses, losses[1] - losses[0]]).double()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -233,13 +233,13 @@ class Prefix:
         if stage == 1:
             z = torch.cat([self._z(layer, changes) for changes in now])
             attention = block.output.module(z.flatten(2))
-            with _stubbed(block.attention, (attention, None)):
+            with stubbed(block.attention, (attention, None)):
                 return walk.step(layer, given), layer + 1
         written = torch.cat([apply(_edits(changes, "attention_output"), self._kept("attention_output", layer)) for changes in now])
         if block.attention_write is block.attention:
-            with _stubbed(block.attention, (written, None)):
+            with stubbed(block.attention, (written, None)):
                 return walk.step(layer, given), layer + 1
-        with _stubbed(block.attention, (given, None)), _stubbed(block.attention_write, written):
+        with stubbed(block.attention, (given, None)), stubbed(block.attention_write, written):
             return walk.step(layer, given), layer + 1
 
     def _z(self, layer: int, changes: Sequence[Change]) -> Tensor:
@@ -320,7 +320,7 @@ def _is_norm(block: Block) -> bool:
 
 
 @contextlib.contextmanager
-def _stubbed(module: nn.Module, output: Any) -> Iterator[None]:
+def stubbed(module: nn.Module, output: Any) -> Iterator[None]:
     """Let a module return a given output instead of running; its hooks still see it."""
     own = vars(module).get("forward")
     vars(module)["forward"] = lambda *args, **kwargs: output

@@ -133,14 +133,14 @@ def label(text: object) -> str:
     return line if len(line) <= _LONGEST_LABEL else f"{line[:_LONGEST_LABEL]}…"
 
 
-def number(value: object, *, digits: int = 3, sign: bool = False) -> str:
+def number(value: Any, *, digits: int = 3, sign: bool = False) -> str:
     """Write a number for reading: `digits` significant digits, thousands separated, a true minus, an en dash for none.
 
     Examples: ``0.01234 -> 0.0123``, ``-0.5 -> −0.500``, ``294912 -> 294,912``, ``1e-30 -> 1.00e−30``, ``nan -> –``.
     """
     if value is None or isinstance(value, (str, bool)):
         return "–" if value is None else str(value)
-    x = float(value)  # type: ignore[arg-type]
+    x = float(value)
     if math.isnan(x):
         return "–"
     if math.isinf(x):
@@ -156,13 +156,13 @@ def number(value: object, *, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def percent(share: object, *, digits: int = 0) -> str:
+def percent(share: Any, *, digits: int = 0) -> str:
     """Write a fraction of 0 to 1 as a percentage with a narrow space; an en dash for none."""
-    x = float("nan") if share is None else float(share)  # type: ignore[arg-type]
+    x = float("nan") if share is None else float(share)
     return "–" if math.isnan(x) else f"{100 * x:.{digits}f}\u202f%".replace("-", "−")
 
 
-def interval(low: object, high: object, *, sign: bool = False) -> str:
+def interval(low: Any, high: Any, *, sign: bool = False) -> str:
     """Write an interval as ``[low, high]``; nothing where either end is missing."""
-    ends = [float("nan") if end is None else float(end) for end in (low, high)]  # type: ignore[arg-type]
+    ends = [float("nan") if end is None else float(end) for end in (low, high)]
     return "" if any(math.isnan(end) for end in ends) else f"[{number(ends[0], sign=sign)}, {number(ends[1], sign=sign)}]"

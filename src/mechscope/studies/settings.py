@@ -215,7 +215,7 @@ def validated(kind: type[S], values: Mapping[str, Any], *, source: str | None = 
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # S is always a dataclass
     where = f" in {source}" if source else ""
     if unknown := sorted(values.keys() - fields.keys()):
         raise SettingsError(f"setting {unknown[0]!r}{where} is not known: {_nearest(unknown[0], list(fields))}")

@@ -14,7 +14,6 @@ Every stage is skipped when it was done with the same inputs, so a killed study 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,8 +81,7 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
     with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
         _record_command(run, command)
         models, splits = _models(run, settings, progress)
-        both = models["base"], models["tuned"]
-        compared = pair(*both, resize=settings.resize)
+        compared = pair(models["base"], models["tuned"], resize=settings.resize)
         _record(run, models, splits, settings)
         stages.difference_stage(run, compared, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
         if "lora" in models:
@@ -94,8 +92,8 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
             stages.pairs_stage(run, further, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
         layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
         if settings.bakeoff:
-            with _plain_base(models["base"], settings) as subject:
-                stages.bakeoff_stage(run, subject, splits, settings, layers, heads, progress=progress)
+            plain = _plain_base(models["base"], settings)
+            stages.bakeoff_stage(run, plain, splits, settings, layers, heads, progress=progress)
         stages.summaries_stage(run, models, splits, settings, progress=progress)
         claims_stage(run, settings)
         return Study.of(run, stages.report_stage(run))
@@ -151,8 +149,8 @@ def report_run(path: str | Path) -> Path:
     Raises:
         RunError: It is not a run folder, or holds no tables yet.
     """
-    settings = RunFolder.read(path)
-    with RunFolder.open(path, settings.settings, kind=settings.kind, volatile=VOLATILE) as run:
+    found = RunFolder.read(path)
+    with RunFolder.open(path, found.settings, kind=found.kind, volatile=VOLATILE) as run:
         return stages.report_stage(run)
 
 
@@ -185,10 +183,9 @@ def _models(run: RunFolder, settings: StudySettings, progress: Progress | None) 
     return {"base": base, "tuned": tuned, "lora": lora}, splits
 
 
-@contextlib.contextmanager
-def _plain_base(base: Subject, settings: StudySettings) -> Any:
-    """Give the bake-off a base without any adapter inside: training starts from plain weights."""
-    yield load(settings.base, tokenizer=base.tokenizer, **_loading(settings)) if base.is_adapter else base
+def _plain_base(base: Subject, settings: StudySettings) -> Subject:
+    """Return a base without any adapter inside: training starts from plain weights."""
+    return load(settings.base, tokenizer=base.tokenizer, **_loading(settings)) if base.is_adapter else base
 
 
 def _loading(settings: ModelSettings) -> dict[str, Any]:

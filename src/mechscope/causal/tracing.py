@@ -1,0 +1,168 @@
+"""Causal tracing: where a fact is recalled (Meng et al. 2022).
+
+The embeddings of the subject's tokens are corrupted with Gaussian noise, so that the answer is lost; then clean values are restored at one place and
+one token at a time. What brings the answer back lies on the path of the fact. Noise is drawn several times and averaged per text. Tokens of
+texts of different length are compared by their role: first, middle and last subject token, first subsequent token, further tokens, last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechscope.causal.effects import Effects, effects
+from mechscope.causal.places import edits_of, places
+from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.errors import DataError, SettingsError
+from mechscope.instrument import Edit, Prefix
+from mechscope.subject import Subject
+
+ROLES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first subsequent token",
+    "further tokens",
+    "last token",
+)
+
+
+def trace(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    site: str = "residual",
+    segment: str = "subject",
+    noise: float = 3.0,
+    samples: int = 10,
+    window: int = 1,
+    metric: str = "probability",
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Effects:
+    """Corrupt the subject with noise and restore clean values layer by layer and token by token.
+
+    Args:
+        subject: The model.
+        pairs: Texts with a segment for the subject; only the clean ones are run.
+        site: What is restored: `residual`, `mlp` or `attention`.
+        segment: Name of the corrupted segment.
+        noise: Standard deviation of the noise, in standard deviations of the texts' embeddings (Meng et al.: 3).
+        samples: Draws of noise per text.
+        window: Layers around each layer that are restored together (Meng et al.: 10 for MLP and attention).
+        metric: As for `patch`; `probability` in the paper.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the noise and of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        One row per layer and role of a token; `normalised` is 0 where nothing was restored and 1 where the corruption is undone.
+
+    Raises:
+        MechscopeError: A text has no such segment, or the settings do not fit the model.
+    """
+    where = places(subject.anatomy, site)
+    if where[0].site not in ("residual", "mlp_output", "attention_output"):
+        raise SettingsError(f"site {site!r} is not traced: use residual, mlp or attention")
+    if samples < 1 or noise <= 0:
+        raise SettingsError(f"noise {noise:g} and samples {samples}: both must be above zero")
+    if not 1 <= window <= subject.anatomy.n_layers:
+        raise SettingsError(f"a window of {window} layers does not fit a model of {subject.anatomy.n_layers}")
+    check_fits(subject, pairs)
+    generator = torch.Generator().manual_seed(seed)
+    gathered, done = Gathered(pairs), 0
+    spread = noise * _spread(subject, pairs)
+    for batch in batches(pairs, tokens_per_batch):
+        clean = Prefix(subject, batch.clean, batch.real, sites={where[0].site})
+        runs = Runs(clean, metric_of(metric, batch, clean))
+        gathered.put("clean", batch, runs.unchanged())
+        corrupted, restored = [], []
+        masks = list(_roles(batch, segment))
+        absent = np.stack([missing for _, missing in masks])
+
+        def tell(number: int, batch: PairBatch = batch) -> None:
+            nonlocal done
+            done += number * len(batch.pairs)
+            if progress is not None:
+                progress("tracing", done, (len(where) * len(masks) + 1) * samples * len(pairs))
+
+        for _ in range(samples):
+            embedding = clean.recording["embedding"]
+            drawn = torch.randn(embedding.shape, generator=generator, dtype=torch.float64)
+            noisy = Edit("embedding", 0, embedding + (spread * drawn).to(embedding), positions=batch.positions(segment))
+            units: list[list[Any]] = [[noisy]]
+            for place in where:
+                around = [other for other in where if -(window - 1) // 2 <= other.layer - place.layer <= window // 2]
+                for mask, _ in masks:
+                    units.append([noisy, *edits_of(around, lambda at, layer: clean.recording[at, layer], mask)])
+            found = runs.of(units, progress=tell)
+            corrupted.append(found[0])
+            restored.append(found[1:])
+        mean = np.mean(restored, axis=0).reshape(len(where), len(masks), -1)
+        mean[:, absent] = np.nan
+        gathered.put("corrupt", batch, np.mean(corrupted, axis=0))
+        gathered.put("restored", batch, mean.reshape(-1, mean.shape[-1]))
+    rows = [
+        {"component": str(place), "site": place.site, "layer": place.layer, "head": -1, "feature": -1, "positions": role}
+        for place in where
+        for role in ROLES
+    ]
+    return effects(
+        rows,
+        gathered["restored"],
+        gathered["corrupt"],
+        metric=metric,
+        clean=gathered["clean"],
+        corrupt=gathered["corrupt"],
+        seed=seed,
+        noise=float(spread),
+        samples=samples,
+        window=window,
+    )
+
+
+def _spread(subject: Subject, pairs: Pairs) -> float:
+    """Return the standard deviation of the texts' token embeddings."""
+    ids = torch.tensor(sorted({token for pair in pairs for token in pair.clean}), device=subject.device)
+    with torch.no_grad(), subject.active():
+        return float(subject.anatomy.embedding(ids).double().std())
+
+
+def role_of(pair: PromptPair, segment: str) -> list[str]:
+    """Return the role of each token of a text.
+
+    Raises:
+        DataError: The text has no such segment, or nothing follows it.
+    """
+    if segment not in pair.segments:
+        known = ", ".join(pair.segments) or "none"
+        raise DataError(f"pair {pair.id!r} has no segment {segment!r} to corrupt; its segments: {known}")
+    inside = sorted({at for span in pair.segments[segment] for at in range(*span)})
+    roles = ["further tokens"] * len(pair.clean)
+    if not inside or inside[-1] >= len(pair.clean) - 1:
+        raise DataError(f"pair {pair.id!r}: nothing follows segment {segment!r}, so there is no token that could recall it")
+    for at in inside:
+        roles[at] = "middle subject tokens"
+    roles[inside[0]] = "first subject token"
+    roles[inside[-1]] = "last subject token"
+    roles[inside[-1] + 1] = "first subsequent token"
+    roles[-1] = "last token"
+    # tokens before the subject are untouched by its corruption
+    return ["" if at < inside[0] else role for at, role in enumerate(roles)]
+
+
+def _roles(batch: PairBatch, segment: str) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Yield each role's mask, and which texts have no such token."""
+    each = [role_of(pair, segment) for pair in batch.pairs]
+    for role in ROLES:
+        mask = torch.zeros_like(batch.real)
+        for row, roles in enumerate(each):
+            for at, own in enumerate(roles):
+                mask[row, at + batch.shift(row)] = own == role
+        yield mask, ~mask.any(1).numpy()

@@ -1,0 +1,127 @@
+"""Path patching equals brute force: every head and MLP frozen by hand, the receivers' inputs recorded and put in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechscope.causal import patch, patch_paths
+from mechscope.causal.paths import Receiver
+from mechscope.data.metrics import pair_metric
+from mechscope.data.pairs import PairBatch, collate_pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import Edit, Recording, intervene, observed, record
+from mechscope.instrument.walk import model_inputs
+from mechscope.subject.load import Subject
+from tests import families
+from tests.causal.pairs import random_pairs
+
+PAIRS = random_pairs(3)
+FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen3", "gemma2", "phi")
+SITES: tuple[Any, ...] = ("query", "key", "value", "z", "mlp_output", "attention_output", "residual", "logits")
+RECEIVERS = (("logits",), ("a2.h1<k>",), ("a2.h1<q>", "a1.h0<v>"), ("m1",), ("m2", "logits"), ("a1.h3<k>", "m2", "logits"))
+SENDERS = ("a0.h2", "a1.h1", "m0", "m1", "a2.h0")
+
+
+@torch.no_grad()
+def run(subject: Subject, ids: Tensor, batch: PairBatch, *changes: Any) -> Recording:
+    with observed(subject), record(subject, *SITES) as computed, intervene(subject, *changes):  # what is recorded outside is not yet edited
+        logits = subject.plain(**model_inputs(ids, batch.real), use_cache=False).logits
+    computed.values["logits", 0] = logits
+    return computed
+
+
+def brute_force(subject: Subject, sender: str, receivers: tuple[str, ...], *, through_mlps: bool) -> np.ndarray:
+    """Freeze everything but the sender by edits of whole outputs, note the receivers' inputs, and put them in."""
+    batch = collate_pairs(PAIRS.pairs)
+    base, source = run(subject, batch.clean, batch), run(subject, batch.corrupt, batch)
+    layers = range(subject.anatomy.n_layers)
+    kind, layer = sender[0], int(sender[1])
+    frozen: list[Edit] = []
+    for at in layers:
+        heads = tuple(head for head in range(4) if sender != f"a{at}.h{head}")
+        frozen.append(Edit("z", at, base["z", at], heads=heads))
+        if not through_mlps and sender != f"m{at}":
+            frozen.append(Edit("mlp_output", at, base["mlp_output", at]))
+    if kind == "a":
+        head = int(sender[4])
+        frozen.append(Edit("z", layer, source["z", layer], heads=(head,)))
+    else:
+        frozen.append(Edit("mlp_output", layer, source["mlp_output", layer]))
+    first = run(subject, batch.clean, batch, *frozen)
+    changes: list[Edit] = []
+    for text in receivers:
+        receiver = Receiver.parse(text, subject.anatomy)
+        if receiver.site == "logits":
+            continue
+        site: Any = receiver.site
+        one = None if receiver.head is None else (receiver.head,)
+        changes.append(Edit(site, receiver.layer, first[site, receiver.layer], heads=one))
+    if "logits" in receivers:
+        last = layers[-1]
+        with observed(subject), intervene(subject, *frozen), record(subject, "residual") as after:
+            subject.plain(**model_inputs(batch.clean, batch.real), use_cache=False)
+        delta = after["residual", last] - base["residual", last]
+        changes.append(Edit("residual", last, lambda hidden: hidden + delta))
+    with observed(subject), intervene(subject, *changes), torch.no_grad():
+        logits = subject.plain(**model_inputs(batch.clean, batch.real), use_cache=False).logits
+    return pair_metric("logit-diff", batch)(logits).numpy()
+
+
+@pytest.mark.parametrize("through_mlps", [False, True], ids=["direct", "through MLPs"])
+@pytest.mark.parametrize("receivers", RECEIVERS, ids=",".join)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_path_patching_equals_brute_force(family: str, receivers: tuple[str, ...], through_mlps: bool) -> None:
+    subject = families.subject(family, torch.float64)
+    # every path behind a receiver may be recomputed, so an MLP that receives is not frozen for what it writes itself
+    for sender in SENDERS:
+        found = patch_paths(subject, PAIRS, sender, receivers, through_mlps=through_mlps)
+        expected = brute_force(subject, sender, receivers, through_mlps=through_mlps)
+        np.testing.assert_allclose(found.values[0], expected, rtol=1e-9, atol=1e-10, err_msg=sender)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_the_last_layers_direct_path_to_the_logits_is_all_its_effect(family: str) -> None:
+    subject = families.subject(family, torch.float64)
+    # behind the last MLP there is nothing but the logits
+    path = patch_paths(subject, PAIRS, "m2", ["logits"])
+    whole = patch(subject, PAIRS, site="mlp", direction="noise", components="m2")
+    np.testing.assert_allclose(path.values, whole.values, rtol=1e-9)
+
+
+def test_a_sender_behind_the_receiver_has_no_effect() -> None:
+    subject = families.subject("llama", torch.float64)
+    found = patch_paths(subject, PAIRS, "a1.h0,a2.h1,m1", ["a1.h0<q>", "m0"])
+    np.testing.assert_allclose(found.values, np.tile(found.unchanged, (3, 1)), rtol=1e-12)
+
+
+def test_an_mlp_reads_its_own_layers_heads_only_where_blocks_are_sequential() -> None:
+    for family, reads in (("gpt2", True), ("gpt_neox", False), ("phi", False)):
+        found = patch_paths(families.subject(family, torch.float64), PAIRS, "a0.h0", ["m0"])
+        assert (np.abs(found.values - found.unchanged).max() > 1e-6) is np.bool_(reads), family
+
+
+def test_rows_are_all_heads_and_mlps_or_the_senders_together() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    every = patch_paths(subject, PAIRS, None, ["logits"])
+    assert list(every.table["component"][:6]) == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0"]
+    together = patch_paths(subject, PAIRS, "a0.h1,m1", ["logits"], together=True)
+    assert list(together.table["component"]) == ["a0.h1,m1"]
+    assert together.values.shape == (1, 3)
+
+
+def test_what_cannot_receive_is_named() -> None:
+    subject = families.subject("gpt2")
+    for text, message in (
+        ("a1.h1", r"receiver 'a1.h1' is not understood: write a5.h1<q>"),
+        ("a7.h1<q>", r"component a7.h1 does not exist"),
+        ("m9", "component m9 does not exist"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            patch_paths(subject, PAIRS, "a0.h0", [text])
+    with pytest.raises(SettingsError, match="no receiver was given"):
+        patch_paths(subject, PAIRS, "a0.h0", [])

@@ -1,0 +1,331 @@
+"""Steering adds exactly what it says, where it says, in every pass; removal leaves nothing along the direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechscope.causal.steering import Direction, difference_of_means, remove, steer, sweep_strength
+from mechscope.data.pairs import Pairs
+from mechscope.errors import DataError, SettingsError
+from mechscope.instrument import observed, record
+from mechscope.instrument.walk import model_inputs
+from mechscope.subject.load import Subject
+from tests import families
+from tests.causal.pairs import random_pairs
+
+FOUR = pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+every_padding = pytest.mark.parametrize("padding", ["none", "left", "right"])
+TEXTS = families.documents(seed=0)
+PLACES: list[tuple[str, int, int | None]] = [
+    ("embedding", 0, None),
+    ("residual", 1, None),
+    ("attention", 1, None),
+    ("mlp", 1, None),
+    ("neuron", 1, None),
+    ("head", 1, 2),
+]
+
+
+def direction(subject: Subject, site: str = "residual", layer: int = 1, head: int | None = None, seed: int = 0) -> Direction:
+    block = subject.anatomy.blocks[layer]
+    width = {"neuron": block.d_mlp, "head": block.output.width}.get(site, families.WIDTH)
+    drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Direction.from_vector(drawn, site=site, layer=layer, head=head)
+
+
+@torch.no_grad()
+def recorded(subject: Subject, texts: families.Texts, site: str, layer: int) -> Tensor:
+    with record(subject, site, layers=[layer]) as recording:  # type: ignore[arg-type]
+        subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False)
+    return recording[site, layer]
+
+
+@torch.no_grad()
+def logits(subject: Subject, texts: families.Texts) -> Tensor:
+    with observed(subject):
+        return subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False).logits[texts.real]
+
+
+class Steps:
+    """What a block hands on in every pass of a generation."""
+
+    def __init__(self, subject: Subject, layer: int) -> None:
+        self.module, self.seen = subject.anatomy.blocks[layer].module, list[Tensor]()
+
+    def __enter__(self) -> Steps:
+        def hook(_: Any, args: Any, output: Any) -> None:
+            self.seen.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+        self.handle = self.module.register_forward_hook(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+@every_padding
+@pytest.mark.parametrize("place", PLACES, ids=[site for site, *_ in PLACES])
+@FOUR
+def test_a_forward_pass_has_strength_times_the_vector_more(family: str, place: tuple[str, int, int | None], padding: str) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, padding)
+    given = direction(subject, *place)
+    before = recorded(subject, texts, given.site, given.layer)
+    with steer(subject, given, -1.5):
+        after = recorded(subject, texts, given.site, given.layer)
+    change = torch.zeros_like(before)
+    if given.head is None:
+        change += -1.5 * given.vector
+    else:
+        change[:, :, given.head] = -1.5 * given.vector
+    torch.testing.assert_close((after - before)[texts.real], change[texts.real], rtol=1e-9, atol=1e-10)
+
+
+@every_padding
+@FOUR
+def test_only_marked_tokens_are_steered(family: str, padding: str) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, padding)
+    where = texts.real & (torch.arange(texts.ids.shape[1]) % 2 == 1)
+    given = direction(subject)
+    before = recorded(subject, texts, "residual", 1)
+    with steer(subject, given, 2.0, positions=where):
+        after = recorded(subject, texts, "residual", 1)
+    torch.testing.assert_close((after - before)[where], (2.0 * given.vector).expand(int(where.sum()), -1), rtol=1e-9, atol=1e-10)
+    assert torch.equal(after[~where & texts.real], before[~where & texts.real])
+
+
+@pytest.mark.parametrize("change", ["steer", "remove"])
+@FOUR
+def test_padding_does_not_matter(family: str, change: str) -> None:
+    subject = families.subject(family, torch.float64)
+    given = direction(subject)
+    found = []
+    for side in ("left", "right"):
+        with steer(subject, given, 3.0) if change == "steer" else remove(subject, given):
+            found.append(logits(subject, families.padded(TEXTS, side)))
+    alone = []
+    for text in TEXTS:
+        with steer(subject, given, 3.0) if change == "steer" else remove(subject, given):
+            alone.append(logits(subject, families.padded([text], "none")))
+    for one in found:
+        torch.testing.assert_close(one, torch.cat(alone), rtol=1e-9, atol=1e-10)
+
+
+def generated(subject: Subject, texts: families.Texts, **options: Any) -> Tensor:
+    inputs = {"attention_mask": texts.real.long(), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    return subject.plain.generate(texts.ids, **{**inputs, **options})  # type: ignore[operator]
+
+
+def continued(subject: Subject, ids: Tensor, real: Tensor, where: Tensor | None, given: Direction, n: int = 5) -> Tensor:
+    """Generate greedily without a cache, adding the vector by a hook of the test's own."""
+
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        marked = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        if where is not None:
+            marked = torch.cat([where, torch.zeros(len(where), hidden.shape[1] - where.shape[1], dtype=torch.bool)], dim=1)
+        new = hidden + 4.0 * given.vector * marked[..., None]
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = subject.anatomy.blocks[given.layer].module.register_forward_hook(hook)
+    for _ in range(n):
+        last = subject.plain(**model_inputs(ids, real), use_cache=False).logits[:, -1]
+        last[:, 2] = -torch.inf  # as min_new_tokens does
+        ids, real = torch.cat([ids, last.argmax(-1)[:, None]], dim=1), torch.cat([real, real[:, :1] | True], dim=1)
+    handle.remove()
+    return ids
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@FOUR
+@torch.no_grad()
+def test_generation_steers_every_new_token_or_only_marked_ones_of_the_prompt(family: str, marked: bool) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, "left")
+    where = texts.real & (torch.arange(texts.ids.shape[1]) > 7) if marked else None
+    given = direction(subject)
+    with steer(subject, given, 4.0, positions=where):
+        found = generated(subject, texts)
+    assert torch.equal(found, continued(subject, texts.ids, texts.real, where, given))
+    assert not torch.equal(found, generated(subject, texts))
+
+
+@FOUR
+@torch.no_grad()
+def test_the_vector_is_added_at_every_generated_token(family: str) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, "left")
+    given = direction(subject)
+    with steer(subject, given, 4.0), Steps(subject, 1) as steered:
+        ids = generated(subject, texts)
+    assert [step.shape[1] for step in steered.seen] == [texts.ids.shape[1], 1, 1, 1, 1]
+    # the last block's input up to layer 1 does not depend on what was added behind it: one plain pass over the whole text
+    whole = families.Texts(ids, torch.cat([texts.real, torch.ones(3, 5, dtype=torch.bool)], dim=1))
+    plain = recorded(subject, whole, "residual", 1)
+    for at, step in enumerate(steered.seen[1:]):
+        torch.testing.assert_close(step[:, 0] - plain[:, texts.ids.shape[1] + at], (4.0 * given.vector).expand(3, -1), rtol=1e-8, atol=1e-9)
+
+
+@torch.no_grad()
+def test_one_marked_token_of_a_prompt_of_one_token_is_not_taken_for_those_that_follow() -> None:
+    subject = families.subject("llama", torch.float64)
+    ids, real = torch.tensor([[7]]), torch.ones(1, 1, dtype=torch.bool)
+    given = direction(subject)
+    with steer(subject, given, 4.0, positions=real):
+        found = generated(subject, families.Texts(ids, real))
+    assert torch.equal(found, continued(subject, ids, real, real, given))
+
+
+@every_padding
+@pytest.mark.parametrize("place", PLACES, ids=[site for site, *_ in PLACES])
+@FOUR
+def test_removal_leaves_no_projection_and_the_rest_as_it_was(family: str, place: tuple[str, int, int | None], padding: str) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, padding)
+    given = direction(subject, *place)
+    before = recorded(subject, texts, given.site, given.layer)
+    with remove(subject, given):
+        after = recorded(subject, texts, given.site, given.layer)
+    if given.head is not None:
+        assert torch.equal(after[:, :, 1][texts.real], before[:, :, 1][texts.real])
+        before, after = before[:, :, given.head], after[:, :, given.head]
+    unit = given.vector / given.vector.norm()
+    assert (after @ unit)[texts.real].abs().max() < 1e-12
+    others = torch.linalg.qr(torch.cat([unit[:, None], torch.eye(len(unit), dtype=torch.float64)[:, 1:]], dim=1)).Q[:, 1:]
+    torch.testing.assert_close((after @ others)[texts.real], (before @ others)[texts.real], rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_removal_holds_for_every_generated_token() -> None:
+    subject = families.subject("qwen3", torch.float64)
+    given = direction(subject)
+    with remove(subject, given), Steps(subject, 1) as steps:
+        generated(subject, families.padded(TEXTS, "left"))
+    assert len(steps.seen) == 5
+    assert all((step[:, -1] @ given.unit().vector).abs().max() < 1e-12 for step in steps.seen)
+
+
+@pytest.mark.parametrize("positions", [None, torch.ones(1, 14, dtype=torch.bool)])
+def test_the_model_is_as_before_also_after_an_exception(positions: Tensor | None) -> None:
+    subject = families.subject("gpt2", torch.float64)
+    texts = families.padded(TEXTS, "none")
+    before = logits(subject, texts)
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in subject.plain.modules()]
+    for context in (steer(subject, direction(subject), 5.0, positions=positions), remove(subject, direction(subject), positions=positions)):
+        with pytest.raises(RuntimeError, match="inside"), context:
+            assert not torch.equal(logits(subject, texts), before)
+            raise RuntimeError("inside")
+    assert torch.equal(logits(subject, texts), before)
+    assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in subject.plain.modules()] == hooks
+
+
+@pytest.mark.parametrize("place", PLACES, ids=[site for site, *_ in PLACES])
+@pytest.mark.parametrize("positions", ["last", "all"])
+@FOUR
+def test_difference_of_means_is_the_mean_of_each_texts_mean(family: str, place: tuple[str, int, int | None], positions: str) -> None:
+    subject = families.subject(family, torch.float64)
+    site, layer, head = place
+    sets = random_pairs(5, seed=1), random_pairs(4, seed=2)
+    found = difference_of_means(subject, *sets, site=site, layer=layer, head=head, positions=positions, tokens_per_batch=20)
+    means = []
+    for texts in sets:
+        rows = []
+        for pair in texts:  # one by one, without padding
+            value = recorded(subject, families.padded([torch.tensor(pair.clean)], "none"), found.site, layer)[0]
+            value = value if head is None else value[:, head]
+            rows.append(value[-1] if positions == "last" else value.mean(0))
+        means.append(torch.stack(rows).mean(0))
+    torch.testing.assert_close(found.vector, means[0] - means[1], rtol=1e-9, atol=1e-10)
+
+
+def test_a_unit_direction_has_length_one_and_a_control_has_equal_length() -> None:
+    given = Direction.from_vector(torch.tensor([3.0, 4.0]), layer=0)
+    torch.testing.assert_close(given.unit().vector, torch.tensor([0.6, 0.8]))
+    control = given.random_like(3)
+    assert control.vector.norm().item() == pytest.approx(5.0)
+    assert torch.equal(control.vector, given.random_like(3).vector)
+    assert not torch.equal(control.vector, given.random_like(4).vector)
+
+
+def scores(subject: Subject, texts: Pairs, given: Direction, strength: float, *, loss: bool) -> np.ndarray:
+    """Return each text's metric under steering, text by text, by Hugging Face and a hook of the test's own."""
+
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output) + strength * given.vector
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = subject.anatomy.blocks[given.layer].module.register_forward_hook(hook)
+    found = []
+    for text in texts:
+        ids = torch.tensor([text.clean])
+        out = subject.plain(**model_inputs(ids, None), use_cache=False).logits[0].detach()
+        if loss:
+            assert text.target is not None
+            first, end = text.target
+            found.append(-out.log_softmax(-1)[first - 1 : end - 1].gather(1, ids[0, first:end, None]).mean().item())
+        else:
+            found.append((out[-1, list(text.answers)].mean() - out[-1, list(text.wrong_answers)].mean()).item())
+    handle.remove()
+    return np.array(found)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen3"])
+def test_a_sweep_measures_effect_and_cost_of_each_strength(family: str) -> None:
+    subject = families.subject(family, torch.float64)
+    given = direction(subject)
+    pairs, neutral = random_pairs(5, seed=1), random_pairs(4, seed=2)
+    table = sweep_strength(subject, given, pairs, neutral, strengths=(-1.0, 0.0, 2.0), controls=2, tokens_per_batch=30)
+    assert len(table) == 3 * 3 * 2
+    for row in table.itertuples():
+        each: Any = row
+        used = given if each.draw < 0 else given.random_like(each.draw)
+        texts, loss = (pairs, False) if each.texts == "pairs" else (neutral, True)
+        steered, plain = (scores(subject, texts, used, strength, loss=loss) for strength in (each.strength, 0.0))
+        assert (each.metric, each.n) == ("loss" if loss else "logit-diff", len(texts))
+        assert each.value == pytest.approx(steered.mean(), rel=1e-9)
+        assert each.mean == pytest.approx((steered - plain).mean(), rel=1e-9, abs=1e-10)
+        assert each.se == pytest.approx((steered - plain).std(ddof=1) / len(texts) ** 0.5, rel=1e-8, abs=1e-10)
+        assert each.low <= each.mean <= each.high
+    assert set(table["direction"]) == {"direction", "random"}
+
+
+def test_what_does_not_fit_is_named() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    vector = torch.ones(families.WIDTH, dtype=torch.float64)
+    good = Direction.from_vector(vector, layer=1)
+    with pytest.raises(SettingsError, match=r"shape \(1, 32\): give one vector"):
+        Direction.from_vector(vector[None], layer=0)
+    with pytest.raises(SettingsError, match="NaN or infinite"):
+        Direction.from_vector(vector * torch.nan, layer=0)
+    with pytest.raises(SettingsError, match="site 'pattern' does not hold one vector per token"):
+        Direction.from_vector(vector, site="pattern", layer=0)
+    with pytest.raises(SettingsError, match="say which, e.g. head=3"):
+        Direction.from_vector(vector, site="head", layer=0)
+    with pytest.raises(SettingsError, match="has no heads: leave head out"):
+        Direction.from_vector(vector, layer=0, head=1)
+    with pytest.raises(SettingsError, match="is zero, so it points nowhere"):
+        Direction.from_vector(0 * vector, layer=0).unit()
+    with pytest.raises(SettingsError, match="layer 9 does not exist"), steer(subject, Direction.from_vector(vector, layer=9), 1.0):
+        pass
+    with (
+        pytest.raises(SettingsError, match="has 31 features, r1 of the model has 32"),
+        remove(subject, Direction.from_vector(vector[1:], layer=1)),
+    ):
+        pass
+    with (
+        pytest.raises(SettingsError, match=r"positions of shape \(1, 3\) do not fit 1 texts of 14 tokens"),
+        steer(subject, good, 1.0, positions=torch.ones(1, 3, dtype=torch.bool)),
+    ):
+        logits(subject, families.padded(TEXTS, "none"))
+    with pytest.raises(SettingsError, match="there is no strength"):
+        sweep_strength(subject, good, random_pairs(), random_pairs(), strengths=())
+    with pytest.raises(DataError, match="no target span"):
+        sweep_strength(subject, good, random_pairs(), random_pairs(with_target=False), strengths=(1.0,))
+    with pytest.raises(SettingsError, match="there are no pairs"):
+        difference_of_means(subject, Pairs((), "none"), random_pairs(), layer=0)
