@@ -90,7 +90,10 @@ def trace(
             nonlocal done
             done += number * len(batch.pairs)
             if progress is not None:
-                progress("tracing", done, (len(where) * len(masks) + 1) * samples * len(pairs))
+                progress("tracing", done, (len(where) * len(ROLES) + 1) * samples * len(pairs))
+
+        def value(at: str, layer: int, clean: Prefix = clean) -> Tensor:
+            return clean.recording[at, layer]
 
         for _ in range(samples):
             embedding = clean.recording["embedding"]
@@ -100,7 +103,7 @@ def trace(
             for place in where:
                 around = [other for other in where if -(window - 1) // 2 <= other.layer - place.layer <= window // 2]
                 for mask, _ in masks:
-                    units.append([noisy, *edits_of(around, lambda at, layer: clean.recording[at, layer], mask)])
+                    units.append([noisy, *edits_of(around, value, mask)])
             found = runs.of(units, progress=tell)
             corrupted.append(found[0])
             restored.append(found[1:])

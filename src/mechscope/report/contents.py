@@ -56,6 +56,10 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "pairs": ("pair", "rows", "layer", "n", "kl_base_tuned"),
     "rouge": ("model", "metric", "mean", "low", "high", "n"),
     "selection": ("rule", "component", "kind", "layer", "head", "rank", "score", "chosen", "frequency", "n_resamples"),
+    "cross_model": ("component", "site", "layer", "head", "n", "by", "into", "effect", "low", "high", "normalised", "normalised_low"),
+    "ablation": ("component", "kind", "effect", "low", "high", "p_random"),
+    "layer_sets": ("component", "selected", "share", "n"),
+    "importance": ("level", "by", "into", "rho", "low", "high", "p", "n"),
     "bakeoff": (
         *("protocol", "strategy", "seed", "components", "rank", "trainable_parameters", "trainable_share", "best_loss", "best_step"),
         *("tokens_to_best", "steps_to_standard_best", "rouge1", "rougeL"),

@@ -1,6 +1,6 @@
 """All figures of a report, by section, from the tables that are there.
 
-This is the one list of what is drawn; how it is drawn is in `heatmaps`, `curves` and `comparisons`.
+This is the one list of what is drawn; how it is drawn is in `heatmaps`, `curves`, `comparisons` and `causal`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from mechscope.report.causal import matters
 from mechscope.report.comparisons import differences, parameter_price, rouge
 from mechscope.report.curves import layer_curves, learning_curves, scree
 from mechscope.report.figure import Figure
@@ -62,12 +63,15 @@ def chosen(selection: pd.DataFrame | None, kind: str) -> list[tuple[int, int]]:
 
 
 def figures(tables: Tables) -> dict[str, list[Figure]]:
-    """Return the figures of each section for which there is a table: attention, layers, weights, selection, bakeoff."""
+    """Return the figures of each section for which there is a table: attention, layers, weights, selection, matters, bakeoff."""
     drawn = {
         "attention": _attention(tables),
         "layers": _layers(tables),
         "weights": _weights(tables),
         "selection": _selection(tables),
+        "matters": matters(
+            tables, [layer for layer, _ in chosen(tables.get("selection"), "layer")], chosen(tables.get("selection"), "head")
+        ),
         "bakeoff": _bakeoff(tables),
     }
     return {section: found for section, found in drawn.items() if found}

@@ -27,6 +27,7 @@ import yaml
 from markupsafe import Markup
 
 from mechscope.report import views
+from mechscope.report.causal import ablation_view, importance_view, sets_sentence
 from mechscope.report.contents import Contents, leaves
 from mechscope.report.figure import Figure, png, script_json
 from mechscope.report.figures import chosen, figures, main_rule
@@ -59,6 +60,7 @@ _SECTIONS = (
     ("weights", "Weights", ("weights",), "difference"),
     ("outputs", "Outputs", ("outputs",), "difference"),
     ("selection", "Selection and its stability", ("selection",), "claims"),
+    ("matters", "What carries the gain", ("cross_model", "ablation", "importance"), "claims"),
     ("bakeoff", "Bake-off", ("bakeoff", "bakeoff_summary", "learning_curves"), "bakeoff"),
     ("samples", "Summaries", ("summaries", "rouge"), "claims"),
 )
@@ -119,6 +121,7 @@ def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
         row_names=ROWS_NAMES,
         views=_views(contents),
         claims=_records(contents.table("claims")),
+        sets=sets_sentence(contents.table("layer_sets")),
         selection=_selected(contents.table("selection")),
         samples=_samples(contents.table("summaries")),
         problems=_problems(contents.manifest),
@@ -212,6 +215,10 @@ def _views(contents: Contents) -> dict[str, list[views.View]]:
         found["rouge"] = [views.rouge_view(tables["rouge"])]
     if "weights" in tables:
         found["weights"] = [views.weights_view(tables["weights"])]
+    if "ablation" in tables:
+        found["ablation"] = [ablation_view(tables["ablation"])]
+    if "importance" in tables:
+        found["importance"] = [importance_view(tables["importance"])]
     if "bakeoff" in tables:
         found["bakeoff"] = [views.arms_view(tables["bakeoff"])]
     return found

@@ -13,6 +13,7 @@ import pandas as pd
 from mechscope.errors import SettingsError
 from mechscope.selection import default_number
 from mechscope.stats.inference import share_interval
+from mechscope.studies.causal_claims import causal_claims
 from mechscope.studies.training_claims import Claim, percent, training_claims, verdict
 
 # mean attention KL per layer of GPT-2 small before and after fine-tuning, read off the paper's chart (±0.0002)
@@ -34,6 +35,9 @@ def claims_table(
     bakeoff: pd.DataFrame | None = None,
     bakeoff_summary: pd.DataFrame | None = None,
     learning_curves: pd.DataFrame | None = None,
+    layer_sets: pd.DataFrame | None = None,
+    ablation: pd.DataFrame | None = None,
+    importance: pd.DataFrame | None = None,
     *,
     rows: str = "all",
     rule: str = "layers_by_kl",
@@ -49,6 +53,9 @@ def claims_table(
         bakeoff: The bake-off's runs; without, the claims about training are not measured.
         bakeoff_summary: The bake-off's intervals.
         learning_curves: The bake-off's validation losses, from which the distance between evaluations is read.
+        layer_sets: What sets of layers carry of the gain; without, the claims about interventions are not measured.
+        ablation: What ablating the selected heads and random ones costs.
+        importance: Rank correlations of change and gain carried.
         rows: Which query rows' statistics to use.
         rule: The rule of layers that "selected layers" means.
         metric: The ROUGE score that decides.
@@ -83,9 +90,10 @@ def claims_table(
     if not changed:
         note = f"The two models attend alike (every head's KL below {SAME_KL:g} nats): there is nothing to rank or to count."
         claims = [claim.replaced(verdict="no change", note=note) for claim in claims]
-    trained = training_claims(bakeoff, bakeoff_summary, learning_curves, metric=metric, margin=margin)
+    trained = causal_claims(layer_sets, ablation, importance)
+    trained += training_claims(bakeoff, bakeoff_summary, learning_curves, metric=metric, margin=margin)
     if not changed:
-        note = "The targeted layers were picked from models that do not differ, so they are not targets."
+        note = "The layers and heads were picked from models that do not differ, so the choice means nothing."
         trained = [claim.replaced(verdict="undecided", note=note) for claim in trained]
     return pd.DataFrame([claim.row() for claim in claims + trained])
 

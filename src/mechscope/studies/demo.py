@@ -26,4 +26,5 @@ def demo_settings() -> StudySettings:
         seeds=2,
         max_new_tokens=48,
         rouge_documents=24,
+        causal_documents=12,
     )

@@ -88,6 +88,16 @@ class SelectionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausalSettings:
+    """How it is tested whether what changed matters."""
+
+    causal: bool = _setting(True, "Test by interventions which layers and heads carry the gain.")
+    causal_documents: int = _setting(16, "Held-out documents for the interventions.")
+    ablation: Literal["mean", "resample", "zero"] = _setting("mean", "What ablated heads are replaced by.")
+    random_sets: int = _setting(200, "Random head sets that the ablation of the selected heads is compared with.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How fine-tuning is run; the defaults are the paper's."""
 
@@ -172,6 +182,7 @@ class StudySettings(
     SplitSettings,
     MeasureSettings,
     SelectionSettings,
+    CausalSettings,
     TrainingSettings,
     LoraSettings,
     DecodingSettings,

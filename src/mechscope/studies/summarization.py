@@ -4,10 +4,11 @@
     2. tuned model: the one given, or fine-tuned here (full, and LoRA beside it)
     3. difference: base against tuned over held-out documents; with a LoRA trained here, the two further pairs of the paper
     4. selection: which layers and heads changed most, and how stable that is
-    5. bake-off: LoRA there, everywhere, at random places, …, over seeds and at matched budgets
-    6. summaries of held-out documents, side by side
-    7. claims: the paper's, each with what was measured and a verdict
-    8. report
+    5. interventions: do these layers and heads carry what fine-tuning brought?
+    6. bake-off: LoRA there, everywhere, at random places, …, over seeds and at matched budgets
+    7. summaries of held-out documents, side by side
+    8. claims: the paper's, each with what was measured and a verdict
+    9. report
 
 Every stage is skipped when it was done with the same inputs, so a killed study continues with the same command.
 """
@@ -25,6 +26,7 @@ from mechscope.data.sources import is_file_source
 from mechscope.instrument import load, load_pair
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
+from mechscope.studies.causal_stage import causal_stage
 from mechscope.studies.claims import claims_table
 from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_splits
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
@@ -37,6 +39,10 @@ _TABLES = (
     "weights",
     "outputs",
     "selection",
+    "cross_model",
+    "layer_sets",
+    "ablation",
+    "importance",
     "bakeoff",
     "bakeoff_summary",
     "learning_curves",
@@ -91,6 +97,8 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
             }
             stages.pairs_stage(run, further, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
         layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
+        if settings.causal:
+            causal_stage(run, compared, splits.encoded["test"], settings, layers, heads, seed=settings.seed, progress=progress)
         if settings.bakeoff:
             plain = _plain_base(models["base"], settings)
             stages.bakeoff_stage(run, plain, splits, settings, layers, heads, progress=progress)
@@ -156,8 +164,9 @@ def report_run(path: str | Path) -> Path:
 
 def claims_stage(run: RunFolder, settings: Any) -> None:
     """Write the table `claims` from the tables that are there."""
-    names = ("bakeoff", "bakeoff_summary", "learning_curves")
-    inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name in ("difference", "selection", "bakeoff")}
+    names = ("bakeoff", "bakeoff_summary", "learning_curves", "layer_sets", "ablation", "importance")
+    needed = ("difference", "selection", "bakeoff", "causal")
+    inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name in needed}
     with run.stage("claims", {**inputs, "rows": settings.rows, "rule": settings.layer_rule}) as stage:
         if stage.done:
             return

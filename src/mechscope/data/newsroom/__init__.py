@@ -6,6 +6,18 @@ can be swapped for another in line token by token. The model has learnt how the 
 
 from mechscope.data.newsroom.articles import ROLES, Article, Fact, Role, generate, split_articles
 from mechscope.data.newsroom.counterfactual import counterfactual
+from mechscope.data.newsroom.pairs import newsroom_pairs
 from mechscope.data.newsroom.shipped import newsroom_model_path, newsroom_tokenizer
 
-__all__ = ["ROLES", "Article", "Fact", "Role", "counterfactual", "generate", "newsroom_model_path", "newsroom_tokenizer", "split_articles"]
+__all__ = [
+    "ROLES",
+    "Article",
+    "Fact",
+    "Role",
+    "counterfactual",
+    "generate",
+    "newsroom_model_path",
+    "newsroom_pairs",
+    "newsroom_tokenizer",
+    "split_articles",
+]

@@ -1,0 +1,507 @@
+"""Distributed alignment search: which directions of a representation carry a variable.
+
+A pair is a base text (clean) and a source text (corrupt); its answers are what a model that holds the variable would say of the base text if the
+variable had the source's value. A rotation R is learned so that exchanging the first k rotated dimensions between the two runs,
+
+    h' = h + R_k (R_kᵀ h_source − R_kᵀ h),
+
+makes the model say so (Geiger et al. 2024); the model's weights stay. Boundless: k is learned too, as a soft boundary that sharpens while it is
+pulled towards fewer dimensions (Wu et al. 2023). Judged on pairs that were not trained on, beside random subspaces: a subspace that is large enough
+moves much of anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from mechscope.causal.places import Place
+from mechscope.causal.steering import features_at, vector_site
+from mechscope.causal.texts import Progress, batches, check_fits
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import DataError, ModelError, RunError, SettingsError
+from mechscope.instrument import Edit, Walk, intervene, observed, record, unembed
+from mechscope.instrument.edits import EditSite, validate
+from mechscope.stats.inference import share_interval
+from mechscope.store.tables import read_tensors, write_tensors
+from mechscope.subject import Subject
+
+Position = str | int | Sequence[int]
+Among = Literal["vocabulary", "answers"]
+# Wu et al. 2023: the boundary is first so soft that all dimensions feel it, at last a step
+_TEMPERATURES = (50.0, 0.1)
+_KIND = "mechscope alignment"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A subspace of one site that is held to carry a variable.
+
+    Attributes:
+        rotation: ``(features, k)``: orthonormal columns that span it.
+        site: Where in the block.
+        layer: Which block.
+        position: Tokens that are exchanged, as `PairBatch.positions` takes them.
+        head: Which head, of site `z`.
+        curve: How it was learned: one row per epoch with `epoch`, `loss` (nats), `accuracy` (share of training pairs), `dimensions`, `temperature`.
+        fingerprint: Of the model it belongs to.
+    """
+
+    rotation: Float[Tensor, "features k"]
+    site: EditSite
+    layer: int
+    position: Position
+    head: int | None = None
+    curve: pd.DataFrame = field(default_factory=pd.DataFrame)
+    fingerprint: str = ""
+
+    @property
+    def dimensions(self) -> int:
+        """Number of dimensions of the subspace."""
+        return self.rotation.shape[1]
+
+    def edit(self, source_values: Float[Tensor, "batch token *head features"], mask: Bool[Tensor, "batch token"]) -> Edit:
+        """Return the edit that gives the subspace a source's values.
+
+        Args:
+            source_values: The site's values in the source's run, as `record` gives them.
+            mask: Tokens that are changed.
+        """
+        return _edit(self.site, self.layer, self.head, source_values, mask, lambda value: _exchange(value, self.rotation))
+
+    def accuracy(self, subject: Subject, pairs: Pairs, *, among: Among = "vocabulary", tokens_per_batch: int = 2048) -> float:
+        """Return the interchange accuracy: the share of pairs after whose interchange the likeliest token is an answer.
+
+        Args:
+            subject: The model.
+            pairs: Base and source texts with the counterfactual answers; not those it was learned from.
+            among: The likeliest of the whole `vocabulary`, or of the right and wrong `answers` (for a model that would rather say something else).
+            tokens_per_batch: Most tokens of a batch of pairs, padding included.
+
+        Raises:
+            MechscopeError: Model or pairs do not fit.
+        """
+        self._check(subject)
+        with observed(subject):
+            texts = _prepared(subject, _judged(pairs, among), Place(self.site, self.layer, self.head), self.position, tokens_per_batch)
+            return sum(_correct(subject, text, self, among) for text in texts) / len(pairs)
+
+    def save(self, path: Path | str) -> None:
+        """Write it to a safetensors file."""
+        position = self.position if isinstance(self.position, str | int) else list(self.position)
+        place = {"site": self.site, "layer": self.layer, "head": self.head, "position": position}
+        meta = {"kind": _KIND, **place, "fingerprint": self.fingerprint, "curve": self.curve.to_dict(orient="list")}
+        write_tensors({"rotation": self.rotation}, Path(path), meta=meta)
+
+    @classmethod
+    def load(cls, path: Path | str, subject: Subject) -> Alignment:
+        """Read what `save` wrote, for the model it was learned on.
+
+        Raises:
+            RunError: The file is missing, damaged or something else.
+            ModelError: It belongs to another model.
+        """
+        tensors, meta = read_tensors(Path(path))
+        if not isinstance(meta, dict) or meta.get("kind") != _KIND or "rotation" not in tensors:
+            raise RunError(f"{path} holds no alignment: give a file that Alignment.save wrote")
+        place = {name: meta[name] for name in ("site", "layer", "head", "position", "fingerprint")}
+        found = cls(tensors["rotation"].to(subject.device), **place, curve=pd.DataFrame(meta["curve"]))
+        found._check(subject)
+        return found
+
+    def _check(self, subject: Subject) -> None:
+        if self.fingerprint and self.fingerprint != subject.fingerprint:
+            raise ModelError(
+                f"the alignment was learned on a model with fingerprint {self.fingerprint[:12]}, {subject.source!r} has "
+                f"{subject.fingerprint[:12]}: load that model, or learn an alignment for this one"
+            )
+        _check_place(subject, Place(self.site, self.layer, self.head))
+        if self.rotation.shape[0] != (width := features_at(subject, self.site, self.layer)):
+            raise ModelError(
+                f"the alignment is of {self.rotation.shape[0]} features, {self.site} of layer {self.layer} of {subject.source!r} has {width}"
+            )
+
+
+def train_das(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    site: str = "residual",
+    layer: int,
+    position: Position = "last",
+    dimensions: int = 8,
+    boundless: bool = False,
+    head: int | None = None,
+    epochs: int = 20,
+    learning_rate: float = 0.01,
+    size_penalty: float = 1.0,
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Alignment:
+    """Learn the subspace of a site that carries a variable.
+
+    Args:
+        subject: The model; its weights are not changed.
+        pairs: Base texts (clean), source texts (corrupt), and as `answers` what is right after the base text with the source's variable.
+        site: `residual`, `attention`, `mlp`, `neuron`, `embedding`, or `head` (its z).
+        layer: Which block.
+        position: Tokens that are exchanged: `last`, `changed`, a segment's name, one or several positions, or `all`.
+        dimensions: Dimensions of the subspace; not used if boundless.
+        boundless: Learn the number of dimensions too.
+        head: Which head, of site `head`.
+        epochs: Passes over the pairs.
+        learning_rate: Of Adam, falling linearly to zero.
+        size_penalty: Of boundless search: what all dimensions together cost, in nats.
+        tokens_per_batch: Most tokens of one step, padding included.
+        seed: Seed of the rotation's beginning and of the order of the pairs.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        MechscopeError: Place, pairs or numbers do not fit the model or each other.
+    """
+    place = _place(subject, site, layer, head)
+    width = features_at(subject, place.site, layer)
+    if not boundless and not 1 <= dimensions <= width:
+        raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 1 to {width}")
+    if epochs < 1:
+        raise SettingsError(f"epochs is {epochs}: train for at least one")
+    order = np.random.default_rng(seed)
+    shuffled = Pairs(tuple(pairs.pairs[at] for at in order.permutation(len(pairs))), pairs.source)
+    with observed(subject):
+        texts = list(_prepared(subject, shuffled, place, position, tokens_per_batch))
+        space = _Subspace(width, None if boundless else dimensions, seed, subject)
+        parameters = [*space.turn.parameters(), *([space.boundary] if boundless else [])]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        steps = epochs * len(texts)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        rows: list[dict[str, float]] = []
+        for epoch in range(epochs):
+            total = correct = 0.0
+            for number, at in enumerate(order.permutation(len(texts))):
+                space.anneal((epoch * len(texts) + number) / max(1, steps - 1))
+                with torch.enable_grad():
+                    logits = texts[at].logits(subject, texts[at].edit(space.exchange()))
+                    loss = texts[at].loss(logits)
+                    gradients = torch.autograd.grad(loss + size_penalty * space.share(), parameters)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                schedule.step()
+                space.clamp()
+                total += loss.item() * texts[at].size
+                correct += texts[at].correct(logits)
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "loss": total / len(pairs),
+                    "accuracy": correct / len(pairs),
+                    "dimensions": space.dimensions,
+                    "temperature": space.temperature,
+                }
+            )
+            if progress is not None:
+                progress(f"aligning {place}", epoch + 1, epochs)
+    return Alignment(space.rotation(), place.site, layer, position, head, pd.DataFrame(rows), subject.fingerprint)
+
+
+def random_alignment(
+    subject: Subject,
+    *,
+    site: str = "residual",
+    layer: int,
+    position: Position = "last",
+    dimensions: int,
+    head: int | None = None,
+    seed: int = 0,
+) -> Alignment:
+    """Return a random subspace: the control."""
+    place = _place(subject, site, layer, head)
+    width = features_at(subject, place.site, layer)
+    if not 0 <= dimensions <= width:
+        raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 0 to {width}")
+    rotation = _random_rotation(width, seed)[:, :dimensions].to(subject.device, _precision(subject))
+    return Alignment(rotation, place.site, layer, position, head, fingerprint=subject.fingerprint)
+
+
+def das(
+    subject: Subject,
+    train_pairs: Pairs,
+    test_pairs: Pairs,
+    *,
+    layers: Collection[int] | None = None,
+    site: str = "residual",
+    position: Position = "last",
+    dimensions: int = 8,
+    boundless: bool = False,
+    head: int | None = None,
+    controls: int = 3,
+    among: Among = "vocabulary",
+    epochs: int = 20,
+    learning_rate: float = 0.01,
+    size_penalty: float = 1.0,
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Learn a subspace in each layer and judge it on other pairs.
+
+    Args:
+        subject: The model.
+        train_pairs: What is learned from.
+        test_pairs: What is judged on.
+        layers: Which blocks; None for all.
+        site: As for `train_das`.
+        position: Likewise.
+        dimensions: Likewise.
+        boundless: Likewise.
+        head: Likewise.
+        controls: Random subspaces of the same dimension per layer.
+        among: As for `Alignment.accuracy`.
+        epochs: As for `train_das`.
+        learning_rate: Likewise.
+        size_penalty: Likewise.
+        tokens_per_batch: Likewise.
+        seed: Likewise; also of the random subspaces.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        Rows per layer: `among`, `method`: `das`, `random` (one row per `draw`), `full` (the whole vector is exchanged) or `none` (nothing is); `dimensions`,
+        `n`, `correct`, `accuracy` (see `Alignment.accuracy`) with Wilson's 95 % interval `low`, `high`.
+
+    Raises:
+        MechscopeError: As for `train_das`; or the two sets share a pair.
+    """
+    told = {(pair.clean, pair.corrupt) for pair in train_pairs}
+    for pair in test_pairs:
+        if (pair.clean, pair.corrupt) in told:
+            raise DataError(f"test pair {pair.id!r} is also a training pair: judge on pairs that were not learned from")
+    _judged(test_pairs, among)
+    chosen = range(subject.anatomy.n_layers) if layers is None else sorted(layers)
+    rows: list[dict[str, Any]] = []
+    for number, layer in enumerate(chosen):
+        place = _place(subject, site, layer, head)
+        learned = train_das(
+            subject,
+            train_pairs,
+            site=site,
+            layer=layer,
+            position=position,
+            dimensions=dimensions,
+            boundless=boundless,
+            head=head,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            size_penalty=size_penalty,
+            tokens_per_batch=tokens_per_batch,
+            seed=seed,
+        )
+
+        def control(k: int, draw: int = 0, layer: int = layer) -> Alignment:
+            return random_alignment(subject, site=site, layer=layer, position=position, dimensions=k, head=head, seed=seed + 1 + draw)
+
+        judged = [
+            ("das", -1, learned),
+            *(("random", draw, control(learned.dimensions, draw)) for draw in range(controls)),
+            ("full", -1, control(learned.rotation.shape[0])),
+            ("none", -1, control(0)),
+        ]
+        correct = [0] * len(judged)
+        with observed(subject):
+            for text in _prepared(subject, test_pairs, place, position, tokens_per_batch):
+                correct = [so_far + _correct(subject, text, one, among) for so_far, (_, _, one) in zip(correct, judged, strict=True)]
+        for (method, draw, one), count in zip(judged, correct, strict=True):
+            low, high = share_interval(count, len(test_pairs))
+            where = {"component": str(place), "site": place.site, "layer": layer, "head": -1 if head is None else head}
+            share = {"n": len(test_pairs), "correct": count, "accuracy": count / len(test_pairs), "low": low, "high": high}
+            rows.append(
+                {**where, "position": str(position), "among": among, "method": method, "draw": draw, "dimensions": one.dimensions, **share}
+            )
+        if progress is not None:
+            progress("aligning", number + 1, len(chosen))
+    return pd.DataFrame(rows)
+
+
+def _place(subject: Subject, site: str, layer: int, head: int | None) -> Place:
+    place = Place(vector_site(site, head), layer, head)
+    _check_place(subject, place)
+    return place
+
+
+def _check_place(subject: Subject, place: Place) -> None:
+    validate([place.edit(0.0)], subject.anatomy)
+
+
+def _random_rotation(width: int, seed: int) -> Float[Tensor, "features features"]:
+    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
+
+
+def _precision(subject: Subject) -> torch.dtype:
+    """Return the rotation's type: never less exact than single precision, so that its columns stay orthogonal."""
+    return torch.float64 if subject.dtype == torch.float64 else torch.float32
+
+
+def _exchange(difference: Tensor, rotation: Tensor, share: Tensor | None = None) -> Tensor:
+    """Project source − base on the subspace, each dimension by its share."""
+    rotation = rotation.to(difference.device)
+    inside = difference.to(rotation.dtype) @ rotation
+    return ((inside if share is None else inside * share) @ rotation.T).to(difference.dtype)
+
+
+def _edit(site: EditSite, layer: int, head: int | None, source: Tensor, mask: Tensor, projected: Callable[[Tensor], Tensor]) -> Edit:
+    def value(part: Tensor) -> Tensor:
+        return part + projected(source.to(part) - part)
+
+    return Place(site, layer, head).edit(value, mask)
+
+
+class _Subspace:
+    """What is learned: the rotation, and, boundless, how many of its dimensions are exchanged."""
+
+    def __init__(self, width: int, dimensions: int | None, seed: int, subject: Subject) -> None:
+        dtype = _precision(subject)
+        self.width = width
+        self.fixed = dimensions
+        with torch.random.fork_rng(devices=[]):  # torch fills up a tall matrix at random
+            torch.manual_seed(seed)
+            self.turn = nn.Linear(dimensions or width, width, bias=False, dtype=dtype)
+            with torch.no_grad():
+                self.turn.weight.copy_(_random_rotation(width, seed)[:, : dimensions or width])
+            parametrizations.orthogonal(self.turn)
+        self.turn.to(subject.device)
+        # as a share of the width
+        self.boundary = nn.Parameter(torch.tensor(0.5, dtype=dtype, device=subject.device))
+        self.at = torch.arange(width, device=subject.device, dtype=dtype) + 0.5
+        self.temperature = _TEMPERATURES[0] if dimensions is None else float("nan")
+
+    def anneal(self, done: float) -> None:
+        """Sharpen the boundary geometrically."""
+        if self.fixed is None:
+            first, last = _TEMPERATURES
+            self.temperature = first * (last / first) ** done
+
+    def _mask(self) -> Tensor | None:
+        return None if self.fixed is not None else torch.sigmoid((self.boundary * self.width - self.at) / self.temperature)
+
+    def exchange(self) -> Callable[[Tensor], Tensor]:
+        """Return the projection as it is now."""
+        rotation, mask = self.turn.weight, self._mask()
+        return lambda difference: _exchange(difference, rotation, mask)
+
+    def share(self) -> Tensor | float:
+        """Return the share of the dimensions that is exchanged, if it is learned."""
+        mask = self._mask()
+        return 0.0 if mask is None else mask.mean()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep at least one dimension and at most all."""
+        self.boundary.clamp_(1 / self.width, 1.0)
+
+    @property
+    def dimensions(self) -> int:
+        """Return the number of dimensions, rounded."""
+        return round(self.boundary.item() * self.width) if self.fixed is None else self.fixed
+
+    def rotation(self) -> Tensor:
+        """Return the columns of the subspace."""
+        return self.turn.weight.detach()[:, : self.dimensions].clone()
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch of pairs, run up to the layer in question: what lies before it is never computed again."""
+
+    walk: Walk
+    hidden: Float[Tensor, "batch token d_model"]
+    source: Tensor
+    mask: Bool[Tensor, "batch token"]
+    place: Place
+    last: Int[Tensor, " batch"]
+    answers: Bool[Tensor, "batch vocab"]
+    wrong: Bool[Tensor, "batch vocab"]
+
+    @property
+    def size(self) -> int:
+        return len(self.last)
+
+    def edit(self, projected: Callable[[Tensor], Tensor]) -> Edit:
+        return _edit(self.place.site, self.place.layer, self.place.head, self.source, self.mask, projected)
+
+    def logits(self, subject: Subject, edit: Edit) -> Float[Tensor, "batch vocab"]:
+        """Run the base texts from the layer on, with the interchange."""
+        with intervene(subject, edit):
+            hidden = self.walk.run(self.hidden, start=self.place.layer)
+        rows = torch.arange(self.size, device=hidden.device)
+        return unembed(subject, hidden[rows, self.last.to(hidden.device)])
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return −log of the answers' summed probability, in nats, averaged over the pairs."""
+        log_p = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+        return -log_p.masked_fill(~self.answers.to(logits.device), -torch.inf).logsumexp(-1).mean()
+
+    def correct(self, logits: Tensor, among: Among = "vocabulary") -> int:
+        """Count the pairs whose likeliest token is an answer."""
+        if among == "answers":
+            logits = logits.masked_fill(~(self.answers | self.wrong).to(logits.device), -torch.inf)
+        return int(self.answers.to(logits.device).gather(1, logits.argmax(-1, keepdim=True)).sum())
+
+
+@torch.no_grad()
+def _correct(subject: Subject, text: _Prepared, alignment: Alignment, among: Among) -> int:
+    return text.correct(text.logits(subject, alignment.edit(text.source, text.mask)), among)
+
+
+def _judged(pairs: Pairs, among: Among) -> Pairs:
+    """Refuse pairs whose answers cannot be told right or wrong so."""
+    if among not in ("vocabulary", "answers"):
+        raise SettingsError(
+            f"among {among!r} is not known: use vocabulary (the likeliest of all tokens) or answers (of right and wrong ones)"
+        )
+    for pair in pairs if among == "answers" else ():
+        if not pair.wrong_answers:
+            raise DataError(f"pair {pair.id!r} names no wrong answer: give the base text's label, or judge among='vocabulary'")
+    return pairs
+
+
+@torch.no_grad()
+def _prepare(subject: Subject, batch: PairBatch, place: Place, position: Position) -> _Prepared:
+    walks, hiddens, source = [], [], None
+    for ids in (batch.clean, batch.corrupt):
+        walk = Walk(subject, ids, batch.real)
+        hidden = walk.hidden
+        for layer in range(place.layer):
+            hidden = walk.step(layer, hidden)
+        walks.append(walk)
+        hiddens.append(hidden)
+    with record(subject, cast(Any, place.site), layers=[place.layer]) as recording:
+        walks[1].step(place.layer, hiddens[1])
+    source = recording[place.site, place.layer]
+    answers = torch.zeros(len(batch.pairs), subject.anatomy.vocab_size, dtype=torch.bool, device=subject.device)
+    wrong = answers.clone()
+    for row, pair in enumerate(batch.pairs):
+        answers[row, list(pair.answers)] = True
+        wrong[row, list(pair.wrong_answers)] = True
+    last = torch.tensor([batch.shift(row) + len(pair.clean) - 1 for row, pair in enumerate(batch.pairs)])
+    return _Prepared(walks[0], hiddens[0], source, batch.positions(position), place, last, answers, wrong)
+
+
+def _prepared(subject: Subject, pairs: Pairs, place: Place, position: Position, tokens_per_batch: int) -> Iterator[_Prepared]:
+    check_fits(subject, pairs)
+    for pair in pairs:
+        if not pair.answers:
+            raise DataError(
+                f"pair {pair.id!r} names no answer: give what is right after the base text when the variable has the source's value"
+            )
+    for batch in batches(pairs, tokens_per_batch):
+        yield _prepare(subject, batch, place, position)

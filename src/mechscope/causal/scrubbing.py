@@ -1,0 +1,224 @@
+"""Causal scrubbing: is a hypothesis about what components read enough to explain what the model does?
+
+A hypothesis says of components what their values may depend on: nothing (any other text's value will do), or a label (any text with the same label
+will do). Values are exchanged accordingly, all components at once and each with partners of its own, and the metric should stay (Chan et al.
+2022). Two runs give the scale: the model as it is (1), and the model with every head and MLP taken from other texts (0).
+
+A simplification of the paper: values come from ordinary runs of other texts, not from recursively scrubbed ones, and components that are not named
+compute on what they are given, so that an early component is judged by all its effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechscope.causal.effects import effects
+from mechscope.causal.places import Place, places_of
+from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.errors import DataError, SettingsError
+from mechscope.instrument import Edit, Prefix
+from mechscope.instrument.edits import EditSite
+from mechscope.subject import Components, Subject
+from mechscope.subject.anatomy import Anatomy
+
+Freedom = Sequence[Hashable] | Callable[[PromptPair], Hashable] | None
+Hypothesis = Mapping[str, Freedom]
+Partners = dict[Place, Int[np.ndarray, "samples text"]]
+
+
+@dataclass(frozen=True)
+class Scrubbed:
+    """What is left of a metric when a hypothesis decides what may be exchanged.
+
+    Attributes:
+        table: One row per sample: `sample`, `metric`, `n`, `value` (mean metric of the scrubbed run), `effect` (its mean difference from the full model)
+            with `se`, `low`, `high`, and `recovered` with `recovered_low`, `recovered_high`.
+        summary: One row per `run`: `full` (the model itself), `everything` (every head and MLP exchanged freely), `scrubbed` (the hypothesis); columns as
+            in `table`, over the texts' means over samples. `recovered` is (scrubbed − everything) / (full − everything), a ratio of means with a
+            percentile bootstrap over texts.
+        full: ``(text)``: the metric of the model itself.
+        everything: ``(samples, text)``.
+        scrubbed: ``(samples, text)``.
+        partners: ``(samples, text)`` by component of the hypothesis: from which text each text's value was taken.
+        notes: What a reader should know of the run; `alone` counts texts by component that are the only ones with their label.
+    """
+
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    full: Float[np.ndarray, " text"]
+    everything: Float[np.ndarray, "samples text"]
+    scrubbed: Float[np.ndarray, "samples text"]
+    partners: dict[str, Int[np.ndarray, "samples text"]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recovered(self) -> float:
+        """The share of the metric that the hypothesis keeps."""
+        return float(self.summary.set_index("run").loc["scrubbed", "recovered"])  # type: ignore[arg-type]  # one cell
+
+
+def scrub(
+    subject: Subject,
+    pairs: Pairs,
+    hypothesis: Hypothesis,
+    *,
+    metric: str = "logit-diff",
+    samples: int = 5,
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scrubbed:
+    """Exchange what a hypothesis allows, and see what it costs.
+
+    Args:
+        subject: The model.
+        pairs: The texts (their clean versions), equally long.
+        hypothesis: By components (`a3.h5`, `m3`, `layers:0-2`): None where they are irrelevant, so that any other text's value may stand there; or a
+            label per text (a sequence in the order of the pairs, or a function of a pair), so that values of texts with equal labels may be
+            exchanged. A text that is alone with its label keeps its value. Embeddings are never exchanged.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
+        samples: How often partners are drawn.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the draws and of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        MechscopeError: Texts differ in length, components do not exist or are named twice, or labels do not fit the texts.
+    """
+    check_fits(subject, pairs)
+    _check_texts(pairs)
+    if samples < 1:
+        raise SettingsError(f"samples is {samples}: draw partners at least once")
+    labels = _labels(hypothesis, pairs, subject.anatomy)
+    everywhere = dict.fromkeys(places_of(Components.of_layers(range(subject.anatomy.n_layers)), subject.anatomy), (0,) * len(pairs))
+    random = np.random.default_rng(seed)
+    drawn, free = (_draw(of, samples, random) for of in (labels, everywhere))
+    store = _recorded(subject, pairs, tokens_per_batch)
+    index = {id(pair): at for at, pair in enumerate(pairs)}
+    gathered, done = Gathered(pairs), 0
+    for batch in batches(pairs, tokens_per_batch):
+        rows = np.array([index[id(pair)] for pair in batch.pairs])
+        prefix = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output"))
+        runs = Runs(prefix, metric_of(metric, batch, prefix))
+        gathered.put("full", batch, runs.unchanged())
+        for name, partners in (("scrubbed", drawn), ("everything", free)):
+            gathered.put(name, batch, runs.of([_unit(store, partners, sample, rows) for sample in range(samples)]))
+        done += len(batch.pairs)
+        if progress is not None:
+            progress("scrubbing", done, len(pairs))
+    table, summary = _tables(gathered, metric, seed)
+    alone = {str(place): sum(of.count(label) == 1 for label in of) for place, of in labels.items()}
+    return Scrubbed(
+        table,
+        summary,
+        gathered["full"],
+        gathered["everything"],
+        gathered["scrubbed"],
+        {str(place): of for place, of in drawn.items()},
+        {"seed": seed, "alone": alone},
+    )
+
+
+def _check_texts(pairs: Pairs) -> None:
+    if len(pairs) < 2:
+        raise DataError(f"values are exchanged between texts, and there is {len(pairs)}: give at least two")
+    shortest, longest = (pick(pairs, key=lambda pair: len(pair.clean)) for pick in (min, max))
+    if len(shortest.clean) != len(longest.clean):
+        raise DataError(
+            f"pair {shortest.id!r} has {len(shortest.clean)} tokens, pair {longest.id!r} has {len(longest.clean)}: values are exchanged token by "
+            "token, so lengthen the shorter one, shorten the longer one, or scrub texts of each length apart"
+        )
+
+
+def _labels(hypothesis: Hypothesis, pairs: Pairs, anatomy: Anatomy) -> dict[Place, tuple[Hashable, ...]]:
+    """Return every text's label at every place; all are equal where a place is irrelevant."""
+    found: dict[Place, tuple[Hashable, ...]] = {}
+    for name, freedom in hypothesis.items():
+        if freedom is None:
+            labels: tuple[Hashable, ...] = (0,) * len(pairs)
+        elif callable(freedom):
+            labels = tuple(freedom(pair) for pair in pairs)
+        else:
+            labels = tuple(freedom)
+        if len(labels) != len(pairs):
+            raise SettingsError(f"component {name!r} has {len(labels)} labels for {len(pairs)} texts: give one per text")
+        for place in places_of(Components.parse(name), anatomy):
+            if place in found:
+                raise SettingsError(f"the hypothesis names {place} twice, the second time in {name!r}: say once what it may depend on")
+            found[place] = labels
+    return found
+
+
+def _draw(labels: Mapping[Place, tuple[Hashable, ...]], samples: int, random: np.random.Generator) -> Partners:
+    """Draw for every place, sample and text another text with the same label."""
+    found: Partners = {}
+    for place, of in labels.items():
+        groups: dict[Hashable, list[int]] = {}
+        for at, label in enumerate(of):
+            groups.setdefault(label, []).append(at)
+        partners = np.empty((samples, len(of)), dtype=np.int64)
+        for members in groups.values():
+            own = np.arange(len(members))
+            # one of the others: so many steps further on in the circle of those with this label
+            steps = random.integers(1, max(2, len(members)), size=(samples, len(members)))
+            partners[:, members] = np.array(members)[(own + steps) % len(members)]
+        found[place] = partners
+    return found
+
+
+@torch.no_grad()
+def _recorded(subject: Subject, pairs: Pairs, tokens_per_batch: int) -> dict[tuple[str, int], Tensor]:
+    """Return every text's values, (text, token, …), in the order of the pairs."""
+    place = {id(pair): at for at, pair in enumerate(pairs)}
+    order: list[int] = []
+    parts: dict[tuple[str, int], list[Tensor]] = {}
+    for batch in batches(pairs, tokens_per_batch):
+        recording = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output")).recording
+        order += [place[id(pair)] for pair in batch.pairs]
+        for (site, layer), value in recording.values.items():
+            if site in ("z", "mlp_output"):
+                parts.setdefault((site, layer), []).append(value)
+    back = torch.tensor(order).argsort()
+    return {key: torch.cat(values)[back.to(values[0].device)] for key, values in parts.items()}
+
+
+def _unit(store: Mapping[tuple[str, int], Tensor], partners: Partners, sample: int, rows: np.ndarray) -> tuple[Edit, ...]:
+    """Return one sample's changes of some texts; their values are put together only when the run reaches them."""
+    together: dict[tuple[EditSite, int], list[Place]] = {}
+    for place in partners:
+        together.setdefault((place.site, place.layer), []).append(place)
+
+    def value(part: Tensor, site: EditSite, layer: int) -> Tensor:
+        new = part.clone()
+        for place in together[site, layer]:
+            given = store[site, layer][torch.as_tensor(partners[place][sample, rows])].to(part)
+            if place.head is None:
+                new = given
+            else:
+                new[:, :, place.head] = given[:, :, place.head]
+        return new
+
+    return tuple(Edit(site, layer, partial(value, site=site, layer=layer)) for site, layer in together)
+
+
+def _tables(gathered: Gathered, metric: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    full, everything, scrubbed = gathered["full"], gathered["everything"].mean(0), gathered["scrubbed"]
+    names = {"normalised": "recovered", "normalised_low": "recovered_low", "normalised_high": "recovered_high"}
+
+    def table(rows: list[dict[str, Any]], values: np.ndarray) -> pd.DataFrame:
+        found = effects(rows, values, full, metric=metric, clean=full, corrupt=everything, seed=seed)
+        return found.table.drop(columns=["p", "q"]).rename(columns=names)
+
+    samples = [{"sample": at} for at in range(len(scrubbed))]
+    runs = [{"run": name} for name in ("full", "everything", "scrubbed")]
+    return table(samples, scrubbed), table(runs, np.stack([full, everything, scrubbed.mean(0)]))

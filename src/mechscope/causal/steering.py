@@ -1,0 +1,307 @@
+"""Steering: push a model along a direction of its activations, or take the direction away.
+
+A direction is a vector at one site of one layer: the difference of two sets' mean activations (Marks & Tegmark 2023; Panickssery et al. 2023), a
+probe's weight or a sparse feature. Adding it, `h + strength · v`, turns the model (Turner et al. 2023); projecting it out, `h − (h·d̂) d̂`, takes
+from the model what it says there (Arditi et al. 2024). Both hold for any forward pass, `generate` included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mechscope.causal.effects import effects
+from mechscope.causal.places import Place, site_named
+from mechscope.causal.texts import Gathered, Runs, batches, check_fits, metric_of
+from mechscope.data.pairs import Pairs, Where
+from mechscope.errors import SettingsError
+from mechscope.instrument import Edit, Prefix, intervene, model_inputs, record
+from mechscope.instrument.edits import EditSite, Value, validate
+from mechscope.subject import Subject
+
+# sites that hold one vector per token (of z: per token and head)
+VECTOR_SITES = ("embedding", "residual", "attention_output", "neuron", "mlp_output", "z")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A vector at one site of a model.
+
+    Attributes:
+        vector: ``(features)``: d_model, d_mlp of site `neuron`, d_head of site `z`.
+        site: Where in the block.
+        layer: Which block.
+        head: Which head, of site `z`.
+        name: What a table calls it.
+    """
+
+    vector: Float[Tensor, " features"]
+    site: EditSite
+    layer: int
+    head: int | None = None
+    name: str = "direction"
+
+    @classmethod
+    def from_vector(
+        cls, vector: Float[Tensor, " features"], *, site: str = "residual", layer: int, head: int | None = None, name: str = "direction"
+    ) -> Direction:
+        """Take a given vector: a probe's weight, a sparse feature's decoder row.
+
+        Args:
+            vector: ``(features)``.
+            site: `residual`, `attention`, `mlp`, `neuron`, `embedding`, or `head` (its z).
+            layer: Which block.
+            head: Which head, of site `head`.
+            name: What a table calls it.
+
+        Raises:
+            SettingsError: The site holds no vectors, the head is missing or too much, or the vector is not one finite vector.
+        """
+        if vector.ndim != 1:
+            raise SettingsError(f"direction {name!r} has shape {tuple(vector.shape)}: give one vector, (features)")
+        if not bool(torch.isfinite(vector).all()):
+            raise SettingsError(f"direction {name!r} holds values that are NaN or infinite: look at where it comes from")
+        return cls(vector.detach(), vector_site(site, head), layer, head, name)
+
+    def unit(self) -> Direction:
+        """Return the direction with length 1.
+
+        Raises:
+            SettingsError: It has no length.
+        """
+        norm = self.vector.double().norm()
+        if norm == 0:
+            raise SettingsError(f"direction {self.name!r} is zero, so it points nowhere: take other texts or another layer")
+        return replace(self, vector=(self.vector.double() / norm).to(self.vector.dtype))
+
+    def random_like(self, seed: int) -> Direction:
+        """Return a random direction of equal length at the same place: the control."""
+        drawn = torch.randn(self.vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        drawn = (drawn / drawn.norm()).to(self.vector.device) * self.vector.double().norm()
+        return replace(self, vector=drawn.to(self.vector.dtype), name="random")
+
+    def check(self, subject: Subject) -> None:
+        """Refuse a model this direction does not fit.
+
+        Raises:
+            SettingsError: The model has no such layer or head, or the vector has another width.
+        """
+        place = Place(self.site, self.layer, self.head)
+        validate([place.edit(0.0)], subject.anatomy)
+        width = features_at(subject, self.site, self.layer)
+        if len(self.vector) != width:
+            raise SettingsError(f"direction {self.name!r} has {len(self.vector)} features, {place} of the model has {width}")
+
+
+def vector_site(site: str, head: int | None) -> EditSite:
+    """Return the site a person means, if it holds one vector per token.
+
+    Raises:
+        SettingsError: It does not, or a head is missing or too much.
+    """
+    found = site_named(site)
+    if found not in VECTOR_SITES:
+        raise SettingsError(f"site {site!r} does not hold one vector per token: use one of {', '.join(VECTOR_SITES)}")
+    if (found == "z") != (head is not None):
+        told = "site 'z' belongs to heads: say which, e.g. head=3" if head is None else f"site {site!r} has no heads: leave head out"
+        raise SettingsError(told)
+    return found
+
+
+def features_at(subject: Subject, site: str, layer: int) -> int:
+    """Return how many features a site's vector has (of `z`: one head's)."""
+    block = subject.anatomy.blocks[layer]
+    return block.d_mlp if site == "neuron" else block.output.width if site == "z" else subject.anatomy.d_model
+
+
+@torch.no_grad()
+def difference_of_means(
+    subject: Subject,
+    positive: Pairs,
+    negative: Pairs,
+    *,
+    site: str = "residual",
+    layer: int,
+    positions: Where = "last",
+    head: int | None = None,
+    tokens_per_batch: int = 4096,
+) -> Direction:
+    """Subtract the mean activation on one set of texts from that on another (Marks & Tegmark 2023).
+
+    Args:
+        subject: The model.
+        positive: Texts whose clean versions are read; the direction points to them.
+        negative: Likewise; it points away from them.
+        site: As for `Direction.from_vector`.
+        layer: Which block.
+        positions: Tokens whose activations are averaged: first within a text, then over texts.
+        head: Which head, of site `head`.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+
+    Raises:
+        MechscopeError: Texts, positions or place do not fit the model.
+    """
+    found = vector_site(site, head)
+    validate([Place(found, layer, head).edit(0.0)], subject.anatomy)
+    means = []
+    for texts in (positive, negative):
+        check_fits(subject, texts)
+        total = torch.zeros(features_at(subject, found, layer), dtype=torch.float64, device=subject.device)
+        for batch in batches(texts, tokens_per_batch):
+            with subject.active(), record(subject, cast(Any, found), layers=[layer]) as recording:
+                subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+            value = recording[found, layer].to(total)
+            value = value if head is None else value[:, :, head]
+            weight = batch.positions(positions).to(total)
+            weight = weight / weight.sum(1, keepdim=True)
+            total += torch.einsum("bt,btf->f", weight, torch.where(weight[..., None] > 0, value, 0.0))
+        means.append(total / len(texts))
+    name = f"{positive.source} − {negative.source}"
+    return Direction((means[0] - means[1]).to(subject.dtype), found, layer, head, name)
+
+
+@contextlib.contextmanager
+def steer(
+    subject: Subject, direction: Direction, strength: float, *, positions: Bool[Tensor, "batch token"] | None = None
+) -> Iterator[None]:
+    """Add strength · vector in every forward pass inside the context.
+
+    Args:
+        subject: The model.
+        direction: What is added, and where.
+        strength: How many times; negative turns the other way.
+        positions: ``(batch, token)`` of the prompt, True where it is added; None for every token, those that `generate` makes included.
+
+    Raises:
+        SettingsError: The direction does not fit the model, or, when the model runs, the positions do not fit its batch.
+    """
+    direction.check(subject)
+    with _changed(subject, direction, adding(direction, strength), positions):
+        yield
+
+
+@contextlib.contextmanager
+def remove(subject: Subject, direction: Direction, *, positions: Bool[Tensor, "batch token"] | None = None) -> Iterator[None]:
+    """Project a direction out in every forward pass inside the context: h − (h·d̂) d̂; arguments as for `steer`."""
+    direction.check(subject)
+    unit = direction.unit().vector
+
+    def without(part: Tensor) -> Tensor:
+        d = unit.to(part)
+        return part - (part @ d)[..., None] * d
+
+    with _changed(subject, direction, without, positions):
+        yield
+
+
+def adding(direction: Direction, strength: float) -> Value:
+    """Return the value of an edit that adds a direction."""
+
+    def added(part: Tensor) -> Tensor:
+        return part + strength * direction.vector.to(part)
+
+    return added
+
+
+@contextlib.contextmanager
+def _changed(subject: Subject, direction: Direction, value: Value, positions: Tensor | None) -> Iterator[None]:
+    """Intervene with a function; positions count from the beginning of the prompt, however it comes to the model."""
+    place = Place(direction.site, direction.layer, direction.head)
+    if positions is None:
+        with intervene(subject, place.edit(value)):
+            yield
+        return
+    first = 0
+
+    def notice(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal first
+        cache = kwargs.get("past_key_values")
+        first = 0 if cache is None else int(cache.get_seq_length())
+
+    def at_positions(part: Tensor) -> Tensor:
+        if positions.shape[0] not in (1, len(part)) or (first == 0 and part.shape[1] != positions.shape[1]):
+            raise SettingsError(
+                f"positions of shape {tuple(positions.shape)} do not fit {len(part)} texts of {first + part.shape[1]} tokens: "
+                "give one mark per token of the prompt, padding included"
+            )
+        here = positions[:, first : first + part.shape[1]].to(part.device)
+        here = nn.functional.pad(here, (0, part.shape[1] - here.shape[1]))  # what is generated is not marked
+        new = value(part) if callable(value) else value
+        return torch.where(here[..., *[None] * (part.ndim - 2)], new, part)
+
+    handle = subject.anatomy.backbone.register_forward_pre_hook(notice, with_kwargs=True)
+    try:
+        with intervene(subject, place.edit(at_positions)):
+            yield
+    finally:
+        handle.remove()
+
+
+def sweep_strength(
+    subject: Subject,
+    direction: Direction,
+    pairs: Pairs,
+    neutral: Pairs,
+    *,
+    strengths: Sequence[float],
+    metric: str = "logit-diff",
+    controls: int = 1,
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Measure what steering does to a metric, and what it costs on neutral text, at several strengths.
+
+    Args:
+        subject: The model.
+        direction: What is added, at every token.
+        pairs: The texts whose clean versions are steered.
+        neutral: Texts with a target whose loss shall stay.
+        strengths: How many times the vector is added.
+        metric: Of the pairs: `logit-diff`, `probability`, `loss` or `kl`.
+        controls: Random directions of equal length.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the random directions.
+
+    Returns:
+        One row per direction, strength and set of texts: `direction`, `draw` (−1 for the direction itself), `strength`, `texts` (`pairs` or `neutral`),
+        `metric`, `n`, `value` (mean metric of the steered run), and its difference from the unsteered run: `mean`, `se`, `low`, `high` (95 %
+        interval over texts).
+
+    Raises:
+        MechscopeError: Direction, texts or metric do not fit the model, or there is no strength.
+    """
+    direction.check(subject)
+    if not strengths:
+        raise SettingsError("there is no strength to steer with: give at least one, e.g. strengths=(-2, 0, 2)")
+    drawn = [(-1, direction), *((draw, direction.random_like(seed + draw)) for draw in range(controls))]
+    runs = [(draw, each, strength) for draw, each in drawn for strength in strengths]
+    place = Place(direction.site, direction.layer, direction.head)
+    units: list[tuple[Edit, ...]] = [(place.edit(adding(each, strength)),) for _, each, strength in runs]
+    tables = []
+    for texts, of, by in (("pairs", pairs, metric), ("neutral", neutral, "loss")):
+        steered, unsteered = _metrics(subject, of, by, direction.site, units, tokens_per_batch)
+        rows = [{"direction": each.name, "draw": draw, "strength": strength, "texts": texts} for draw, each, strength in runs]
+        tables.append(effects(rows, steered, unsteered, metric=by).table.drop(columns=["p", "q"]).rename(columns={"effect": "mean"}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _metrics(
+    subject: Subject, texts: Pairs, metric: str, site: str, units: Sequence[Sequence[Edit]], tokens_per_batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the metric of every changed run, (units, texts), and of the unchanged one."""
+    check_fits(subject, texts)
+    gathered = Gathered(texts)
+    for batch in batches(texts, tokens_per_batch):
+        prefix = Prefix(subject, batch.clean, batch.real, sites={site})
+        runs = Runs(prefix, metric_of(metric, batch, prefix))
+        gathered.put("unchanged", batch, runs.unchanged())
+        gathered.put("changed", batch, runs.of(units))
+    return gathered["changed"], gathered["unchanged"]
