@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from mechscope.errors import MechscopeError
-from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings, resolve
+from mechscope.studies.settings import AblateSettings, BakeOffSettings, DiffSettings, PatchSettings, StudySettings, TuneSettings, resolve
 
 app = typer.Typer(
     name="mechscope",
@@ -161,6 +161,32 @@ def bakeoff(out: Out, given: dict[str, Any], config: Config = None) -> None:
     with progress() as report:
         found = bakeoff_run(settings, out, command=_command(), progress=report)
     show_study(found)
+
+
+@app.command()
+@_with_flags(PatchSettings, "model")
+def patch(out: Out, given: dict[str, Any], config: Config = None) -> None:
+    """Activation patching: put one run's values into another, place by place, and see what it does."""
+    settings = resolve(PatchSettings, config, **given)
+    from mechscope.studies.console import progress, show_effects
+    from mechscope.studies.interventions import patch_run
+
+    with progress() as report:
+        found = patch_run(settings, out, command=_command(), progress=report)
+    show_effects(found)
+
+
+@app.command()
+@_with_flags(AblateSettings, "model")
+def ablate(out: Out, given: dict[str, Any], config: Config = None) -> None:
+    """Ablation: take heads and MLPs out, one at a time, and see what it costs."""
+    settings = resolve(AblateSettings, config, **given)
+    from mechscope.studies.console import progress, show_effects
+    from mechscope.studies.interventions import ablate_run
+
+    with progress() as report:
+        found = ablate_run(settings, out, command=_command(), progress=report)
+    show_effects(found)
 
 
 @app.command()

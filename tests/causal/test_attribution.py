@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from mechscope.causal import attribute, patch
 from mechscope.causal.attribution import _drawn
 from mechscope.causal.places import places
 from mechscope.causal.texts import Runs, batches, metric_of
-from mechscope.data.pairs import Pairs, collate_pairs
+from mechscope.data.metrics import pair_metric
+from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
 from mechscope.errors import SettingsError
-from mechscope.instrument import Edit, Prefix, intervene
+from mechscope.instrument import Edit, Gradients, Prefix, Reading, gradients, intervene, unembed
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -126,6 +128,67 @@ def test_grad_drop_averages_the_absolute_estimates_of_models_without_one_layers_
     np.testing.assert_allclose((found.values - found.unchanged)[0], total / 2, rtol=1e-9)
 
 
+@pytest.mark.parametrize("site", ["embedding", "residual"])
+def test_grad_drop_of_the_residual_stream_averages_over_all_layers_because_it_lies_in_none(site: str) -> None:
+    subject, pairs = families.subject("gpt2", torch.float64), random_pairs(2, lengths=(8,))
+    found = attribute(subject, pairs, site=site, grad_drop=True)
+    batch = collate_pairs(pairs.pairs)
+    clean, corrupt = (Prefix(subject, ids, sites={site, "attention_output", "mlp_output"}) for ids in (batch.clean, batch.corrupt))
+    runs = Runs(corrupt, metric_of("logit-diff", batch, clean))
+    step = 1e-4
+    for row, place in enumerate(places(subject.anatomy, site)):
+        old, new = (run.recording[site, place.layer] for run in (corrupt, clean))
+        total = np.zeros(2)
+        for dropped in range(3):
+            held = [Edit(out, dropped, corrupt.recording[out, dropped]) for out in ("attention_output", "mlp_output")]
+            above, below = (runs.of([[place.edit(old + size * (new - old)), *held]])[0] for size in (step, -step))
+            total += np.abs(above - below) / (2 * step)
+        np.testing.assert_allclose((found.values - found.unchanged)[row], total / 3, rtol=1e-5, err_msg=str(place))
+
+
+def test_where_nothing_lies_behind_grad_drop_is_the_absolute_estimate() -> None:
+    # the last residual stream has one way to the logits: nothing can cancel
+    subject = families.subject("llama", torch.float64)
+    plain, dropped = (attribute(subject, PAIRS, site="residual", components="layers:2", grad_drop=drop) for drop in (False, True))
+    np.testing.assert_allclose(dropped.values - dropped.unchanged, np.abs(plain.values - plain.unchanged), rtol=1e-9)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_equal_wherever_the_padding_is(family: str, padding: Any) -> None:
+    subject = families.subject(family, torch.float64)
+    batch = collate_pairs(PAIRS.pairs, padding=padding)
+    for site in SITES:
+        together = slopes_by_autograd(subject, batch, site)
+        for row, pair in enumerate(PAIRS):
+            alone = slopes_by_autograd(subject, collate_pairs([pair]), site)
+            first = batch.shift(row)
+            tokens = slice(first, first + len(pair.clean))
+            assert together.score[row].item() == pytest.approx(alone.score.item(), rel=1e-9)
+            for layer, expected in alone.gradients[0].items():
+                found = together.gradients[0][layer][row]
+                found = found[:, tokens, tokens] if site == "pattern" else found[tokens]
+                if site == "pattern":  # keys that a query cannot see have a gradient, but never a difference to multiply
+                    seen = torch.ones_like(expected[0]).tril().bool()
+                    found, expected = found[seen], expected[0][seen]
+                else:
+                    expected = expected[0]
+                # RMSNorm rounds to float32 in transformers, whatever the type
+                torch.testing.assert_close(found, expected, rtol=1e-9 if family in ("gpt2", "gpt_neox", "opt") else 1e-4, atol=1e-8)
+
+
+def slopes_by_autograd(subject: Subject, batch: PairBatch, site: Any) -> Gradients:
+    metric = pair_metric("logit-diff", batch)
+    return gradients(
+        subject,
+        batch.corrupt,
+        batch.real,
+        site,
+        Reading.of(metric.where),
+        lambda rows: metric.mean(metric.score(unembed(subject, rows), slice(None))),
+    )
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_how_texts_are_batched_does_not_matter(family: str) -> None:
     subject = families.subject(family, torch.float64)
@@ -145,6 +208,22 @@ def test_checked_places_hold_the_exact_effect_and_say_how_good_the_estimate_is()
     assert found.notes["correlation"] == pytest.approx(correlation)
 
 
+def test_texts_without_a_position_do_not_count_in_the_exact_effect_either() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    found, exact = (sweep(subject, PAIRS, positions="each", components="a1.h2") for sweep in (partial(attribute, check=12), patch))
+    assert set(found.table["n"]) == {1, 3, 4}, "texts of 7, 9, 9 and 12 tokens"
+    np.testing.assert_allclose(found.table["exact"], exact.table["effect"], rtol=1e-9)
+
+
+def test_a_sweep_over_all_heads_runs_each_block_twice_forward() -> None:
+    subject = load(families.build("gpt2"))
+    ran: list[int] = []
+    for layer, block in enumerate(subject.anatomy.blocks):
+        block.mlp_down.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    attribute(subject, PAIRS, tokens_per_batch=1000)
+    assert sorted(ran) == [0, 0, 1, 1, 2, 2], "the clean and the corrupt run, once each"
+
+
 def test_the_model_keeps_no_gradients_and_no_hooks() -> None:
     subject = families.subject("gpt2", torch.float64)
     attribute(subject, PAIRS, site="neuron", grad_drop=True)
@@ -158,5 +237,7 @@ def test_options_that_make_no_sense_are_refused() -> None:
         attribute(subject, PAIRS, softmax=True)
     with pytest.raises(SettingsError, match="metric 'kl' has no gradient in the clean run"):
         attribute(subject, PAIRS, metric="kl", direction="noise")
+    with pytest.raises(SettingsError, match="grad_drop leaves out one layer at a time, and this model has only one"):
+        attribute(load(families.build("gpt2", n_layer=1)), PAIRS, grad_drop=True)
     with pytest.raises(SettingsError, match="direction 'both' is not known"):
         attribute(subject, PAIRS, direction="both")  # type: ignore[arg-type]  # what a user may write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from mechscope.causal import knock_out
+from mechscope.causal.knockout import flow
 from mechscope.data.metrics import pair_metric
-from mechscope.data.pairs import collate_pairs
+from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument.attention import observed
 from tests import families
@@ -66,6 +68,67 @@ def test_single_heads_are_cut_alone(family: str) -> None:
     assert list(found.table["component"]) == ["a1.h2", "a2.h0"]
     np.testing.assert_allclose(found.values[0], by_hand(family, (1,), 2, [2, 4]), rtol=1e-9)
     np.testing.assert_allclose(found.values[1], by_hand(family, (2,), 0, [2, 4]), rtol=1e-9)
+
+
+def test_some_heads_of_a_window_are_cut_together() -> None:
+    subject = families.subject("llama", torch.float64)
+    found = knock_out(subject, PAIRS, keys=[1, 3], window=3, heads="a1.h2")
+    # the window around layer 0 holds layer 1, as do the others
+    for values in found.values:
+        np.testing.assert_allclose(values, by_hand("llama", (1,), 2, [1, 3]), rtol=1e-9)
+    elsewhere = knock_out(subject, PAIRS, keys=[1, 3], heads="a1.h2")
+    np.testing.assert_allclose(elsewhere.values[[0, 2]], np.tile(elsewhere.unchanged, (2, 1)), rtol=1e-12)
+    np.testing.assert_allclose(elsewhere.values[1], found.values[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_flow_is_one_knockout_per_pair_of_segments_that_can_see_each_other(family: str) -> None:
+    subject = families.subject(family, torch.float64)
+    segments = ["beginning", "changed fact", "last"]
+    found = flow(subject, PAIRS, segments, window=2)
+    asked = ["changed fact → beginning", "changed fact → changed fact", "last → beginning", "last → changed fact", "last → last"]
+    assert list(found.table["positions"].unique()) == asked
+    for positions in asked:
+        queries, keys = positions.split(" → ")
+        alone = knock_out(subject, PAIRS, queries=queries, keys=keys, window=2)
+        rows = found.table["positions"] == positions
+        np.testing.assert_allclose(found.values[rows], alone.values, rtol=1e-9)
+        assert list(found.table["component"][rows]) == list(alone.table["component"])
+    # the first token sees only itself: that cannot be cut
+    assert found.notes["left_out"] == ["beginning → beginning", "beginning → changed fact", "beginning → last", "changed fact → last"]
+
+
+def test_a_text_counts_only_where_flow_has_something_to_cut() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    swapped = [
+        replace(pair, segments={"one": ((1, 2),), "two": ((4, 5),)} if index else {"one": ((4, 5),), "two": ((1, 2),)})
+        for index, pair in enumerate(PAIRS)
+    ]
+    found = flow(subject, Pairs(tuple(swapped), "swapped"), ["one", "two"])
+    counted = found.table.set_index(["positions", "layer"])["n"]
+    assert [counted["one → two", 0], counted["two → one", 0], counted["one → one", 0]] == [1, 3, 4]
+    first = knock_out(subject, Pairs((swapped[0],), "first"), queries="one", keys="two")
+    np.testing.assert_allclose(found.values[found.table["positions"] == "one → two", 0], first.values[:, 0], rtol=1e-9)
+
+
+def test_a_query_that_would_see_nothing_is_refused() -> None:
+    subject = families.subject("gpt2")
+    with pytest.raises(SettingsError, match=r"pair 'pair 1': token 11 of queries 'last' sees nothing but keys 'all': leave it out"):
+        knock_out(subject, PAIRS, keys="all")
+    with pytest.raises(SettingsError, match="token 0 of queries '0,-1' sees nothing but keys '0,1'"):
+        knock_out(subject, PAIRS, queries=[0, -1], keys=[0, 1])
+
+
+def test_segments_and_heads_that_make_no_sense_are_refused() -> None:
+    subject = families.subject("gpt2")
+    with pytest.raises(SettingsError, match="none of the segments beginning can see another"):
+        flow(subject, PAIRS, ["beginning"])
+    with pytest.raises(SettingsError, match=r"segments \['last', 'last'\]: give one name or more, each once"):
+        flow(subject, PAIRS, ["last", "last"])
+    with pytest.raises(DataError, match="positions 'subject' are not known in pair 'pair 1'"):
+        flow(subject, PAIRS, ["subject", "last"])
+    with pytest.raises(SettingsError, match="each_head cuts single heads: choose those by components"):
+        knock_out(subject, PAIRS, keys="changed", heads="a1.h2", each_head=True)
 
 
 def test_cutting_what_cannot_be_seen_anyway_is_refused() -> None:

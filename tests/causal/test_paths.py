@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechscope.causal import patch, patch_paths
 from mechscope.causal.paths import Receiver
@@ -16,7 +16,7 @@ from mechscope.data.pairs import PairBatch, collate_pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, Recording, intervene, observed, record
 from mechscope.instrument.walk import model_inputs
-from mechscope.subject.load import Subject
+from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
 
@@ -63,6 +63,9 @@ def brute_force(subject: Subject, sender: str, receivers: tuple[str, ...], *, th
         changes.append(Edit(site, receiver.layer, first[site, receiver.layer], heads=one))
     if "logits" in receivers:
         last = layers[-1]
+        # an MLP that receives hands it on itself, in the run below
+        ends = [int(text[1]) for text in receivers if text[0] == "m" and text != sender]
+        frozen += [Edit("mlp_output", at, base["mlp_output", at]) for at in ends]
         with observed(subject), intervene(subject, *frozen), record(subject, "residual") as after:
             subject.plain(**model_inputs(batch.clean, batch.real), use_cache=False)
         delta = after["residual", last] - base["residual", last]
@@ -82,6 +85,52 @@ def test_path_patching_equals_brute_force(family: str, receivers: tuple[str, ...
         found = patch_paths(subject, PAIRS, sender, receivers, through_mlps=through_mlps)
         expected = brute_force(subject, sender, receivers, through_mlps=through_mlps)
         np.testing.assert_allclose(found.values[0], expected, rtol=1e-9, atol=1e-10, err_msg=sender)
+
+
+def linear() -> Subject:
+    """Return a GPT-2 without norms and without a non-linear activation."""
+    model = families.build("gpt2", torch.float64)
+    for block in model.transformer.h:
+        block.ln_1, block.ln_2, block.mlp.act = nn.Identity(), nn.Identity(), nn.Identity()
+    model.transformer.ln_f = nn.Identity()
+    return load(model)
+
+
+def test_a_path_that_belongs_to_two_receivers_counts_once() -> None:
+    subject = linear()
+
+    def effect(receivers: list[str], *, through_mlps: bool) -> np.ndarray:
+        found = patch_paths(subject, PAIRS, "m0", receivers, through_mlps=through_mlps)
+        return (found.values - found.unchanged)[0]
+
+    # m0 → … → m2 → logits is a path through MLPs to the logits, and a path to m2: naming m2 as well adds none
+    logits = effect(["logits"], through_mlps=True)
+    np.testing.assert_allclose(effect(["m2", "logits"], through_mlps=True), logits, rtol=1e-9)
+    # only direct ones: m0 → logits and m0 → m2 → logits have none in common
+    apart = effect(["logits"], through_mlps=False) + effect(["m2"], through_mlps=False)
+    np.testing.assert_allclose(effect(["m2", "logits"], through_mlps=False), apart, rtol=1e-9)
+    # and m0 → m1 → logits is what is left to the logits once m2 is a receiver of its own
+    assert np.abs(logits - apart).max() > 1e-3
+
+
+def test_all_direct_paths_of_a_sender_in_a_linear_model_add_up_to_its_whole_effect() -> None:
+    subject, total = linear(), np.zeros(3)
+    # the MLP of the layer before the last reaches the logits, the last MLP, and the last heads, whose patterns do not change with v
+    for receiver in ("logits", "m2", *(f"a2.h{head}<v>" for head in range(4))):
+        found = patch_paths(subject, PAIRS, "m1", [receiver])
+        total += (found.values - found.unchanged)[0]
+    batch = collate_pairs(PAIRS.pairs)
+    base, source = run(subject, batch.clean, batch), run(subject, batch.corrupt, batch)
+    held = Edit("pattern", 2, patterns(subject, batch))
+    given = Edit("mlp_output", 1, source["mlp_output", 1])
+    before, after = (pair_metric("logit-diff", batch)(x["logits", 0]).numpy() for x in (base, run(subject, batch.clean, batch, held, given)))
+    np.testing.assert_allclose(total, after - before, rtol=1e-9, atol=1e-9)
+
+
+def patterns(subject: Subject, batch: PairBatch) -> Tensor:
+    with torch.no_grad(), record(subject, "pattern") as computed:
+        subject.plain(**model_inputs(batch.clean, batch.real), use_cache=False)
+    return computed["pattern", 2]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
@@ -123,5 +172,7 @@ def test_what_cannot_receive_is_named() -> None:
     ):
         with pytest.raises(SettingsError, match=message):
             patch_paths(subject, PAIRS, "a0.h0", [text])
+    with pytest.raises(SettingsError, match="direction 'both' is not known: use denoise"):
+        patch_paths(subject, PAIRS, "a0.h0", ["logits"], direction="both")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(SettingsError, match="no receiver was given"):
         patch_paths(subject, PAIRS, "a0.h0", [])

@@ -82,6 +82,8 @@ def attribute(
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     if metric == "kl" and direction == "noise":
         raise SettingsError("metric 'kl' has no gradient in the clean run, where it is smallest: use direction denoise, or exact patching")
+    if grad_drop and subject.anatomy.n_layers < 2:
+        raise SettingsError("grad_drop leaves out one layer at a time, and this model has only one: leave grad_drop out")
     check_fits(subject, pairs)
     labels = position_labels(positions, pairs)
     gathered, done = Gathered(pairs), 0
@@ -116,7 +118,9 @@ def attribute(
             units = [
                 where[at // len(sets)].edit(value(where[0].site, where[at // len(sets)].layer), sets[at % len(sets)][1]) for at in checked
             ]
-            gathered.put("exact", batch, Runs(base, judged).of([(unit,) for unit in units]) - unchanged)
+            exact = Runs(base, judged).of([(unit,) for unit in units]) - unchanged
+            exact[np.stack([sets[at % len(sets)][2] for at in checked])] = np.nan  # no such position: nothing was patched
+            gathered.put("exact", batch, exact)
         done += len(batch.pairs)
         if progress is not None:
             progress(f"attributing {where[0].site}", done, len(pairs))
@@ -155,7 +159,7 @@ def _estimates(found: Gradients, source: Prefix, where: Sequence[Place], masks: 
         else:
             parts = [_by_token(source, site, layer, found.values[layer], one[layer]) for one in found.gradients]
             pooled = torch.stack([_pooled(part, masks) for part in parts])
-            rows[layer] = pooled[0] if len(parts) == 1 else _averaged(pooled)
+            rows[layer] = pooled[0] if len(parts) == 1 else _averaged(pooled, site)
     columns = [
         0 if place.head is None and place.feature is None else place.head if place.head is not None else place.feature for place in where
     ]
@@ -183,9 +187,12 @@ def _pooled(part: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return torch.einsum("mbt,btc->mbc", where, torch.where(where.any(0)[..., None], part, 0.0))
 
 
-def _averaged(pooled: Tensor) -> Tensor:
-    """Average absolute values over the layers left out: one of them is the place's own, which gives zero (Kramár et al. 2024, eq. 8)."""
-    return pooled.abs().sum(0) / (len(pooled) - 1)
+def _averaged(pooled: Tensor, site: str) -> Tensor:
+    """Average absolute values over the layers left out (Kramár et al. 2024, eq. 8).
+
+    A place in a layer is zero when that layer is left out, so one pass does not count; the residual stream between layers is in none of them.
+    """
+    return pooled.abs().sum(0) / (len(pooled) - (site not in ("embedding", "residual")))
 
 
 def _by_softmax(found: Gradients, source: Prefix, site: str, layer: int, mask: Tensor) -> Tensor:
@@ -199,18 +206,21 @@ def _by_softmax(found: Gradients, source: Prefix, site: str, layer: int, mask: T
     mixed: dict[str, Any] = {site: torch.where(mask.to(own.device)[:, None, :, None], given, own)}
     change = attend(replace(call, **mixed)) - z
     each = torch.stack([(change * gradient).sum((1, 3)) for gradient in passes])
-    return each[0] if len(passes) == 1 else _averaged(each)
+    return each[0] if len(passes) == 1 else _averaged(each, site)
 
 
 def _with_exact(result: Effects, checked: Sequence[int], exact: np.ndarray, *, absolute: bool) -> Effects:
     table = result.table.copy()
     table["exact"] = np.nan
-    means = exact.mean(1)
+    counted = ~np.isnan(exact)
+    # as `effect`: over the texts that have the position
+    means = np.where(counted.any(1), np.where(counted, exact, 0.0).sum(1) / np.maximum(counted.sum(1), 1), np.nan)
     table.loc[list(checked), "exact"] = means
-    estimates = table["effect"].to_numpy()[list(checked)]
-    truth = np.abs(means) if absolute else means
+    estimates, truth = table["effect"].to_numpy()[list(checked)], np.abs(means) if absolute else means
+    measured = np.isfinite(estimates) & np.isfinite(truth)
+    estimates, truth = estimates[measured], truth[measured]
     notes: dict[str, Any] = {"mean_absolute_error": float(np.abs(estimates - truth).mean())}
-    if len(checked) > 2 and np.ptp(estimates) > 0 and np.ptp(truth) > 0:
+    if len(truth) > 2 and np.ptp(estimates) > 0 and np.ptp(truth) > 0:
         notes["correlation"] = float(distributions.pearsonr(estimates, truth)[0])
         notes["rank_correlation"] = float(distributions.spearmanr(estimates, truth)[0])
     return replace(result, table=table, notes={**result.notes, **notes})

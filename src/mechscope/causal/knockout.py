@@ -1,13 +1,17 @@
 """Attention knockout: which tokens must see which, and in which layers? (Geva et al. 2023)
 
 Attention from query tokens to key tokens is cut (their scores become −∞) in a window of layers around each layer, because information can take a
-detour through the neighbouring ones; or in one head at a time.
+detour through the neighbouring ones; or in one head at a time. `flow` does it for every pair of segments: the way information takes through a text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import places
@@ -16,6 +20,10 @@ from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Knockout, Prefix
 from mechscope.subject import Components, Subject
+from mechscope.subject.anatomy import Anatomy
+
+# layers cut together, and in each of them which heads (None for all)
+Cut = dict[int, tuple[int, ...] | None]
 
 
 def knock_out(
@@ -25,6 +33,7 @@ def knock_out(
     keys: Where,
     queries: Where = "last",
     window: int = 1,
+    heads: Components | str | None = None,
     each_head: bool = False,
     components: Components | str | None = None,
     metric: str = "logit-diff",
@@ -40,6 +49,7 @@ def knock_out(
         keys: Tokens that are not seen: a segment, `changed`, positions (see `PairBatch.positions`).
         queries: Tokens that may not look at them.
         window: Layers of a window; it is cut short at the model's ends.
+        heads: Cut only these heads of a window's layers; None for all.
         each_head: Cut one head of one layer at a time instead.
         components: Only windows around these layers, or only these heads.
         metric: As for `patch`.
@@ -51,25 +61,108 @@ def knock_out(
         One row per window (`layer` is its centre) or head.
 
     Raises:
-        MechscopeError: Texts, positions or components do not fit the model or each other; no query stands behind a key, so nothing is cut.
+        MechscopeError: Texts, positions or components do not fit the model or each other; no query stands behind a key, so nothing is cut; or a
+            query would see no token at all.
     """
-    layers = subject.anatomy.n_layers
-    if not 1 <= window <= layers:
-        raise SettingsError(f"a window of {window} layers does not fit a model of {layers}: choose 1 to {layers}")
-    check_fits(subject, pairs)
-    where = places(subject.anatomy, "head" if each_head else "residual", components)
-    cuts: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+    if each_head and heads is not None:
+        raise SettingsError("heads chooses what is cut in a window of layers, each_head cuts single heads: choose those by components")
+    for batch in batches(pairs, tokens_per_batch):
+        _require_cuttable(batch, queries, keys)
+    rows, cuts = _cuts(subject.anatomy, window, heads, each_head=each_head, components=components)
+    label = f"{_name(queries)} → {_name(keys)}"
+    rows = [{**row, "positions": label} for row in rows]
+    values, unchanged = _cut_off(subject, pairs, cuts, [(queries, keys)], metric, tokens_per_batch, progress)
+    return effects(rows, values, unchanged, metric=metric, seed=seed, window=window)
+
+
+def flow(
+    subject: Subject,
+    pairs: Pairs,
+    segments: Sequence[str],
+    *,
+    window: int = 1,
+    heads: Components | str | None = None,
+    components: Components | str | None = None,
+    metric: str = "logit-diff",
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Effects:
+    """Cut attention from every segment to every segment it can see, one window of layers at a time.
+
+    Args:
+        subject: The model.
+        pairs: The texts; only the clean ones are run.
+        segments: Names of segments, or `last`, `target`, `changed`.
+        window: As for `knock_out`.
+        heads: As for `knock_out`.
+        components: Only windows around these layers.
+        metric: As for `patch`.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        One row per window and ordered pair of segments, `positions` being `query → key`; a text counts where there is something to cut. Pairs that no
+        text counts for are left out and named in the notes.
+
+    Raises:
+        MechscopeError: Texts, segments or components do not fit the model or each other; or no segment can see another.
+    """
+    if not segments or len(set(segments)) < len(segments):
+        raise SettingsError(f"segments {list(segments)}: give one name or more, each once")
+    rows, cuts = _cuts(subject.anatomy, window, heads, each_head=False, components=components)
+    possible: dict[tuple[str, str], bool] = {(query, key): False for query in segments for key in segments}
+    for batch in batches(pairs, tokens_per_batch):
+        for query, key in possible:
+            possible[query, key] |= bool((~_nothing_to_cut(batch, query, key)).any())
+    asked = [pair for pair, some in possible.items() if some]
+    if not asked:
+        raise SettingsError(f"none of the segments {', '.join(segments)} can see another: there is no attention to cut")
+    values, unchanged = _cut_off(subject, pairs, cuts, asked, metric, tokens_per_batch, progress)
+    labelled = [{**row, "positions": f"{query} → {key}"} for query, key in asked for row in rows]
+    left_out = [f"{query} → {key}" for (query, key), some in possible.items() if not some]
+    return effects(labelled, values, unchanged, metric=metric, seed=seed, window=window, left_out=left_out)
+
+
+def _cuts(
+    anatomy: Anatomy, window: int, heads: Components | str | None, *, each_head: bool, components: Components | str | None
+) -> tuple[list[dict[str, Any]], list[Cut]]:
+    """Return the columns that name each cut, and the cuts."""
+    if not 1 <= window <= anatomy.n_layers:
+        raise SettingsError(f"a window of {window} layers does not fit a model of {anatomy.n_layers}: choose 1 to {anatomy.n_layers}")
+    chosen: dict[int, list[int]] | None = None
+    if heads is not None:
+        chosen = {}
+        for place in places(anatomy, "head", heads):
+            chosen.setdefault(place.layer, []).append(-1 if place.head is None else place.head)
     rows: list[dict[str, Any]] = []
-    for place in where:
-        first = max(0, place.layer - (window - 1) // 2)
-        span = (place.layer,) if each_head else tuple(range(first, min(layers, place.layer + window // 2 + 1)))
-        cuts.append((span, None if place.head is None else (place.head,)))
-        name = str(place) if each_head else f"layers:{span[0]}" + (f"-{span[-1]}" if len(span) > 1 else "")
-        rows.append({**place_columns(place, f"{_name(queries)} → {_name(keys)}"), "component": name, "site": "knockout"})
+    cuts: list[Cut] = []
+    for place in places(anatomy, "head" if each_head else "residual", components):
+        if each_head:
+            span, name = range(place.layer, place.layer + 1), str(place)
+        else:
+            span = range(max(0, place.layer - (window - 1) // 2), min(anatomy.n_layers, place.layer + window // 2 + 1))
+            name = f"layers:{span[0]}" + (f"-{span[-1]}" if len(span) > 1 else "")
+        single = None if place.head is None else (place.head,)
+        cuts.append({layer: single if chosen is None else tuple(chosen[layer]) for layer in span if chosen is None or layer in chosen})
+        rows.append({**place_columns(place), "component": name, "site": "knockout"})
+    return rows, cuts
+
+
+def _cut_off(
+    subject: Subject,
+    pairs: Pairs,
+    cuts: Sequence[Cut],
+    asked: Sequence[tuple[Where, Where]],
+    metric: str,
+    tokens_per_batch: int,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the metric of every cut of every pair of positions, pairs of positions outermost, and of the whole model."""
+    check_fits(subject, pairs)
     gathered, done = Gathered(pairs), 0
     for batch in batches(pairs, tokens_per_batch):
-        at, unseen = batch.positions(queries), batch.positions(keys)
-        _require_something_cut(batch, at, unseen, queries, keys)
         clean = Prefix(subject, batch.clean, batch.real, sites={"mask"})
         runs = Runs(clean, metric_of(metric, batch, clean))
 
@@ -77,12 +170,16 @@ def knock_out(
             nonlocal done
             done += number * len(batch.pairs)
             if progress is not None:
-                progress("knocking out attention", done, len(cuts) * len(pairs))
+                progress("knocking out attention", done, len(asked) * len(cuts) * len(pairs))
 
-        units = [[Knockout(layer, at, unseen, heads) for layer in span] for span, heads in cuts]
+        masks = [(batch.positions(queries), batch.positions(keys)) for queries, keys in asked]
+        units = [[Knockout(layer, at, unseen, heads) for layer, heads in cut.items()] for at, unseen in masks for cut in cuts]
+        found = runs.of(units, progress=tell)
+        untouched = np.stack([_nothing_to_cut(batch, queries, keys).numpy() for queries, keys in asked])
+        found[untouched.repeat(len(cuts), axis=0)] = np.nan
         gathered.put("unchanged", batch, runs.unchanged())
-        gathered.put("cut", batch, runs.of(units, progress=tell))
-    return effects(rows, gathered["cut"], gathered["unchanged"], metric=metric, seed=seed, window=window)
+        gathered.put("cut", batch, found)
+    return gathered["cut"], gathered["unchanged"]
 
 
 def _name(where: Where) -> str:
@@ -91,12 +188,33 @@ def _name(where: Where) -> str:
     return ",".join(map(str, where)) if isinstance(where, Sequence) else "mask"
 
 
-def _require_something_cut(batch: PairBatch, queries: Any, keys: Any, asked: Where, unseen: Where) -> None:
-    """Refuse texts in which every key stands behind every query: attention there is none already."""
-    last_query = queries.shape[1] - 1 - queries.flip(1).to(int).argmax(1)
-    first_key = keys.to(int).argmax(1)
-    if bool((first_key > last_query).any()):
-        pair = batch.pairs[int((first_key > last_query).nonzero()[0, 0])]
+def _unseen_anyway(queries: Bool[Tensor, "batch token"], keys: Bool[Tensor, "batch token"]) -> Bool[Tensor, " batch"]:
+    """Mark texts in which every key stands behind every query: attention there is none already."""
+    return ~(queries & (keys.cumsum(1) > 0)).any(1)
+
+
+def _blinded(batch: PairBatch, queries: Bool[Tensor, "batch token"], keys: Bool[Tensor, "batch token"]) -> Bool[Tensor, "batch token"]:
+    """Mark queries that would see no token: the softmax of nothing is not defined."""
+    return queries & ((batch.real & ~keys).cumsum(1) == 0)
+
+
+def _nothing_to_cut(batch: PairBatch, queries: Where, keys: Where) -> Bool[Tensor, " batch"]:
+    """Mark texts in which the cut is empty or not defined."""
+    at, unseen = batch.positions(queries), batch.positions(keys)
+    return _unseen_anyway(at, unseen) | _blinded(batch, at, unseen).any(1)
+
+
+def _require_cuttable(batch: PairBatch, queries: Where, keys: Where) -> None:
+    """Refuse cuts that are empty or not defined in some text."""
+    at, unseen = batch.positions(queries), batch.positions(keys)
+    if (row := _unseen_anyway(at, unseen).nonzero()).numel():
         raise SettingsError(
-            f"pair {pair.id!r}: keys {_name(unseen)!r} all stand behind queries {_name(asked)!r}, which cannot see them anyway: swap the two"
+            f"pair {batch.pairs[int(row[0])].id!r}: keys {_name(keys)!r} all stand behind queries {_name(queries)!r}, which cannot see them "
+            "anyway: swap the two"
+        )
+    if (place := _blinded(batch, at, unseen).nonzero()).numel():
+        row_at, column = place[0].tolist()
+        raise SettingsError(
+            f"pair {batch.pairs[row_at].id!r}: token {column - batch.shift(row_at)} of queries {_name(queries)!r} sees nothing but keys "
+            f"{_name(keys)!r}: leave it out of the queries, or one token it sees out of the keys"
         )

@@ -11,7 +11,7 @@ receiver costs nothing, or its MLP alone, and the result is exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from mechscope.causal.patching import Direction
 from mechscope.causal.places import Place, places_of
 from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of, score
 from mechscope.data.pairs import Pairs
-from mechscope.errors import SettingsError
+from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
 from mechscope.instrument.rerun import stubbed
 from mechscope.instrument.walk import Walk
@@ -107,6 +107,8 @@ def patch_paths(
     if direction not in ("denoise", "noise"):
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     anatomy = subject.anatomy
+    if getattr(subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
+        raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): path patching is not supported")
     if not receivers:
         raise SettingsError("no receiver was given: name at least one, such as 'logits' or 'a5.h1<k>'")
     wanted = [Receiver.parse(text, anatomy) for text in receivers]
@@ -197,28 +199,38 @@ class _Paths:
         by_layer: dict[int, list[Place]] = {}
         for sender in senders:
             by_layer.setdefault(sender.layer, []).append(sender)
+        open_mlps = set(range(self.anatomy.n_layers)) if self.through_mlps else set()
+        receiving = {receiver.layer for receiver in self.receivers if receiver.site == "mlp_output"}
+        noted = self._carry(by_layer, open_mlps)
+        if "logits" in noted and open_mlps & receiving:
+            # what an MLP receives it hands on in the second run: here it must not reach the logits through that MLP too
+            noted["logits"] = self._carry(by_layer, open_mlps - receiving)["logits"]
+        return noted
+
+    def _carry(self, senders: dict[int, list[Place]], open_mlps: Collection[int]) -> Noted:
+        """Carry Δ upwards, through the MLPs of some layers, and note what each receiver reads of it."""
         noted: Noted = {}
         end = max(receiver.layer for receiver in self.receivers)
         hidden: Tensor | None = None  # the residual stream before the block, once something has changed
         with observed(self.base.subject):
-            for layer in range(min(by_layer), min(end + 1, self.anatomy.n_layers)):
+            for layer in range(min(senders), min(end + 1, self.anatomy.n_layers)):
                 given = self.base.input_of(layer) if hidden is None else hidden
                 here = [receiver for receiver in self.receivers if receiver.layer == layer]
-                heads = [place for place in by_layer.get(layer, ()) if place.head is not None]
-                mlp = any(place.head is None for place in by_layer.get(layer, ()))
+                heads = [place for place in senders.get(layer, ()) if place.head is not None]
+                mlp = any(place.head is None for place in senders.get(layer, ()))
                 if hidden is not None:
                     self._note_inputs(layer, given, [receiver for receiver in here if receiver.head is not None], noted)
                 attention = self._attention(layer, heads)
                 to_mlp = [receiver for receiver in here if receiver.site == "mlp_output"]
                 computed = None
-                if to_mlp or self.through_mlps:
+                if to_mlp or layer in open_mlps:
                     computed = self._mlp(layer, given, attention)
                     noted.update(dict.fromkeys(to_mlp, computed))
                 delta = given - self.base.input_of(layer) + attention - self.base.recording["attention_output", layer]
                 own = self.base.recording["mlp_output", layer]
                 if mlp:
                     delta = delta + self.source.recording["mlp_output", layer] - own
-                elif self.through_mlps and computed is not None:
+                elif layer in open_mlps and computed is not None:
                     delta = delta + computed - own
                 hidden = self.base.recording["residual", layer] + delta
         if end == self.anatomy.n_layers:

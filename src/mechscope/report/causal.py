@@ -1,4 +1,4 @@
-"""Figures and tables of interventions: which layers and heads carry the gain of fine-tuning, and what ablating them costs."""
+"""Figures and tables of interventions: single sweeps, who carries the gain of fine-tuning, and what ablating the selected heads costs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import pandas as pd
 
 from mechscope.report.curves import layer_curves
 from mechscope.report.figure import Figure
-from mechscope.report.heatmaps import head_heatmap
+from mechscope.report.heatmaps import head_heatmap, position_heatmap
 from mechscope.report.theme import interval, number, percent
 from mechscope.report.views import Cell, View, value, words
 
 _INTO = {"into_base": "carried alone", "into_tuned": "lost without"}
+_TOP = 40
+_SWEEP_TOOLTIP = {
+    "effect": "effect",
+    "low": "95 % from",
+    "high": "to",
+    "normalised": "normalised",
+    "q": "q",
+    "n": "texts",
+}
 _TOOLTIP = {
     "normalised": "share of the gain",
     "normalised_low": "95 % from",
@@ -77,6 +86,59 @@ def _by_layer(part: pd.DataFrame, layers: Collection[int], *, name: str, title: 
     return layer_curves(
         wide, columns, name=name, title=title, axis="share of the gain", caption=caption, selected=sorted(layers), zero=True, share=True
     )
+
+
+def effects_figures(tables: Mapping[str, pd.DataFrame]) -> list[Figure]:
+    """Return the figures of one sweep: layer × head where it went over heads, layer × positions where it did not."""
+    effects = tables.get("effects")
+    if effects is None:
+        return []
+    drawn: list[Figure] = []
+    columns = {"effect": f"change of {effects['metric'].iloc[0]}"}
+    if "normalised" in effects:
+        columns["normalised"] = "0: as corrupt, 1: as clean"
+    for site, part in effects[effects["layer"] >= 0].groupby("site", sort=False):
+        for column, legend in columns.items():
+            name, title = f"{column}-{str(site).replace('_', '-')}", f"{str(site).replace('_', ' ')}: {column}"
+            caption = "Mean over texts; hover for the interval."
+            if (part["head"] >= 0).all():
+                for label_, own in part.groupby("positions", sort=False):
+                    several = part["positions"].nunique() > 1
+                    tooltip = {key: words_ for key, words_ in _SWEEP_TOOLTIP.items() if key in own}
+                    drawn.append(
+                        head_heatmap(
+                            own.drop(columns="positions"),
+                            column,
+                            name=f"{name}-{len(drawn)}" if several else name,
+                            title=f"{title}, {label_}" if several else title,
+                            legend=legend,
+                            caption=caption,
+                            scale="change",
+                            tooltip=tooltip,
+                            significance="q" if column == "effect" else None,
+                        )
+                    )
+            elif (part["feature"] < 0).all():
+                drawn.append(position_heatmap(part, column, name=name, title=title, legend=legend, caption=caption))
+    return drawn
+
+
+def effects_view(effects: pd.DataFrame) -> View:
+    """Return the largest effects of a sweep, as a table."""
+    top = effects.reindex(effects["effect"].abs().sort_values(ascending=False, kind="stable").index).head(_TOP)
+    normalised = "normalised" in effects
+    rows = tuple(
+        (
+            words(row["component"]),
+            words(row["positions"]),
+            value(row["effect"], note=interval(row["low"], row["high"], sign=True), sign=True),
+            *((value(row["normalised"], note=interval(row["normalised_low"], row["normalised_high"])),) if normalised else ()),
+            value(row["q"]),
+            value(row["n"]),
+        )
+        for row in top.to_dict("records")
+    )
+    return View(("component", "positions", "effect", *(("normalised",) if normalised else ()), "q", "texts"), rows)
 
 
 def ablation_view(ablation: pd.DataFrame) -> View:

@@ -58,6 +58,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "selection": ("rule", "component", "kind", "layer", "head", "rank", "score", "chosen", "frequency", "n_resamples"),
     "cross_model": ("component", "site", "layer", "head", "n", "by", "into", "effect", "low", "high", "normalised", "normalised_low"),
     "ablation": ("component", "kind", "effect", "low", "high", "p_random"),
+    "effects": (*("component", "site", "layer", "head", "positions", "metric", "n", "value", "effect", "se", "low", "high", "p", "q"),),
     "layer_sets": ("component", "selected", "share", "n"),
     "importance": ("level", "by", "into", "rho", "low", "high", "p", "n"),
     "bakeoff": (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from mechscope.report.causal import matters
+from mechscope.report.causal import effects_figures, matters
 from mechscope.report.comparisons import differences, parameter_price, rouge
 from mechscope.report.curves import layer_curves, learning_curves, scree
 from mechscope.report.figure import Figure
@@ -63,8 +63,9 @@ def chosen(selection: pd.DataFrame | None, kind: str) -> list[tuple[int, int]]:
 
 
 def figures(tables: Tables) -> dict[str, list[Figure]]:
-    """Return the figures of each section for which there is a table: attention, layers, weights, selection, matters, bakeoff."""
+    """Return the figures of each section for which there is a table: effects, attention, layers, weights, selection, matters, bakeoff."""
     drawn = {
+        "effects": effects_figures(tables),
         "attention": _attention(tables),
         "layers": _layers(tables),
         "weights": _weights(tables),

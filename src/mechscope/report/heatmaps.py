@@ -137,6 +137,43 @@ def head_heatmap(
     )
 
 
+def position_heatmap(effects: pd.DataFrame, value: str, *, name: str, title: str, legend: str, caption: str) -> Figure:
+    """Draw one number per layer (down) and set of positions (across), on a diverging scale.
+
+    Args:
+        effects: One row per layer and set of positions (`layer`, `positions`, `component`), with intervals `low` and `high`.
+        value: Column that is drawn.
+        name: The figure's name.
+        title: Its title.
+        legend: Title of the colour scale, with the unit.
+        caption: How to read it.
+    """
+    numbers, order = Numbers(), list(dict.fromkeys(effects["positions"]))
+    across = _cell(len(order), 800, smallest=11, largest=60)
+    colours, clipped = _diverging(effects[value])
+    tooltip = [alt.Tooltip("component:N"), alt.Tooltip("positions:N")]
+    tooltip += [alt.Tooltip(f"{column}:Q", format=".4~g") for column in dict.fromkeys((value, "effect", "low", "high"))]
+    layers = int(effects["layer"].max()) + 1
+    chart = (
+        alt.Chart(numbers.add(effects, list(dict.fromkeys(["component", "layer", "positions", value, "effect", "low", "high"]))))
+        .mark_rect(cornerRadius=1)
+        .encode(
+            x=alt.X(
+                "positions:N", title="positions", sort=order, axis=alt.Axis(labelAngle=-40 if len(order) > 6 else 0, labelOverlap=True)
+            ),
+            y=alt.Y("layer:O", title="layer", axis=counted(layers)),
+            color=alt.Color(f"{value}:Q", scale=colours, legend=_gradient(legend)),
+            tooltip=tooltip,
+        )
+        .properties(height=layers * _cell(layers, 560, smallest=11, largest=30))
+    )
+    most = max(360, len(order) * across + 90)
+    return Figure(
+        name=name, title=title, caption=caption + clipped, spec=definition(chart, numbers, description=title),
+        width=max(300, len(order) * across), max_width=most, wide=most > 560,
+    )  # fmt: skip
+
+
 def matrix_heatmap(weights: pd.DataFrame, value: str, *, name: str, title: str, legend: str, caption: str) -> Figure:
     """Draw one number per weight matrix: its kind (down) and its layer (across); matrices outside the layers are left to the table."""
     table = weights[(weights["layer"] >= 0) & weights[value].notna()]

@@ -27,7 +27,7 @@ import yaml
 from markupsafe import Markup
 
 from mechscope.report import views
-from mechscope.report.causal import ablation_view, importance_view, sets_sentence
+from mechscope.report.causal import ablation_view, effects_view, importance_view, sets_sentence
 from mechscope.report.contents import Contents, leaves
 from mechscope.report.figure import Figure, png, script_json
 from mechscope.report.figures import chosen, figures, main_rule
@@ -51,8 +51,11 @@ _ADDS = {
     "difference": "mechscope diff BASE TUNED --data DATA --out NEW_RUN",
     "bakeoff": "mechscope bakeoff BASE --data DATA --out NEW_RUN",
 }
+# sections of a single sweep: they stand alone, and are not missed where they are absent
+_SWEEP = {"effects"}
 _SECTIONS = (
     # id, heading, tables of which one must be there, what adds it
+    ("effects", "Effects", ("effects",), "claims"),
     ("claims", "Claims of the paper", ("claims",), "claims"),
     ("attention", "Attention", ("heads",), "difference"),
     ("layers", "Layers", ("layers",), "difference"),
@@ -160,9 +163,11 @@ def _hash(script: str) -> str:
 
 
 def _sections(contents: Contents) -> list[dict[str, Any]]:
+    sweep = any(name in contents.tables for name in _SWEEP)
     return [
         {"id": name, "heading": heading, "present": any(table in contents.tables for table in tables), "adds": _ADDS[adds]}
         for name, heading, tables, adds in _SECTIONS
+        if (name in _SWEEP) is sweep
     ]
 
 
@@ -173,6 +178,9 @@ def _setting(contents: Contents, *names: str) -> str | None:
 
 
 def _title(contents: Contents) -> str:
+    if "effects" in contents.tables and (model := _setting(contents, "model")):
+        verb = "Patching" if contents.manifest.get("kind") == "patch" else "Ablating"
+        return f"{verb} {Path(model).name}"
     base = _setting(contents, "base")
     return f"What fine-tuning changed in {Path(base).name}" if base else "What fine-tuning changed"
 
@@ -181,9 +189,10 @@ def _asked(contents: Contents) -> list[tuple[str, str]]:
     tuned = _setting(contents, "tuned") or ("fine-tuned by this run" if "bakeoff" in contents.tables else None)
     asked = [
         ("study", contents.manifest.get("kind")),
+        ("model", _setting(contents, "model")),
         ("base model", _setting(contents, "base")),
         ("fine-tuned model", tuned),
-        ("data", _setting(contents, "data", "source")),
+        ("data", _setting(contents, "pairs", "data", "source")),
         ("begun", str(contents.manifest.get("created", ""))[:16].replace("T", " ")),
     ]
     return [(name, str(value)) for name, value in asked if value]
@@ -215,6 +224,8 @@ def _views(contents: Contents) -> dict[str, list[views.View]]:
         found["rouge"] = [views.rouge_view(tables["rouge"])]
     if "weights" in tables:
         found["weights"] = [views.weights_view(tables["weights"])]
+    if "effects" in tables:
+        found["effects"] = [effects_view(tables["effects"])]
     if "ablation" in tables:
         found["ablation"] = [ablation_view(tables["ablation"])]
     if "importance" in tables:

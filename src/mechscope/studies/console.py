@@ -108,6 +108,22 @@ def show_study(study: Study) -> None:
     show_report(study.report)
 
 
+def show_effects(study: Study) -> None:
+    """Print the largest effects of a sweep and where the report is."""
+    effects = study.tables["effects"]
+    top = effects.reindex(effects["effect"].abs().sort_values(ascending=False, kind="stable").index).head(10)
+    table = Table(title=f"Largest effects on {effects['metric'].iloc[0]}")
+    for name in ("component", "positions", "effect", "95 % interval", "q"):
+        table.add_column(name, justify="left" if name in ("component", "positions") else "right")
+    for row in top.itertuples():
+        table.add_row(
+            str(row.component), escape(str(row.positions)), f"{row.effect:+.4f}", f"{row.low:+.4f} to {row.high:+.4f}", f"{row.q:.2g}"
+        )
+    out.print(table)
+    out.print(f"run     {escape(str(study.path))}", highlight=False)
+    show_report(study.report)
+
+
 def show_report(page: Path) -> None:
     """Print where the report is."""
     out.print(f"report  [bold]{escape(str(page))}[/bold]", highlight=False, soft_wrap=True)

@@ -195,11 +195,53 @@ class StudySettings(
     bakeoff: bool = _setting(True, "Run the bake-off of LoRA placements.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(ModelSettings):
+    """Which texts an intervention runs on."""
+
+    model: str = _setting(..., "The model: hub id, directory, or adapter.")
+    pairs: str | None = _setting(
+        None,
+        "Prompt pairs: a JSONL file (clean, corrupt, answers, wrong_answers), a generated task (ioi, greater_than, docstring, induction), "
+        "or newsroom:ROLE (who, what, where, when, count).",
+    )
+    limit: int | None = _setting(None, "Pairs at most; generated tasks make 100 by default.")
+    on_problem: Literal["skip", "error"] = _setting("error", "Pairs that cannot be used: skip and count them, or stop with an error.")
+    components: str | None = _setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
+    tokens_per_batch: int = _setting(1024, "Tokens of a batch of texts, padding included; decides the memory.")
+    seed: int = _setting(0, "Seed of generated pairs, resampling and bootstrap.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings(PairSettings):
+    """`mechscope patch`: put one run's values into another."""
+
+    site: str = _setting("head", "What is patched: head, query, key, value, pattern, attention, mlp, neuron, residual, embedding.")
+    metric: str = _setting("logit-diff", "Metric: logit-diff, probability, loss (of a target span), kl (to the clean run).")
+    direction: Literal["denoise", "noise"] = _setting("denoise", "Clean values into the corrupt run (denoise) or the reverse (noise).")
+    positions: str = _setting("all", "Tokens: all, last, changed, each, a segment, or several segments or numbers joined by commas.")
+    method: Literal["exact", "attribution"] = _setting("exact", "Patch every place, or estimate all from one backward pass.")
+    check: int = _setting(0, "With attribution: places that are also patched exactly, to report the estimate's error.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings(PairSettings):
+    """`mechscope ablate`: take components out, one at a time."""
+
+    data: str | None = _setting(None, "Instead of pairs: documents with summaries, ablated with the loss on the summary.")
+    documents: int = _setting(32, "Documents to run on, with --data.")
+    max_tokens: int = _setting(512, "Most tokens of a document with its summary, with --data.")
+    sites: str = _setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, ….")
+    source: Literal["zero", "mean", "resample", "corrupt"] = _setting("mean", "What stands in for an ablated component.")
+    mode: Literal["each", "keep"] = _setting("each", "Leave one out, or keep only one.")
+    metric: str | None = _setting(None, "Metric; by default loss with --data and logit-diff with --pairs.")
+
+
 S = TypeVar("S")
 
 # do not change what is measured, only where and how fast: a run may be continued with others
 VOLATILE = ("device",)
-_MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents")
+_MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents", "check")
 
 
 def resolve(kind: type[S], config: str | Path | None = None, **given: Any) -> S:

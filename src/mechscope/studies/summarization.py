@@ -43,6 +43,7 @@ _TABLES = (
     "layer_sets",
     "ablation",
     "importance",
+    "effects",
     "bakeoff",
     "bakeoff_summary",
     "learning_curves",
@@ -85,7 +86,7 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
         MechscopeError: Models, documents or settings cannot be used, or the folder belongs to another run.
     """
     with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
-        _record_command(run, command)
+        record_command(run, command)
         models, splits = _models(run, settings, progress)
         compared = pair(models["base"], models["tuned"], resize=settings.resize)
         _record(run, models, splits, settings)
@@ -113,7 +114,7 @@ def diff_run(settings: DiffSettings, out: str | Path, *, command: Sequence[str] 
     Arguments and errors as for `study`.
     """
     with RunFolder.open(out, asdict(settings), kind="diff", volatile=VOLATILE) as run:
-        _record_command(run, command)
+        record_command(run, command)
         compared = load_pair(settings.base, settings.tuned, resize=settings.resize, **_loading(settings))
         corpus = load_corpus(
             settings, settings.data, split=document_split(settings, settings.data), limit=settings.documents, name="documents"
@@ -142,7 +143,7 @@ def bakeoff_run(
     layers = Components.parse(settings.target_layers)
     heads = Components.parse(settings.target_heads or "none")
     with RunFolder.open(out, asdict(settings), kind="bakeoff", volatile=VOLATILE) as run:
-        _record_command(run, command)
+        record_command(run, command)
         subject = load(settings.base, **_loading(settings))
         splits = load_splits(settings, subject)
         _record(run, {"base": subject}, splits, settings)
@@ -201,7 +202,8 @@ def _loading(settings: ModelSettings) -> dict[str, Any]:
     return {"dtype": settings.dtype, "device": settings.device, "unsafe": settings.unsafe}
 
 
-def _record_command(run: RunFolder, command: Sequence[str] | None) -> None:
+def record_command(run: RunFolder, command: Sequence[str] | None) -> None:
+    """Keep the command line that began a run."""
     if command is not None and "command" not in run.manifest:
         run.record("command", list(command))
 
