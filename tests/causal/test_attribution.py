@@ -224,6 +224,25 @@ def test_a_sweep_over_all_heads_runs_each_block_twice_forward() -> None:
     assert sorted(ran) == [0, 0, 1, 1, 2, 2], "the clean and the corrupt run, once each"
 
 
+def test_logits_of_many_rows_are_not_held_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, held = families.subject("gpt2", torch.float64), [0, 0]
+
+    def attributed(at: int) -> np.ndarray:
+        def kept(saved: torch.Tensor) -> torch.Tensor:
+            # the unembedding's own weight is no logits
+            if saved.ndim > 1 and saved.shape[-1] == families.VOCABULARY and saved.shape[-2] != families.WIDTH:
+                held[at] = max(held[at], saved.shape[-2])
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda saved: saved):
+            return attribute(subject, PAIRS, metric="loss").values
+
+    whole = attributed(0)
+    monkeypatch.setattr("mechscope.causal.attribution._ROWS", 5)  # of the twelve rows
+    np.testing.assert_allclose(attributed(1), whole, rtol=1e-9)
+    assert held == [12, 0]
+
+
 def test_the_model_keeps_no_gradients_and_no_hooks() -> None:
     subject = families.subject("gpt2", torch.float64)
     attribute(subject, PAIRS, site="neuron", grad_drop=True)

@@ -123,7 +123,9 @@ def test_all_direct_paths_of_a_sender_in_a_linear_model_add_up_to_its_whole_effe
     base, source = run(subject, batch.clean, batch), run(subject, batch.corrupt, batch)
     held = Edit("pattern", 2, patterns(subject, batch))
     given = Edit("mlp_output", 1, source["mlp_output", 1])
-    before, after = (pair_metric("logit-diff", batch)(x["logits", 0]).numpy() for x in (base, run(subject, batch.clean, batch, held, given)))
+    before, after = (
+        pair_metric("logit-diff", batch)(x["logits", 0]).numpy() for x in (base, run(subject, batch.clean, batch, held, given))
+    )
     np.testing.assert_allclose(total, after - before, rtol=1e-9, atol=1e-9)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from mechscope.causal import trace
 from mechscope.causal.tracing import ROLES, role_of
@@ -13,6 +19,7 @@ from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import observed
+from mechscope.subject.load import Subject, load
 from tests import families
 
 
@@ -29,33 +36,94 @@ def test_tokens_are_named_by_their_role_in_the_text() -> None:
     assert role_of(texts().pairs[0], "subject") == ["", *ROLES[:3], ROLES[3], ROLES[4], ROLES[4], ROLES[5]]
 
 
+def by_hand(subject: Subject, pairs: Pairs, seed: int, samples: int, restored: dict[int, Any]) -> np.ndarray:
+    """Run each text alone on noisy embeddings, with hooks that put clean values back; average over draws of noise."""
+    ids = torch.tensor(sorted({token for pair in pairs for token in pair.clean}))
+    spread = 3.0 * float(subject.plain.get_input_embeddings()(ids).detach().std())
+    found = np.zeros(len(pairs))
+    for row, pair in enumerate(pairs):
+        batch = collate_pairs([pair])
+        clean: dict[Any, Tensor] = {}
+        with hooked({module: lambda key, out, clean=clean: clean.setdefault(key, out) for module in restored.values()}):
+            logits_of(subject, batch.clean)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, row)).generate_state(1)[0]))
+        for _ in range(samples):
+            noise = spread * torch.randn(1, len(pair.clean), families.WIDTH, generator=generator, dtype=torch.float64)
+            noise[:, :1], noise[:, 4:] = 0, 0
+            handle = subject.anatomy.blocks[0].module.register_forward_pre_hook(
+                lambda _, args, kwargs, noise=noise: ((args[0] + noise, *args[1:]), kwargs), with_kwargs=True
+            )
+
+            def put_back(key: Any, out: Tensor, clean: dict[Any, Tensor] = clean) -> Tensor:
+                mixed = out.clone()
+                mixed[:, 3] = clean[key][:, 3]  # the last subject token
+                return mixed
+
+            try:
+                with hooked(dict.fromkeys(restored.values(), put_back)):
+                    logits = logits_of(subject, batch.clean)
+            finally:
+                handle.remove()
+            found[row] += float(pair_metric("probability", batch)(logits)[0]) / samples
+    return found
+
+
+def logits_of(subject: Subject, ids: Tensor) -> Tensor:
+    with torch.no_grad(), observed(subject):
+        return subject.plain(ids, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def hooked(hooks: dict[Any, Any]) -> Iterator[None]:
+    def on(module: Any, change: Any) -> Any:
+        def hook(_: Any, args: Any, out: Any) -> Any:
+            return (change(module, out[0]), *out[1:]) if isinstance(out, tuple) else change(module, out)
+
+        return module.register_forward_hook(hook)
+
+    handles = [on(module, change) for module, change in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 def test_the_corrupted_run_is_the_model_on_noisy_embeddings(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts()
-    found = trace(subject, pairs, samples=2, seed=5, tokens_per_batch=1)
-    generator = torch.Generator().manual_seed(5)
-    table = subject.plain.get_input_embeddings()
-    ids = torch.tensor(sorted({token for pair in pairs for token in pair.clean}))
-    spread = 3.0 * float(table(ids).std())
-    # texts come longest first
-    for row in reversed(range(len(pairs.pairs))):
-        pair = pairs.pairs[row]
-        batch = collate_pairs([pair])
-        values = []
-        for _ in range(2):
-            noise = spread * torch.randn(1, len(pair.clean), families.WIDTH, generator=generator, dtype=torch.float64)
-            noise[:, :1], noise[:, 4:] = 0, 0
-            block = subject.anatomy.blocks[0].module
-            handle = block.register_forward_pre_hook(
-                lambda _, args, kwargs, noise=noise: ((args[0] + noise, *args[1:]), kwargs), with_kwargs=True
-            )
-            try:
-                with torch.no_grad(), observed(subject):
-                    logits = subject.plain(batch.clean, use_cache=False).logits
-            finally:
-                handle.remove()
-            values.append(float(pair_metric("probability", batch)(logits)[0]))
-        assert found.unchanged[row] == pytest.approx(np.mean(values), rel=1e-9)
+    found = trace(subject, pairs, samples=2, seed=5)
+    np.testing.assert_allclose(found.unchanged, by_hand(subject, pairs, 5, 2, {}), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("site", "window"), [("residual", 1), ("mlp", 1), ("attention", 1), ("mlp", 2), ("attention", 3)])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_restored_runs_equal_hooks_that_put_clean_values_back(family: str, site: str, window: int) -> None:
+    subject, pairs = families.subject(family, torch.float64), texts()
+    found = trace(subject, pairs, site=site, window=window, samples=2, seed=5)
+    name = {"residual": "module", "mlp": "mlp_write", "attention": "attention_write"}[site]
+    windows: dict[int, list[tuple[int, ...]]] = {1: [(0,), (1,), (2,)], 2: [(0, 1), (1, 2), (2,)], 3: [(0, 1), (0, 1, 2), (1, 2)]}
+    for layer, layers in enumerate(windows[window]):
+        restored = {at: getattr(subject.anatomy.blocks[at], name) for at in layers}
+        row = (found.table["layer"] == layer) & (found.table["positions"] == "last subject token")
+        np.testing.assert_allclose(found.values[row][0], by_hand(subject, pairs, 5, 2, restored), rtol=1e-9)
+
+
+def test_how_texts_are_batched_does_not_matter() -> None:
+    subject = families.subject("llama", torch.float64)
+    one, many = (trace(subject, texts(), site="mlp", samples=2, tokens_per_batch=size) for size in (1, 1000))
+    np.testing.assert_allclose(one.values, many.values, rtol=1e-9)
+
+
+def test_noise_is_measured_where_it_is_added_also_where_embeddings_are_multiplied() -> None:
+    sizes = {"vocab_size": 97, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    config = GraniteConfig(**sizes, num_key_value_heads=2, embedding_multiplier=3.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    families.randomize(model)
+    subject = load(model.double().eval())
+    ids = torch.tensor(sorted({token for pair in texts() for token in pair.clean}))
+    expected = 2.0 * 3.0 * float(model.get_input_embeddings()(ids).detach().std())
+    assert trace(subject, texts(), noise=2.0, samples=1).notes["noise"] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -66,15 +134,6 @@ def test_restoring_the_last_tokens_last_residual_stream_undoes_the_corruption(fa
     # behind the last block other tokens reach no logits
     for role in ROLES[:5]:
         assert table.loc[(2, role), "normalised"] == pytest.approx(0.0, abs=1e-9)
-
-
-def test_restoring_a_sublayer_in_all_layers_at_all_tokens_of_a_role_differs_from_one_layer() -> None:
-    subject = families.subject("gpt2", torch.float64)
-    one, three = (trace(subject, texts(), site="mlp", window=window, samples=1) for window in (1, 3))
-    assert np.nanmax(np.abs(one.values - three.values)) > 1e-6
-    # a window around the middle layer of three is all layers
-    rows = three.table["layer"] == 1
-    assert rows.sum() == len(ROLES)
 
 
 def test_equal_seeds_give_equal_tables_and_others_do_not() -> None:
@@ -91,5 +150,12 @@ def test_a_text_without_its_subject_is_named() -> None:
     ends = Pairs((PromptPair("end", (3, 4, 5), (3, 4, 5), answers=(6,), segments={"subject": ((1, 3),)}),), "x")
     with pytest.raises(DataError, match="pair 'end': nothing follows segment 'subject'"):
         trace(subject, ends)
+    same = Pairs((PromptPair("same", (3, 3, 3), (3, 3, 3), answers=(6,), segments={"subject": ((0, 1),)}),), "x")
+    with pytest.raises(DataError, match="the texts hold no token but 3"):
+        trace(subject, same)
+    with pytest.raises(SettingsError, match="a window of 4 layers does not fit a model of 3: choose 1 to 3"):
+        trace(subject, texts(), window=4)
+    with pytest.raises(SettingsError, match="noise 0 and samples 10: both must be above zero"):
+        trace(subject, texts(), noise=0)
     with pytest.raises(SettingsError, match="site 'head' is not traced"):
         trace(subject, texts(), site="head")

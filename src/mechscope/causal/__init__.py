@@ -5,7 +5,7 @@ from mechscope.causal.attribution import attribute
 from mechscope.causal.cross import cross_patch, swapped
 from mechscope.causal.das import Alignment, das, random_alignment, train_das
 from mechscope.causal.effects import Effects
-from mechscope.causal.knockout import knock_out
+from mechscope.causal.knockout import flow, knock_out
 from mechscope.causal.patching import patch
 from mechscope.causal.paths import patch_paths
 from mechscope.causal.places import Place, places
@@ -32,6 +32,7 @@ __all__ = [
     "cross_patch",
     "das",
     "difference_of_means",
+    "flow",
     "knock_out",
     "mean_of",
     "patch",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy import stats as distributions
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
@@ -30,9 +31,12 @@ from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits
 from mechscope.data.metrics import Metric
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients
+from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients, unembed
 from mechscope.instrument.edits import HEAD_SITES
 from mechscope.subject import Components, Subject
+
+# rows of logits differentiated at once: 256 × 50,257 × 4 bytes are 49 MiB
+_ROWS = 256
 
 
 def attribute(
@@ -140,7 +144,19 @@ def attribute(
 
 
 def _scored(subject: Subject, metric: Metric, rows: Tensor) -> Tensor:
-    return score(subject, rows[None], metric)[0]
+    """Return the metric per text; logits of many rows are made again in the backward pass instead of being held until then."""
+    if len(rows) <= _ROWS:
+        return score(subject, rows[None], metric)[0]
+    starts = range(0, len(rows), _ROWS)
+    parts = [
+        checkpoint(partial(_scored_rows, subject, metric, start), part, use_reentrant=False, preserve_rng_state=False)
+        for start, part in zip(starts, rows.split(_ROWS), strict=True)
+    ]
+    return metric.mean(torch.cat(parts))
+
+
+def _scored_rows(subject: Subject, metric: Metric, start: int, rows: Tensor) -> Tensor:
+    return metric.score(unembed(subject, rows), slice(start, start + len(rows)))
 
 
 def _drawn(n: int, check: int, seed: int) -> list[int]:

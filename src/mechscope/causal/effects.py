@@ -112,5 +112,8 @@ def _normalised(values: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed
     value = ratio(np.ones((1, texts)))[:, 0]
     if texts < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    low, high = np.nanquantile(ratio(weights), [0.025, 0.975], axis=1)
+    replicates = ratio(weights)
+    low, high = np.full(len(values), np.nan), np.full(len(values), np.nan)
+    some = ~np.isnan(replicates).all(1)  # a place that no text has, or runs that do not differ, have no share
+    low[some], high[some] = np.nanquantile(replicates[some], [0.025, 0.975], axis=1)
     return value, low, high

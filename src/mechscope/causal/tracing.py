@@ -7,8 +7,7 @@ texts of different length are compared by their role: first, middle and last sub
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from mechscope.causal.places import edits_of, places
 from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
-from mechscope.instrument import Edit, Prefix
+from mechscope.instrument import Edit, Prefix, intervene
+from mechscope.instrument.walk import Walk
 from mechscope.subject import Subject
 
 ROLES = (
@@ -73,15 +73,18 @@ def trace(
     if samples < 1 or noise <= 0:
         raise SettingsError(f"noise {noise:g} and samples {samples}: both must be above zero")
     if not 1 <= window <= subject.anatomy.n_layers:
-        raise SettingsError(f"a window of {window} layers does not fit a model of {subject.anatomy.n_layers}")
+        raise SettingsError(
+            f"a window of {window} layers does not fit a model of {subject.anatomy.n_layers}: choose 1 to {subject.anatomy.n_layers}"
+        )
     check_fits(subject, pairs)
-    generator = torch.Generator().manual_seed(seed)
     gathered, done = Gathered(pairs), 0
     spread = noise * _spread(subject, pairs)
+    # each text has noise of its own, however texts are batched
+    generators = {id(pair): _generator(seed, index) for index, pair in enumerate(pairs)}
     for batch in batches(pairs, tokens_per_batch):
         clean = Prefix(subject, batch.clean, batch.real, sites={where[0].site})
-        runs = Runs(clean, metric_of(metric, batch, clean))
-        gathered.put("clean", batch, runs.unchanged())
+        by = metric_of(metric, batch, clean)
+        gathered.put("clean", batch, Runs(clean, by).unchanged())
         corrupted, restored = [], []
         masks = list(_roles(batch, segment))
         absent = np.stack([missing for _, missing in masks])
@@ -90,23 +93,19 @@ def trace(
             nonlocal done
             done += number * len(batch.pairs)
             if progress is not None:
-                progress("tracing", done, (len(where) * len(ROLES) + 1) * samples * len(pairs))
+                progress("tracing", done, len(where) * len(ROLES) * samples * len(pairs))
 
         def value(at: str, layer: int, clean: Prefix = clean) -> Tensor:
             return clean.recording[at, layer]
 
+        units: list[list[Edit]] = []
+        for place in where:
+            around = [other for other in where if -((window - 1) // 2) <= other.layer - place.layer <= window // 2]
+            units += [edits_of(around, value, mask) for mask, _ in masks]
         for _ in range(samples):
-            embedding = clean.recording["embedding"]
-            drawn = torch.randn(embedding.shape, generator=generator, dtype=torch.float64)
-            noisy = Edit("embedding", 0, embedding + (spread * drawn).to(embedding), positions=batch.positions(segment))
-            units: list[list[Any]] = [[noisy]]
-            for place in where:
-                around = [other for other in where if -(window - 1) // 2 <= other.layer - place.layer <= window // 2]
-                for mask, _ in masks:
-                    units.append([noisy, *edits_of(around, value, mask)])
-            found = runs.of(units, progress=tell)
-            corrupted.append(found[0])
-            restored.append(found[1:])
+            runs = Runs(_corrupted(clean, batch, segment, spread, generators, where[0].site), by)
+            corrupted.append(runs.unchanged())
+            restored.append(runs.of(units, progress=tell))
         mean = np.mean(restored, axis=0).reshape(len(where), len(masks), -1)
         mean[:, absent] = np.nan
         gathered.put("corrupt", batch, np.mean(corrupted, axis=0))
@@ -131,10 +130,40 @@ def trace(
 
 
 def _spread(subject: Subject, pairs: Pairs) -> float:
-    """Return the standard deviation of the texts' token embeddings."""
+    """Return the standard deviation of the texts' token embeddings, in the units of what the first block reads.
+
+    Some families (Granite) multiply embeddings on the way there: how far tokens lie apart at the same position tells by how much.
+    """
     ids = torch.tensor(sorted({token for pair in pairs for token in pair.clean}), device=subject.device)
+    if len(ids) < 2:
+        raise DataError(f"the texts hold no token but {int(ids[0])}: their embeddings have no spread that noise could be measured in")
     with torch.no_grad(), subject.active():
-        return float(subject.anatomy.embedding(ids).double().std())
+        embedded = subject.anatomy.embedding(ids).double()
+        read = Walk(subject, ids[:, None]).hidden[:, 0].double()
+    apart, apart_read = (vectors - vectors.mean(0) for vectors in (embedded, read))
+    return float(embedded.std() * apart_read.std() / apart.std())
+
+
+def _generator(seed: int, text: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, text)).generate_state(1)[0]))
+
+
+def _corrupted(
+    clean: Prefix, batch: PairBatch, segment: str, spread: float, generators: Mapping[int, torch.Generator], site: str
+) -> Prefix:
+    """Run the texts with noise on the embeddings of a segment."""
+    embedding = clean.recording["embedding"]
+    drawn = torch.zeros(embedding.shape, dtype=torch.float64)
+    for row, pair in enumerate(batch.pairs):
+        first, length = batch.shift(row), len(pair.clean)
+        drawn[row, first : first + length] = torch.randn(length, embedding.shape[-1], generator=generators[id(pair)], dtype=torch.float64)
+    drawn[~batch.positions(segment)] = 0.0
+    noisy = embedding + (spread * drawn).to(embedding)
+    with intervene(clean.subject, Edit("embedding", 0, noisy)):
+        run = Prefix(clean.subject, batch.clean, batch.real, sites={site})
+    # reruns begin where something is restored, and the first block then reads this
+    run.recording.values["embedding", 0] = noisy
+    return run
 
 
 def role_of(pair: PromptPair, segment: str) -> list[str]:

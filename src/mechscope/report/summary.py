@@ -40,8 +40,21 @@ def of_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def sentences(tables: Tables) -> list[str]:
     """Return the findings, one sentence or two each; nothing is said about tables that are absent."""
-    found = [_attention(tables), _heads(tables), _outputs(tables), *_bakeoff(tables), _claims(tables)]
+    found = [_effects(tables), _attention(tables), _heads(tables), _outputs(tables), *_bakeoff(tables), _claims(tables)]
     return [sentence for sentence in found if sentence]
+
+
+def _effects(tables: Tables) -> str:
+    """Name the largest effect of a sweep and how many there are."""
+    effects = tables.get("effects")
+    if effects is None:
+        return ""
+    top = effects.iloc[int(effects["effect"].abs().to_numpy().argmax())]
+    where = str(top["component"]) if top["positions"] == "all" else f"{top['component']} at {top['positions']}"
+    return (
+        f"The largest effect on {top['metric']} is {number(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}, of {where}; "
+        f"{int((effects['q'] < Q_SIGNIFICANT).sum())} of {len(effects)} effects differ from zero at q < {Q_SIGNIFICANT}."
+    )
 
 
 def cards(tables: Tables) -> list[Card]:
