@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechscope.api import bakeoff, check, diff, load, record, study, tune
+    from mechscope.api import Edit, Knockout, bakeoff, check, diff, intervene, load, record, study, tune
     from mechscope.subject.components import Components
 
 __version__ = "0.1.0"
-__all__ = ["Components", "bakeoff", "check", "diff", "load", "record", "study", "tune"]
+__all__ = ["Components", "Edit", "Knockout", "bakeoff", "check", "diff", "intervene", "load", "record", "study", "tune"]
 
 
 def __getattr__(name: str) -> Any:

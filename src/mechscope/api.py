@@ -17,7 +17,7 @@ from mechscope.data.documents import Corpus, Document
 from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, difference
 from mechscope.errors import DataError
-from mechscope.instrument import Check, load, load_pair, record
+from mechscope.instrument import Check, Edit, Knockout, intervene, load, load_pair, record
 from mechscope.instrument import check_subject as check
 from mechscope.studies.corpora import encode_for, load_corpus
 from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings, resolve
@@ -27,7 +27,7 @@ from mechscope.studies.summarization import study as run_study
 from mechscope.studies.tuning import tune_run
 from mechscope.subject import Pair, Subject, pair
 
-__all__ = ["Check", "bakeoff", "check", "diff", "load", "record", "study", "tune"]
+__all__ = ["Check", "Edit", "Knockout", "bakeoff", "check", "diff", "intervene", "load", "record", "study", "tune"]
 
 Model = str | Path | Subject | nn.Module
 Documents = str | Path | Corpus | Encoded | Sequence[Document]

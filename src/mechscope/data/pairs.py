@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -92,6 +92,14 @@ class Pairs:
     def first(self, n: int) -> Pairs:
         """Return the first pairs."""
         return Pairs(self.pairs[:n], self.source, self.problems)
+
+    def swapped(self) -> Pairs:
+        """Return the pairs with clean and corrupt texts, and right and wrong answers, exchanged."""
+        turned = (
+            replace(pair, clean=pair.corrupt, corrupt=pair.clean, answers=pair.wrong_answers, wrong_answers=pair.answers)
+            for pair in self.pairs
+        )
+        return Pairs(tuple(turned), f"{self.source}, swapped")
 
     def batches(self, *, tokens_per_batch: int = 4096, pad_id: int = 0, padding: Padding = "right") -> Iterator[PairBatch]:
         """Batch pairs by length, longest first.

@@ -1,0 +1,23 @@
+"""The examples of the documentation run as they stand, one after another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def test_every_example_of_the_page_on_interventions_runs() -> None:
+    text = (DOCS / "interventions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.S | re.M)
+    assert len(blocks) >= 9
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"interventions.md, example {number + 1}", "exec"), names)
+    assert names["restored"].table["positions"].unique().tolist() == ["fact", "last"]
+    # at the end of the last layer the clean value is everything
+    last = names["restored"].table.iloc[-1]
+    assert (last["component"], last["positions"]) == ("r5", "last")
+    assert abs(last["normalised"] - 1) < 1e-3
