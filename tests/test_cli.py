@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mechscope.cli import main
+from mechscope.data.newsroom import newsroom_model_path
 from tests.studies.conftest import TINY, tiny_model
 
 __all__ = ["tiny_model"]
@@ -186,3 +187,26 @@ def test_bakeoff_alone_writes_its_tables_and_a_report(monkeypatch, tmp_path, tin
     )
     assert (tmp_path / "run" / "report.html").is_file()
     assert (tmp_path / "run" / "tables" / "bakeoff_summary.parquet").is_file()
+
+
+def test_pairs_of_unequal_length_are_one_red_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"clean": "The storm hit Ashford on", "corrupt": "It hit on", "answers": [" Monday"], "wrong_answers": [" Friday"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    model = str(newsroom_model_path())
+    assert run(monkeypatch, "patch", model, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "run") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "tokens" in lines[-1]
+
+
+def test_a_patch_prints_the_largest_effects_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--pairs", "newsroom:what", "--limit", 4, "--site", "mlp", "--out", tmp_path / "run")
+    assert run(monkeypatch, "patch", str(newsroom_model_path()), *words) == 0
+    out = capsys.readouterr().out
+    assert "Largest effects on logit-diff" in out
+    assert "m0" in out
+    assert (tmp_path / "run" / "report.html").exists()
