@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechscope.instrument import Walk, observed, record
-from mechscope.instrument.walk import model_inputs
+from mechscope.instrument.walk import model_inputs, next_token_losses, unembed
 from tests import families
 from tests.instrument import attention_oracle as oracle
 
@@ -136,3 +136,14 @@ def test_padding_on_the_right_needs_no_mask_and_padding_on_the_left_counts_real_
     assert positions is not None
     for row, text in enumerate(TEXTS):
         assert positions[row][left.real[row]].tolist() == list(range(len(text)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox", "opt"])
+def test_next_token_losses_are_those_of_the_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = families.subject(family, torch.float64)
+    monkeypatch.setattr("mechscope.instrument.walk._WORDS", 10)  # several pieces, the last one shorter
+    hidden = torch.randn(2, 5, families.WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(10).view(2, 5) * 9
+    with torch.no_grad():
+        expected = -unembed(subject, hidden).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        torch.testing.assert_close(next_token_losses(subject, hidden, targets), expected, rtol=1e-9, atol=1e-10)

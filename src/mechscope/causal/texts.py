@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechscope.data.metrics import Metric, pair_metric, read_at
+from mechscope.data.metrics import Loss, Metric, pair_metric, read_at
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Prefix, Reading, unembed
 from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
+from mechscope.instrument.walk import next_token_losses
 from mechscope.subject import Subject
 
 Progress = Callable[[str, int, int], None]
@@ -57,6 +58,8 @@ def check_fits(subject: Subject, pairs: Pairs) -> None:
 def score(subject: Subject, hidden: Float[Tensor, "units read d_model"], metric: Metric) -> Float[Tensor, "units batch"]:
     """Return a metric from rows of the last residual stream; logits are held a few rows at a time."""
     units, read, _ = hidden.shape
+    if isinstance(metric, Loss) and not (torch.is_grad_enabled() and hidden.requires_grad):
+        return metric.mean(next_token_losses(subject, hidden, metric.target.expand(units, read)))
     per_row = hidden.new_empty(units, read)
     at_once = max(1, _ROWS // read)
     for first in range(0, units, at_once):

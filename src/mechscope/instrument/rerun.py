@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -114,7 +115,7 @@ class Prefix:
         def tap(call: AttentionCall) -> None:
             self._calls[call.layer] = call
 
-        with torch.no_grad(), observed(subject, tap if inside else None):
+        with torch.no_grad(), observed(subject, tap if inside else None), _fused_activations(subject):
             walk = self._walk(1)
             with record(subject, *sorted(sites_kept)) as recording:
                 walk.run()
@@ -150,7 +151,7 @@ class Prefix:
         """
         if layer < 0:
             return Prefix(self.subject, self.input_ids, self.real).read(reading)
-        with observed(self.subject):
+        with observed(self.subject), _fused_activations(self.subject):
             hidden = self.input_of(layer)
             return reading.take(self._walk(1).run(hidden, start=layer)[None])[0]
 
@@ -181,7 +182,7 @@ class Prefix:
             start = min(((change.layer, _STAGE[change.site]) for change in unit), default=(self.subject.anatomy.n_layers, 0))
             groups.setdefault(start, []).append(index)
         at_once = max(1, tokens_per_pass // self.input_ids.numel())
-        with observed(self.subject):
+        with observed(self.subject), _fused_activations(self.subject):
             for start, members in sorted(groups.items()):
                 for first in range(0, len(members), at_once):
                     chunk = members[first : first + at_once]
@@ -317,6 +318,21 @@ def _is_norm(block: Block) -> bool:
     """Tell whether a norm stands between the MLP and the residual stream (Gemma 2/3)."""
     inside = {id(module) for module in block.mlp_write.modules()}
     return id(block.mlp_down) not in inside
+
+
+@contextlib.contextmanager
+def _fused_activations(subject: Subject) -> Iterator[None]:
+    """Compute GPT-2's GELU by one kernel instead of the seven that transformers composes it of: the same function, equal to rounding.
+
+    It is a seventh of a sweep's time (12 layers, 4,096 tokens at once).
+    """
+    with contextlib.ExitStack() as stack:
+        for block in subject.anatomy.blocks:
+            for module in block.module.modules():
+                if type(module).__name__ == "NewGELUActivation" and "forward" not in vars(module):
+                    vars(module)["forward"] = partial(nn.functional.gelu, approximate="tanh")
+                    stack.callback(vars(module).pop, "forward")
+        yield
 
 
 @contextlib.contextmanager
