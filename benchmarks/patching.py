@@ -10,12 +10,16 @@ forward pass, logits included, of the same batch; what counts is the ratio of me
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import importlib.util
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +33,7 @@ from mechscope.subject.load import Subject, load
 PEERS = ("transformer_lens", "nnsight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """The model and the texts of a job."""
 
@@ -74,6 +78,32 @@ def loop(case: Case) -> None:
                 handle.remove()
 
 
+def transformer_lens(case: Case) -> None:
+    """Patch every head by TransformerLens on a copy of the model, one forward pass each; set-up is not counted (see `_bridge`)."""
+    bridge = _bridge(case)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(case.ids, names_filter=lambda name: name.endswith("hook_z"))
+        corrupt = torch.tensor([pair.corrupt for pair in case.pairs])
+        for layer in range(case.subject.anatomy.n_layers):
+            name = f"blocks.{layer}.attn.hook_z"
+            for head in range(case.subject.anatomy.n_heads):
+
+                def put(z: torch.Tensor, hook: Any, name: str = name, head: int = head) -> torch.Tensor:
+                    z[:, :, head] = cache[name][:, :, head]
+                    return z
+
+                bridge.run_with_hooks(corrupt, fwd_hooks=[(name, put)])
+
+
+@lru_cache(maxsize=1)
+def _bridge(case: Case) -> Any:
+    """Wrap a copy of the model for TransformerLens; it rewires the model it is given, and reads a configuration from a folder."""
+    peer = importlib.import_module("transformer_lens.model_bridge")  # only where it is installed
+    with tempfile.TemporaryDirectory() as folder:
+        case.subject.plain.config.save_pretrained(folder)
+        return peer.TransformerBridge.boot_transformers(folder, hf_model=copy.deepcopy(case.subject.plain), device="cpu")
+
+
 def ablation(case: Case) -> None:
     """Ablate every head and MLP, one at a time, with the loss of every token."""
     ablate(case.subject, case.pairs)
@@ -94,6 +124,7 @@ def recording(case: Case) -> None:
 JOBS: dict[str, tuple[Callable[[Case], None], int, int, float | None]] = {
     "heads": (heads, 8, 16, 42),
     "loop": (loop, 8, 16, None),
+    "transformer_lens": (transformer_lens, 8, 16, None),
     "ablation": (ablation, 8, 64, 105),
     "attribution": (attribution, 8, 16, 3),
     "recording": (recording, 8, 64, 1.15),
@@ -129,14 +160,14 @@ def measure(name: str, shape: argparse.Namespace) -> dict[str, Any]:
     return {"job": name, "texts": texts, "tokens": tokens, "seconds": seconds, "forward": one, "ratio": seconds / one, "allowed": allowed}
 
 
-HEADER = f"{'job':<12}{'texts × tokens':>16}{'seconds':>10}{'forward':>10}{'passes':>9}"
+HEADER = f"{'job':<18}{'texts × tokens':>16}{'seconds':>10}{'forward':>10}{'passes':>9}"
 
 
 def line(row: dict[str, Any]) -> str:
     """Format a row as plain text, under HEADER."""
     allowed = "" if row["allowed"] is None else f"  ≤ {row['allowed']:g}"
     size = f"{row['texts']} × {row['tokens']}"
-    return f"{row['job']:<12}{size:>16}{row['seconds']:>10.3f}{row['forward']:>10.4f}{row['ratio']:>9.2f}{allowed}"
+    return f"{row['job']:<18}{size:>16}{row['seconds']:>10.3f}{row['forward']:>10.4f}{row['ratio']:>9.2f}{allowed}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -157,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"peers not installed: {', '.join(absent) or 'none'}")
         print(HEADER, flush=True)
     for name in shape.jobs:
+        if name in PEERS and importlib.util.find_spec(name) is None:
+            continue
         row = measure(name, shape)
         print(json.dumps(row) if shape.json else line(row), flush=True)
 

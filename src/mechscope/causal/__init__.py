@@ -13,6 +13,7 @@ from mechscope.causal.scrubbing import Hypothesis, Scrubbed, scrub
 from mechscope.causal.sources import Mean, Resample, Source, Text, Vector, mean_of
 from mechscope.causal.steering import Direction, difference_of_means, remove, steer, sweep_strength
 from mechscope.causal.tracing import trace
+from mechscope.causal.worlds import World, run_worlds
 
 __all__ = [
     "Alignment",
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "Text",
     "Vector",
+    "World",
     "ablate",
     "ablate_together",
     "attribute",
@@ -41,6 +43,7 @@ __all__ = [
     "random_alignment",
     "random_like",
     "remove",
+    "run_worlds",
     "scrub",
     "steer",
     "swapped",

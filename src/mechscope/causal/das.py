@@ -12,33 +12,30 @@ moves much of anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from mechscope.causal.interchange import Among, Interchange, Position, exchange_edit, interchanges, judged_by
 from mechscope.causal.places import Place
 from mechscope.causal.steering import features_at, vector_site
-from mechscope.causal.texts import Progress, batches, check_fits
-from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.causal.subspace import Subspace, exchanged, precision, random_rotation
+from mechscope.causal.texts import Progress
+from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
-from mechscope.instrument import Edit, Walk, intervene, observed, record, unembed
+from mechscope.instrument import Edit, observed
 from mechscope.instrument.edits import EditSite, validate
 from mechscope.stats.inference import share_interval
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
 
-Position = str | int | Sequence[int]
-Among = Literal["vocabulary", "answers"]
-# Wu et al. 2023: the boundary is first so soft that all dimensions feel it, at last a step
-_TEMPERATURES = (50.0, 0.1)
 _KIND = "mechscope alignment"
 
 
@@ -76,7 +73,7 @@ class Alignment:
             source_values: The site's values in the source's run, as `record` gives them.
             mask: Tokens that are changed.
         """
-        return _edit(self.site, self.layer, self.head, source_values, mask, lambda value: _exchange(value, self.rotation))
+        return exchange_edit(self.site, self.layer, self.head, source_values, mask, lambda value: exchanged(value, self.rotation))
 
     def accuracy(self, subject: Subject, pairs: Pairs, *, among: Among = "vocabulary", tokens_per_batch: int = 2048) -> float:
         """Return the interchange accuracy: the share of pairs after whose interchange the likeliest token is an answer.
@@ -92,7 +89,7 @@ class Alignment:
         """
         self._check(subject)
         with observed(subject):
-            texts = _prepared(subject, _judged(pairs, among), Place(self.site, self.layer, self.head), self.position, tokens_per_batch)
+            texts = interchanges(subject, judged_by(pairs, among), Place(self.site, self.layer, self.head), self.position, tokens_per_batch)
             return sum(_correct(subject, text, self, among) for text in texts) / len(pairs)
 
     def save(self, path: Path | str) -> None:
@@ -178,8 +175,8 @@ def train_das(
     order = np.random.default_rng(seed)
     shuffled = Pairs(tuple(pairs.pairs[at] for at in order.permutation(len(pairs))), pairs.source)
     with observed(subject):
-        texts = list(_prepared(subject, shuffled, place, position, tokens_per_batch))
-        space = _Subspace(width, None if boundless else dimensions, seed, subject)
+        texts = list(interchanges(subject, shuffled, place, position, tokens_per_batch))
+        space = Subspace(width, None if boundless else dimensions, seed, subject)
         parameters = [*space.turn.parameters(), *([space.boundary] if boundless else [])]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         steps = epochs * len(texts)
@@ -229,7 +226,7 @@ def random_alignment(
     width = features_at(subject, place.site, layer)
     if not 0 <= dimensions <= width:
         raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 0 to {width}")
-    rotation = _random_rotation(width, seed)[:, :dimensions].to(subject.device, _precision(subject))
+    rotation = random_rotation(width, seed)[:, :dimensions].to(subject.device, precision(subject))
     return Alignment(rotation, place.site, layer, position, head, fingerprint=subject.fingerprint)
 
 
@@ -285,7 +282,7 @@ def das(
     for pair in test_pairs:
         if (pair.clean, pair.corrupt) in told:
             raise DataError(f"test pair {pair.id!r} is also a training pair: judge on pairs that were not learned from")
-    _judged(test_pairs, among)
+    judged_by(test_pairs, among)
     chosen = range(subject.anatomy.n_layers) if layers is None else sorted(layers)
     rows: list[dict[str, Any]] = []
     for number, layer in enumerate(chosen):
@@ -317,7 +314,7 @@ def das(
         ]
         correct = [0] * len(judged)
         with observed(subject):
-            for text in _prepared(subject, test_pairs, place, position, tokens_per_batch):
+            for text in interchanges(subject, test_pairs, place, position, tokens_per_batch):
                 correct = [so_far + _correct(subject, text, one, among) for so_far, (_, _, one) in zip(correct, judged, strict=True)]
         for (method, draw, one), count in zip(judged, correct, strict=True):
             low, high = share_interval(count, len(test_pairs))
@@ -341,167 +338,6 @@ def _check_place(subject: Subject, place: Place) -> None:
     validate([place.edit(0.0)], subject.anatomy)
 
 
-def _random_rotation(width: int, seed: int) -> Float[Tensor, "features features"]:
-    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q
-
-
-def _precision(subject: Subject) -> torch.dtype:
-    """Return the rotation's type: never less exact than single precision, so that its columns stay orthogonal."""
-    return torch.float64 if subject.dtype == torch.float64 else torch.float32
-
-
-def _exchange(difference: Tensor, rotation: Tensor, share: Tensor | None = None) -> Tensor:
-    """Project source − base on the subspace, each dimension by its share."""
-    rotation = rotation.to(difference.device)
-    inside = difference.to(rotation.dtype) @ rotation
-    return ((inside if share is None else inside * share) @ rotation.T).to(difference.dtype)
-
-
-def _edit(site: EditSite, layer: int, head: int | None, source: Tensor, mask: Tensor, projected: Callable[[Tensor], Tensor]) -> Edit:
-    def value(part: Tensor) -> Tensor:
-        return part + projected(source.to(part) - part)
-
-    return Place(site, layer, head).edit(value, mask)
-
-
-class _Subspace:
-    """What is learned: the rotation, and, boundless, how many of its dimensions are exchanged."""
-
-    def __init__(self, width: int, dimensions: int | None, seed: int, subject: Subject) -> None:
-        dtype = _precision(subject)
-        self.width = width
-        self.fixed = dimensions
-        with torch.random.fork_rng(devices=[]):  # torch fills up a tall matrix at random
-            torch.manual_seed(seed)
-            self.turn = nn.Linear(dimensions or width, width, bias=False, dtype=dtype)
-            with torch.no_grad():
-                self.turn.weight.copy_(_random_rotation(width, seed)[:, : dimensions or width])
-            parametrizations.orthogonal(self.turn)
-        self.turn.to(subject.device)
-        # as a share of the width
-        self.boundary = nn.Parameter(torch.tensor(0.5, dtype=dtype, device=subject.device))
-        self.at = torch.arange(width, device=subject.device, dtype=dtype) + 0.5
-        self.temperature = _TEMPERATURES[0] if dimensions is None else float("nan")
-
-    def anneal(self, done: float) -> None:
-        """Sharpen the boundary geometrically."""
-        if self.fixed is None:
-            first, last = _TEMPERATURES
-            self.temperature = first * (last / first) ** done
-
-    def _mask(self) -> Tensor | None:
-        return None if self.fixed is not None else torch.sigmoid((self.boundary * self.width - self.at) / self.temperature)
-
-    def exchange(self) -> Callable[[Tensor], Tensor]:
-        """Return the projection as it is now."""
-        rotation, mask = self.turn.weight, self._mask()
-        return lambda difference: _exchange(difference, rotation, mask)
-
-    def share(self) -> Tensor | float:
-        """Return the share of the dimensions that is exchanged, if it is learned."""
-        mask = self._mask()
-        return 0.0 if mask is None else mask.mean()
-
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Keep at least one dimension and at most all."""
-        self.boundary.clamp_(1 / self.width, 1.0)
-
-    @property
-    def dimensions(self) -> int:
-        """Return the number of dimensions, rounded."""
-        return round(self.boundary.item() * self.width) if self.fixed is None else self.fixed
-
-    def rotation(self) -> Tensor:
-        """Return the columns of the subspace."""
-        return self.turn.weight.detach()[:, : self.dimensions].clone()
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch of pairs, run up to the layer in question: what lies before it is never computed again."""
-
-    walk: Walk
-    hidden: Float[Tensor, "batch token d_model"]
-    source: Tensor
-    mask: Bool[Tensor, "batch token"]
-    place: Place
-    last: Int[Tensor, " batch"]
-    answers: Bool[Tensor, "batch vocab"]
-    wrong: Bool[Tensor, "batch vocab"]
-
-    @property
-    def size(self) -> int:
-        return len(self.last)
-
-    def edit(self, projected: Callable[[Tensor], Tensor]) -> Edit:
-        return _edit(self.place.site, self.place.layer, self.place.head, self.source, self.mask, projected)
-
-    def logits(self, subject: Subject, edit: Edit) -> Float[Tensor, "batch vocab"]:
-        """Run the base texts from the layer on, with the interchange."""
-        with intervene(subject, edit):
-            hidden = self.walk.run(self.hidden, start=self.place.layer)
-        rows = torch.arange(self.size, device=hidden.device)
-        return unembed(subject, hidden[rows, self.last.to(hidden.device)])
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return −log of the answers' summed probability, in nats, averaged over the pairs."""
-        log_p = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
-        return -log_p.masked_fill(~self.answers.to(logits.device), -torch.inf).logsumexp(-1).mean()
-
-    def correct(self, logits: Tensor, among: Among = "vocabulary") -> int:
-        """Count the pairs whose likeliest token is an answer."""
-        if among == "answers":
-            logits = logits.masked_fill(~(self.answers | self.wrong).to(logits.device), -torch.inf)
-        return int(self.answers.to(logits.device).gather(1, logits.argmax(-1, keepdim=True)).sum())
-
-
 @torch.no_grad()
-def _correct(subject: Subject, text: _Prepared, alignment: Alignment, among: Among) -> int:
+def _correct(subject: Subject, text: Interchange, alignment: Alignment, among: Among) -> int:
     return text.correct(text.logits(subject, alignment.edit(text.source, text.mask)), among)
-
-
-def _judged(pairs: Pairs, among: Among) -> Pairs:
-    """Refuse pairs whose answers cannot be told right or wrong so."""
-    if among not in ("vocabulary", "answers"):
-        raise SettingsError(
-            f"among {among!r} is not known: use vocabulary (the likeliest of all tokens) or answers (of right and wrong ones)"
-        )
-    for pair in pairs if among == "answers" else ():
-        if not pair.wrong_answers:
-            raise DataError(f"pair {pair.id!r} names no wrong answer: give the base text's label, or judge among='vocabulary'")
-    return pairs
-
-
-@torch.no_grad()
-def _prepare(subject: Subject, batch: PairBatch, place: Place, position: Position) -> _Prepared:
-    walks, hiddens, source = [], [], None
-    for ids in (batch.clean, batch.corrupt):
-        walk = Walk(subject, ids, batch.real)
-        hidden = walk.hidden
-        for layer in range(place.layer):
-            hidden = walk.step(layer, hidden)
-        walks.append(walk)
-        hiddens.append(hidden)
-    with record(subject, cast(Any, place.site), layers=[place.layer]) as recording:
-        walks[1].step(place.layer, hiddens[1])
-    source = recording[place.site, place.layer]
-    answers = torch.zeros(len(batch.pairs), subject.anatomy.vocab_size, dtype=torch.bool, device=subject.device)
-    wrong = answers.clone()
-    for row, pair in enumerate(batch.pairs):
-        answers[row, list(pair.answers)] = True
-        wrong[row, list(pair.wrong_answers)] = True
-    last = torch.tensor([batch.shift(row) + len(pair.clean) - 1 for row, pair in enumerate(batch.pairs)])
-    return _Prepared(walks[0], hiddens[0], source, batch.positions(position), place, last, answers, wrong)
-
-
-def _prepared(subject: Subject, pairs: Pairs, place: Place, position: Position, tokens_per_batch: int) -> Iterator[_Prepared]:
-    check_fits(subject, pairs)
-    for pair in pairs:
-        if not pair.answers:
-            raise DataError(
-                f"pair {pair.id!r} names no answer: give what is right after the base text when the variable has the source's value"
-            )
-    for batch in batches(pairs, tokens_per_batch):
-        yield _prepare(subject, batch, place, position)
