@@ -122,7 +122,8 @@ def attribute(
             units = [
                 where[at // len(sets)].edit(value(where[0].site, where[at // len(sets)].layer), sets[at % len(sets)][1]) for at in checked
             ]
-            exact = Runs(base, judged).of([(unit,) for unit in units]) - unchanged
+            whole = Runs(base, judged)  # its own unchanged run: the differentiated one may round differently
+            exact = whole.of([(unit,) for unit in units]) - whole.unchanged()
             exact[np.stack([sets[at % len(sets)][2] for at in checked])] = np.nan  # no such position: nothing was patched
             gathered.put("exact", batch, exact)
         done += len(batch.pairs)
