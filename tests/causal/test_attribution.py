@@ -14,11 +14,11 @@ from torch import nn
 from mechscope.causal import attribute, patch
 from mechscope.causal.attribution import _drawn
 from mechscope.causal.places import places
-from mechscope.causal.texts import Runs, batches, metric_of
 from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, Gradients, Prefix, Reading, gradients, intervene, unembed
+from mechscope.scoring import Runs, batches, metric_of
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs

@@ -15,10 +15,10 @@ import numpy as np
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import Place, edits_of, places, places_of
 from mechscope.causal.sources import Source, source_named
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 

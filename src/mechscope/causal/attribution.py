@@ -27,12 +27,12 @@ from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
 from mechscope.causal.places import Place, places
 from mechscope.causal.sources import source_named
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of, score
 from mechscope.data.metrics import Metric
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients, unembed
 from mechscope.instrument.edits import HEAD_SITES
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of, score
 from mechscope.subject import Components, Subject
 
 # rows of logits differentiated at once: 256 × 50,257 × 4 bytes are 49 MiB

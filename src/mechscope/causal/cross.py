@@ -23,10 +23,10 @@ from torch import Tensor
 from mechscope.causal.effects import Effects, effects
 from mechscope.causal.parts import Index, Part, parts_of, set_of
 from mechscope.causal.places import edits_of
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Pair, Subject
 from mechscope.subject.anatomy import base_layer
 

@@ -27,11 +27,11 @@ from mechscope.causal.interchange import Among, Interchange, Position, exchange_
 from mechscope.causal.places import Place
 from mechscope.causal.steering import features_at, vector_site
 from mechscope.causal.subspace import Subspace, exchanged, precision, random_rotation
-from mechscope.causal.texts import Progress
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument import Edit, observed
 from mechscope.instrument.edits import EditSite, validate
+from mechscope.scoring import Progress
 from mechscope.stats.inference import share_interval
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechscope.causal.places import Place
-from mechscope.causal.texts import batches, check_fits
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Walk, intervene, record, unembed
 from mechscope.instrument.edits import EditSite
+from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 Position = str | int | Sequence[int]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import places
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Knockout, Prefix
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 

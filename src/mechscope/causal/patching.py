@@ -16,10 +16,10 @@ from torch import Tensor
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import places
 from mechscope.causal.sources import Source, source_named
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 
 Direction = Literal["denoise", "noise"]

@@ -21,12 +21,12 @@ from torch import Tensor
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction
 from mechscope.causal.places import Place, places_of
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of, score
 from mechscope.data.pairs import Pairs
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
 from mechscope.instrument.rerun import stubbed
 from mechscope.instrument.walk import Walk
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of, score
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 

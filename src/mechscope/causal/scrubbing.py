@@ -23,11 +23,11 @@ from torch import Tensor
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, places_of
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix
 from mechscope.instrument.edits import EditSite
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 

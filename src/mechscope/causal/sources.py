@@ -20,11 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechscope.causal.texts import batches
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, model_inputs, record
 from mechscope.instrument.record import Site
+from mechscope.scoring import batches
 from mechscope.subject import Subject
 
 Which = Literal["clean", "corrupt"]

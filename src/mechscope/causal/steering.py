@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, site_named
-from mechscope.causal.texts import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, Prefix, intervene, model_inputs, record
 from mechscope.instrument.edits import EditSite, Value, validate
+from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.subject import Subject
 
 # sites that hold one vector per token (of z: per token and head)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects
 from mechscope.causal.places import edits_of, places
-from mechscope.causal.texts import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix, intervene
 from mechscope.instrument.walk import Walk
+from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
 from mechscope.subject import Subject
 
 ROLES = (

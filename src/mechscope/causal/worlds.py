@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from mechscope.causal.effects import Effects, effects
 from mechscope.causal.places import edits_of, places_of
 from mechscope.causal.sources import Source, Which, source_named
-from mechscope.causal.texts import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
+from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 
 World = Mapping[str, str | Source]

@@ -115,7 +115,7 @@ class Prefix:
         def tap(call: AttentionCall) -> None:
             self._calls[call.layer] = call
 
-        with torch.no_grad(), observed(subject, tap if inside else None), _fused_activations(subject):
+        with torch.no_grad(), observed(subject, tap if inside else None), fused_activations(subject):
             walk = self._walk(1)
             with record(subject, *sorted(sites_kept)) as recording:
                 walk.run()
@@ -151,7 +151,7 @@ class Prefix:
         """
         if layer < 0:
             return Prefix(self.subject, self.input_ids, self.real).read(reading)
-        with observed(self.subject), _fused_activations(self.subject):
+        with observed(self.subject), fused_activations(self.subject):
             hidden = self.input_of(layer)
             return reading.take(self._walk(1).run(hidden, start=layer)[None])[0]
 
@@ -182,7 +182,7 @@ class Prefix:
             start = min(((change.layer, _STAGE[change.site]) for change in unit), default=(self.subject.anatomy.n_layers, 0))
             groups.setdefault(start, []).append(index)
         at_once = max(1, tokens_per_pass // self.input_ids.numel())
-        with observed(self.subject), _fused_activations(self.subject):
+        with observed(self.subject), fused_activations(self.subject):
             for start, members in sorted(groups.items()):
                 for first in range(0, len(members), at_once):
                     chunk = members[first : first + at_once]
@@ -321,7 +321,7 @@ def _is_norm(block: Block) -> bool:
 
 
 @contextlib.contextmanager
-def _fused_activations(subject: Subject) -> Iterator[None]:
+def fused_activations(subject: Subject) -> Iterator[None]:
     """Compute GPT-2's GELU by one kernel instead of the seven that transformers composes it of: the same function, equal to rounding.
 
     It is a seventh of a sweep's time (12 layers, 4,096 tokens at once).

@@ -1,6 +1,6 @@
-"""The texts a sweep runs over: batches, their metric, and runs of many units over them.
+"""Texts and the metric they are judged by: batches, one number per text, and runs of many units over them.
 
-Everything here keeps one number per text and unit; tables and intervals are made of these in `effects`.
+Every technique that changes a model and reads a metric goes through here; tables and intervals are made of these numbers elsewhere.
 """
 
 from __future__ import annotations
@@ -113,15 +113,15 @@ class Runs:
 
 
 @torch.no_grad()
-def metric_of(name: str, batch: PairBatch, reference: Prefix) -> Metric:
+def metric_of(name: str, batch: PairBatch, reference: Prefix | None) -> Metric:
     """Build a batch's metric; `kl` compares with a reference run.
 
     Args:
         name: One of `mechscope.data.metrics.METRICS`.
         batch: The pairs.
-        reference: The run of the clean texts.
+        reference: The run of the clean texts; only `kl` needs it.
     """
-    if name != "kl":
+    if name != "kl" or reference is None:
         return pair_metric(name, batch)
     rows = reference.read(Reading.of(read_at(name, batch)))
     logits = torch.cat([unembed(reference.subject, part) for part in rows.split(_ROWS)])

@@ -1,0 +1,1 @@
+"""Circuits: finding them, running them, judging them, comparing them."""

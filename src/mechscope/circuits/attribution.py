@@ -1,0 +1,302 @@
+"""Edge attribution patching: what closing every edge would do, to first order, from a few forward and backward passes.
+
+    score(u→v) = Σ (u's value in the other run − u's clean value) · ∂metric/∂(what v reads)         over positions; mean over texts
+
+    eap                  the gradient of the clean run                                                         Syed et al. 2023
+    clean-corrupted      the mean of the clean and the corrupt run's gradients                                 Hanna et al. 2024
+    eap-ig               the mean over m points between the corrupt and the clean embedding                    Hanna et al. 2024
+    eap-ig-activations   for each sender layer, the mean over m points between what it writes in both runs     Marks et al. 2024
+
+Integrated gradients mend what a single gradient misses where the metric is flat at one end. The score of a node is the sum over the edges that
+leave it (`Scores.node_table`): attribution patching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.circuits.forward import Source
+from mechscope.circuits.graph import Graph
+from mechscope.circuits.readings import ReadGradient, Readings
+from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.written import SITES, Written, fill_differences, scaled
+from mechscope.data.metrics import Metric
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import DataError, SettingsError
+from mechscope.instrument import Prefix, Reading
+from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.walk import Walk
+from mechscope.instrument.wiring import Wiring
+from mechscope.scoring import Gathered, Progress, batches, check_fits, metric_of
+from mechscope.subject import Subject
+
+Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Points = Literal["left", "midpoint"]
+# numbers of per-text scores that are kept: 800 MB in float32
+_KEPT = 200_000_000
+
+
+def attribute_edges(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    method: Method = "eap-ig",
+    steps: int = 5,
+    points: Points = "left",
+    metric: str = "logit-diff",
+    source: Source = "corrupt",
+    tokens_per_batch: int = 512,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every edge of a model by gradients.
+
+    Args:
+        subject: The model.
+        pairs: Clean and corrupt prompts.
+        method: One of `METHODS`.
+        steps: Points m of the integrated gradients.
+        points: Where they lie: `left` at k/m from the corrupt end, k = 0 … m − 1, as in the authors' code; `midpoint` at (k + ½)/m, which converges
+            faster.
+        metric: One of `mechscope.data.metrics.METRICS`.
+        source: What edges carry when they are closed: the corrupt run's values, `zero`, or means (`Written.mean_over`); `eap-ig` and `clean-corrupted`
+            need the corrupt run.
+        tokens_per_batch: Most tokens of a batch of pairs, padding included; decides the memory.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        Scores with `per_text` (kept unless there are more than 2·10⁸ of them); negative where closing the edge lowers the metric.
+
+    Raises:
+        MechscopeError: Pairs, metric, method or source do not fit the model or each other.
+    """
+    _check(subject, pairs, method, steps, points, metric, source)
+    wiring = Wiring(subject)
+    graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
+    gathered = Gathered(pairs) if len(pairs) * len(graph) <= _KEPT else None
+    total, done = np.zeros(len(graph)), 0
+    for batch in batches(pairs, tokens_per_batch):
+        scored = _Scored(subject, wiring, graph, batch, metric, source)
+        if method == "eap-ig-activations":
+            scored.along_activations(_fractions(steps, points))
+        else:
+            scored.along_inputs({"eap": [1.0], "clean-corrupted": [1.0, 0.0]}.get(method) or _fractions(steps, points))
+        found = graph.flat(scored.scores.float().cpu().numpy() if subject.dtype != torch.float64 else scored.scores.cpu().numpy())
+        total += found.sum(0, dtype=np.float64)
+        if gathered is not None:
+            gathered.put("scores", batch, found.T)
+        done += len(batch.pairs)
+        if progress is not None:
+            progress(f"scoring edges by {method}", done, len(pairs))
+    per_text = None if gathered is None else gathered["scores"].T
+    return Scores(
+        graph,
+        total / len(pairs),
+        per_text,
+        method,
+        _cost(method, steps, graph),
+        {"metric": metric, "source": _named(source), "points": points},
+    )
+
+
+def _fractions(steps: int, points: Points) -> list[float]:
+    """Return the shares of the clean end at which gradients are taken."""
+    return [(step + (0.5 if points == "midpoint" else 0.0)) / steps for step in range(steps)]
+
+
+def _named(source: Source) -> str:
+    return source if isinstance(source, str) else "mean"
+
+
+def _cost(method: Method, steps: int, graph: Graph) -> Cost:
+    match method:
+        case "eap":
+            return Cost(2, 1)
+        case "clean-corrupted":
+            return Cost(3, 2)
+        case "eap-ig":
+            return Cost(2 + steps, steps)
+    stages = 2 * graph.n_layers + 1
+    # a pass that begins at a layer runs only what lies behind it
+    share = (graph.n_layers + 1) / (2 * graph.n_layers) * (2 * graph.n_layers) / stages
+    return Cost(2 + stages * steps * share, stages * steps * share)
+
+
+def _check(subject: Subject, pairs: Pairs, method: str, steps: int, points: str, metric: str, source: Source) -> None:
+    if method not in METHODS:
+        raise SettingsError(f"method {method!r} is not known: use one of {', '.join(METHODS)}")
+    if points not in get_args(Points):
+        raise SettingsError(f"points {points!r} are not known: use {' or '.join(get_args(Points))}")
+    if steps < 1:
+        raise SettingsError(f"integrated gradients need at least one step, not {steps}")
+    if metric == "kl" and method == "eap":
+        raise SettingsError(
+            "metric 'kl' is least, so flat, at the clean run: its gradient there is 0; use eap-ig or clean-corrupted, or logit-diff"
+        )
+    if source != "corrupt" and method in ("eap-ig", "clean-corrupted"):
+        raise SettingsError(
+            f"method {method!r} runs between the clean and the corrupt text, so the source must be 'corrupt': use eap or eap-ig-activations"
+        )
+    if isinstance(source, str) and source not in ("corrupt", "zero"):
+        raise SettingsError(f"source {source!r} is not known: closed edges take the values of the corrupt run, of means, or zero")
+    check_fits(subject, pairs)
+    if source == "corrupt":
+        require_corrupt(pairs)
+
+
+def require_corrupt(pairs: Pairs) -> None:
+    """Refuse texts without a corrupt version that differs.
+
+    Raises:
+        DataError: A pair's two texts are the same.
+    """
+    for pair in pairs:
+        if pair.clean == pair.corrupt:
+            raise DataError(
+                f"pair {pair.id!r} has the same clean and corrupt text, so nothing differs to attribute: give pairs that differ"
+            )
+
+
+class _Scored:
+    """The scores of one batch, ``(batch, sender, receiver)``, filled pass by pass."""
+
+    def __init__(self, subject: Subject, wiring: Wiring, graph: Graph, batch: PairBatch, metric: str, source: Source) -> None:
+        self.subject, self.wiring, self.graph, self.batch, self.source = subject, wiring, graph, batch, source
+        self.clean_run: Prefix | None = None
+        if metric == "kl":
+            self.clean_run = Prefix(subject, batch.clean, batch.real, sites=SITES)
+        self.metric: Metric = metric_of(metric, batch, self.clean_run)
+        self.reading = Reading.of(self.metric.where)
+        self.real = None if bool(batch.real.all()) else batch.real
+        self.walk = Walk(subject, batch.clean.to(subject.device), self.real)
+        self.scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=subject.device)
+
+    def along_inputs(self, fractions: Sequence[float]) -> None:
+        """Add the gradients at some points between the corrupt (0) and the clean (1) embedding."""
+        given = self.walk.hidden
+        corrupt = given if self.source != "corrupt" else Walk(self.subject, self.batch.corrupt.to(self.subject.device), self.real).hidden
+        # a gradient pass at an end gives that end's values too
+        clean = None if 1.0 in fractions else self._of(self.batch.clean)
+        from_pass = clean is not None and 0.0 in fractions
+        other = self._of(self.batch.corrupt) if self.source == "corrupt" and not from_pass else None
+        differences = None
+        for fraction in sorted(fractions, key=lambda share: share not in (0.0, 1.0)):
+            hidden = given if fraction == 1.0 else corrupt + fraction * (given - corrupt)
+            readings = self._read(hidden.detach().requires_grad_(), 0)
+            if differences is None:
+                clean = clean or self._written(readings, given)
+                other = other or (self._written(readings, corrupt) if from_pass else self._replacement(clean))
+                differences = self._differences(other, clean)
+            for gradient in readings.each():
+                self._add(gradient, differences, slice(None), 1 / len(fractions))
+
+    def along_activations(self, fractions: Sequence[float]) -> None:
+        """For each layer's heads, each MLP and the input, add gradients at points between what they write in both runs."""
+        run = self.clean_run or Prefix(self.subject, self.batch.clean, self.batch.real, sites=SITES)
+        clean = Written.by(run, self.wiring)
+        other = self._of(self.batch.corrupt) if self.source == "corrupt" else self._replacement(clean)
+        differences = self._differences(other, clean)
+        for stage in self._stages(run, clean, other):
+            for fraction in fractions:
+                readings = stage.read(self, fraction)
+                for gradient in readings.each():
+                    self._add(gradient, differences, stage.senders, 1 / len(fractions))
+
+    def _stages(self, run: Prefix, clean: Written, other: Written) -> Iterator[_Stage]:
+        graph = self.graph
+        yield _Stage(slice(0, 1), 0, run.input_of(0), (other.embedding - clean.embedding).expand_as(clean.embedding), inside=False)
+        for layer in range(graph.n_layers):
+            written = run.recording["attention_output", layer]
+            change = other.attention(self.wiring, layer) - clean.attention(self.wiring, layer)
+            yield _Stage(graph.heads_of(layer), layer, run.input_of(layer), change.expand_as(written), inside=True, written=written)
+            place = graph.mlp_sender(layer)
+            after = run.recording["residual", layer]
+            yield _Stage(slice(place, place + 1), layer + 1, after, (other.mlp[layer] - clean.mlp[layer]).expand_as(after), inside=False)
+
+    def _replacement(self, clean: Written) -> Written:
+        return self.source if isinstance(self.source, Written) else Written.nothing(clean)
+
+    def _read(self, hidden: Tensor, first: int) -> Readings:
+        return Readings(self.walk, self.wiring, self.metric, self.reading, lambda walk: (hidden, first))
+
+    def _of(self, ids: Tensor) -> Written:
+        return Written.by(Prefix(self.subject, ids, self.batch.real, sites=SITES), self.wiring)
+
+    def _written(self, readings: Readings, embedding: Tensor) -> Written:
+        layers = range(self.graph.n_layers)
+        with torch.no_grad():
+            return Written(
+                embedding.detach(),
+                [scaled(self.wiring, layer, readings.z[layer]) for layer in layers],
+                [readings.mlp[layer] for layer in layers],
+            )
+
+    @torch.no_grad()
+    def _differences(self, other: Written, clean: Written) -> Float[Tensor, "sender batch token d_model"]:
+        out = self.walk.hidden.new_empty(len(self.graph.senders), *self.walk.hidden.shape)
+        return fill_differences(out, self.graph, self.wiring, other, clean)
+
+    @torch.no_grad()
+    def _add(self, found: ReadGradient, differences: Tensor, senders: slice, weight: float) -> None:
+        """Add the products of what senders write and the gradient of what receivers read, text by text."""
+        graph = self.graph
+        if found.kind == "logits":
+            rows = self.reading.take(differences[senders])  # (sender, read, d_model)
+            products = (rows * found.gradient).sum(-1).T
+            self.scores[:, senders, -1].index_add_(0, self.reading.example.to(products.device), products, alpha=weight)
+            return
+        if found.kind == "heads":
+            receivers, end = graph.readers_of(found.layer), graph.heads_of(found.layer).start
+        else:
+            place = graph.mlp_reader(found.layer)
+            receivers, end = slice(place, place + 1), graph.before_mlp(found.layer)
+        start, stop, _ = senders.indices(end)
+        if stop <= start:
+            return
+        given = differences[start:stop].flatten(2).transpose(0, 1)  # (batch, sender, token · d_model)
+        read = found.gradient.flatten(2).permute(1, 2, 0)  # (batch, token · d_model, receiver)
+        self.scores[:, start:stop, receivers].add_(torch.bmm(given, read), alpha=weight)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Senders that write at one place, and the pass that begins there with a mixture of both runs.
+
+    Attributes:
+        senders: Which senders.
+        layer: First block that runs.
+        hidden: The clean stream there.
+        change: What they would add to it in the other run.
+        inside: Whether they write inside that block (its heads).
+        written: What its attention writes in the clean run, for heads.
+    """
+
+    senders: slice
+    layer: int
+    hidden: Tensor
+    change: Tensor
+    inside: bool
+    written: Tensor | None = None
+
+    def read(self, scored: _Scored, fraction: float) -> Readings:
+        """Run from here with a share of the clean values."""
+
+        def begin(walk: Walk) -> tuple[Tensor, int]:
+            if self.written is None:
+                return (self.hidden + (1 - fraction) * self.change).requires_grad_(), self.layer
+            block = scored.subject.anatomy.blocks[self.layer]
+            mixed = (self.written + (1 - fraction) * self.change).requires_grad_()
+            if block.attention_write is block.attention:
+                with stubbed(block.attention, (mixed, None)):
+                    return walk.step(self.layer, self.hidden), self.layer + 1
+            with stubbed(block.attention, (self.hidden, None)), stubbed(block.attention_write, mixed):
+                return walk.step(self.layer, self.hidden), self.layer + 1
+
+        return Readings(scored.walk, scored.wiring, scored.metric, scored.reading, begin)

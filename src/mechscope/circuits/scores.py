@@ -1,0 +1,158 @@
+"""What a discovery method says of every edge, and the JSON format that circuits are exchanged in (MIB, EAP-IG).
+
+A score is the estimated change of the metric when the edge carries the other run's value instead of the clean one; it is negative where the edge
+holds the metric up. Per-text scores are kept where memory allows, so that intervals and resampled circuits cost no further run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from mechscope.circuits.graph import Circuit, Graph, sums_by_node
+from mechscope.errors import DataError
+from mechscope.stats.inference import benjamini_hochberg, paired_difference
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method computed, in passes over all texts.
+
+    Attributes:
+        forward: Forward passes.
+        backward: Backward passes.
+    """
+
+    forward: float
+    backward: float
+
+    def __str__(self) -> str:
+        return f"{self.forward:g} forward, {self.backward:g} backward passes"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of all edges by one method.
+
+    Attributes:
+        graph: The edges.
+        mean: Mean over texts; NaN where an edge was not scored.
+        per_text: Score of every text, or None where they were too many to keep or the method has none.
+        method: Which method.
+        cost: What it computed.
+        notes: What a reader should know of the run.
+    """
+
+    graph: Graph
+    mean: Float[np.ndarray, " edge"]
+    per_text: Float[np.ndarray, "text edge"] | None
+    method: str
+    cost: Cost
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, edge: str) -> float:
+        """Return the score of a named edge."""
+        return float(self.mean[self.graph.index(edge)])
+
+    def table(self) -> pd.DataFrame:
+        """Return one row per edge: `edge`, `sender`, `receiver`, their layers, `score` and, where texts are kept, `se`, `low`, `high`, `p`, `q`."""
+        graph = self.graph
+        senders, receivers = graph.edges.T
+        table = pd.DataFrame({"edge": graph.names})
+        table["sender"] = np.array(graph.senders, dtype=object)[senders]
+        table["receiver"] = np.array(graph.receivers, dtype=object)[receivers]
+        table["sender_layer"] = np.array(graph.layer_of(graph.senders))[senders]
+        table["receiver_layer"] = np.array(graph.layer_of(graph.receivers))[receivers]
+        table["score"] = self.mean
+        return _with_intervals(table, self.per_text)
+
+    def node_table(self) -> pd.DataFrame:
+        """Return one row per sender: `node`, `layer`, `score` (sum of its outgoing edges) and intervals as in `table`."""
+        graph = self.graph
+        table = pd.DataFrame({"node": graph.senders, "layer": graph.layer_of(graph.senders)})
+        table["score"] = sums_by_node(graph, self.mean)
+        return _with_intervals(table, None if self.per_text is None else sums_by_node(graph, self.per_text))
+
+
+def _with_intervals(table: pd.DataFrame, per_text: np.ndarray | None) -> pd.DataFrame:
+    table["n"] = 0 if per_text is None else len(per_text)
+    if per_text is not None:
+        found = paired_difference(per_text.astype(np.float64), np.zeros_like(per_text, dtype=np.float64))
+        table["se"], table["low"], table["high"] = found.standard_error, found.low, found.high
+        table["p"], table["q"] = found.p, benjamini_hochberg(found.p)
+    return table
+
+
+def to_json(circuit: Circuit, scores: Scores | None = None, *, model: str | None = None, fingerprint: str | None = None) -> str:
+    """Write a circuit in the format of MIB and EAP-IG.
+
+    Args:
+        circuit: Which edges.
+        scores: The scores of all edges; 0 without.
+        model: Where the model came from; kept under `mechscope`, which other readers ignore.
+        fingerprint: The model's hash, so that the file is not taken for another model's.
+    """
+    graph = circuit.graph
+    values = np.zeros(len(graph)) if scores is None else np.nan_to_num(scores.mean.astype(np.float64))
+    by_node = sums_by_node(graph, values)
+    nodes: dict[str, dict[str, Any]] = {
+        name: {"in_graph": bool(inside), "score": float(by_node[place])}
+        for place, (name, inside) in enumerate(zip(graph.senders, circuit.nodes, strict=True))
+    }
+    nodes["logits"] = {"in_graph": bool(circuit.edges[graph.edges[:, 1] == len(graph.receivers) - 1].any())}
+    edges = {
+        name: {"score": float(value), "in_graph": bool(inside)}
+        for name, value, inside in zip(graph.names, values, circuit.edges, strict=True)
+    }
+    cfg = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
+    about = {"model": model, "fingerprint": fingerprint, "method": None if scores is None else scores.method}
+    return json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges, "mechscope": about})
+
+
+def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = None) -> tuple[Circuit, Float[np.ndarray, " edge"]]:
+    """Read a circuit of a model from a file in the format of MIB and EAP-IG.
+
+    Args:
+        source: The file.
+        graph: The model's graph.
+        fingerprint: The model's hash; a file that says it belongs to another one is refused.
+
+    Returns:
+        The circuit, and the scores of all edges (0 for edges the file does not name).
+
+    Raises:
+        DataError: The file cannot be read, is not of this format, or belongs to another model.
+    """
+    try:
+        held = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"circuit file {str(source)!r} cannot be read: {error}") from error
+    if not isinstance(held, dict) or not all(isinstance(held.get(part), dict) for part in ("cfg", "nodes", "edges")):
+        raise DataError(f"circuit file {str(source)!r} is not in the format of MIB/EAP-IG: it needs 'cfg', 'nodes' and 'edges'")
+    cfg = held["cfg"]
+    own = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
+    for name, expected in own.items():
+        if name in cfg and cfg[name] != expected:
+            raise DataError(f"circuit file {str(source)!r} is of another model: {name} is {cfg[name]} there and {expected} here")
+    about = held.get("mechscope") or {}
+    if fingerprint and about.get("fingerprint") and about["fingerprint"] != fingerprint:
+        raise DataError(
+            f"circuit file {str(source)!r} was made of {about.get('model') or 'another model'} with other weights "
+            f"({about['fingerprint'][:12]}…, this model is {fingerprint[:12]}…): discover the circuit of this model, or read without a fingerprint"
+        )
+    edges, scores = np.zeros(len(graph), dtype=bool), np.zeros(len(graph))
+    places = {name: place for place, name in enumerate(graph.names)}
+    for name, entry in held["edges"].items():
+        if name not in places:
+            raise DataError(f"circuit file {str(source)!r} names edge {name!r}, which this model does not have")
+        if not isinstance(entry, dict) or not isinstance(entry.get("in_graph"), bool | int):
+            raise DataError(f"circuit file {str(source)!r}: edge {name!r} says nothing of 'in_graph'")
+        edges[places[name]] = bool(entry["in_graph"])
+        scores[places[name]] = float(entry.get("score") or 0.0)
+    return Circuit(graph, edges), scores

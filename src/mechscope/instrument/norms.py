@@ -1,0 +1,85 @@
+"""LayerNorm and RMS norm by one formula, with its derivative: what stands between the residual stream and its readers.
+
+Which of the two a module is, what is added under the root, and whether its gain is the weight or the weight plus one (Gemma) is seen from what the
+module does with random rows, not from its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechscope.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm or RMS norm: y = gain ⊙ (x − centre) · scale(x) + shift.
+
+    Attributes:
+        module: The norm.
+        centred: Whether the mean is taken off.
+        eps: What is added to the mean square.
+        offset: What is added to the weight to give the gain (1 in Gemma).
+    """
+
+    module: nn.Module
+    centred: bool
+    eps: float
+    offset: float
+
+    @property
+    def gain(self) -> Float[Tensor, " d"]:
+        """The factor of each dimension."""
+        weight = getattr(self.module, "weight", None)
+        if weight is None:
+            raise ModelError(f"{type(self.module).__name__} has no weight: norms without a gain are not supported here")
+        return weight.detach() + self.offset if self.offset else weight.detach()
+
+    @property
+    def shift(self) -> Float[Tensor, " d"] | None:
+        """What is added at the end."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    def normalised(self, x: Float[Tensor, "*rows d"]) -> tuple[Float[Tensor, "*rows d"], Float[Tensor, "*rows 1"]]:
+        """Return x̂ = (x − centre) · scale, and the scale."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return x * scale, scale
+
+    def pulled_back(self, x: Float[Tensor, "*rows d"], above: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """Carry the gradient at the norm's output to its input: scale · (g − centre(g) − x̂ · mean(x̂ · g)) with g = gain ⊙ gradient."""
+        standard, scale = self.normalised(x)
+        g = above * self.gain
+        if self.centred:
+            g = g - g.mean(-1, keepdim=True)
+        return scale * (g - standard * (standard * g).mean(-1, keepdim=True))
+
+
+def recognised(family: str, module: nn.Module) -> Norm:
+    """Find out which norm a module is, and check the formula on random rows.
+
+    Raises:
+        ModelError: It is neither a LayerNorm nor an RMS norm with a gain.
+    """
+    weight = getattr(module, "weight", None)
+    eps = next(
+        (float(value) for name in ("eps", "variance_epsilon", "epsilon") if (value := getattr(module, name, None)) is not None), None
+    )
+    if weight is not None and eps is not None:
+        generator = torch.Generator().manual_seed(0)
+        tolerance = 1e-2 if weight.element_size() == 2 else 1e-5
+        rows = (torch.randn(3, weight.shape[-1], generator=generator) + 0.5).to(weight)
+        for centred in (True, False):
+            for offset in (0.0, 1.0):
+                norm = Norm(module, centred, eps, offset)
+                expected = norm.normalised(rows)[0] * norm.gain + (0.0 if norm.shift is None else norm.shift)
+                # RMS norms compute in float32 whatever the type
+                if torch.allclose(module(rows).float(), expected.float(), rtol=tolerance, atol=tolerance):
+                    return norm
+    raise ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: circuits are not supported")

@@ -1,0 +1,133 @@
+"""Running one part of a block by itself: attention from given projections, the MLP on a given residual stream.
+
+The model's own code does it, so that rotary embeddings, norms of queries and keys, masks and activations are what they are in the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechscope.errors import ModelError
+from mechscope.instrument.attention import AttentionInputs, attend, observed
+from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.walk import Walk
+from mechscope.subject.anatomy import Block, Slice
+from mechscope.subject.load import Subject
+
+PARTS = ("query", "key", "value")
+
+
+def attention_inputs(
+    walk: Walk,
+    layer: int,
+    query: Float[Tensor, "batch token head d"],
+    key: Float[Tensor, "batch token head d"],
+    value: Float[Tensor, "batch token head d"],
+) -> AttentionInputs:
+    """Turn projections into what attention computes with, by the model's own code: norms of q and k, rotary embedding, mask, scaling.
+
+    Args:
+        walk: A pass of as many texts.
+        layer: Which block.
+        query: Each head's projection of what it read, bias included.
+        key: Likewise, one for every query head, also where key weights are shared.
+        value: Likewise.
+    """
+    block = walk.subject.anatomy.blocks[layer]
+    group = walk.subject.anatomy.n_heads // walk.subject.anatomy.n_kv_heads
+    found = []
+    for member in range(group):  # of each group of query heads, one brings its key and value
+        given = {"query": query, "key": key[:, :, member::group], "value": value[:, :, member::group]}
+        found.append(_caught(walk, layer, _outputs(block, given)))
+    if group == 1:
+        return found[0]
+    own = {name: torch.stack([getattr(one, name) for one in found], dim=2).flatten(1, 2) for name in ("key", "value")}
+    return AttentionInputs(**{**vars(found[0]), **own})
+
+
+def attention_of(walk: Walk, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "batch token head d"]:
+    """Return the heads' z from their projections; arguments as for `attention_inputs`."""
+    return attend(attention_inputs(walk, layer, query, key, value))
+
+
+class _Caught(Exception):
+    """Ends a block's forward where attention begins."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self.inputs = inputs
+
+
+def _caught(walk: Walk, layer: int, outputs: dict[nn.Module, Tensor]) -> AttentionInputs:
+    def stop(inputs: AttentionInputs) -> AttentionInputs:
+        raise _Caught(inputs)
+
+    with observed(walk.subject, rewrite=stop), ExitStack() as stack:
+        for module, output in outputs.items():
+            stack.enter_context(stubbed(module, output))
+        try:
+            walk.step(layer, walk.hidden)
+        except _Caught as caught:
+            return caught.inputs
+    raise ModelError(f"{walk.subject.family}: block {layer} does not call its attention")
+
+
+def _outputs(block: Block, given: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
+    """Lay projections out as the modules that make them give them."""
+    slices: dict[str, Slice] = {part: getattr(block, part) for part in PARTS}
+    found: dict[nn.Module, Tensor] = {}
+    for part, values in given.items():
+        where = slices[part]
+        module = where.module
+        sharing = [name for name in PARTS if slices[name].module is module]
+        if len(sharing) == 1:
+            found[module] = values.flatten(2)
+            continue
+        width = sum(given[name].shape[2] * given[name].shape[3] for name in sharing)
+        whole = found.get(module)
+        if whole is None:
+            whole = found[module] = values.new_empty(*values.shape[:2], width)
+        places = torch.cat([where.features(head) for head in _first_of_each(where)])
+        start, end = int(places[0]), int(places[-1]) + 1
+        if end - start == len(places):
+            whole[..., start:end] = values.flatten(2)
+        else:
+            whole[..., places.to(values.device)] = values.flatten(2)
+    return found
+
+
+def _first_of_each(part: Slice) -> list[int]:
+    return [part.starts.index(start) for start in dict.fromkeys(part.starts)]
+
+
+@contextmanager
+def without_attention(subject: Subject, layer: int, like: Tensor) -> Iterator[None]:
+    """Let a block's attention write nothing, so that its MLP reads the block's input."""
+    block = subject.anatomy.blocks[layer]
+    nothing = torch.zeros_like(like)
+    with ExitStack() as stack:
+        stack.enter_context(stubbed(block.attention, (nothing, None)))
+        if block.attention_write is not block.attention:
+            stack.enter_context(stubbed(block.attention_write, nothing))
+        yield
+
+
+def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+    """Return what a layer's MLP adds when it reads a given residual stream."""
+    block, kept = walk.subject.anatomy.blocks[layer], []
+
+    def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    handle = block.mlp_write.register_forward_hook(hook)
+    try:
+        with without_attention(walk.subject, layer, hidden):
+            walk.step(layer, hidden)
+    finally:
+        handle.remove()
+    return kept[0].view_as(hidden)

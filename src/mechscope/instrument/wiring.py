@@ -1,0 +1,118 @@
+"""What stands between the residual stream and the heads and MLPs that read and write it: norms, and each head's own weights.
+
+A head's query is a norm of the residual stream times the head's slice of W_Q; key and value likewise; an MLP reads through a norm of its own. What a
+head writes is z times its slice of W_O. Families with a norm behind attention (Gemma 2/3) write that times the norm's gain and scale; the scale
+is shared by the heads of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechscope.instrument.norms import Norm
+from mechscope.instrument.structure import Structure, discovered
+from mechscope.subject.anatomy import Slice, base_layer, is_conv1d, oriented_weight
+from mechscope.subject.load import Subject
+
+# what was found out of a model; the weights themselves are read anew each time
+_KNOWN: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One head projection of a layer: all heads' queries, keys or values.
+
+    Attributes:
+        weight: ``(stored head, d_head, d_model)``; grouped-query families store fewer keys and values than query heads.
+        bias: ``(stored head, d_head)`` or None.
+    """
+
+    weight: Float[Tensor, "stored d_head d_model"]
+    bias: Float[Tensor, "stored d_head"] | None
+
+
+class Wiring:
+    """How a model's heads and MLPs read and write, with the weights as they act now (an active adapter's change included).
+
+    Attributes:
+        subject: The model.
+        parallel: Whether a block's MLP reads what the block reads, without its heads.
+        group: Query heads that share a key and value.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        """Find out what stands where; once per model.
+
+        Raises:
+            ModelError: Heads or MLPs read the residual stream in a way that is not supported; the message names it.
+        """
+        self.subject = subject
+        found = _KNOWN.get(subject.plain)
+        if found is None:
+            found = _KNOWN[subject.plain] = discovered(subject)
+        self._structure = found
+        self.parallel = found.parallel
+        self.group = subject.anatomy.n_heads // subject.anatomy.n_kv_heads
+        self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.adapted else {}
+
+    def attention_norm(self, layer: int) -> Norm | None:
+        """Return the norm that a layer's heads read through."""
+        return self._structure.layers[layer].attention_norm
+
+    def mlp_norm(self, layer: int) -> Norm | None:
+        """Return the norm that a layer's MLP reads through."""
+        return self._structure.layers[layer].mlp_norm
+
+    def written_norm(self, layer: int) -> Norm | None:
+        """Return the norm behind attention, of families that have one."""
+        return self._structure.layers[layer].written_norm
+
+    def reader(self, layer: int, part: str) -> Reader:
+        """Return the weights of all heads' queries, keys or values of a layer."""
+        slices: Slice = getattr(self.subject.anatomy.blocks[layer], part)
+        starts = tuple(dict.fromkeys(slices.starts))
+        weight, bias = self._linear(slices)
+        return Reader(_cut(weight, starts, slices.width), None if bias is None else _cut(bias, starts, slices.width))
+
+    def writer(self, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
+        """Return each head's slice of W_O, as it turns z into what is written, and the projection's bias, which is no head's.
+
+        Behind a norm (Gemma 2/3) its gain is part of the weights.
+        """
+        slices = self.subject.anatomy.blocks[layer].output
+        weight, bias = self._linear(slices)
+        heads = _cut(weight.T, slices.starts, slices.width)
+        norm = self.written_norm(layer)
+        return (heads if norm is None else heads * norm.gain), bias
+
+    def written_scale(self, layer: int, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows 1 1"] | None:
+        """Return the scale that a norm behind attention gives all heads of a token; None without such a norm."""
+        norm = self.written_norm(layer)
+        if norm is None:
+            return None
+        whole = self.subject.anatomy.blocks[layer].output.module(z.flatten(-2))
+        return norm.normalised(whole)[1][..., None]
+
+    def _linear(self, part: Slice) -> tuple[Tensor, Tensor | None]:
+        if not self._adapted:
+            weight, bias = oriented_weight(part.module), getattr(base_layer(part.module), "bias", None)
+            return weight.detach(), None if bias is None else bias.detach()
+        stored = self._adapted[f"{part.name}.weight"]
+        return (stored.T if is_conv1d(part.module) else stored), self._adapted.get(f"{part.name}.bias")
+
+
+def _cut(values: Tensor, starts: tuple[int, ...], width: int) -> Tensor:
+    """Cut slices of the first axis and put them on an axis of their own; a view where they lie evenly."""
+    step = starts[1] - starts[0] if len(starts) > 1 else width
+    if all(start == starts[0] + place * step for place, start in enumerate(starts)):
+        return values.as_strided(
+            (len(starts), width, *values.shape[1:]),
+            (step * values.stride(0), *values.stride()),
+            values.storage_offset() + starts[0] * values.stride(0),
+        )
+    return torch.stack([values[start : start + width] for start in starts])
