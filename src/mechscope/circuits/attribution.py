@@ -22,14 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechscope.circuits.forward import Source
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.readings import ReadGradient, Readings
 from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import SITES, Written, fill_differences, scaled
+from mechscope.circuits.written import SITES, Source, Written, differences, require_source, scaled, source_name, written_in
 from mechscope.data.metrics import Metric
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.errors import DataError, SettingsError
+from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, Reading
 from mechscope.instrument.rerun import stubbed
 from mechscope.instrument.walk import Walk
@@ -102,17 +101,13 @@ def attribute_edges(
         per_text,
         method,
         _cost(method, steps, graph),
-        {"metric": metric, "source": _named(source), "points": points},
+        {"metric": metric, "source": source_name(source), "points": points},
     )
 
 
 def _fractions(steps: int, points: Points) -> list[float]:
     """Return the shares of the clean end at which gradients are taken."""
     return [(step + (0.5 if points == "midpoint" else 0.0)) / steps for step in range(steps)]
-
-
-def _named(source: Source) -> str:
-    return source if isinstance(source, str) else "mean"
 
 
 def _cost(method: Method, steps: int, graph: Graph) -> Cost:
@@ -144,24 +139,8 @@ def _check(subject: Subject, pairs: Pairs, method: str, steps: int, points: str,
         raise SettingsError(
             f"method {method!r} runs between the clean and the corrupt text, so the source must be 'corrupt': use eap or eap-ig-activations"
         )
-    if isinstance(source, str) and source not in ("corrupt", "zero"):
-        raise SettingsError(f"source {source!r} is not known: closed edges take the values of the corrupt run, of means, or zero")
     check_fits(subject, pairs)
-    if source == "corrupt":
-        require_corrupt(pairs)
-
-
-def require_corrupt(pairs: Pairs) -> None:
-    """Refuse texts without a corrupt version that differs.
-
-    Raises:
-        DataError: A pair's two texts are the same.
-    """
-    for pair in pairs:
-        if pair.clean == pair.corrupt:
-            raise DataError(
-                f"pair {pair.id!r} has the same clean and corrupt text, so nothing differs to attribute: give pairs that differ"
-            )
+    require_source(pairs, source)
 
 
 class _Scored:
@@ -186,42 +165,39 @@ class _Scored:
         clean = None if 1.0 in fractions else self._of(self.batch.clean)
         from_pass = clean is not None and 0.0 in fractions
         other = self._of(self.batch.corrupt) if self.source == "corrupt" and not from_pass else None
-        differences = None
+        apart: Tensor | None = None
         for fraction in sorted(fractions, key=lambda share: share not in (0.0, 1.0)):
             hidden = given if fraction == 1.0 else corrupt + fraction * (given - corrupt)
             readings = self._read(hidden.detach().requires_grad_(), 0)
-            if differences is None:
+            if apart is None:
                 clean = clean or self._written(readings, given)
-                other = other or (self._written(readings, corrupt) if from_pass else self._replacement(clean))
-                differences = self._differences(other, clean)
+                other = other or (self._written(readings, corrupt) if from_pass else written_in(self.source, self.batch, clean))
+                apart = self._apart(other, clean)
             for gradient in readings.each():
-                self._add(gradient, differences, slice(None), 1 / len(fractions))
+                self._add(gradient, apart, slice(None), 1 / len(fractions))
 
     def along_activations(self, fractions: Sequence[float]) -> None:
         """For each layer's heads, each MLP and the input, add gradients at points between what they write in both runs."""
         run = self.clean_run or Prefix(self.subject, self.batch.clean, self.batch.real, sites=SITES)
         clean = Written.by(run, self.wiring)
-        other = self._of(self.batch.corrupt) if self.source == "corrupt" else self._replacement(clean)
-        differences = self._differences(other, clean)
+        other = written_in(self.source, self.batch, clean)
+        apart = self._apart(other, clean)
         for stage in self._stages(run, clean, other):
             for fraction in fractions:
                 readings = stage.read(self, fraction)
                 for gradient in readings.each():
-                    self._add(gradient, differences, stage.senders, 1 / len(fractions))
+                    self._add(gradient, apart, stage.senders, 1 / len(fractions))
 
     def _stages(self, run: Prefix, clean: Written, other: Written) -> Iterator[_Stage]:
         graph = self.graph
         yield _Stage(slice(0, 1), 0, run.input_of(0), (other.embedding - clean.embedding).expand_as(clean.embedding), inside=False)
         for layer in range(graph.n_layers):
             written = run.recording["attention_output", layer]
-            change = other.attention(self.wiring, layer) - clean.attention(self.wiring, layer)
+            change = other.attention(layer) - clean.attention(layer)
             yield _Stage(graph.heads_of(layer), layer, run.input_of(layer), change.expand_as(written), inside=True, written=written)
             place = graph.mlp_sender(layer)
             after = run.recording["residual", layer]
             yield _Stage(slice(place, place + 1), layer + 1, after, (other.mlp[layer] - clean.mlp[layer]).expand_as(after), inside=False)
-
-    def _replacement(self, clean: Written) -> Written:
-        return self.source if isinstance(self.source, Written) else Written.nothing(clean)
 
     def _read(self, hidden: Tensor, first: int) -> Readings:
         return Readings(self.walk, self.wiring, self.metric, self.reading, lambda walk: (hidden, first))
@@ -236,19 +212,19 @@ class _Scored:
                 embedding.detach(),
                 [scaled(self.wiring, layer, readings.z[layer]) for layer in layers],
                 [readings.mlp[layer] for layer in layers],
+                self.wiring,
             )
 
     @torch.no_grad()
-    def _differences(self, other: Written, clean: Written) -> Float[Tensor, "sender batch token d_model"]:
-        out = self.walk.hidden.new_empty(len(self.graph.senders), *self.walk.hidden.shape)
-        return fill_differences(out, self.graph, self.wiring, other, clean)
+    def _apart(self, other: Written, clean: Written) -> Float[Tensor, "sender batch token d_model"]:
+        return differences(self.graph, other, clean)
 
     @torch.no_grad()
-    def _add(self, found: ReadGradient, differences: Tensor, senders: slice, weight: float) -> None:
+    def _add(self, found: ReadGradient, apart: Tensor, senders: slice, weight: float) -> None:
         """Add the products of what senders write and the gradient of what receivers read, text by text."""
         graph = self.graph
         if found.kind == "logits":
-            rows = self.reading.take(differences[senders])  # (sender, read, d_model)
+            rows = self.reading.take(apart[senders])  # (sender, read, d_model)
             products = (rows * found.gradient).sum(-1).T
             self.scores[:, senders, -1].index_add_(0, self.reading.example.to(products.device), products, alpha=weight)
             return
@@ -260,7 +236,7 @@ class _Scored:
         start, stop, _ = senders.indices(end)
         if stop <= start:
             return
-        given = differences[start:stop].flatten(2).transpose(0, 1)  # (batch, sender, token · d_model)
+        given = apart[start:stop].flatten(2).transpose(0, 1)  # (batch, sender, token · d_model)
         read = found.gradient.flatten(2).permute(1, 2, 0)  # (batch, token · d_model, receiver)
         self.scores[:, start:stop, receivers].add_(torch.bmm(given, read), alpha=weight)
 

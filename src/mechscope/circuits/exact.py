@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from mechscope.circuits.attribution import require_corrupt
-from mechscope.circuits.forward import CircuitRuns, Source
+from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.written import Source, require_source
 from mechscope.data.pairs import Pairs
 from mechscope.scoring import Gathered, Progress, batches, check_fits
 from mechscope.subject import Subject
@@ -55,8 +55,7 @@ def exact_effects(
     """
     graph = Graph.of(subject)
     check_fits(subject, pairs)
-    if source == "corrupt":
-        require_corrupt(pairs)
+    require_source(pairs, source)
     chosen = np.flatnonzero(_chosen(graph, edges))
     # edges into one receiver stand together: they begin at the same place
     chosen = chosen[np.argsort(graph.edges[chosen, 1], kind="stable")]

@@ -14,15 +14,13 @@ receivers cost one matrix product with the senders' differences, then each passe
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.mixer import Mixer, Other
-from mechscope.circuits.written import SITES, Written, expanded, scaled
+from mechscope.circuits.written import SITES, Source, Written, differences, expanded, scaled, written_in
 from mechscope.data.pairs import PairBatch
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import Prefix, Reading, observed
@@ -33,7 +31,6 @@ from mechscope.instrument.wiring import Wiring
 from mechscope.scoring import metric_of, score
 from mechscope.subject import Subject
 
-Source = Literal["corrupt", "zero"] | Written
 # numbers that edge sets side by side may hold at once: 256 MiB in float32
 _NUMBERS = 2**26
 
@@ -57,7 +54,7 @@ class CircuitRuns:
             subject: The model.
             batch: The pairs.
             metric: One of `mechscope.data.metrics.METRICS`.
-            source: `corrupt`, `zero`, or what was written on average (`Written.mean_over`).
+            source: What closed edges carry: values of the `corrupt` run, `zero`, means (`Written.mean_over`), or another model's clean run.
 
         Raises:
             MechscopeError: The pairs, the metric or the model cannot be used.
@@ -70,18 +67,10 @@ class CircuitRuns:
         self.metric = metric_of(metric, batch, self._clean)
         self._reading = Reading.of(self.metric.where)
         self._clean_written = Written.by(self._clean, self.wiring)
-        if source == "corrupt":
-            run = Prefix(subject, batch.corrupt, batch.real, sites=SITES)
-            self._other = Other.of_run(run, self.wiring)
-        elif source == "zero":
-            self._other = Other.of_values(Written.nothing(self._clean_written), self.wiring, self._clean.input_of(0))
-        elif isinstance(source, Written):
-            self._other = Other.of_values(source, self.wiring, self._clean.input_of(0))
-        else:
-            raise SettingsError(f"source {source!r} is not known: closed edges take the values of the corrupt run, of means, or zero")
+        self._other = Other.of(written_in(source, batch, self._clean_written), self.wiring, self._clean.input_of(0))
         self.clean: Float[Tensor, " batch"] = score(subject, self._clean.read(self._reading)[None], self.metric)[0]
         self.corrupt: Float[Tensor, " batch"] = score(subject, self._reading.take(self._other.final[None]), self.metric)[0]
-        self._differences: list[Tensor] = []
+        self._differences: Tensor | None = None
         self._walks: dict[int, Walk] = {}
         graph = self.graph
         place = [2 * layer for layer in range(graph.n_layers) for _ in range(3 * graph.n_heads + 1)]
@@ -175,9 +164,10 @@ class CircuitRuns:
 
     def _heads(self, layer: int, z: Tensor, units: int) -> Tensor:
         """Return what each head writes less what it writes in the other run, ``(unit, head, batch, token, d_model)``."""
-        kept = scaled(self.wiring, layer, z).unflatten(0, (units, -1)) - self._other.written.z[layer]
-        found = expanded(self.wiring, layer, kept.flatten(0, 1))
-        return found.unflatten(1, (units, -1)).transpose(0, 1)
+        kept, other = scaled(self.wiring, layer, z).unflatten(0, (units, -1)), self._other.written
+        if other.wiring.subject is self.subject:
+            return expanded(self.wiring, layer, (kept - other.z[layer]).flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1)
+        return expanded(self.wiring, layer, kept.flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1) - other.heads(layer)
 
     def _partial(self, edges: Tensor, layer: int, *, learning: bool) -> list[int]:
         """Return the receivers of a layer's heads that some unit does not let read everything."""
@@ -209,14 +199,6 @@ class CircuitRuns:
 
     def clean_differences(self, senders: int) -> Float[Tensor, "sender batch token d_model"]:
         """Return what the first senders write in the clean run less what they write in the other one, kept for later calls."""
-        held = sum(len(block) for block in self._differences)
-        if held < senders:
-            one, other = self._clean_written, self._other.written
-            blocks = [(one.embedding - other.embedding)[None]]
-            for layer in range(self.graph.n_layers):
-                if self.graph.heads_of(layer).start >= senders:
-                    break
-                blocks.append(one.heads(self.wiring, layer, minus=other))
-                blocks.append((one.mlp[layer] - other.mlp[layer])[None])
-            self._differences = [torch.cat(blocks)]
-        return self._differences[0][:senders]
+        if self._differences is None or len(self._differences) < senders:
+            self._differences = differences(self.graph, self._clean_written, self._other.written, senders=senders)
+        return self._differences[:senders]

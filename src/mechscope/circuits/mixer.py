@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.written import Written
-from mechscope.errors import DataError
-from mechscope.instrument import Prefix, Reading
+from mechscope.instrument import Reading
 from mechscope.instrument.parts import PARTS
 from mechscope.instrument.wiring import Wiring
 
@@ -31,24 +30,20 @@ class Other:
         self.final = final
 
     @classmethod
-    def of_run(cls, run: Prefix, wiring: Wiring) -> Other:
-        layers = range(run.subject.anatomy.n_layers)
-        before = [run.input_of(layer) for layer in layers]
-        after = [before[layer] + run.recording["attention_output", layer] for layer in layers]
-        return cls(Written.by(run, wiring), before, after, run.recording["residual", layers[-1]])
+    def of(cls, written: Written, wiring: Wiring, like: Float[Tensor, "batch token d_model"]) -> Other:
+        """Add up what every sender writes; the biases of output projections, which are no sender's, are those of the model that is run.
 
-    @classmethod
-    def of_values(cls, written: Written, wiring: Wiring, like: Tensor) -> Other:
-        """Build the stream of values that no run produced."""
-        if written.embedding.shape[0] not in (1, like.shape[0]) or written.embedding.shape[-1] != like.shape[-1]:
-            raise DataError(
-                f"the values closed edges should take have shape {tuple(written.embedding.shape)}, the batch has {tuple(like.shape)}: "
-                "average them over the same model's texts"
-            )
+        Args:
+            written: What the senders write.
+            wiring: The model that is run.
+            like: A residual stream of the batch.
+        """
         before, after, stream = [], [], written.embedding.expand_as(like)
         for layer, mlp in enumerate(written.mlp):
             before.append(stream)
-            stream = stream + written.attention(wiring, layer)
+            _, bias = wiring.writer(layer)
+            stream = stream + written.attention(layer)
+            stream = stream if bias is None else stream + bias
             after.append(stream)
             stream = stream + mlp
         return cls(written, before, after, stream)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Prefix
 from mechscope.instrument.wiring import Wiring
 from mechscope.scoring import batches
@@ -31,20 +33,20 @@ class Written:
         embedding: ``(batch, token, d_model)``.
         z: By layer, ``(batch, token, head, d_head)``.
         mlp: By layer, ``(batch, token, d_model)``.
+        wiring: The weights that turn z into what is written: those of the model that ran.
     """
 
     embedding: Float[Tensor, "batch token d_model"]
     z: Sequence[Float[Tensor, "batch token head d_head"]]
     mlp: Sequence[Float[Tensor, "batch token d_model"]]
+    wiring: Wiring
 
     @classmethod
     def by(cls, run: Prefix, wiring: Wiring) -> Written:
         """Take what a run's senders wrote."""
         layers = range(run.subject.anatomy.n_layers)
-        z = [run.recording["z", layer] for layer in layers]
-        return cls(
-            run.input_of(0), [scaled(wiring, layer, z[layer]) for layer in layers], [run.recording["mlp_output", layer] for layer in layers]
-        )
+        z = [scaled(wiring, layer, run.recording["z", layer]) for layer in layers]
+        return cls(run.input_of(0), z, [run.recording["mlp_output", layer] for layer in layers], wiring)
 
     @classmethod
     def nothing(cls, like: Written) -> Written:
@@ -53,6 +55,7 @@ class Written:
             torch.zeros_like(like.embedding[:1, :1]),
             [torch.zeros_like(z[:1, :1]) for z in like.z],
             [torch.zeros_like(mlp[:1, :1]) for mlp in like.mlp],
+            like.wiring,
         )
 
     @classmethod
@@ -73,7 +76,7 @@ class Written:
             total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
             tokens += int(mask.sum())
         assert total is not None  # `batches` refuses an empty set
-        return cls.of_parts([x / tokens for x in total])
+        return cls.of_parts([x / tokens for x in total], wiring)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -81,20 +84,22 @@ class Written:
         return [self.embedding, *(x for pair in zip(self.z, self.mlp, strict=True) for x in pair)]
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Tensor]) -> Written:
+    def of_parts(cls, parts: Sequence[Tensor], wiring: Wiring) -> Written:
         """Put parts together again."""
-        return cls(parts[0], parts[1::2], parts[2::2])
+        return cls(parts[0], parts[1::2], parts[2::2], wiring)
 
-    def heads(self, wiring: Wiring, layer: int, minus: Written | None = None) -> Float[Tensor, "head batch token d_model"]:
-        """Expand what a layer's heads write to the residual stream, less what they write in another run."""
-        z = self.z[layer] if minus is None else self.z[layer] - minus.z[layer]
-        return expanded(wiring, layer, z)
+    def heads(self, layer: int, minus: Written | None = None) -> Float[Tensor, "head batch token d_model"]:
+        """Expand what a layer's heads write to the residual stream, less what they write in another run (of this model or another)."""
+        if minus is None:
+            return expanded(self.wiring, layer, self.z[layer])
+        if minus.wiring.subject is self.wiring.subject:
+            return expanded(self.wiring, layer, self.z[layer] - minus.z[layer])
+        return self.heads(layer) - minus.heads(layer)
 
-    def attention(self, wiring: Wiring, layer: int) -> Float[Tensor, "batch token d_model"]:
-        """Return what a layer's attention writes, the projection's bias included."""
-        weight, bias = wiring.writer(layer)
-        written = self.z[layer].flatten(2) @ weight.flatten(0, 1)
-        return written if bias is None else written + bias
+    def attention(self, layer: int) -> Float[Tensor, "batch token d_model"]:
+        """Return what a layer's heads write together, without the projection's bias."""
+        weight, _ = self.wiring.writer(layer)
+        return self.z[layer].flatten(2) @ weight.flatten(0, 1)
 
 
 def scaled(wiring: Wiring, layer: int, z: Tensor) -> Tensor:
@@ -110,12 +115,85 @@ def expanded(wiring: Wiring, layer: int, z: Float[Tensor, "batch token head d_he
     return torch.bmm(z.permute(2, 0, 1, 3).reshape(heads, batch * tokens, -1), weight).view(heads, batch, tokens, -1)
 
 
-def fill_differences(
-    out: Float[Tensor, "sender batch token d_model"], graph: Graph, wiring: Wiring, one: Written, other: Written
-) -> Float[Tensor, "sender batch token d_model"]:
-    """Write what each sender writes in one run less what it writes in another into a tensor, in the graph's order."""
+def differences(graph: Graph, one: Written, other: Written, *, senders: int | None = None) -> Float[Tensor, "sender batch token d_model"]:
+    """Return what each sender writes in one run less what it writes in another, in the graph's order.
+
+    Args:
+        graph: The model's edges.
+        one: A run.
+        other: Another.
+        senders: At least the first so many are wanted, whole layers at a time; None for all.
+    """
+    last = graph.n_layers
+    if senders is not None:
+        last = next((layer for layer in range(graph.n_layers) if graph.heads_of(layer).start >= senders), graph.n_layers)
+    shape = torch.broadcast_shapes(one.embedding.shape, other.embedding.shape)
+    out = one.embedding.new_empty(1 + last * (graph.n_heads + 1), *shape)
     out[0] = one.embedding - other.embedding
-    for layer in range(graph.n_layers):
-        out[graph.heads_of(layer)] = one.heads(wiring, layer, minus=other)
+    for layer in range(last):
+        out[graph.heads_of(layer)] = one.heads(layer, minus=other)
         out[graph.mlp_sender(layer)] = one.mlp[layer] - other.mlp[layer]
     return out
+
+
+Source = Literal["corrupt", "zero"] | Written | Subject
+
+
+def written_in(source: Source, batch: PairBatch, clean: Written) -> Written:
+    """Return what closed edges carry.
+
+    Args:
+        source: `corrupt`: the run of the corrupt texts; `zero`; an average (`Written.mean_over`); or another model of the same architecture, whose
+            run of the clean texts is meant.
+        batch: The pairs.
+        clean: What is written in the clean run.
+
+    Raises:
+        MechscopeError: The source is none of these, or of another architecture.
+    """
+    wiring = clean.wiring
+    if source == "zero":
+        return Written.nothing(clean)
+    if source == "corrupt":
+        return Written.by(Prefix(wiring.subject, batch.corrupt, batch.real, sites=SITES), wiring)
+    if isinstance(source, Subject):
+        own, given = wiring.subject.anatomy, source.anatomy
+        for name in ("n_layers", "n_heads", "d_model", "d_head"):
+            if getattr(own, name) != getattr(given, name):
+                raise ModelError(
+                    f"closed edges cannot take values of {source.source!r}: {name} is {getattr(given, name)} there, {getattr(own, name)} here"
+                )
+        return Written.by(Prefix(source, batch.clean, batch.real, sites=SITES), Wiring(source))
+    if not isinstance(source, Written):
+        raise SettingsError(
+            f"source {source!r} is not known: closed edges take values of the corrupt run, of means, of another model, or zero"
+        )
+    if (
+        source.embedding.shape[0] not in (1, clean.embedding.shape[0])
+        or len(source.z) != len(clean.z)
+        or source.z[0].shape[2:] != clean.z[0].shape[2:]
+    ):
+        raise DataError(
+            f"the means closed edges should take have shape {tuple(source.z[0].shape)}, not this model's: average them over its own texts"
+        )
+    return source
+
+
+def require_source(pairs: Pairs, source: Source) -> None:
+    """Refuse texts without a corrupt version that differs, where closed edges should take its values.
+
+    Raises:
+        DataError: A pair's two texts are the same.
+    """
+    for pair in pairs if source == "corrupt" else ():
+        if pair.clean == pair.corrupt:
+            raise DataError(
+                f"pair {pair.id!r} has the same clean and corrupt text, so closing an edge changes nothing: give pairs that differ"
+            )
+
+
+def source_name(source: Source) -> str:
+    """Say in a word what closed edges carry."""
+    if isinstance(source, str):
+        return source
+    return source.source if isinstance(source, Subject) else "mean"

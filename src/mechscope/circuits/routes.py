@@ -1,0 +1,75 @@
+"""Information-flow routes: how much of what every part reads came from each sender, from one forward pass (Ferrando & Voita 2024).
+
+    importance(u→v) = max(0, ‖x_v‖₁ − ‖x_v − w_u‖₁), divided by its sum over u          mean over tokens and texts
+
+with x_v the residual stream that v reads and w_u what u writes to it. No corrupt text and no metric: it says what flows, not what matters. All queries,
+keys and values of a layer read the same stream, so their edges from one sender score alike. Tokens are averaged, as in EAP-IG's code; the
+authors also follow single tokens through attention.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.circuits.graph import Graph
+from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.written import SITES, Written, differences
+from mechscope.data.pairs import Pairs
+from mechscope.instrument import Prefix
+from mechscope.instrument.wiring import Wiring
+from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.subject import Subject
+
+
+@torch.no_grad()
+def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, progress: Progress | None = None) -> Scores:
+    """Score every edge by its share in what its receiver reads.
+
+    Args:
+        subject: The model.
+        pairs: The clean texts are run.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        progress: Called with a label, what is done and how much there is.
+
+    Returns:
+        Scores between 0 and 1; the edges into one receiver sum to 1.
+
+    Raises:
+        MechscopeError: The texts do not fit the model.
+    """
+    check_fits(subject, pairs)
+    wiring = Wiring(subject)
+    graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
+    gathered, done = Gathered(pairs), 0
+    for batch in batches(pairs, tokens_per_batch):
+        run = Prefix(subject, batch.clean, batch.real, sites=SITES)
+        clean = Written.by(run, wiring)
+        written = differences(graph, clean, Written.nothing(clean))
+        real = batch.real.to(subject.device)
+        scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=subject.device)
+        for layer in range(graph.n_layers):
+            before = run.input_of(layer)
+            heads = _shares(before, written[: graph.heads_of(layer).start], real)
+            scores[:, : heads.shape[1], graph.readers_of(layer)] = heads[..., None]
+            read = before if graph.parallel else before + run.recording["attention_output", layer]
+            mlp = _shares(read, written[: graph.before_mlp(layer)], real)
+            scores[:, : mlp.shape[1], graph.mlp_reader(layer)] = mlp
+        scores[:, :, -1] = _shares(run.recording["residual", graph.n_layers - 1], written, real)
+        gathered.put("shares", batch, graph.flat(scores.double().cpu().numpy()).T)
+        done += len(batch.pairs)
+        if progress is not None:
+            progress("following the flow", done, len(pairs))
+    per_text: Float[np.ndarray, "text edge"] = gathered["shares"].T
+    return Scores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none"})
+
+
+def _shares(read: Tensor, written: Float[Tensor, "sender batch token d_model"], real: Tensor) -> Float[Tensor, "batch sender"]:
+    """Return each sender's share in what is read, averaged over a text's tokens."""
+    whole = read.abs().sum(-1)
+    near = torch.stack([(whole - (read - one).abs().sum(-1)).clamp(min=0) for one in written])  # (sender, batch, token)
+    total = near.sum(0)
+    share = torch.where(total > 0, near / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0) * real
+    return (share.sum(-1) / real.sum(-1)).T
