@@ -19,7 +19,17 @@ from typing import Annotated, Any
 import typer
 
 from mechscope.errors import MechscopeError
-from mechscope.studies.settings import AblateSettings, BakeOffSettings, DiffSettings, PatchSettings, StudySettings, TuneSettings, resolve
+from mechscope.studies.settings import (
+    AblateSettings,
+    BakeOffSettings,
+    CircuitDiffSettings,
+    CircuitSettings,
+    DiffSettings,
+    PatchSettings,
+    StudySettings,
+    TuneSettings,
+    resolve,
+)
 
 app = typer.Typer(
     name="mechscope",
@@ -187,6 +197,32 @@ def ablate(out: Out, given: dict[str, Any], config: Config = None) -> None:
     with progress() as report:
         found = ablate_run(settings, out, command=_command(), progress=report)
     show_effects(found)
+
+
+@app.command()
+@_with_flags(CircuitSettings, "model")
+def circuit(out: Out, given: dict[str, Any], config: Config = None) -> None:
+    """Find the circuit that does a task: score every edge, choose, and judge it beside random circuits."""
+    settings = resolve(CircuitSettings, config, **given)
+    from mechscope.studies.circuits import circuit_run
+    from mechscope.studies.console import progress, show_circuits
+
+    with progress() as report:
+        found = circuit_run(settings, out, command=_command(), progress=report)
+    show_circuits(found)
+
+
+@app.command("circuit-diff")
+@_with_flags(CircuitDiffSettings, "base", "tuned")
+def circuit_diff(out: Out, given: dict[str, Any], config: Config = None) -> None:
+    """Compare a task's circuit before and after fine-tuning: overlap, shifts, and which tuned edges carry the gain."""
+    settings = resolve(CircuitDiffSettings, config, **given)
+    from mechscope.studies.circuits import circuit_diff_run
+    from mechscope.studies.console import progress, show_circuits
+
+    with progress() as report:
+        found = circuit_diff_run(settings, out, command=_command(), progress=report)
+    show_circuits(found)
 
 
 @app.command()

@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 
 from mechscope.adapt import bakeoff
-from mechscope.adapt.arms import NO_SEED, BakeOffSettings, plan, random_layers
+from mechscope.adapt.arms import NO_SEED, BakeOffSettings, plan
 from mechscope.adapt.bakeoff import BakeOff, bake_off
 from mechscope.adapt.comparison import steps_to
 from mechscope.adapt.generate import Decoding, encode_prompts, summarize
+from mechscope.adapt.places import random_layers
 from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import place
 from mechscope.adapt.training import tune

@@ -196,3 +196,44 @@ def test_a_whole_bakeoff_reaches_the_table() -> None:
     assert table.loc["fewer_steps.equal_rank", "verdict"] == "supported"
     assert table.loc["fewer_parameters", "verdict"] == "supported"
     assert table.loc["targeted_vs_random.equal_rank", "verdict"] == "undecided"
+
+
+def circuit_summary(standard: tuple[float, float, float], random: tuple[float, float, float], seeds: int = 3) -> pd.DataFrame:
+    """Return intervals where the circuit differs so at equal parameters, and targeted layers decide nothing."""
+    targeted = summary(standard=(0.0, -0.9, 0.9), random=(0.0, -0.9, 0.9))
+    circuit = summary(standard=standard, random=random, seeds=seeds).query("strategy == 'targeted_layers'").assign(strategy="circuit")
+    return pd.concat([targeted, circuit], ignore_index=True).assign(protocol="equal_parameters")
+
+
+@pytest.mark.parametrize(
+    ("standard", "random", "verdicts"),
+    [
+        ((-0.001, -0.004, 0.002), (0.010, 0.002, 0.018), ("supported", "supported")),  # worse than standard by less than half a point
+        ((-0.030, -0.040, -0.020), (-0.001, -0.004, 0.002), ("contradicted", "undecided")),
+    ],
+)
+def test_the_circuit_is_judged_by_its_own_differences(
+    standard: tuple[float, float, float], random: tuple[float, float, float], verdicts: tuple[str, str]
+) -> None:
+    intervals = circuit_summary(standard, random)
+    found = [claim(f"circuit_vs_{other}.equal_parameters", intervals=intervals) for other in ("standard", "random")]
+    assert tuple(one.verdict for one in found) == verdicts
+    assert [(one.value, one.low, one.high) for one in found] == [pytest.approx(standard), pytest.approx(random)]
+    assert "circuit minus random circuits" in found[1].measured
+
+
+def test_one_seed_decides_nothing_about_the_circuit() -> None:
+    intervals = circuit_summary((0.010, 0.002, 0.018), (0.010, 0.002, 0.018), seeds=1)
+    assert claim("circuit_vs_random.equal_parameters", intervals=intervals).verdict == "undecided"
+
+
+def circuit_claims(intervals: pd.DataFrame) -> list[str]:
+    return [found.claim for found in training_claims(None, intervals, None) if found.claim.startswith("circuit")]
+
+
+def test_claims_about_a_circuit_that_was_not_compared_are_left_out() -> None:
+    assert circuit_claims(summary(standard=(0.010, 0.002, 0.018))) == []
+    without_control = circuit_summary((0.010, 0.002, 0.018), (NAN,) * 3)
+    assert circuit_claims(without_control) == ["circuit_vs_standard.equal_parameters"]
+    # with fewer parameters than the standard the place alone is not compared
+    assert circuit_claims(without_control.assign(protocol="equal_rank")) == []

@@ -2,30 +2,47 @@
 
 Two protocols. At `equal_rank` every placement has the standard's rank, as in paper 1: fewer layers then also means fewer parameters. At
 `equal_parameters` ranks are solved so that each placement has as many trainable parameters as the standard (within 2 %), so only the place
-differs. More rank for the targets (CircuitLoRA, arXiv 2502.11812) keeps half the standard's rank everywhere else. Full fine-tuning and the
-untouched base are references, outside both protocols. The controls are random layers, drawn anew for every seed, and the last layers.
+differs. More rank for the targets (CircuitLoRA, arXiv 2502.11812) keeps half the standard's rank everywhere else. A circuit can be used both
+ways: LoRA in its heads and MLPs alone, or more rank in its critical layers. Full fine-tuning and the untouched base are references, outside
+both protocols. The controls are random layers and random circuits, drawn anew for every seed, and the last layers.
+
+A circuit names its MLPs one by one, so they are adapted whatever `modules` says of whole layers. That shifts the budget from attention to MLPs,
+not its size: the standard's trainable parameters bind every placement at equal parameters.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mechscope.adapt.budget import spend
 from mechscope.adapt.generate import PAPER, Decoding
+from mechscope.adapt.places import random_circuit, random_layers
 from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import Modules, Placement, find_targets, place, placement
 from mechscope.errors import SettingsError
+from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.components import Components
 
-Strategy = Literal["standard", "targeted_layers", "targeted_heads", "more_rank", "random_layers", "last_layers", "full", "none"]
+Strategy = Literal[
+    "standard",
+    "targeted_layers",
+    "targeted_heads",
+    "more_rank",
+    "circuit",
+    "circuit_rank",
+    "random_layers",
+    "random_circuit",
+    "last_layers",
+    "full",
+    "none",
+]
 Protocol = Literal["equal_rank", "equal_parameters", "reference"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 PROTOCOLS: tuple[Protocol, ...] = ("equal_rank", "equal_parameters")
 REFERENCES: tuple[Strategy, ...] = ("full", "none")
+MORE_RANK: tuple[Strategy, ...] = ("more_rank", "circuit_rank")
 NO_SEED = -1  # the untouched base was trained from no seed
 
 
@@ -36,7 +53,9 @@ class BakeOffSettings:
     Attributes:
         layers: The targeted layers, whole (`layers:2,3,5`).
         heads: The targeted heads; needed by the strategy `targeted_heads` alone.
-        strategies: Which strategies run.
+        circuit: The circuit's heads and MLPs; needed by `circuit` and `random_circuit`.
+        circuit_layers: The circuit's critical layers, whole; needed by `circuit_rank`.
+        strategies: Which strategies run; without any, all whose components are given.
         protocols: Which protocols run.
         seeds: One training of each arm per seed.
         rank: Rank of standard LoRA.
@@ -49,7 +68,9 @@ class BakeOffSettings:
 
     layers: Components
     heads: Components = field(default_factory=Components)
-    strategies: tuple[Strategy, ...] = STRATEGIES
+    circuit: Components = field(default_factory=Components)
+    circuit_layers: Components = field(default_factory=Components)
+    strategies: tuple[Strategy, ...] = ()
     protocols: tuple[Protocol, ...] = PROTOCOLS
     seeds: tuple[int, ...] = (0, 1, 2)
     rank: int = 8
@@ -63,16 +84,34 @@ class BakeOffSettings:
         for name, given, known in (("strategy", self.strategies, STRATEGIES), ("protocol", self.protocols, PROTOCOLS)):
             if unknown := [item for item in given if item not in known]:
                 raise SettingsError(f"bake-off {name} {unknown[0]!r} is not known: use {', '.join(known)}")
-        if not self.strategies or not self.seeds or not self.protocols:
-            raise SettingsError("a bake-off needs at least one strategy, one protocol and one seed")
+        if not self.seeds or not self.protocols:
+            raise SettingsError("a bake-off needs at least one protocol and one seed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise SettingsError(f"bake-off seeds {self.seeds} must be different numbers from 0 up")
-        if self.layers.heads or self.layers.mlps:
-            raise SettingsError(f"targeted layers {self.layers} must be whole layers such as 'layers:2,3,5'")
-        if "targeted_heads" in self.strategies and not self.heads.heads:
-            raise SettingsError("the strategy targeted_heads needs heads, such as 'a2.h1,a3.h5': name them or leave the strategy out")
-        if "more_rank" in self.strategies and self.rank < 2:
-            raise SettingsError("the strategy more_rank keeps half the standard's rank elsewhere, so the rank must be at least 2")
+        for name, layers in (("targeted", self.layers), ("critical", self.circuit_layers)):
+            if layers.heads or layers.mlps:
+                raise SettingsError(f"{name} layers {layers} must be whole layers such as 'layers:2,3,5'")
+        if self.circuit.layers:
+            raise SettingsError(f"circuit {self.circuit} must be heads and MLPs such as 'a3.h5,m3', not whole layers")
+        needs = self._missing()
+        if not self.strategies:
+            object.__setattr__(self, "strategies", tuple(strategy for strategy in STRATEGIES if strategy not in needs))
+        for strategy in self.strategies:
+            if strategy in needs:
+                raise SettingsError(f"the strategy {strategy} needs {needs[strategy]}: name them or leave the strategy out")
+            if strategy in MORE_RANK and self.rank < 2:
+                raise SettingsError(f"the strategy {strategy} keeps half the standard's rank elsewhere, so the rank must be at least 2")
+
+    def _missing(self) -> dict[Strategy, str]:
+        """Return the strategies whose components are not given, and what they need."""
+        needs: dict[Strategy, str] = {}
+        if not self.heads.heads:
+            needs["targeted_heads"] = "heads, such as 'a2.h1,a3.h5'"
+        if not len(self.circuit):
+            needs["circuit"] = needs["random_circuit"] = "a circuit's heads and MLPs, such as 'a3.h5,m3'"
+        if not len(self.circuit_layers):
+            needs["circuit_rank"] = "the circuit's critical layers, such as 'layers:2,5'"
+        return needs
 
 
 @dataclass(frozen=True)
@@ -109,8 +148,8 @@ def plan(subject: Any, settings: BakeOffSettings) -> tuple[Arm, ...]:
     Raises:
         SettingsError: A selection does not fit the model, or a placement cannot have the standard's number of parameters.
     """
-    settings.layers.validate(subject.anatomy)
-    settings.heads.validate(subject.anatomy)
+    for components in (settings.layers, settings.heads, settings.circuit, settings.circuit_layers):
+        components.validate(subject.anatomy)
     arms = []
     if "none" in settings.strategies:
         arms.append(Arm("reference", "none", NO_SEED, "none", None))
@@ -118,8 +157,8 @@ def plan(subject: Any, settings: BakeOffSettings) -> tuple[Arm, ...]:
         for protocol in settings.protocols:
             for strategy in settings.strategies:
                 if strategy not in REFERENCES:
-                    components, placed = _placed(subject, settings, protocol, strategy, seed)
-                    arms.append(Arm(protocol, strategy, seed, str(components), placed))
+                    where, placed = _placed(subject, settings, protocol, strategy, seed)
+                    arms.append(Arm(protocol, strategy, seed, str(where), placed))
         if "full" in settings.strategies:
             arms.append(Arm("reference", "full", seed, "all", None))
     return tuple(arms)
@@ -131,38 +170,31 @@ def _placed(subject: Any, settings: BakeOffSettings, protocol: Protocol, strateg
     standard = place(subject, everywhere, rank=settings.rank, modules=settings.modules)
     if strategy == "standard":
         return everywhere, standard
-    components = _components(subject.anatomy.n_layers, settings, strategy, seed)
+    components = _components(subject.anatomy, settings, strategy, seed)
     targets = find_targets(subject, components, modules=settings.modules)
-    low = [(target, settings.rank // 2) for target in standard.targets if target not in targets] if strategy == "more_rank" else []
+    low = [(target, settings.rank // 2) for target in standard.targets if target not in targets] if strategy in MORE_RANK else []
+    if strategy in MORE_RANK and not low:
+        raise SettingsError(f"the strategy {strategy} keeps half the rank in other layers than {components}: name some layers, and not all")
     if protocol == "equal_parameters":
         return components, spend(targets, standard.trainable_parameters, fixed=low, what=strategy)
     maps = [*targets, *(target for target, _ in low)]
     return components, placement(maps, [*[settings.rank] * len(targets), *(rank for _, rank in low)])
 
 
-def _components(n_layers: int, settings: BakeOffSettings, strategy: Strategy, seed: int) -> Components:
-    chosen = settings.layers.layers
-    if strategy == "targeted_heads":
-        return settings.heads
-    if strategy == "last_layers":
-        return Components.of_layers(range(n_layers - len(chosen), n_layers))
-    if strategy == "random_layers":
-        return Components.of_layers(random_layers(n_layers, chosen, seed))
-    return settings.layers
-
-
-def random_layers(n_layers: int, avoid: Sequence[int], seed: int) -> tuple[int, ...]:
-    """Draw as many layers as `avoid` has, any set but exactly that one.
-
-    Raises:
-        SettingsError: There is no other set: the targeted layers are none or all.
-    """
-    if not 0 < len(avoid) < n_layers:
-        raise SettingsError(
-            f"random layers need another choice than the targeted {len(avoid)} of {n_layers} layers: target at least one layer, and not all"
-        )
-    generator = random.Random(f"random layers {seed}")
-    while True:
-        drawn = tuple(sorted(generator.sample(range(n_layers), len(avoid))))
-        if drawn != tuple(sorted(avoid)):
-            return drawn
+def _components(anatomy: Anatomy, settings: BakeOffSettings, strategy: Strategy, seed: int) -> Components:
+    layers = settings.layers.layers
+    match strategy:
+        case "targeted_heads":
+            return settings.heads
+        case "circuit":
+            return settings.circuit
+        case "circuit_rank":
+            return settings.circuit_layers
+        case "last_layers":
+            return Components.of_layers(range(anatomy.n_layers - len(layers), anatomy.n_layers))
+        case "random_layers":
+            return Components.of_layers(random_layers(anatomy.n_layers, layers, seed))
+        case "random_circuit":
+            return random_circuit(settings.circuit, anatomy.n_layers, anatomy.n_heads, seed)
+        case _:
+            return settings.layers

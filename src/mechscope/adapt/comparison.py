@@ -20,6 +20,7 @@ from mechscope.data.rouge import METRICS
 from mechscope.stats.bootstrap import bootstrap_two_level
 
 SHARED = ("standard", "full", "none")  # strategies that are the same in both protocols
+CIRCUITS = ("circuit", "random_circuit")  # strategies whose random control is a circuit; all others' is random layers
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
 
     Returns:
         Fractions with 95 % intervals. A difference is this strategy minus the other; NaN against itself and where the other was not run (the
-        references, outside both protocols, have a standard but no random layers to be compared with).
+        references, outside both protocols, have a standard but no random layers to be compared with). `vs_random` of the circuit is against
+        the random circuits, of all others against the random layers.
     """
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -101,7 +103,8 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
     standard = next((group for (_, strategy), group in groups.items() if strategy == "standard"), None)
     rows = []
     for (protocol, strategy), group in groups.items():
-        against = {"standard": standard, "random": groups.get((protocol, "random_layers"))}
+        control = "random_circuit" if strategy in CIRCUITS else "random_layers"
+        against = {"standard": standard, "random": groups.get((protocol, control))}
         for metric in METRICS:
             scores = _scores(group, metric)
             interval = bootstrap_two_level(scores, seed=seed)

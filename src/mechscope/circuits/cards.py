@@ -9,7 +9,8 @@ Cards describe; that a component matters is for the scores and the criteria to s
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import heapq
+from collections import defaultdict
 from collections.abc import Callable
 
 import pandas as pd
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.written import SITES, Source, Written, differences, written_in
+from mechscope.circuits.written import SITES, Source, Written, differences, require_source, written_in
 from mechscope.data.metrics import read_at
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, Reading, pattern
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.norms import recognised
@@ -48,12 +50,15 @@ def component_cards(
         One row per component: `component`, `layer`, `attends_to` (empty for MLPs), `top_tokens`.
 
     Raises:
-        MechscopeError: Pairs or metric do not fit the model.
+        MechscopeError: Pairs, metric, circuit or source do not fit the model.
     """
     check_fits(subject, pairs)
-    wiring, graph = Wiring(subject), circuit.graph
+    require_source(pairs, source)
+    wiring, graph = Wiring(subject), Graph.of(subject)
+    if circuit.graph != graph:
+        raise SettingsError(f"a circuit of {circuit.graph} does not belong to this model, which is {graph}")
     wanted = [(place, name) for place, name in enumerate(graph.senders) if circuit.nodes[place] and name != "input"]
-    looked: dict[str, Counter[int]] = defaultdict(Counter)
+    looked: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     raised: Tensor | None = None
     read = 0
     for batch in batches(pairs, tokens_per_batch):
@@ -72,19 +77,23 @@ def component_cards(
     for number, (_, name) in enumerate(wanted):
         assert raised is not None  # there is at least one batch
         mean = raised[number] / read
-        logits = unembedding(mean if projection is None else projection(mean))
+        with subject.active():
+            ends = torch.stack([mean, torch.zeros_like(mean)])
+            # a difference, so that a bias of the unembedding is nobody's
+            logits = torch.sub(*unembedding(ends if projection is None else projection(ends)))
         top = logits.topk(min(_SHOWN, logits.shape[-1]))
         tokens = ", ".join(f"{spelled(int(token))} {float(value):+.2f}" for token, value in zip(top.indices, top.values, strict=True))
-        attends = ", ".join(f"{spelled(token)} {share / read / 1e6:.0%}" for token, share in looked[name].most_common(_SHOWN))
+        most = heapq.nlargest(_SHOWN, looked[name].items(), key=lambda found: found[1])
+        attends = ", ".join(f"{spelled(token)} {share / read:.0%}" for token, share in most if share)
         table.append({"component": name, "layer": graph.layer_of([name])[0], "attends_to": attends, "top_tokens": tokens})
     return pd.DataFrame(table, columns=["component", "layer", "attends_to", "top_tokens"])
 
 
 def _watched(
-    subject: Subject, batch: PairBatch, graph: Graph, circuit: Circuit, reading: Reading, looked: dict[str, Counter[int]]
+    subject: Subject, batch: PairBatch, graph: Graph, circuit: Circuit, reading: Reading, looked: dict[str, dict[int, float]]
 ) -> tuple[Prefix, Tensor]:
-    """Run the clean texts and count what each wanted head looks at, in millionths."""
-    ids = batch.clean
+    """Run the clean texts and add up each wanted head's attention by the token it goes to, however often the token occurs."""
+    tokens, place = batch.clean[reading.example].unique(return_inverse=True)  # place: (read, key)
 
     def tap(call: AttentionCall) -> None:
         heads = graph.heads_of(call.layer)
@@ -93,11 +102,11 @@ def _watched(
             return
         shares = pattern(call, dtype=call.query.dtype)[reading.example, :, reading.position]  # (read, head, key)
         for head in chosen:
+            own = shares[:, head].flatten().float()
+            sums = own.new_zeros(len(tokens)).index_add(0, place.flatten().to(own.device), own)
             found = looked[f"a{call.layer}.h{head}"]
-            for row, example in enumerate(reading.example.tolist()):
-                best = shares[row, head].topk(min(_SHOWN, shares.shape[-1]))
-                for key, share in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                    found[int(ids[example, key])] += round(share * 1e6)
+            for token, share in zip(tokens.tolist(), sums.tolist(), strict=True):
+                found[token] += share
 
     with observed(subject, tap):
         run = Prefix(subject, batch.clean, batch.real, sites=SITES)

@@ -19,7 +19,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Prefix
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import batches
+from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 SITES = ("z", "attention_output", "mlp_output")
@@ -67,7 +67,11 @@ class Written:
             subject: The model.
             texts: What is averaged over.
             tokens_per_batch: Most tokens of a batch, padding included.
+
+        Raises:
+            MechscopeError: There are no texts, or they do not fit the model.
         """
+        check_fits(subject, texts)
         wiring, total, tokens = Wiring(subject), None, 0
         for batch in batches(texts, tokens_per_batch):
             run = Prefix(subject, batch.clean, batch.real, sites=SITES)
@@ -104,7 +108,9 @@ class Written:
 
 def scaled(wiring: Wiring, layer: int, z: Tensor) -> Tensor:
     """Multiply z by the scale of the norm behind attention, if there is one."""
-    scale = wiring.written_scale(layer, z)
+    # the norm reads through the output projection, on which an adapter may lie
+    with wiring.subject.active():
+        scale = wiring.written_scale(layer, z)
     return z if scale is None else z * scale
 
 
@@ -158,6 +164,10 @@ def written_in(source: Source, batch: PairBatch, clean: Written) -> Written:
         return Written.by(Prefix(wiring.subject, batch.corrupt, batch.real, sites=SITES), wiring)
     if isinstance(source, Subject):
         own, given = wiring.subject.anatomy, source.anatomy
+        if source.family != wiring.subject.family:
+            raise ModelError(
+                f"closed edges cannot take values of {source.source!r}: it is {source.family}, this model is {wiring.subject.family}"
+            )
         for name in ("n_layers", "n_heads", "d_model", "d_head"):
             if getattr(own, name) != getattr(given, name):
                 raise ModelError(
@@ -168,15 +178,16 @@ def written_in(source: Source, batch: PairBatch, clean: Written) -> Written:
         raise SettingsError(
             f"source {source!r} is not known: closed edges take values of the corrupt run, of means, of another model, or zero"
         )
-    if (
-        source.embedding.shape[0] not in (1, clean.embedding.shape[0])
-        or len(source.z) != len(clean.z)
-        or source.z[0].shape[2:] != clean.z[0].shape[2:]
-    ):
-        raise DataError(
-            f"the means closed edges should take have shape {tuple(source.z[0].shape)}, not this model's: average them over its own texts"
-        )
+    fits = len(source.z) == len(clean.z) and all(_stands_for(mine, its) for mine, its in zip(source.parts, clean.parts, strict=True))
+    if not fits:
+        shapes = f"{len(source.z)} layers of {tuple(source.embedding.shape)} and {tuple(source.z[0].shape)}"
+        raise DataError(f"the means closed edges should take are {shapes}, not this model's: average them over its own texts")
     return source
+
+
+def _stands_for(given: Tensor, run: Tensor) -> bool:
+    """Tell whether values are of a run's shape, but for a batch or token axis of length one."""
+    return given.shape[2:] == run.shape[2:] and all(size in (1, its) for size, its in zip(given.shape[:2], run.shape[:2], strict=True))
 
 
 def require_source(pairs: Pairs, source: Source) -> None:

@@ -1,7 +1,8 @@
 """Which norms heads and MLPs read through, found out on one tiny forward pass.
 
 A norm is the module of a block whose output reaches the reader and which reads the residual stream. Where something else stands there (a norm over
-all heads' queries as in OLMo 2, a residual stream that is normalised itself as in OPT 350m) the model is refused by name.
+all heads' queries as in OLMo 2, a residual stream that is normalised itself as in OPT 350m, a norm between heads and their output projection as in
+BitNet) the model is refused by name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
-from mechscope.instrument.attention import observed
+from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.norms import Norm, recognised
 from mechscope.instrument.parts import PARTS, attention_inputs
 from mechscope.instrument.walk import Walk
@@ -55,15 +56,18 @@ def discovered(subject: Subject) -> Structure:
     if getattr(subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
         raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): circuits are not supported")
     tokens = torch.arange(anatomy.vocab_size - 4, anatomy.vocab_size)[None]  # not the first ones: one of them often stands for padding
-    layers, parallel = [], []
-    with observed(subject):
+    layers, parallel, calls = [], [], list[AttentionCall]()
+    with observed(subject, calls.append):
         walk = Walk(subject, tokens)
         hidden = walk.hidden
         for layer, block in enumerate(anatomy.blocks):
             seen, hidden = _seen(walk, layer, hidden)
+            if not calls:
+                raise ModelError(f"{subject.family}: block {layer} does not call its attention where it can be observed")
             found, reads_block_input = _layer_of(subject.family, layer, block, seen)
             layers.append(found)
             parallel.append(reads_block_input)
+            _require_plain_writing(subject.family, layer, block, seen, calls[-1].z, hidden)
             _require_separate_heads(walk, layer, block)
     if len(set(parallel)) > 1:
         raise ModelError(f"{subject.family}: some blocks are parallel and others are not: circuits are not supported")
@@ -112,7 +116,8 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
     mlp_norm = next((recognised(family, norm) for norm, source in candidates if _close(source, expected)), None)
     behind = None
     if block.attention_write is not block.attention:
-        behind = recognised(family, block.attention_write)
+        # an adapter that trains norms too keeps two of them behind one
+        behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1])
         if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
             raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: circuits are not supported")
     return Layer(attention_norm, mlp_norm, behind), parallel
@@ -141,6 +146,22 @@ def _between(family: str, layer: int, what: str, block: Block, seen: Seen, given
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 3e-2)
     return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())))
+
+
+def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, z: Tensor, after: Tensor) -> None:
+    """Refuse models whose heads do not write z times W_O, or whose blocks do not just add what their heads and MLP write."""
+    read, projected = seen[block.output.module]
+    written = seen[block.attention_write]
+    bare = written[1] if block.attention_write is block.attention else written[0]
+    if not _close(read, z.flatten(2).flatten(0, 1)) or not _close(bare, projected):
+        raise ModelError(
+            f"{family}: something (a norm, a gate) stands between the heads of block {layer} and what they write: circuits are not supported"
+        )
+    if not _close(after.flatten(0, 1), seen[block.module][0] + written[1] + seen[block.mlp_write][1]):
+        raise ModelError(
+            f"{family}: block {layer} does more than add what its heads and MLP write to the residual stream (a norm, a factor, another part): "
+            "circuits are not supported"
+        )
 
 
 def _require_separate_heads(walk: Walk, layer: int, block: Block) -> None:

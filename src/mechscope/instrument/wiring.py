@@ -19,8 +19,8 @@ from mechscope.instrument.structure import Structure, discovered
 from mechscope.subject.anatomy import Slice, base_layer, is_conv1d, oriented_weight
 from mechscope.subject.load import Subject
 
-# what was found out of a model; the weights themselves are read anew each time
-_KNOWN: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+# what was found out of a model, with and without its adapter (which may bring norms of its own); the weights themselves are read anew each time
+_KNOWN: WeakKeyDictionary[nn.Module, dict[bool, Structure]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Wiring:
             ModelError: Heads or MLPs read the residual stream in a way that is not supported; the message names it.
         """
         self.subject = subject
-        found = _KNOWN.get(subject.plain)
-        if found is None:
-            found = _KNOWN[subject.plain] = discovered(subject)
-        self._structure = found
+        known = _KNOWN.setdefault(subject.plain, {})
+        if subject.adapted not in known:
+            known[subject.adapted] = discovered(subject)
+        self._structure = found = known[subject.adapted]
         self.parallel = found.parallel
         self.group = subject.anatomy.n_heads // subject.anatomy.n_kv_heads
-        self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.adapted else {}
+        self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.is_adapter else {}
 
     def attention_norm(self, layer: int) -> Norm | None:
         """Return the norm that a layer's heads read through."""
@@ -95,7 +95,8 @@ class Wiring:
         norm = self.written_norm(layer)
         if norm is None:
             return None
-        whole = self.subject.anatomy.blocks[layer].output.module(z.flatten(-2))
+        with self.subject.active():
+            whole = self.subject.anatomy.blocks[layer].output.module(z.flatten(-2))
         return norm.normalised(whole)[1][..., None]
 
     def _linear(self, part: Slice) -> tuple[Tensor, Tensor | None]:

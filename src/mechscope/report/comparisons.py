@@ -93,11 +93,13 @@ def differences(summary: pd.DataFrame, protocol: str, baseline: str) -> Figure |
         mean=table[column], low=table[f"{column}_low"], high=table[f"{column}_high"], metric=[name_of(m) for m in table["metric"]]
     )
     names = [m for m in METRIC_NAMES.values() if m in set(table["metric"])]
-    other = {"standard": "standard LoRA", "random": "random layers"}[baseline]
+    other = {"standard": "standard LoRA", "random": "random places"}[baseline]
     title = f"ROUGE against {other}, {name_of(protocol)}"
     numbers = Numbers()
     chart = _intervals(numbers, table, "metric", names, axis="difference in ROUGE, same documents", zero=True, signed=True)
     caption = "Right of zero: better. A rule that crosses zero shows no difference at the 95 % level."
+    if baseline == "random":
+        caption += " The circuit is compared with random circuits of its shape, all others with random layers."
     name = f"difference-{baseline}-{protocol.replace('_', '-')}"
     return Figure(name=name, title=title, caption=caption, spec=definition(chart, numbers, description=title))
 

@@ -72,6 +72,18 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "learning_curves": ("protocol", "strategy", "seed", "step", "tokens", "validation_loss"),
     "summaries": ("id", "document", "reference"),
     "claims": ("claim", "statement", "paper", "measured", "value", "low", "high", "verdict", "note"),
+    "circuit_edges": ("model", "edge", "sender", "receiver", "score", "in_circuit"),
+    "circuit_nodes": ("model", "node", "score"),
+    "circuit_curve": ("model", "fraction", "edges", "faithfulness", "low", "high", "random", "random_low", "random_high"),
+    "circuit_summary": ("model", "measure", "value", "low", "high", "random", "random_low", "random_high"),
+    "circuit_components": ("model", "component", "score", "attends_to", "top_tokens"),
+    "circuit_overlap": ("what", "fraction", "jaccard", "null", "null_low", "null_high", "self_base", "self_tuned"),
+    "circuit_shift": (
+        *("edge", "sender", "receiver", "sender_layer", "receiver_layer", "base", "tuned", "shift", "low", "high", "q"),
+        *("in_base", "in_tuned"),
+    ),
+    "circuit_gain": ("edges", "fraction", "kind", "share", "low", "high"),
+    "circuit_time": ("model", "order", "faithfulness", "edges", "jaccard_base", "jaccard_previous"),
 }
 """Tables that the page shows and the columns it needs of each."""
 
@@ -114,7 +126,7 @@ class Contents:
                 tables[name] = table.reset_index(drop=True)
         if not tables:
             raise RunError(
-                f"{folder} holds no table to report on: run `mechscope diff`, `mechscope bakeoff` or `mechscope study` with --out {folder} first"
+                f"{folder} holds no table to report on: run `mechscope diff`, `mechscope circuit` or `mechscope study` with --out {folder} first"
             )
         return cls(folder, tables, run.settings, run.manifest)
 
@@ -133,3 +145,13 @@ def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
             yield from leaves(inner, (*path, str(i)))
     else:
         yield path, value
+
+
+def problems(manifest: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Return every counted problem of the data: where the manifest has it, what it is, how many."""
+    found = []
+    for path, value in leaves(manifest):
+        if "problems" in path[:-1] and isinstance(value, int) and not isinstance(value, bool):
+            at = path.index("problems")
+            found.append((" · ".join(path[:at]), " ".join(path[at + 1 :]).replace("_", " "), value))
+    return found

@@ -28,7 +28,11 @@ from markupsafe import Markup
 
 from mechscope.report import views
 from mechscope.report.causal import ablation_view, effects_view, importance_view, sets_sentence
-from mechscope.report.contents import Contents, leaves
+from mechscope.report.circuit_slider import Picture, pictures, pictures_json
+from mechscope.report.circuit_summary import circuit_cards, circuit_caveats, circuit_sentences, circuit_title, only_circuits
+from mechscope.report.circuit_views import circuit_views
+from mechscope.report.circuits import circuit_figures
+from mechscope.report.contents import Contents, leaves, problems
 from mechscope.report.figure import Figure, png, script_json
 from mechscope.report.figures import chosen, figures, main_rule
 from mechscope.report.summary import cards, caveats, sentences
@@ -50,6 +54,7 @@ _ADDS = {
     "claims": "mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
     "difference": "mechscope diff BASE TUNED --data DATA --out NEW_RUN",
     "bakeoff": "mechscope bakeoff BASE --data DATA --out NEW_RUN",
+    "circuit": "mechscope circuit-diff BASE TUNED --pairs FILE --out NEW_RUN",
 }
 # sections of a single sweep: they stand alone, and are not missed where they are absent
 _SWEEP = {"effects"}
@@ -64,6 +69,10 @@ _SECTIONS = (
     ("outputs", "Outputs", ("outputs",), "difference"),
     ("selection", "Selection and its stability", ("selection",), "claims"),
     ("matters", "What carries the gain", ("cross_model", "ablation", "importance"), "claims"),
+    ("circuit", "Circuit", ("circuit_edges", "circuit_curve", "circuit_summary"), "circuit"),
+    ("circuit-components", "Components of the circuit", ("circuit_components",), "circuit"),
+    ("circuit-change", "What changed in the circuit", ("circuit_overlap", "circuit_shift", "circuit_gain"), "circuit"),
+    ("circuit-time", "The circuit over training", ("circuit_time",), "circuit"),
     ("bakeoff", "Bake-off", ("bakeoff", "bakeoff_summary", "learning_curves"), "bakeoff"),
     ("samples", "Summaries", ("summaries", "rouge"), "claims"),
 )
@@ -82,8 +91,9 @@ def render(run_path: str | Path) -> Path:
         RunError: it is no run folder, has no tables, or cannot be written.
     """
     contents = Contents.read(run_path)
-    drawn = figures(contents.tables)
-    for figure in (figure for section in drawn.values() for figure in section):
+    drawn = figures(contents.tables) | circuit_figures(contents.tables)
+    every: list[Figure | Picture] = [*(figure for section in drawn.values() for figure in section), *pictures(contents.tables)]
+    for figure in every:
         svg = figure.svg()
         write_text(svg, contents.path / "figures" / f"{figure.name}.svg")
         write_bytes(png(svg), contents.path / "figures" / f"{figure.name}.png")
@@ -96,7 +106,8 @@ def render(run_path: str | Path) -> Path:
 def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
     """Return the page as text; nothing is written."""
     charts = script_json(_charts([figure for section in drawn.values() for figure in section]))
-    library, own = _library(), _template_text("report.js")
+    pictured = pictures(contents.tables)
+    library, own = _library(), _template_text("report.js") + (_template_text("circuits.js") if pictured else "")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template_text),
         autoescape=True,
@@ -117,9 +128,10 @@ def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
         sections=_sections(contents),
         asked=_asked(contents),
         title=_title(contents),
-        sentences=sentences(contents.tables),
-        cards=cards(contents.tables),
-        caveats=caveats(contents.tables),
+        sentences=[*sentences(contents.tables), *circuit_sentences(contents.tables, pictured)],
+        cards=[*cards(contents.tables), *circuit_cards(pictured)],
+        caveats=[*circuit_caveats(contents.tables), *(caveats(contents.tables) if not only_circuits(contents.tables) else ())],
+        circuits={"pictures": pictured, "views": circuit_views(contents.tables), "json": Markup(pictures_json(pictured))},
         switch=_switch(contents),
         row_names=ROWS_NAMES,
         views=_views(contents),
@@ -127,7 +139,7 @@ def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
         sets=sets_sentence(contents.table("layer_sets")),
         selection=_selected(contents.table("selection")),
         samples=_samples(contents.table("summaries")),
-        problems=_problems(contents.manifest),
+        problems=problems(contents.manifest),
         settings=yaml.safe_dump(dict(contents.settings), sort_keys=False, allow_unicode=True, width=100),
         record=[
             (" · ".join(path), _text(value)) for path, value in leaves({k: v for k, v in contents.manifest.items() if k not in _UNSHOWN})
@@ -164,11 +176,14 @@ def _hash(script: str) -> str:
 
 def _sections(contents: Contents) -> list[dict[str, Any]]:
     sweep = any(name in contents.tables for name in _SWEEP)
-    return [
+    found: list[dict[str, Any]] = [
         {"id": name, "heading": heading, "present": any(table in contents.tables for table in tables), "adds": _ADDS[adds]}
         for name, heading, tables, adds in _SECTIONS
         if (name in _SWEEP) is sweep
     ]
+    only = only_circuits(contents.tables)
+    # circuits stand alone or within a study, and are not missed where they are absent
+    return [section for section in found if (section["present"] if section["id"].startswith("circuit") else not only)]
 
 
 def _setting(contents: Contents, *names: str) -> str | None:
@@ -182,6 +197,8 @@ def _title(contents: Contents) -> str:
         verb = "Patching" if contents.manifest.get("kind") == "patch" else "Ablating"
         return f"{verb} {Path(model).name}"
     base = _setting(contents, "base")
+    if only_circuits(contents.tables):
+        return circuit_title(_setting(contents, "model"), base)
     return f"What fine-tuning changed in {Path(base).name}" if base else "What fine-tuning changed"
 
 
@@ -268,16 +285,6 @@ def _samples(summaries: pd.DataFrame | None) -> list[dict[str, Any]]:
                 "summaries": [(name_of(writer), _text(row[writer])) for writer in writers],
             }
         )
-    return found
-
-
-def _problems(manifest: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Return every counted problem of the data: where the manifest has it, what it is, how many."""
-    found = []
-    for path, value in leaves(manifest):
-        if "problems" in path[:-1] and isinstance(value, int) and not isinstance(value, bool):
-            at = path.index("problems")
-            found.append((" · ".join(path[:at]), " ".join(path[at + 1 :]).replace("_", " "), value))
     return found
 
 

@@ -178,18 +178,19 @@ def _bakeoff(tables: Tables) -> list[str]:
         return []
     found = []
     for protocol, at in (("equal_rank", "At equal rank"), ("equal_parameters", "At equal trainable parameters")):
-        part = summary[(summary["protocol"] == protocol) & (summary["metric"] == "rouge1") & (summary["strategy"] == "targeted_layers")]
-        if part.empty:
-            continue
-        row = part.iloc[0]
-        found.append(
-            f"{at}, LoRA in the targeted layers scores ROUGE-1 {number(row['mean'])}: {_against(row, 'standard')}, and {_against(row, 'random')}."
-        )
+        for strategy, control in (("targeted_layers", "random layers"), ("circuit", "random circuits")):
+            part = summary[(summary["protocol"] == protocol) & (summary["metric"] == "rouge1") & (summary["strategy"] == strategy)]
+            if part.empty:
+                continue
+            row = part.iloc[0]
+            found.append(
+                f"{at}, LoRA in the {name_of(strategy)} scores ROUGE-1 {number(row['mean'])}: {_against(row, 'standard', 'standard LoRA')}, "
+                f"and {_against(row, 'random', control)}."
+            )
     return found
 
 
-def _against(row: pd.Series, baseline: str) -> str:
-    other = {"standard": "standard LoRA", "random": "random layers"}[baseline]
+def _against(row: pd.Series, baseline: str, other: str) -> str:
     value, low, high = row[f"vs_{baseline}"], row[f"vs_{baseline}_low"], row[f"vs_{baseline}_high"]
     if pd.isna(value):
         return f"not compared with {other}"

@@ -14,6 +14,7 @@ from mechscope.errors import SettingsError
 from mechscope.selection import default_number
 from mechscope.stats.inference import share_interval
 from mechscope.studies.causal_claims import causal_claims
+from mechscope.studies.circuit_claims import circuit_claims
 from mechscope.studies.training_claims import Claim, percent, training_claims, verdict
 
 # mean attention KL per layer of GPT-2 small before and after fine-tuning, read off the paper's chart (±0.0002)
@@ -38,6 +39,9 @@ def claims_table(
     layer_sets: pd.DataFrame | None = None,
     ablation: pd.DataFrame | None = None,
     importance: pd.DataFrame | None = None,
+    circuit_overlap: pd.DataFrame | None = None,
+    circuit_gain: pd.DataFrame | None = None,
+    circuit_summary: pd.DataFrame | None = None,
     *,
     rows: str = "all",
     rule: str = "layers_by_kl",
@@ -56,6 +60,9 @@ def claims_table(
         layer_sets: What sets of layers carry of the gain; without, the claims about interventions are not measured.
         ablation: What ablating the selected heads and random ones costs.
         importance: Rank correlations of change and gain carried.
+        circuit_overlap: What the base's and the tuned model's circuits share; without, there is no claim about it.
+        circuit_gain: What tuned edges carry in the base model; likewise.
+        circuit_summary: How faithful the circuits are.
         rows: Which query rows' statistics to use.
         rule: The rule of layers that "selected layers" means.
         metric: The ROUGE score that decides.
@@ -95,7 +102,8 @@ def claims_table(
     if not changed:
         note = "The layers and heads were picked from models that do not differ, so the choice means nothing."
         trained = [claim.replaced(verdict="undecided", note=note) for claim in trained]
-    return pd.DataFrame([claim.row() for claim in claims + trained])
+    found = circuit_claims(circuit_overlap, circuit_gain, circuit_summary)
+    return pd.DataFrame([claim.row() for claim in claims + trained + found])
 
 
 def _most_changed_layers(heads: pd.DataFrame, layers: pd.DataFrame, chosen: pd.DataFrame) -> Claim:

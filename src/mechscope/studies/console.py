@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mechscope.subject import Subject
 
 _VERDICTS = {"supported": "green", "contradicted": "red", "undecided": "yellow", "no change": "cyan"}
+_CIRCUIT_MEASURES = ("edges", "nodes", "metric of the model", "metric without edges", "faithfulness", "CPR", "CMD")
 
 out = Console()
 err = Console(stderr=True)
@@ -120,6 +121,30 @@ def show_effects(study: Study) -> None:
             str(row.component), escape(str(row.positions)), f"{row.effect:+.4f}", f"{row.low:+.4f} to {row.high:+.4f}", f"{row.q:.2g}"
         )
     out.print(table)
+    out.print(f"run     {escape(str(study.path))}", highlight=False)
+    show_report(study.report)
+
+
+def show_circuits(study: Study) -> None:
+    """Print how good the circuits are, how much two of them share, and where the report is."""
+    summary = study.tables["circuit_summary"]
+    table = Table(title="Circuits")
+    for name in ("model", "measure", "value", "95 % interval", "random"):
+        table.add_column(name, justify="left" if name in ("model", "measure") else "right")
+    for row in summary[summary["measure"].isin(_CIRCUIT_MEASURES)].to_dict("records"):
+        between = "" if pd.isna(row["low"]) else f"{row['low']:.3g} to {row['high']:.3g}"
+        by_chance = "" if pd.isna(row["random"]) else f"{row['random']:.3g}"
+        table.add_row(escape(row["model"]), row["measure"], f"{row['value']:.4g}", between, by_chance)
+    out.print(table)
+    shared = study.tables.get("circuit_overlap")
+    if shared is not None:
+        table = Table(title="Base and tuned circuit: Jaccard index")
+        for name in ("of", "edges kept", "same texts", "random", "other texts", "base itself", "tuned itself"):
+            table.add_column(name, justify="left" if name == "of" else "right")
+        for row in shared.to_dict("records"):
+            numbers = (row[name] for name in ("jaccard", "null", "across", "self_base", "self_tuned"))
+            table.add_row(row["what"], f"{row['fraction']:.3%}", *(f"{number:.3f}" for number in numbers))
+        out.print(table)
     out.print(f"run     {escape(str(study.path))}", highlight=False)
     show_report(study.report)
 

@@ -27,4 +27,6 @@ def demo_settings() -> StudySettings:
         max_new_tokens=48,
         rouge_documents=24,
         causal_documents=12,
+        circuit_documents=16,
+        strategies="standard,targeted_layers,targeted_heads,circuit,random_layers,random_circuit,full,none",
     )

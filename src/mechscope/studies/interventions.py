@@ -16,12 +16,13 @@ from mechscope.data.newsroom import newsroom_pairs
 from mechscope.data.pair_files import read_pairs
 from mechscope.data.pairs import Pairs, from_examples
 from mechscope.data.prompt import encode
+from mechscope.data.salience import salience_pairs
 from mechscope.data.tasks import TASKS, generate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import load
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
-from mechscope.studies.settings import VOLATILE, AblateSettings, PairSettings, PatchSettings
+from mechscope.studies.settings import VOLATILE, AblateSettings, PairSettings, PairsSettings, PatchSettings
 from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
@@ -91,7 +92,7 @@ def ablate_run(
         return Study.of(run, stages.report_stage(run))
 
 
-def load_pairs(settings: PairSettings, subject: Subject) -> Pairs:
+def load_pairs(settings: PairsSettings, subject: Subject) -> Pairs:
     """Read or generate the prompt pairs that a command names.
 
     Raises:
@@ -99,7 +100,7 @@ def load_pairs(settings: PairSettings, subject: Subject) -> Pairs:
     """
     source = settings.pairs
     if source is None:
-        raise SettingsError(f"no pairs were given: name a JSONL file, a task ({', '.join(TASKS)}) or newsroom:ROLE")
+        raise SettingsError(f"no pairs were given: name a JSONL file, a task ({', '.join(TASKS)}), newsroom:ROLE or salience:DOCUMENTS")
     number = settings.limit or _GENERATED
     if source == "induction" and subject.tokenizer is None:
         return TASKS["induction"](subject.anatomy.vocab_size, number, seed=settings.seed)
@@ -107,6 +108,11 @@ def load_pairs(settings: PairSettings, subject: Subject) -> Pairs:
         raise DataError(f"model {subject.source!r} has no tokenizer, which text pairs need; only the task 'induction' works without")
     if source in TASKS:
         return generate_pairs(source, subject.tokenizer, number, seed=settings.seed)
+    if source.startswith("salience:"):
+        # more documents than pairs: some have no sentence that is salient
+        corpus = load_documents(source.removeprefix("salience:"), limit=2 * number, seed=settings.seed)
+        longest = min(settings.max_tokens, subject.anatomy.max_positions)
+        return salience_pairs(corpus, subject.tokenizer, max_tokens=longest, seed=settings.seed).first(number)
     if match := re.fullmatch(r"newsroom(?::(\w+))?", source):
         role: Any = match[1] or "where"
         return newsroom_pairs(number, seed=settings.seed, role=role, tokenizer=subject.tokenizer)

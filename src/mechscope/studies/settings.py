@@ -98,6 +98,16 @@ class CausalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CircuitStudySettings:
+    """How the circuit of summarizing is found before and after fine-tuning."""
+
+    circuit: bool = _setting(True, "Find the circuit of summarizing in both models and compare them.")
+    circuit_documents: int = _setting(32, "Held-out documents for it, each beside a version that lacks its salient sentence.")
+    circuit_method: str = _setting("eap-ig", "How edges are scored, as for `mechscope circuit --method`.")
+    circuit_size: float | None = _setting(None, "Share of all edges in the circuit; by default the smallest that is 90 % faithful.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How fine-tuning is run; the defaults are the paper's."""
 
@@ -140,9 +150,12 @@ class DecodingSettings:
 class ContestSettings:
     """Which placements of LoRA compete."""
 
-    strategies: str = _setting(
-        "standard,targeted_layers,targeted_heads,more_rank,random_layers,last_layers,full,none",
-        "Strategies that compete, joined by commas.",
+    strategies: str = _setting("all", "Strategies that compete, joined by commas; all: every one whose layers, heads or circuit are given.")
+    target_circuit: str | None = _setting(
+        None, 'Circuit for LoRA: its heads and MLPs, e.g. "a3.h5,m3", or a circuit file (.json, MIB/EAP-IG); without, no strategy uses one.'
+    )
+    circuit_layers: str | None = _setting(
+        None, 'The circuit\'s critical layers, which get more rank than the others, e.g. "layers:2,5"; without, that strategy is left out.'
     )
     protocols: str = _setting("equal_rank,equal_parameters", "Budgets: equal_rank (the paper's), equal_parameters, or both.")
     seeds: int = _setting(3, "Seeds of every strategy.")
@@ -183,6 +196,7 @@ class StudySettings(
     MeasureSettings,
     SelectionSettings,
     CausalSettings,
+    CircuitStudySettings,
     TrainingSettings,
     LoraSettings,
     DecodingSettings,
@@ -196,20 +210,27 @@ class StudySettings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSettings(ModelSettings):
+class PairsSettings(ModelSettings):
     """Which texts an intervention runs on."""
 
-    model: str = _setting(..., "The model: hub id, directory, or adapter.")
     pairs: str | None = _setting(
         None,
         "Prompt pairs: a JSONL file (clean, corrupt, answers, wrong_answers), a generated task (ioi, greater_than, docstring, induction), "
-        "or newsroom:ROLE (who, what, where, when, count).",
+        "newsroom:ROLE (who, what, where, when, count), or salience:DOCUMENTS (with summaries; the corrupt text lacks the salient sentence).",
     )
     limit: int | None = _setting(None, "Pairs at most; generated tasks make 100 by default.")
+    max_tokens: int = _setting(512, "Most tokens of a text that is made from a document and its summary.")
     on_problem: Literal["skip", "error"] = _setting("error", "Pairs that cannot be used: skip and count them, or stop with an error.")
-    components: str | None = _setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
     tokens_per_batch: int = _setting(1024, "Tokens of a batch of texts, padding included; decides the memory.")
     seed: int = _setting(0, "Seed of generated pairs, resampling and bootstrap.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(PairsSettings):
+    """Which model's components a sweep changes."""
+
+    model: str = _setting(..., "The model: hub id, directory, or adapter.")
+    components: str | None = _setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,18 +251,58 @@ class AblateSettings(PairSettings):
 
     data: str | None = _setting(None, "Instead of pairs: documents with summaries, ablated with the loss on the summary.")
     documents: int = _setting(32, "Documents to run on, with --data.")
-    max_tokens: int = _setting(512, "Most tokens of a document with its summary, with --data.")
     sites: str = _setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, ….")
     source: Literal["zero", "mean", "resample", "corrupt"] = _setting("mean", "What stands in for an ablated component.")
     mode: Literal["each", "keep"] = _setting("each", "Leave one out, or keep only one.")
     metric: str | None = _setting(None, "Metric; by default loss with --data and logit-diff with --pairs.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiscoverySettings:
+    """How a circuit is found and judged."""
+
+    method: str = _setting(
+        "eap-ig", "How edges are scored: eap, eap-ig, eap-ig-activations, clean-corrupted, exact, acdc, edge-pruning, flow-routes."
+    )
+    steps: int = _setting(5, "Points of integrated gradients.")
+    points: Literal["left", "midpoint"] = _setting("left", "Where they lie: left (as EAP-IG's authors) or midpoint.")
+    source: Literal["corrupt", "mean", "zero"] = _setting("corrupt", "What closed edges carry: the corrupt run's values, means, or zero.")
+    rule: Literal["top", "greedy"] = _setting("top", "How edges are chosen: the strongest, or greedily from the logits.")
+    by: Literal["edges", "nodes"] = _setting("edges", "What is chosen: edges, or nodes with all edges among them.")
+    sign: Literal["absolute", "helpful"] = _setting("absolute", "Strongest by absolute score, or by how much an edge helps the metric.")
+    circuit_edges: int | None = _setting(None, "Edges of the circuit, before dead ends are removed.")
+    circuit_fraction: float | None = _setting(None, "The same as a share of all edges.")
+    faithful: float = _setting(0.9, "Without either: the smallest size (of 0.1 % to 100 % of edges) with this faithfulness.")
+    held_out: float = _setting(0.5, "Share of the pairs that only judge and are not used to find the circuit; 0 for all in both.")
+    random_circuits: int = _setting(10, "Random circuits of every size, as controls.")
+    circuit_resamples: int = _setting(50, "Halvings and resamples of the pairs, for the model's own noise.")
+    criteria: bool = _setting(True, "Completeness and minimality of the circuit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitSettings(PairsSettings, DiscoverySettings):
+    """`mechscope circuit`: find and judge a model's circuit."""
+
+    model: str = _setting(..., "The model: hub id, directory, or adapter.")
+    metric: str = _setting("logit-diff", "Metric: logit-diff, probability, loss (of a target span), kl (to the clean run).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitDiffSettings(PairsSettings, DiscoverySettings):
+    """`mechscope circuit-diff`: what fine-tuning changed in a circuit."""
+
+    base: str = _setting(..., "The pre-trained model: hub id, directory, or adapter.")
+    tuned: str = _setting(..., "The fine-tuned model or adapter.")
+    metric: str = _setting("logit-diff", "Metric: logit-diff, probability, loss (of a target span), kl (to the clean run).")
+    checkpoints: str | None = _setting(None, "Models on the way from base to tuned, in order, joined by commas: the circuit over time.")
+    resize: Literal["refuse", "truncate"] = _setting("refuse", "Vocabularies of different size: refuse, or compare the shared tokens.")
+
+
 S = TypeVar("S")
 
 # do not change what is measured, only where and how fast: a run may be continued with others
 VOLATILE = ("device",)
-_MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents", "check")
+_MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents", "check", "random_circuits")
 
 
 def resolve(kind: type[S], config: str | Path | None = None, **given: Any) -> S:

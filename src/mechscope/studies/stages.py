@@ -16,6 +16,7 @@ import torch
 from mechscope.adapt.arms import BakeOffSettings, Protocol, Strategy
 from mechscope.adapt.bakeoff import BakeOff, bake_off
 from mechscope.adapt.generate import Decoding, encode_prompts, summarize
+from mechscope.adapt.places import read_circuit
 from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import place
 from mechscope.adapt.training import Tuned, tune
@@ -216,13 +217,29 @@ def tune_stage(
     return Tuned.read(folder)
 
 
-def bakeoff_settings(settings: Any, layers: Components, heads: Components) -> BakeOffSettings:
+def circuit_places(subject: Subject, settings: ContestSettings) -> tuple[Components, Components]:
+    """Return the circuit's heads and MLPs, and its critical layers, for the bake-off; each is empty where it is not given.
+
+    Raises:
+        SettingsError: A text is not understood, or names what the model lacks.
+        DataError: The circuit's file cannot be used.
+    """
+    circuit = read_circuit(settings.target_circuit or "none", subject)
+    return circuit, Components.parse(settings.circuit_layers or "none").validate(subject.anatomy)
+
+
+def bakeoff_settings(
+    settings: Any, layers: Components, heads: Components, circuit: Components, circuit_layers: Components
+) -> BakeOffSettings:
     """Turn flags (`ContestSettings`, `LoraSettings`, `TrainingSettings`, `DecodingSettings`) into a bake-off's settings."""
-    strategies: tuple[Strategy, ...] = tuple(part.strip() for part in settings.strategies.split(","))
+    named = () if settings.strategies == "all" else settings.strategies.split(",")
+    strategies: tuple[Strategy, ...] = tuple(part.strip() for part in named)
     protocols: tuple[Protocol, ...] = tuple(part.strip() for part in settings.protocols.split(","))
     return BakeOffSettings(
         layers=layers,
         heads=heads,
+        circuit=circuit,
+        circuit_layers=circuit_layers,
         strategies=strategies,
         protocols=protocols,
         seeds=tuple(range(settings.seed, settings.seed + settings.seeds)),
@@ -247,7 +264,16 @@ def held_out(splits: Splits, settings: DecodingSettings) -> tuple[Document, ...]
 
 
 def bakeoff_stage(
-    run: RunFolder, subject: Subject, splits: Splits, settings: Any, layers: Components, heads: Components, *, progress: Progress | None
+    run: RunFolder,
+    subject: Subject,
+    splits: Splits,
+    settings: Any,
+    layers: Components,
+    heads: Components,
+    circuit: Components,
+    circuit_layers: Components,
+    *,
+    progress: Progress | None,
 ) -> None:
     """Write the tables `bakeoff`, `bakeoff_rouge`, `bakeoff_summary`, `learning_curves` and `bakeoff_summaries`."""
     inputs = {
@@ -255,10 +281,12 @@ def bakeoff_stage(
         "documents": {name: encoded.hash for name, encoded in splits.encoded.items()},
         "layers": str(layers),
         "heads": str(heads),
+        "circuit": str(circuit),
+        "circuit_layers": str(circuit_layers),
         **fields_of(settings, TrainingSettings),
         **fields_of(settings, LoraSettings),
         **fields_of(settings, DecodingSettings),
-        **fields_of(settings, ContestSettings),
+        **fields_of(settings, ContestSettings, "target_circuit", "circuit_layers"),
         "template": settings.template,
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
@@ -272,7 +300,7 @@ def bakeoff_stage(
             splits.encoded["validation"].examples,
             held_out(splits, settings),
             stage.path("bakeoff"),
-            settings=bakeoff_settings(settings, layers, heads),
+            settings=bakeoff_settings(settings, layers, heads, circuit, circuit_layers),
             template=Template(settings.template),
             max_tokens=min(settings.max_tokens, subject.anatomy.max_positions),
             progress=progress,

@@ -5,10 +5,11 @@
     3. difference: base against tuned over held-out documents; with a LoRA trained here, the two further pairs of the paper
     4. selection: which layers and heads changed most, and how stable that is
     5. interventions: do these layers and heads carry what fine-tuning brought?
-    6. bake-off: LoRA there, everywhere, at random places, …, over seeds and at matched budgets
-    7. summaries of held-out documents, side by side
-    8. claims: the paper's, each with what was measured and a verdict
-    9. report
+    6. circuits: which edges bring salient content into the summary, before and after, and what changed
+    7. bake-off: LoRA there, in the circuit, everywhere, at random places, …, over seeds and at matched budgets
+    8. summaries of held-out documents, side by side
+    9. claims: the paper's, each with what was measured and a verdict
+    10. report
 
 Every stage is skipped when it was done with the same inputs, so a killed study continues with the same command.
 """
@@ -27,6 +28,7 @@ from mechscope.instrument import load, load_pair
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.causal_stage import causal_stage
+from mechscope.studies.circuit_stages import summarization_circuit
 from mechscope.studies.claims import claims_table
 from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_splits
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
@@ -44,6 +46,15 @@ _TABLES = (
     "ablation",
     "importance",
     "effects",
+    "circuit_summary",
+    "circuit_curve",
+    "circuit_components",
+    "circuit_edges",
+    "circuit_nodes",
+    "circuit_overlap",
+    "circuit_shift",
+    "circuit_gain",
+    "circuit_time",
     "bakeoff",
     "bakeoff_summary",
     "learning_curves",
@@ -88,6 +99,8 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
     with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
         record_command(run, command)
         models, splits = _models(run, settings, progress)
+        # read before the long stages, so that a wrong circuit is known at once
+        circuit = stages.circuit_places(models["base"], settings)
         compared = pair(models["base"], models["tuned"], resize=settings.resize)
         _record(run, models, splits, settings)
         stages.difference_stage(run, compared, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
@@ -100,9 +113,13 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
         layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
         if settings.causal:
             causal_stage(run, compared, splits.encoded["test"], settings, layers, heads, seed=settings.seed, progress=progress)
+        if settings.circuit:
+            found = summarization_circuit(run, compared, splits.corpora["test"], settings, progress=progress)
+            # what the user names comes before what was found
+            circuit = (circuit[0] or found[0], circuit[1] or found[1])
         if settings.bakeoff:
             plain = _plain_base(models["base"], settings)
-            stages.bakeoff_stage(run, plain, splits, settings, layers, heads, progress=progress)
+            stages.bakeoff_stage(run, plain, splits, settings, layers, heads, *circuit, progress=progress)
         stages.summaries_stage(run, models, splits, settings, progress=progress)
         claims_stage(run, settings)
         return Study.of(run, stages.report_stage(run))
@@ -145,9 +162,10 @@ def bakeoff_run(
     with RunFolder.open(out, asdict(settings), kind="bakeoff", volatile=VOLATILE) as run:
         record_command(run, command)
         subject = load(settings.base, **_loading(settings))
+        circuit = stages.circuit_places(subject, settings)
         splits = load_splits(settings, subject)
         _record(run, {"base": subject}, splits, settings)
-        stages.bakeoff_stage(run, subject, splits, settings, layers, heads, progress=progress)
+        stages.bakeoff_stage(run, subject, splits, settings, layers, heads, *circuit, progress=progress)
         stages.summaries_stage(run, {"base": subject}, splits, settings, progress=progress)
         return Study.of(run, stages.report_stage(run))
 
@@ -165,8 +183,11 @@ def report_run(path: str | Path) -> Path:
 
 def claims_stage(run: RunFolder, settings: Any) -> None:
     """Write the table `claims` from the tables that are there."""
-    names = ("bakeoff", "bakeoff_summary", "learning_curves", "layer_sets", "ablation", "importance")
-    needed = ("difference", "selection", "bakeoff", "causal")
+    names = (
+        *("bakeoff", "bakeoff_summary", "learning_curves", "layer_sets", "ablation", "importance"),
+        *("circuit_overlap", "circuit_gain", "circuit_summary"),
+    )
+    needed = ("difference", "selection", "bakeoff", "causal", "circuit", "circuit-change")
     inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name in needed}
     with run.stage("claims", {**inputs, "rows": settings.rows, "rule": settings.layer_rule}) as stage:
         if stage.done:

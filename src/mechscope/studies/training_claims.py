@@ -2,7 +2,8 @@
 
 The paper compares one targeted with one standard run. Here "at least as good" is a non-inferiority test with a stated margin, "better" is
 asked of random layers at the same budget (the control that the paper lacks), and nothing is decided from a single seed, since an interval
-over documents alone says nothing about the next training run. `Claim` is the row of the claims table.
+over documents alone says nothing about the next training run. LoRA in a circuit is judged the same way where it was run. `Claim` is the row
+of the claims table.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def training_claims(
     metric: str = "rougeL",
     margin: float = 0.005,
 ) -> list[Claim]:
-    """Judge the claims about targeted LoRA.
+    """Judge the claims about targeted LoRA; those about LoRA in a circuit are there only if it was compared.
 
     Args:
         bakeoff: The bake-off's runs, or None.
@@ -78,7 +79,7 @@ def training_claims(
         claims.append(_versus_standard(summary, protocol, words, metric, margin))
         claims.append(_versus_random(summary, protocol, words, metric))
         claims.append(_fewer_steps(bakeoff, curves, protocol, words))
-    return [*claims, _fewer_parameters(bakeoff)]
+    return [*claims, _fewer_parameters(bakeoff), *_circuit(summary, metric, margin)]
 
 
 def _versus_standard(summary: pd.DataFrame | None, protocol: str, words: str, metric: str, margin: float) -> Claim:
@@ -100,9 +101,40 @@ def _versus_random(summary: pd.DataFrame | None, protocol: str, words: str, metr
     return _judged(claim, summary, protocol, metric, "vs_random", 0.0, "random layers")
 
 
-def _judged(claim: Claim, summary: pd.DataFrame | None, protocol: str, metric: str, versus: str, threshold: float, other: str) -> Claim:
+def _circuit(summary: pd.DataFrame | None, metric: str, margin: float) -> list[Claim]:
+    """Judge LoRA in the circuit's heads and MLPs at equal trainable parameters; what it was not compared with is left out."""
+    protocol = "equal_parameters"
+    versus_standard = Claim(
+        f"circuit_vs_standard.{protocol}",
+        f"LoRA in the circuit's heads and MLPs alone is at least as good as LoRA in every layer, {PROTOCOLS[protocol]} "
+        f"({metric} not lower by {100 * margin:g} points or more).",
+        "Not tested in the paper.",
+    )
+    versus_random = Claim(
+        f"circuit_vs_random.{protocol}",
+        f"LoRA in the circuit's heads and MLPs is better than LoRA in random circuits of the same shape, {PROTOCOLS[protocol]} ({metric}).",
+        "Not tested in the paper.",
+    )
+    claims = [
+        _judged(versus_standard, summary, protocol, metric, "vs_standard", -margin, "standard LoRA", strategy="circuit"),
+        _judged(versus_random, summary, protocol, metric, "vs_random", 0.0, "random circuits", strategy="circuit"),
+    ]
+    return [claim for claim in claims if not np.isnan(claim.value)]
+
+
+def _judged(
+    claim: Claim,
+    summary: pd.DataFrame | None,
+    protocol: str,
+    metric: str,
+    versus: str,
+    threshold: float,
+    other: str,
+    *,
+    strategy: str = "targeted_layers",
+) -> Claim:
     """Judge a paired ROUGE difference against a threshold."""
-    found = _runs(summary, protocol, "targeted_layers")
+    found = _runs(summary, protocol, strategy)
     found = found[found["metric"] == metric] if len(found) else found
     if found.empty or np.isnan(found[versus].iloc[0]):
         return claim
@@ -114,7 +146,7 @@ def _judged(claim: Claim, summary: pd.DataFrame | None, protocol: str, metric: s
     elif low > 0:
         note += " The whole interval is above zero."
     return claim.replaced(
-        measured=f"{metric} of targeted layers minus {other}: {100 * value:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}).",
+        measured=f"{metric} of {strategy.replace('_', ' ')} minus {other}: {100 * value:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}).",
         value=value,
         low=low,
         high=high,

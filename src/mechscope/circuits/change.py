@@ -1,0 +1,141 @@
+"""What fine-tuning changed in a circuit: overlap of base and tuned beside two nulls, and the shift of every edge's score.
+
+Two circuits of one model, found on different texts, are not equal either, so an overlap of base and tuned says nothing alone. It is shown beside
+(a) what random circuits of those sizes share, and (b) what circuits of the same model share when each is found on another half of the texts. For
+(b) base and tuned are compared on disjoint halves too: only then do they differ by as much noise as the two circuits of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mechscope.circuits.choosing import Choice, choose
+from mechscope.circuits.graph import Circuit
+from mechscope.circuits.overlap import jaccard, node_jaccard, overlap
+from mechscope.circuits.scores import Scores
+from mechscope.errors import DataError
+from mechscope.stats.inference import benjamini_hochberg, paired_difference
+
+# what scores must share besides their method
+_NOTED = ("metric", "source")
+_MEASURES = {"edges": jaccard, "nodes": node_jaccard}
+
+
+def edge_shift(base: Scores, tuned: Scores, base_circuit: Circuit, tuned_circuit: Circuit) -> pd.DataFrame:
+    """Compare every edge's score in two models on the same texts.
+
+    Returns:
+        One row per edge: `edge`, `sender`, `receiver`, `sender_layer`, `receiver_layer`, `base`, `tuned`, `shift` (tuned − base) with `se`, `low`, `high`
+        (95 % over texts), `p`, `q` (Benjamini–Hochberg over all edges), `in_base`, `in_tuned`.
+
+    Raises:
+        DataError: The scores are of different graphs, methods, metrics or numbers of texts, or were not kept by text.
+    """
+    first, second = _same_texts(base, tuned)
+    table = base.table()[["edge", "sender", "receiver", "sender_layer", "receiver_layer"]]
+    found = paired_difference(second, first)
+    return table.assign(
+        base=base.mean,
+        tuned=tuned.mean,
+        shift=found.mean,
+        se=found.standard_error,
+        low=found.low,
+        high=found.high,
+        p=found.p,
+        q=benjamini_hochberg(found.p),
+        in_base=base_circuit.edges,
+        in_tuned=tuned_circuit.edges,
+    )
+
+
+def overlap_table(
+    base: Scores,
+    tuned: Scores,
+    fractions: Sequence[float],
+    *,
+    resamples: int = 50,
+    draws: int = 200,
+    seed: int = 0,
+    **choice: Any,
+) -> pd.DataFrame:
+    """Compare the circuits of two models at several sizes, beside both nulls.
+
+    Args:
+        base: Scores of the base model.
+        tuned: Scores of the tuned model, on the same texts.
+        fractions: Sizes, as fractions of all edges.
+        resamples: Random halvings of the texts.
+        draws: Random circuits of the layer-matched null.
+        seed: Seed of halvings and draws.
+        choice: Options of `choose` but its size.
+
+    Returns:
+        One row per `fraction` and `what` (edges, nodes): `base_size`, `tuned_size`, `jaccard` of the two circuits of all texts; `null`, `null_low`,
+        `null_high`, `null_p` of layer-matched random circuits; on halves of the texts `across` (base on one half with tuned on the other; 2.5 % and
+        97.5 % quantiles over halvings `across_low`, `across_high`), `self_base` and `self_tuned` (both halves, one model); `change`, the mean of the
+        two selfs − across, with `change_low`, `change_high`: positive where tuning changed the circuit by more than noise. Halvings share texts, so
+        quantiles over them show their spread and are not confidence intervals.
+
+    Raises:
+        DataError: The scores are of different graphs, methods, metrics or numbers of texts, or were not kept by text.
+    """
+    first, second = _same_texts(base, tuned)
+    texts, graph = len(first), base.graph
+    if texts < 4:
+        raise DataError(f"{texts} texts cannot be halved for the models' own noise: at least 4 are needed")
+    random = np.random.default_rng(seed)
+    sides = [np.isin(np.arange(texts), random.permutation(texts)[: texts // 2]) for _ in range(resamples)]
+    means = [(first[side].mean(0), first[~side].mean(0), second[side].mean(0), second[~side].mean(0)) for side in sides]
+    rows = []
+    for fraction in fractions:
+        options: Choice = {**choice, "fraction": fraction}  # type: ignore[typeddict-item]  # the caller's options of `choose`
+        whole = choose((graph, base.mean), **options), choose((graph, tuned.mean), **options)
+        by_chance = overlap(*whole, draws=draws, seed=seed).table
+        halves = [tuple(choose((graph, mean), **options) for mean in four) for four in means]
+        for what, measure in _MEASURES.items():
+            across = np.array([(measure(a, d) + measure(b, c)) / 2 for a, b, c, d in halves])
+            own = np.array([(measure(a, b), measure(c, d)) for a, b, c, d in halves])
+            change = own.mean(1) - across
+            null = by_chance[(by_chance["of"] == what) & (by_chance["null"] == "layer-matched")].iloc[0]
+            rows.append(
+                {
+                    "what": what,
+                    "fraction": fraction,
+                    "base_size": int(null["first"]),
+                    "tuned_size": int(null["second"]),
+                    "jaccard": measure(*whole),
+                    "null": null["expected"],
+                    "null_low": null["low"],
+                    "null_high": null["high"],
+                    "null_p": null["p"],
+                    "across": across.mean(),
+                    "across_low": np.quantile(across, 0.025),
+                    "across_high": np.quantile(across, 0.975),
+                    "self_base": own[:, 0].mean(),
+                    "self_tuned": own[:, 1].mean(),
+                    "change": change.mean(),
+                    "change_low": np.quantile(change, 0.025),
+                    "change_high": np.quantile(change, 0.975),
+                    "n": texts,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _same_texts(base: Scores, tuned: Scores) -> tuple[np.ndarray, np.ndarray]:
+    if base.graph != tuned.graph:
+        raise DataError(f"circuits of {base.graph} and {tuned.graph} cannot be compared: both models need one architecture")
+    if base.per_text is None or tuned.per_text is None:
+        raise DataError(
+            f"the scores of {base.method!r} keep none of every text, which intervals and the models' own noise need: use eap-ig"
+        )
+    if len(base.per_text) != len(tuned.per_text):
+        raise DataError(f"base was scored on {len(base.per_text)} texts and tuned on {len(tuned.per_text)}: score both on the same pairs")
+    for what, first, second in (("method", base.method, tuned.method), *((key, base.notes.get(key), tuned.notes.get(key)) for key in _NOTED)):
+        if first != second:
+            raise DataError(f"base was scored with {what} {first!r} and tuned with {second!r}: only scores of one kind have a difference")
+    return base.per_text.astype(np.float64), tuned.per_text.astype(np.float64)

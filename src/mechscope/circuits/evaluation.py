@@ -1,0 +1,300 @@
+"""How much of a model a circuit is: the metric of any edge sets, faithfulness, its curve over circuit sizes, and edge AUROC.
+
+m(C) is the metric when the circuit's edges carry clean values and all others the other run's; M is the whole model, ∅ no edge. Faithfulness is
+f(C) = (m(C) − m(∅)) / (m(M) − m(∅)), a ratio of means over texts (Wang et al. 2022; Hanna et al. 2024), so it does not matter whether a metric
+counts up or down.
+
+CPR and CMD (MIB, Mueller et al. 2025) are the areas under f and under |1 − f| along the fraction of edges, a linear axis, by trapezoids between
+the fractions given. They are divided by the width of that axis here, so a circuit that is as good as the model at every size has CPR 1 and CMD 0;
+with MIB's fractions (0.1 % to 100 %) MIB's own numbers are these times 0.999.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sklearn.metrics import roc_auc_score
+
+from mechscope.circuits.choosing import MIB_FRACTIONS, fractions_curve
+from mechscope.circuits.forward import CircuitRuns
+from mechscope.circuits.graph import Circuit, Graph
+from mechscope.circuits.overlap import random_like
+from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.written import Source
+from mechscope.data.pairs import Pairs
+from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.stats.inference import paired_difference
+from mechscope.subject import Subject
+
+_REPLICATES = 1000
+# circuits handed to `CircuitRuns` between two calls of `progress`; it bounds its memory itself
+_AT_ONCE = 64
+_ENDS = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of means over texts with 95 % percentile bootstrap intervals; NaN where they are not defined.
+
+    Attributes:
+        value: One per row.
+        low: Lower ends; NaN for a single text.
+        high: Upper ends.
+        replicates: ``(row, replicate)``: the ratio of every resample of the texts.
+        note: Why the values or intervals are NaN, or None.
+    """
+
+    value: Float[np.ndarray, " row"]
+    low: Float[np.ndarray, " row"]
+    high: Float[np.ndarray, " row"]
+    replicates: Float[np.ndarray, "row replicate"]
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The metric of circuits, per text in the order of the pairs.
+
+    Attributes:
+        values: m(C) of every circuit.
+        clean: m(M).
+        empty: m(∅).
+        metric: Which metric.
+        cost: Passes that were made, over all texts; equal circuits are run once.
+    """
+
+    values: Float[np.ndarray, "circuit text"]
+    clean: Float[np.ndarray, " text"]
+    empty: Float[np.ndarray, " text"]
+    metric: str
+    cost: Cost
+
+    def faithfulness(self, *, seed: int = 0) -> Ratio:
+        """Return f(C) of every circuit.
+
+        Args:
+            seed: Seed of the bootstrap over texts.
+        """
+        return of_span(self.values - self.empty, self.clean, self.empty, seed=seed)
+
+
+@dataclass(frozen=True)
+class Area:
+    """An area over the fractions, divided by their width.
+
+    Attributes:
+        value: Of the curve.
+        low: Lower end of its interval over texts (percentile bootstrap).
+        high: Upper end.
+        random: Mean over the curves of random circuits; NaN without any. `random_low` and `random_high` are their 2.5 % and 97.5 % quantiles.
+    """
+
+    value: float
+    low: float
+    high: float
+    random: float
+    random_low: float
+    random_high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Faithfulness over circuit sizes.
+
+    Attributes:
+        table: One row per fraction: `fraction`, `edges` (in the circuit after choosing), `metric`, `n` (texts), `value` (mean metric), `faithfulness` with
+            `low`, `high` (bootstrap over texts), and `random`, `random_low`, `random_high`: mean and 2.5 % and 97.5 % quantiles of the faithfulness of
+            layer-matched random circuits with as many edges (not pruned, so at small sizes most of theirs are dead ends).
+        cpr: Area under the faithfulness. It can exceed 1.
+        cmd: Area of |1 − faithfulness|, 0 at best. It is bounded below, so texts' noise moves it up.
+        circuits: The circuit of each fraction.
+        evaluated: Their metric per text.
+        random: ``(draw, fraction)``: faithfulness of the random circuits.
+        cost: Passes that were made for everything.
+        notes: How it was made; under `faithfulness` why values or intervals are NaN, or None.
+    """
+
+    table: pd.DataFrame
+    cpr: Area
+    cmd: Area
+    circuits: tuple[Circuit, ...]
+    evaluated: Evaluated
+    random: Float[np.ndarray, "draw fraction"]
+    cost: Cost
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate(
+    subject: Subject,
+    pairs: Pairs,
+    circuits: Sequence[Circuit],
+    *,
+    metric: str = "logit-diff",
+    source: Source = "corrupt",
+    tokens_per_batch: int = 512,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Run the model with only the edges of each circuit.
+
+    Args:
+        subject: The model.
+        pairs: Clean and corrupt texts.
+        circuits: Edge sets of this model's graph.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
+        source: What closed edges carry, as for `CircuitRuns`: `corrupt`, `zero` or means of what is written.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        MechscopeError: There is no circuit, one is of another graph, texts do not fit the model or the metric, or values are not finite.
+    """
+    if not circuits:
+        raise SettingsError("there are no circuits to evaluate: give at least one")
+    check_fits(subject, pairs)
+    graph = Graph.of(subject)
+    for circuit in circuits:
+        if circuit.graph != graph:
+            raise SettingsError(f"a circuit of {circuit.graph} does not belong to this model, which is {graph}")
+    # equal circuits, as the whole model often is several times, cost once
+    packed = np.stack([np.packbits(circuit.edges) for circuit in circuits])
+    _, first, place = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    distinct = np.stack([circuits[index].edges for index in first])
+    gathered, done = Gathered(pairs), 0
+    for batch in batches(pairs, tokens_per_batch):
+        runs = CircuitRuns(subject, batch, metric, source=source)
+        found = []
+        for edges in torch.from_numpy(distinct).split(_AT_ONCE):
+            found.append(runs.run(edges).double().cpu().numpy())
+            done += len(edges) * len(batch.pairs)
+            if progress is not None:
+                progress("evaluating circuits", done, len(distinct) * len(pairs))
+        gathered.put("values", batch, np.concatenate(found))
+        gathered.put("clean", batch, runs.clean.double().cpu().numpy())
+        gathered.put("empty", batch, runs.corrupt.double().cpu().numpy())
+    clean, empty = gathered["clean"], gathered["empty"]
+    if not (np.isfinite(clean).all() and np.isfinite(empty).all()):
+        raise ModelError("the model gave values that are NaN or infinite: its type is too narrow for it, try dtype float32")
+    return Evaluated(gathered["values"][place.reshape(-1)], clean, empty, metric, Cost(forward=len(distinct) + 2, backward=0))
+
+
+def of_span(
+    values: Float[np.ndarray, "row text"], clean: Float[np.ndarray, " text"], empty: Float[np.ndarray, " text"], *, seed: int = 0
+) -> Ratio:
+    """Return mean(values) / mean(clean − empty): a mean of per-text ratios would be ruled by texts on which the two runs hardly differ.
+
+    Args:
+        values: Differences of the metric.
+        clean: m(M).
+        empty: m(∅).
+        seed: Seed of the bootstrap.
+
+    Returns:
+        All NaN, and a note, where mean(clean − empty) cannot be told from 0 by a paired t test at the 5 % level.
+    """
+    span, texts = clean - empty, len(clean)
+    unknown = np.full((len(values), _REPLICATES), np.nan)
+    p = float(paired_difference(clean, empty).p)
+    if (texts < 2 and not span.any()) or p >= 0.05:
+        note = (
+            f"the whole model and the empty circuit cannot be told apart ({clean.mean():.4g} and {empty.mean():.4g} over {texts} texts, p = {p:.2g}), "
+            "so there is nothing to take a share of: give more texts, or texts whose two versions differ in the metric"
+        )
+        return Ratio(unknown[:, 0], unknown[:, 0], unknown[:, 0], unknown, note)
+    value = values.mean(1) / span.mean()
+    if texts < 2:
+        return Ratio(value, unknown[:, 0], unknown[:, 0], unknown, "a single text gives no interval: give more")
+    weights = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=_REPLICATES).astype(np.float64)
+    below = weights @ span
+    replicates = np.divide(values @ weights.T, below, out=unknown, where=below != 0)
+    low, high = np.nanquantile(replicates, _ENDS, axis=1)
+    return Ratio(value, low, high, replicates, None)
+
+
+def faithfulness_curve(
+    subject: Subject,
+    pairs: Pairs,
+    scores: Scores,
+    *,
+    fractions: Sequence[float] = MIB_FRACTIONS,
+    random: int = 10,
+    metric: str = "logit-diff",
+    source: Source = "corrupt",
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **choice: Any,
+) -> Curve:
+    """Choose circuits of several sizes by scores and see how much of the model each is.
+
+    Args:
+        subject: The model.
+        pairs: The texts to judge on; best not those the scores were made from.
+        scores: What a discovery method says of every edge.
+        fractions: Sizes as fractions of all edges, rising.
+        random: Random circuits per size, by `random_like`.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
+        source: What closed edges carry, as for `evaluate`.
+        tokens_per_batch: As for `evaluate`.
+        seed: Seed of the random circuits and of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+        choice: How edges are chosen: `rule`, `by`, `sign` and the other options of `fractions_curve`.
+
+    Raises:
+        MechscopeError: Fractions do not rise within 0 to 1, or as for `evaluate` and `fractions_curve`.
+    """
+    at = np.asarray(fractions, dtype=np.float64)
+    if len(at) < 2 or (np.diff(at) <= 0).any() or at[0] <= 0 or at[-1] > 1 or random < 0:
+        what = f"fractions {tuple(fractions)} and {random} random circuits"
+        raise SettingsError(
+            f"{what} are not usable: give at least two fractions, rising, above 0 and up to 1, and 0 or more random circuits"
+        )
+    circuits = fractions_curve(scores, at.tolist(), **choice)
+    drawn = [random_like(circuit, number=random, seed=seed + place) for place, circuit in enumerate(circuits)]
+    everything = [*circuits, *(circuit for of_size in zip(*drawn, strict=True) for circuit in of_size)]
+    every = evaluate(subject, pairs, everything, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress)
+    share = every.faithfulness(seed=seed)
+    by_chance = share.value[len(at) :].reshape(random, len(at))
+    table = pd.DataFrame({"fraction": at, "edges": [len(circuit) for circuit in circuits], "metric": metric, "n": len(pairs)})
+    table["value"] = every.values[: len(at)].mean(1)
+    table["faithfulness"], table["low"], table["high"] = (each[: len(at)] for each in (share.value, share.low, share.high))
+    table["random"], table["random_low"], table["random_high"] = _band(by_chance)
+    heights = (share.value[: len(at)], share.replicates[: len(at)].T, by_chance)
+    cpr, cmd = _area(at, *heights), _area(at, *(np.abs(1 - each) for each in heights))
+    notes = {"method": scores.method, **choice, "random": random, "seed": seed, "faithfulness": share.note}
+    return Curve(table, cpr, cmd, tuple(circuits), replace(every, values=every.values[: len(at)]), by_chance, every.cost, notes)
+
+
+def _area(at: np.ndarray, curve: np.ndarray, replicates: np.ndarray, by_chance: np.ndarray) -> Area:
+    value, resampled, chance = (np.trapezoid(each, at, axis=-1) / (at[-1] - at[0]) for each in (curve, replicates, by_chance))
+    return Area(*(float(each) for each in (value, *_band(resampled)[1:], *_band(chance))))
+
+
+def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    values = values if len(values) else np.full((1, *values.shape[1:]), np.nan)
+    return values.mean(0), *np.quantile(values, _ENDS, axis=0)
+
+
+def auroc(scores: Scores, truth: Circuit) -> float:
+    """Return the probability that an edge of the true circuit has a larger |score| than one outside it, ties counting half.
+
+    Args:
+        scores: What a method says; edges it did not score (NaN) are left out.
+        truth: The edges that are known to matter.
+
+    Raises:
+        DataError: The two are of different graphs, or the scored edges are all in or all outside the true circuit.
+    """
+    if scores.graph != truth.graph:
+        raise DataError(f"scores of {scores.graph} cannot be compared with a circuit of {truth.graph}: use the same model")
+    inside = truth.edges[scored := ~np.isnan(scores.mean)]
+    if inside.all() or not inside.any():
+        raise DataError(f"of {len(inside):,} scored edges {inside.sum():,} are in the true circuit: AUROC needs some inside, some outside")
+    return float(roc_auc_score(inside, np.abs(scores.mean[scored])))

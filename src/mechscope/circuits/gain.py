@@ -1,0 +1,119 @@
+"""Which tuned edges, put into the base model, carry the gain of fine-tuning.
+
+The base model runs the clean texts; some edges carry what the tuned model writes there, the others what the base model writes:
+
+    share(E) = (m(base with tuned E) − m(base)) / (m(tuned) − m(base))
+
+0 is none of the gain, 1 all of it; a part that hinders is above 1 without or below 0 alone. Edges are ranked by attribution (`attribute_edges` with the tuned
+model as the source): to first order what the metric gains by each, and, since the gain has a sign, those that raise it come first. Random sets
+of as many edges in the same layers stand beside. Readers keep the base's weights: this is about what is written, path by path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mechscope.circuits.attribution import Method, attribute_edges
+from mechscope.circuits.evaluation import evaluate, of_span
+from mechscope.circuits.graph import Circuit
+from mechscope.circuits.overlap import random_like
+from mechscope.circuits.scores import Cost, Scores
+from mechscope.data.pairs import Pairs
+from mechscope.errors import SettingsError
+from mechscope.scoring import Progress, check_fits
+from mechscope.subject import Pair
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What tuned edges carry.
+
+    Attributes:
+        table: One row per size and `kind` (`tuned`: chosen by attribution, `random`: mean of random sets): `fraction`, `edges`, `value` (mean metric of
+            the base model with these tuned edges), `share` of the gain with `low`, `high` (over texts; for `random` the band over sets).
+        scores: What each tuned edge would change, to first order.
+        base: Mean metric of the base model.
+        tuned: Mean metric of the tuned model.
+        cost: Passes that were made for the table.
+        note: Why shares are NaN, or None.
+    """
+
+    table: pd.DataFrame
+    scores: Scores
+    base: float
+    tuned: float
+    cost: Cost
+    note: str | None
+
+
+def tuned_edges(
+    pair: Pair,
+    texts: Pairs,
+    *,
+    fractions: Sequence[float],
+    random: int = 10,
+    metric: str = "logit-diff",
+    method: Method = "eap",
+    steps: int = 5,
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Gain:
+    """Put tuned edges into the base model.
+
+    Args:
+        pair: The two models.
+        texts: What both read (the clean texts).
+        fractions: How many edges are tuned, as fractions of all.
+        random: Random sets per size.
+        metric: What fine-tuning changed: `logit-diff`, `probability` or `loss`.
+        method: How edges are ranked: `eap` or `eap-ig-activations`.
+        steps: Points of `eap-ig-activations`.
+        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        seed: Seed of random sets and of the bootstrap.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        MechscopeError: Texts, metric or method do not fit the models.
+    """
+    if metric == "kl":
+        raise SettingsError("metric 'kl' compares with one model's own clean run, so it has no gain: use logit-diff, probability or loss")
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        raise SettingsError(f"fractions {tuple(fractions)} of tuned edges: give shares above 0 and up to 1")
+    check_fits(pair.tuned, texts)
+    options: dict[str, Any] = {"metric": metric, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    scores = attribute_edges(pair.base, texts, method=method, steps=steps, source=pair.tuned, **options)
+    whole = Circuit.full(scores.graph)
+    own = evaluate(pair.base, texts, [whole], source=pair.tuned, **options).clean
+    tuned = evaluate(pair.tuned, texts, [whole], source="zero", **options).clean
+    rises = bool(tuned.mean() >= own.mean())
+    # a score is what the metric gains when the edge carries the tuned value: those that take it to the tuned model's come first
+    towards = np.where(np.isnan(scores.mean), -np.inf, scores.mean if rises else -scores.mean)
+    ranked = np.argsort(-towards, kind="stable")
+    sets = []
+    for fraction in fractions:
+        edges = np.zeros(len(scores.graph), dtype=bool)
+        edges[ranked[: max(1, round(fraction * len(edges)))]] = True
+        sets.append(Circuit(scores.graph, edges))
+    drawn = [random_like(chosen, number=random, seed=seed + place) for place, chosen in enumerate(sets)]
+    everything = [*sets, *(one for of_size in drawn for one in of_size)]
+    found = evaluate(pair.base, texts, [whole - one for one in everything], source=pair.tuned, **options)
+    share = of_span(found.values - own, tuned, own, seed=seed)
+    rows = []
+    for place, (fraction, chosen) in enumerate(zip(fractions, sets, strict=True)):
+        row = {"fraction": fraction, "edges": len(chosen), "n": len(texts)}
+        value = found.values[place].mean()
+        rows.append(
+            {**row, "kind": "tuned", "value": value, "share": share.value[place], "low": share.low[place], "high": share.high[place]}
+        )
+        if random:
+            these = slice(len(sets) + place * random, len(sets) + (place + 1) * random)
+            low, high = np.quantile(share.value[these], [0.025, 0.975])
+            by_chance = {"value": found.values[these].mean(), "share": share.value[these].mean(), "low": low, "high": high}
+            rows.append({**row, "kind": "random", **by_chance})
+    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), found.cost, share.note)

@@ -1,0 +1,191 @@
+"""Edge pruning: learn a gate on every edge, all at once, by gradient (Bhaskar et al. 2024, 2406.16778).
+
+A gate z in [0, 1] says how much of the clean value an edge carries, the rest comes from the other run. While learning, gates are drawn from the hard
+concrete distribution (Louizos et al. 2018), which is exactly 0 or exactly 1 with positive probability and still has a gradient:
+
+    s = sigmoid((log u − log(1 − u) + log α) / β),   z = min(1, max(0, s (ζ − γ) + γ)),   u uniform;  β = 2/3, γ = −0.1, ζ = 1.1
+    P(z > 0) = sigmoid(log α − β log(−γ/ζ))
+
+The loss is the distance between circuit and model as a share of the empty circuit's, plus λ₁ (t − s) + λ₂ (t − s)², with s the expected share of
+closed gates and t the share that is wanted, which rises linearly from 0 to its end. log α descends by Adam, λ₁ and λ₂ ascend. There are no gates on
+nodes: a node is out when its edges are.
+
+Two things differ from the authors' code, which takes 3,000 steps. The distance is a share, so the rates mean the same for every metric
+and model. And log α stays between bounds: where a gate is surely open neither task nor penalty has a gradient, so the multipliers would wind up until
+all gates fall at once and too far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.circuits.forward import CircuitRuns
+from mechscope.circuits.graph import Circuit, Graph
+from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.written import Source, require_source, source_name
+from mechscope.data.pairs import Pairs
+from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.scoring import Progress, batches, check_fits
+from mechscope.subject import Subject
+
+_BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
+# where log α begins, and how much gates differ there: P(z > 0) = 0.97
+_START, _SPREAD = 2.0, 0.01
+# bounds of log α: P(z > 0) from 0.002 to 0.99
+_LOWEST, _HIGHEST = -8.0, 3.0
+# share of the steps in which the wanted sparsity rises; the authors' 2,500 of 3,000
+_RISE = 5 / 6
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What edge pruning learned.
+
+    Attributes:
+        scores: For every edge the probability that its gate is not closed. Unsigned: large means important.
+        circuit: As many edges as were asked for, those with the highest probabilities.
+        history: One row per step: `step`, `distance` (of that step's texts, with drawn gates), `sparsity` (expected share of closed gates), `target`,
+            `linear` and `quadratic` (the multipliers).
+    """
+
+    scores: Scores
+    circuit: Circuit
+    history: pd.DataFrame
+
+
+def prune_edges(
+    subject: Subject,
+    pairs: Pairs,
+    *,
+    n_edges: int,
+    steps: int = 1000,
+    learning_rate: float = 0.3,
+    multiplier_rate: float = 0.8,
+    metric: str = "kl",
+    source: Source = "corrupt",
+    tokens_per_batch: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Learn which edges keep the model's behaviour.
+
+    A step is one forward and one backward pass of one batch with all edges gated. What every head and MLP writes is held for all texts throughout
+    (senders × tokens × d_model numbers).
+
+    Args:
+        subject: The model; its weights are not changed.
+        pairs: Clean and corrupt prompts.
+        n_edges: How many edges the circuit has.
+        steps: Steps of the optimiser; in fewer than about 200 the sparsity does not arrive where it should.
+        learning_rate: Of log α, by Adam, falling linearly to zero.
+        multiplier_rate: Likewise of λ₁ and λ₂.
+        metric: `kl`: the distance is the divergence from the model's next-token distribution; `logit-diff`, `probability` and `loss`: the mean absolute
+            difference from the model's value, text by text.
+        source: What a closed edge carries, as for `CircuitRuns`: the `corrupt` run's value, `zero`, means, or another model's.
+        tokens_per_batch: Most tokens of one step, padding included.
+        seed: Seed of the gates' beginning, the draws and the order of the batches.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        SettingsError: The number of edges, of steps or a rate is out of range.
+        DataError: The metric does not tell all edges from none.
+        ModelError: A step gave NaN or infinity.
+        MechscopeError: Pairs, metric or source do not fit the model or each other.
+    """
+    graph = Graph.of(subject)
+    if not 0 < n_edges < len(graph):
+        raise SettingsError(f"a circuit of {n_edges} edges cannot be learned: this model has {len(graph):,}, give 1 to {len(graph) - 1:,}")
+    if steps < 1:
+        raise SettingsError(f"steps is {steps}: train for at least one")
+    for name, rate in (("learning_rate", learning_rate), ("multiplier_rate", multiplier_rate)):
+        if not 0 < rate < math.inf:
+            raise SettingsError(f"{name} is {rate}: give a number above 0, such as 0.3")
+    check_fits(subject, pairs)
+    require_source(pairs, source)
+    runs = [CircuitRuns(subject, batch, metric, source=source) for batch in batches(pairs, tokens_per_batch)]
+    empty = sum(_distance(run, run.corrupt).sum().item() for run in runs) / len(pairs)
+    if empty == 0:
+        raise DataError(
+            f"metric {metric!r} is the same with all edges and with none, so there is nothing to keep: choose other pairs or metric"
+        )
+    # draws are made on the processor, so that every device sees the same
+    generator = torch.Generator().manual_seed(seed)
+    log_alpha = (_START + _SPREAD * torch.randn(len(graph), generator=generator)).requires_grad_()
+    multipliers = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam(
+        [{"params": [log_alpha], "lr": learning_rate}, {"params": [multipliers], "lr": multiplier_rate, "maximize": True}]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    end, order = 1 - n_edges / len(graph), _in_turn(len(runs), generator)
+    rows: list[dict[str, float]] = []
+    texts = 0
+    for step in range(steps):
+        run = runs[next(order)]
+        target = end * min(1.0, (step + 1) / (steps * _RISE))
+        with torch.enable_grad():
+            drawn = sampled(log_alpha, torch.rand(len(graph), generator=generator))
+            distance = _distance(run, run.run(drawn[None])[0]).mean().cpu()
+            sparsity = 1 - open_probability(log_alpha).mean()
+            short = target - sparsity
+            loss = distance / empty + multipliers[0] * short + multipliers[1] * short**2
+            gradients = torch.autograd.grad(loss, [log_alpha, multipliers])
+        if not all(torch.isfinite(gradient).all() for gradient in gradients):
+            raise ModelError(f"step {step} of edge pruning gave a gradient that is NaN or infinite: load the model in float32")
+        held = {"distance": distance.item(), "sparsity": sparsity.item(), "target": target}
+        rows.append({"step": step, **held, "linear": multipliers[0].item(), "quadratic": multipliers[1].item()})
+        for parameter, gradient in zip((log_alpha, multipliers), gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            log_alpha.clamp_(_LOWEST, _HIGHEST)
+        texts += len(run.batch.pairs)
+        if progress is not None:
+            progress("learning gates", step + 1, steps)
+    learned = log_alpha.detach().double().numpy()
+    # gates at the upper bound are told apart by how strongly they are still pushed open
+    push = optimizer.state[log_alpha]["exp_avg"].numpy()
+    kept = np.zeros(len(graph), dtype=bool)
+    kept[np.lexsort((push, -learned))[:n_edges]] = True
+    passes = texts / len(pairs)
+    notes = {"metric": metric, "source": source_name(source), "n_edges": n_edges, "steps": steps, "seed": seed, "empty_distance": empty}
+    notes["score"] = "probability that the edge's gate is not closed; unsigned"
+    probability = open_probability(torch.from_numpy(learned)).numpy()
+    scores = Scores(graph, probability, None, "edge-pruning", Cost(forward=2 + passes, backward=passes), notes)
+    return Pruned(scores, Circuit(graph, kept), pd.DataFrame(rows))
+
+
+def open_probability(log_alpha: Float[Tensor, "*gates"]) -> Float[Tensor, "*gates"]:
+    """Return the probability that a gate is not exactly 0."""
+    return torch.sigmoid(log_alpha - _BETA * math.log(-_GAMMA / _ZETA))
+
+
+def sampled(log_alpha: Float[Tensor, "*gates"], uniform: Float[Tensor, "*gates"]) -> Float[Tensor, "*gates"]:
+    """Turn uniform numbers into gates, differentiably in log α.
+
+    Args:
+        log_alpha: Where each gate's distribution lies.
+        uniform: In [0, 1).
+    """
+    # the least number keeps log u finite
+    s = torch.sigmoid((torch.logit(uniform, eps=1e-6) + log_alpha) / _BETA)
+    return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+
+def _distance(run: CircuitRuns, value: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return how far a metric is from the whole model's, text by text."""
+    return value if run.metric.name == "kl" else (value - run.clean).abs()
+
+
+def _in_turn(n: int, generator: torch.Generator) -> Iterator[int]:
+    """Yield batches without end, in a new random order each time all were seen."""
+    while True:
+        yield from torch.randperm(n, generator=generator).tolist()
