@@ -21,3 +21,20 @@ def test_every_example_of_the_page_on_interventions_runs() -> None:
     last = names["restored"].table.iloc[-1]
     assert (last["component"], last["positions"]) == ("r5", "last")
     assert abs(last["normalised"] - 1) < 1e-3
+
+
+def test_every_example_of_the_page_on_circuits_runs() -> None:
+    text = (DOCS / "circuits.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.S | re.M)
+    assert len(blocks) >= 5
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"circuits.md, example {number + 1}", "exec"), names)
+    assert str(names["scores"].cost) == "6 forward, 5 backward passes"
+    assert names["graph"].names[:2] == ("input->a0.h0<q>", "input->a0.h1<q>")
+    # the two models of the example are one: every edge scores the same, and nothing is gained
+    assert (names["overlap"]["jaccard"] == 1).all()
+    assert (names["shift"]["shift"] == 0).all()
+    assert names["gain"].base == names["gain"].tuned
+    # all edges are the model
+    assert abs(names["curve"].table["faithfulness"].iloc[-1] - 1) < 1e-4

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechscope.circuits.attribution import METHODS, attribute_edges
 from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.forward import CircuitRuns
-from mechscope.circuits.graph import sums_by_node
+from mechscope.circuits.graph import Graph, sums_by_node
 from mechscope.circuits.scores import Scores
 from mechscope.circuits.written import Written
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
@@ -179,6 +179,44 @@ def test_eap_ig_out_of_the_input_adds_up_to_the_difference_of_the_runs(family: s
     assert midpoint[1] < midpoint[0] / (4 if family == "opt" else 12)
 
 
+def places_of(graph: Graph) -> list[slice]:
+    """Senders that write together: the input, then each layer's heads and its MLP."""
+    layers = range(graph.n_layers)
+    return [
+        slice(0, 1),
+        *(at for layer in layers for at in (graph.heads_of(layer), slice(graph.mlp_sender(layer), graph.mlp_sender(layer) + 1))),
+    ]
+
+
+def leave(graph: Graph, place: slice) -> Tensor:
+    """Mark the edges that leave some senders."""
+    return torch.from_numpy(np.isin(graph.edges[:, 0], np.arange(len(graph.senders))[place]))
+
+
+@pytest.mark.parametrize("source", ["corrupt", "zero", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eap_ig_of_activations_averages_gradients_where_one_place_carries_a_share_of_its_clean_value(family: str, source: Any) -> None:
+    """At m = 2 from the closed end: with all edges out of a place at 0, then at one half, and the rest of the model clean."""
+    subject = families.subject(family, torch.float64)
+    source = Written.mean_over(subject, PAIRS) if source == "mean" else source
+    found = rows(attribute_edges(subject, PAIRS, method="eap-ig-activations", steps=2, points="left", source=source))
+    runs = CircuitRuns(subject, collate_pairs(PAIRS.pairs), source=source)
+    places = places_of(runs.graph)
+    weights = torch.ones(2, len(places), len(runs.graph), dtype=torch.float64)
+    for number, place in enumerate(places):
+        weights[0, number, leave(runs.graph, place)] = 0
+        weights[1, number, leave(runs.graph, place)] = 0.5
+    values = runs.run(weights.requires_grad_().flatten(0, 1))
+    for text in range(len(PAIRS)):
+        (gradient,) = torch.autograd.grad(values[:, text].sum(), weights, retain_graph=True)
+        for number, place in enumerate(places):
+            own = leave(runs.graph, place)
+            # an input of zero meets a norm that divides by almost nothing, so gradients there are large
+            expected = -gradient.mean(0)[number, own].numpy()
+            tolerance = (1e-9 if family in EXACT else 1e-4) * max(1, np.abs(expected).max())
+            np.testing.assert_allclose(found[text, own.numpy()], expected, rtol=0, atol=tolerance, err_msg=str(place))
+
+
 @pytest.mark.parametrize("source", ["corrupt", "zero"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eap_ig_of_activations_out_of_one_place_adds_up_to_closing_it(family: str, source: Any) -> None:
@@ -189,12 +227,8 @@ def test_eap_ig_of_activations_out_of_one_place_adds_up_to_closing_it(family: st
     subject = smooth_subject(family)
     runs = CircuitRuns(subject, collate_pairs(PAIRS.pairs), source=source)
     graph = runs.graph
-    places = [slice(0, 1)] if source == "corrupt" else []
-    for layer in range(graph.n_layers):
-        places += [graph.heads_of(layer), slice(graph.mlp_sender(layer), graph.mlp_sender(layer) + 1)]
-    keep = torch.ones(len(places), len(graph), dtype=torch.bool)
-    for row, place in enumerate(places):
-        keep[row, torch.from_numpy(np.isin(graph.edges[:, 0], np.arange(len(graph.senders))[place]))] = False
+    places = places_of(graph)[0 if source == "corrupt" else 1 :]
+    keep = torch.stack([~leave(graph, place) for place in places])
     expected = (runs.run(keep) - runs.clean).numpy()
     errors = []
     for steps in (4, 16):

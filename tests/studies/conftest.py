@@ -28,6 +28,8 @@ TINY: dict[str, Any] = {
     "rouge_documents": 3,
     "max_new_tokens": 8,
     "replicates": 50,
+    # has tests of its own
+    "circuit": False,
 }
 
 

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope.circuits.contraction import Contraction
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.readings import ReadGradient, Readings
+from mechscope.circuits.readings import Readings
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import SITES, Source, Written, differences, require_source, scaled, source_name, written_in
 from mechscope.data.metrics import Metric
@@ -100,8 +101,8 @@ def attribute_edges(
         total / len(pairs),
         per_text,
         method,
-        _cost(method, steps, graph),
-        {"metric": metric, "source": source_name(source), "points": points},
+        _cost(graph, method, steps, points, metric, source),
+        {"metric": metric, "source": source_name(source), "points": points, "texts": pairs.hash},
     )
 
 
@@ -110,18 +111,20 @@ def _fractions(steps: int, points: Points) -> list[float]:
     return [(step + (0.5 if points == "midpoint" else 0.0)) / steps for step in range(steps)]
 
 
-def _cost(method: Method, steps: int, graph: Graph) -> Cost:
+def _cost(graph: Graph, method: Method, steps: int, points: Points, metric: str, source: Source) -> Cost:
+    # means and zero need no run of their own; the metric kl runs the clean texts once more to compare with
+    other, again = int(source == "corrupt" or isinstance(source, Subject)), int(metric == "kl")
     match method:
         case "eap":
-            return Cost(2, 1)
+            return Cost(1 + other, 1)
         case "clean-corrupted":
-            return Cost(3, 2)
+            return Cost(3 + again, 2)
         case "eap-ig":
-            return Cost(2 + steps, steps)
-    stages = 2 * graph.n_layers + 1
-    # a pass that begins at a layer runs only what lies behind it
-    share = (graph.n_layers + 1) / (2 * graph.n_layers) * (2 * graph.n_layers) / stages
-    return Cost(2 + stages * steps * share, stages * steps * share)
+            # the left end gives the corrupt run's values
+            return Cost(1 + again + (points == "midpoint") + steps, steps)
+    # from the input all blocks run; from each layer's heads it and those behind it; from its MLP those behind it
+    passes = steps * (graph.n_layers + 1)
+    return Cost(1 + other + passes, passes)
 
 
 def _check(subject: Subject, pairs: Pairs, method: str, steps: int, points: str, metric: str, source: Source) -> None:
@@ -165,16 +168,15 @@ class _Scored:
         clean = None if 1.0 in fractions else self._of(self.batch.clean)
         from_pass = clean is not None and 0.0 in fractions
         other = self._of(self.batch.corrupt) if self.source == "corrupt" and not from_pass else None
-        apart: Tensor | None = None
+        summed = Contraction(self.graph, self.wiring, self.reading)
         for fraction in sorted(fractions, key=lambda share: share not in (0.0, 1.0)):
             hidden = given if fraction == 1.0 else corrupt + fraction * (given - corrupt)
             readings = self._read(hidden.detach().requires_grad_(), 0)
-            if apart is None:
-                clean = clean or self._written(readings, given)
-                other = other or (self._written(readings, corrupt) if from_pass else written_in(self.source, self.batch, clean))
-                apart = self._apart(other, clean)
-            for gradient in readings.each():
-                self._add(gradient, apart, slice(None), 1 / len(fractions))
+            clean = clean or self._written(readings, given)
+            other = other or (self._written(readings, corrupt) if from_pass else written_in(self.source, self.batch, clean))
+            summed.add(readings, 1 / len(fractions))
+        if clean is not None and other is not None:  # as after any point
+            summed.into(self.scores, self._apart(other, clean))
 
     def along_activations(self, fractions: Sequence[float]) -> None:
         """For each layer's heads, each MLP and the input, add gradients at points between what they write in both runs."""
@@ -183,10 +185,10 @@ class _Scored:
         other = written_in(self.source, self.batch, clean)
         apart = self._apart(other, clean)
         for stage in self._stages(run, clean, other):
+            summed = Contraction(self.graph, self.wiring, self.reading)
             for fraction in fractions:
-                readings = stage.read(self, fraction)
-                for gradient in readings.each():
-                    self._add(gradient, apart, stage.senders, 1 / len(fractions))
+                summed.add(stage.read(self, fraction), 1 / len(fractions))
+            summed.into(self.scores, apart, stage.senders)
 
     def _stages(self, run: Prefix, clean: Written, other: Written) -> Iterator[_Stage]:
         graph = self.graph
@@ -218,27 +220,6 @@ class _Scored:
     @torch.no_grad()
     def _apart(self, other: Written, clean: Written) -> Float[Tensor, "sender batch token d_model"]:
         return differences(self.graph, other, clean)
-
-    @torch.no_grad()
-    def _add(self, found: ReadGradient, apart: Tensor, senders: slice, weight: float) -> None:
-        """Add the products of what senders write and the gradient of what receivers read, text by text."""
-        graph = self.graph
-        if found.kind == "logits":
-            rows = self.reading.take(apart[senders])  # (sender, read, d_model)
-            products = (rows * found.gradient).sum(-1).T
-            self.scores[:, senders, -1].index_add_(0, self.reading.example.to(products.device), products, alpha=weight)
-            return
-        if found.kind == "heads":
-            receivers, end = graph.readers_of(found.layer), graph.heads_of(found.layer).start
-        else:
-            place = graph.mlp_reader(found.layer)
-            receivers, end = slice(place, place + 1), graph.before_mlp(found.layer)
-        start, stop, _ = senders.indices(end)
-        if stop <= start:
-            return
-        given = apart[start:stop].flatten(2).transpose(0, 1)  # (batch, sender, token · d_model)
-        read = found.gradient.flatten(2).permute(1, 2, 0)  # (batch, token · d_model, receiver)
-        self.scores[:, start:stop, receivers].add_(torch.bmm(given, read), alpha=weight)
 
 
 @dataclass(frozen=True)

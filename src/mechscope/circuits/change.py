@@ -21,7 +21,7 @@ from mechscope.errors import DataError
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 
 # what scores must share besides their method
-_NOTED = ("metric", "source")
+_NOTED = ("metric", "source", "texts")
 _MEASURES = {"edges": jaccard, "nodes": node_jaccard}
 
 
@@ -135,7 +135,10 @@ def _same_texts(base: Scores, tuned: Scores) -> tuple[np.ndarray, np.ndarray]:
         )
     if len(base.per_text) != len(tuned.per_text):
         raise DataError(f"base was scored on {len(base.per_text)} texts and tuned on {len(tuned.per_text)}: score both on the same pairs")
-    for what, first, second in (("method", base.method, tuned.method), *((key, base.notes.get(key), tuned.notes.get(key)) for key in _NOTED)):
-        if first != second:
-            raise DataError(f"base was scored with {what} {first!r} and tuned with {second!r}: only scores of one kind have a difference")
+    one, other = ({"method": scores.method, **{key: scores.notes.get(key) for key in _NOTED}} for scores in (base, tuned))
+    for what, first in one.items():
+        if first != other[what]:
+            raise DataError(
+                f"base was scored with {what} {first!r} and tuned with {other[what]!r}: only scores of one kind have a difference"
+            )
     return base.per_text.astype(np.float64), tuned.per_text.astype(np.float64)

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import Source, require_source
+from mechscope.circuits.written import Source, require_source, source_name
 from mechscope.data.pairs import Pairs
 from mechscope.scoring import Gathered, Progress, batches, check_fits
 from mechscope.subject import Subject
@@ -75,7 +75,8 @@ def exact_effects(
     per_text = gathered["effects"].T
     depth = np.array(graph.layer_of(graph.receivers))[graph.edges[chosen, 1]]
     passes = 2 + float((1 - depth / graph.n_layers).sum())
-    return Scores(graph, per_text.mean(0), per_text, "exact", Cost(passes, 0), {"metric": metric, "edges": len(chosen)})
+    notes = {"metric": metric, "source": source_name(source), "edges": len(chosen), "texts": pairs.hash}
+    return Scores(graph, per_text.mean(0), per_text, "exact", Cost(passes, 0), notes)
 
 
 def _chosen(graph: Graph, edges: Sequence[str] | Circuit | None) -> Bool[np.ndarray, " edge"]:

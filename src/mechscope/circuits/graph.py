@@ -134,7 +134,8 @@ class Graph:
                     f"edge {edge!r}: {name!r} is not one of this graph's (for example {example}); it has layers 0-{self.n_layers - 1} with "
                     f"heads 0-{self.n_heads - 1}"
                 )
-        why = "the MLP of a parallel block does not read its heads" if self.parallel else "a part reads only what was written before it"
+        beside = self.parallel and receiver[0] == "m" and sender.startswith(f"a{receiver[1:]}.")
+        why = "the MLP of a parallel block does not read its heads" if beside else "a part reads only what was written before it"
         raise SettingsError(f"edge {edge!r} does not exist: {why}")
 
     @cached_property
@@ -201,13 +202,20 @@ class Circuit:
         return isinstance(other, Circuit) and self.graph == other.graph and bool((self.edges == other.edges).all())
 
     def __or__(self, other: Circuit) -> Circuit:
-        return Circuit(self.graph, self.edges | other.edges)
+        return Circuit(self.graph, self.edges | self._edges_of(other))
 
     def __and__(self, other: Circuit) -> Circuit:
-        return Circuit(self.graph, self.edges & other.edges)
+        return Circuit(self.graph, self.edges & self._edges_of(other))
 
     def __sub__(self, other: Circuit) -> Circuit:
-        return Circuit(self.graph, self.edges & ~other.edges)
+        return Circuit(self.graph, self.edges & ~self._edges_of(other))
+
+    def _edges_of(self, other: Circuit) -> Bool[np.ndarray, " edge"]:
+        if other.graph != self.graph:
+            raise SettingsError(
+                f"circuits of different models cannot be combined: {len(self.graph):,} edges there are in one, {len(other.graph):,} in the other"
+            )
+        return other.edges
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ and value have a gradient of their own: each member of the groups goes back thro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechscope.data.metrics import Metric
@@ -33,18 +34,18 @@ Begin = Callable[[Walk], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
-class ReadGradient:
-    """The gradient of each text's metric at what some receivers of one layer read.
+class HeadGradients:
+    """The gradient of each text's metric at a layer's queries, keys and values; receivers are all queries, then all keys, then all values.
 
     Attributes:
-        layer: Which block; the number of blocks for the logits.
-        kind: `heads` (all queries, then all keys, then all values), `mlp` or `logits`.
-        gradient: ``(receiver, batch, token, d_model)``; of `logits` only at the rows that are read, ``(1, read, d_model)``.
+        at: ``(batch, token, receiver, d_head)``: at the projections, times the scale of the norm before them.
+        standard: ``(batch, token, d_model)``: x̂, what the norm makes of its input before its gain; None without a norm.
+        along: ``(batch, token, receiver)``: how much of x̂ belongs to the gradient at what is read, −⟨x̂, G⟩ / d.
     """
 
-    layer: int
-    kind: str
-    gradient: Tensor
+    at: Float[Tensor, "batch token receiver d_head"]
+    standard: Float[Tensor, "batch token d_model"] | None
+    along: Float[Tensor, "batch token receiver"] | None
 
 
 class Readings:
@@ -54,7 +55,7 @@ class Readings:
         score: ``(batch)``: the metric of each text.
         z: What the heads computed, by layer that was run.
         mlp: What the MLPs wrote, by layer that was run.
-        rows: ``(read, d_model)``: the rows of the last residual stream that are read.
+        above: ``(read, d_model)``: the gradient at the rows of the last residual stream that are read.
     """
 
     def __init__(self, walk: Walk, wiring: Wiring, metric: Metric, reading: Reading, begin: Begin) -> None:
@@ -100,8 +101,7 @@ class Readings:
             (above,) = torch.autograd.grad(value.sum(), [leaf])
             self._differentiate(rows, above)
         self.score = value.detach()
-        self.rows = leaf.detach()
-        self._above = above
+        self.above = above
         if not torch.isfinite(self.score).all():
             raise ModelError("the metric is NaN or infinite: the model's type is too narrow for it, try dtype float32")
 
@@ -135,58 +135,41 @@ class Readings:
             found.append(at[..., places].unflatten(-1, (len(starts), slices.width)))
         return torch.stack(found, dim=3).flatten(2, 3)  # (batch, token, head, d_head)
 
-    def heads(self, layer: int) -> ReadGradient:
-        """Return the gradient at what each query, key and value of a layer reads."""
-        wiring, anatomy = self.wiring, self._anatomy
-        x, norm = self._given[layer], wiring.attention_norm(layer)
-        batch, tokens = self._batch
-        standard, scale = (None, None) if norm is None else norm.normalised(x)
-        heads = anatomy.n_heads
-        whole = x.new_empty(3 * heads, batch * tokens, anatomy.d_model)
-        for number, part in enumerate(PARTS):
-            reader = wiring.reader(layer, part)
-            weight, constant = reader.weight, reader.bias
-            at = self._at_projection(layer, part)  # (batch, token, head, d_head)
-            group = heads // len(weight)
-            if norm is not None:
-                if norm.shift is not None:
-                    moved = weight @ norm.shift
-                    constant = moved if constant is None else constant + moved
-                weight = weight * norm.gain
-                if norm.centred:
-                    weight = weight - weight.mean(-1, keepdim=True)
-                at = at * scale[..., None]  # type: ignore[index]  # there is a scale where there is a norm
-            if group > 1:
-                weight = weight.repeat_interleave(group, dim=0)
-            mine = whole[number * heads : (number + 1) * heads]
-            torch.bmm(at.permute(2, 0, 1, 3).reshape(heads, batch * tokens, -1), weight, out=mine)
-            if norm is not None:
-                projected = self._projected(layer, part)
-                if constant is not None:
-                    projected = projected - constant
-                projected = projected.repeat_interleave(group, dim=2) if group > 1 else projected
-                along = (projected * at).sum(-1).permute(2, 0, 1).reshape(heads, batch * tokens, 1) / -anatomy.d_model
-                mine.addcmul_(standard.reshape(1, batch * tokens, -1), along)  # type: ignore[union-attr]  # as above
-        return ReadGradient(layer, "heads", whole.unflatten(1, (batch, tokens)))
+    @property
+    def layers_of_heads(self) -> list[int]:
+        """The layers whose heads were run."""
+        return sorted(self._outputs)
 
-    def mlp_input(self, layer: int) -> ReadGradient:
+    @property
+    def layers_of_mlps(self) -> list[int]:
+        """The layers whose MLPs were run."""
+        return sorted(self._at_mlp)
+
+    @torch.no_grad()
+    def heads(self, layer: int) -> HeadGradients:
+        """Return the gradient at a layer's projections, with what is needed to carry it to what each head reads."""
+        x, norm, heads = self._given[layer], self.wiring.attention_norm(layer), self._anatomy.n_heads
+        standard, scale = (None, None) if norm is None else norm.normalised(x)
+        found = x.new_empty(*x.shape[:2], len(PARTS) * heads, self._anatomy.d_head)
+        along = None if norm is None else found.new_empty(found.shape[:3])
+        for number, part in enumerate(PARTS):
+            mine = slice(number * heads, (number + 1) * heads)
+            at = self._at_projection(layer, part)  # (batch, token, head, d_head)
+            found[:, :, mine] = at if scale is None else at * scale[..., None]
+            if along is not None:
+                projected, constant = self._projected(layer, part), self.wiring.constant(layer, part)
+                projected = projected if constant is None else projected - constant
+                projected = (
+                    projected.repeat_interleave(self.wiring.group, dim=2) if part != "query" and self.wiring.group > 1 else projected
+                )
+                along[:, :, mine] = (projected * found[:, :, mine]).sum(-1) / -self._anatomy.d_model
+        return HeadGradients(found, standard, along)
+
+    @torch.no_grad()
+    def mlp_input(self, layer: int) -> Float[Tensor, "batch token d_model"]:
         """Return the gradient at what a layer's MLP reads."""
         norm, above = self.wiring.mlp_norm(layer), self._at_mlp[layer].view(*self._batch, -1)
-        gradient = above if norm is None else norm.pulled_back(self._before_mlp[layer].view(*self._batch, -1), above)
-        return ReadGradient(layer, "mlp", gradient[None])
-
-    def logits(self) -> ReadGradient:
-        """Return the gradient at the rows of the last residual stream that are read."""
-        return ReadGradient(self._anatomy.n_layers, "logits", self._above[None])
-
-    def each(self) -> Iterator[ReadGradient]:
-        """Yield the gradients of all receivers that were run, layer by layer."""
-        for layer in range(self._anatomy.n_layers):
-            if layer in self._outputs:
-                yield self.heads(layer)
-            if layer in self._at_mlp:
-                yield self.mlp_input(layer)
-        yield self.logits()
+        return above if norm is None else norm.pulled_back(self._before_mlp[layer].view(*self._batch, -1), above)
 
     def _at_projection(self, layer: int, part: str) -> Tensor:
         if (layer, part) in self._at_shared:

@@ -63,7 +63,7 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
         if progress is not None:
             progress("following the flow", done, len(pairs))
     per_text: Float[np.ndarray, "text edge"] = gathered["shares"].T
-    return Scores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none"})
+    return Scores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none", "texts": pairs.hash})
 
 
 def _shares(read: Tensor, written: Float[Tensor, "sender batch token d_model"], real: Tensor) -> Float[Tensor, "batch sender"]:

@@ -81,20 +81,29 @@ class Scores:
 
 
 def _with_intervals(table: pd.DataFrame, per_text: np.ndarray | None) -> pd.DataFrame:
-    table["n"] = 0 if per_text is None else len(per_text)
+    table["n"] = 0
     if per_text is not None:
         found = paired_difference(per_text.astype(np.float64), np.zeros_like(per_text, dtype=np.float64))
+        table["n"] = found.n.astype(int)
         table["se"], table["low"], table["high"] = found.standard_error, found.low, found.high
         table["p"], table["q"] = found.p, benjamini_hochberg(found.p)
     return table
 
 
-def to_json(circuit: Circuit, scores: Scores | None = None, *, model: str | None = None, fingerprint: str | None = None) -> str:
+def to_json(
+    circuit: Circuit,
+    scores: Scores | None = None,
+    *,
+    d_model: int | None = None,
+    model: str | None = None,
+    fingerprint: str | None = None,
+) -> str:
     """Write a circuit in the format of MIB and EAP-IG.
 
     Args:
         circuit: Which edges.
-        scores: The scores of all edges; 0 without.
+        scores: The scores of all edges; 0 without, and for edges that were not scored.
+        d_model: Width of the residual stream; EAP-IG's own reader does not read a file without it.
         model: Where the model came from; kept under `mechscope`, which other readers ignore.
         fingerprint: The model's hash, so that the file is not taken for another model's.
     """
@@ -111,6 +120,8 @@ def to_json(circuit: Circuit, scores: Scores | None = None, *, model: str | None
         for name, value, inside in zip(graph.names, values, circuit.edges, strict=True)
     }
     cfg = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
+    if d_model is not None:
+        cfg["d_model"] = d_model
     about = {"model": model, "fingerprint": fingerprint, "method": None if scores is None else scores.method}
     return json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges, "mechscope": about})
 
@@ -127,7 +138,7 @@ def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = Non
         The circuit, and the scores of all edges (0 for edges the file does not name).
 
     Raises:
-        DataError: The file cannot be read, is not of this format, or belongs to another model.
+        DataError: The file cannot be read, is not of this format, belongs to another model, or takes single neurons.
     """
     try:
         held = json.loads(Path(source).read_text(encoding="utf-8"))
@@ -138,14 +149,23 @@ def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = Non
     cfg = held["cfg"]
     own = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
     for name, expected in own.items():
-        if name in cfg and cfg[name] != expected:
+        if name not in cfg:
+            raise DataError(
+                f"circuit file {str(source)!r} does not say of which model it is: 'cfg' needs {', '.join(own)}, it lacks {name}"
+            )
+        if cfg[name] != expected:
             raise DataError(f"circuit file {str(source)!r} is of another model: {name} is {cfg[name]} there and {expected} here")
-    about = held.get("mechscope") or {}
+    about = held["mechscope"] if isinstance(held.get("mechscope"), dict) else {}
     if fingerprint and about.get("fingerprint") and about["fingerprint"] != fingerprint:
         raise DataError(
             f"circuit file {str(source)!r} was made of {about.get('model') or 'another model'} with other weights "
-            f"({about['fingerprint'][:12]}…, this model is {fingerprint[:12]}…): discover the circuit of this model, or read without a fingerprint"
+            f"({str(about['fingerprint'])[:12]}…, this model is {fingerprint[:12]}…): discover the circuit of this model, or read without a fingerprint"
         )
+    for name, node in held["nodes"].items():
+        if isinstance(node, dict) and not all(node.get("neurons") or ()):
+            raise DataError(
+                f"circuit file {str(source)!r} takes single neurons of {name!r}: only circuits of whole heads and MLPs can be read"
+            )
     edges, scores = np.zeros(len(graph), dtype=bool), np.zeros(len(graph))
     places = {name: place for place, name in enumerate(graph.names)}
     for name, entry in held["edges"].items():
@@ -153,6 +173,9 @@ def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = Non
             raise DataError(f"circuit file {str(source)!r} names edge {name!r}, which this model does not have")
         if not isinstance(entry, dict) or not isinstance(entry.get("in_graph"), bool | int):
             raise DataError(f"circuit file {str(source)!r}: edge {name!r} says nothing of 'in_graph'")
+        score = entry.get("score")
+        if score is not None and not isinstance(score, float | int):
+            raise DataError(f"circuit file {str(source)!r}: the score of edge {name!r} is {score!r}, not a number")
         edges[places[name]] = bool(entry["in_graph"])
-        scores[places[name]] = float(entry.get("score") or 0.0)
+        scores[places[name]] = float(score or 0.0)
     return Circuit(graph, edges), scores

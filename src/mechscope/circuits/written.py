@@ -92,13 +92,13 @@ class Written:
         """Put parts together again."""
         return cls(parts[0], parts[1::2], parts[2::2], wiring)
 
-    def heads(self, layer: int, minus: Written | None = None) -> Float[Tensor, "head batch token d_model"]:
+    def heads(self, layer: int, minus: Written | None = None, *, out: Tensor | None = None) -> Float[Tensor, "head batch token d_model"]:
         """Expand what a layer's heads write to the residual stream, less what they write in another run (of this model or another)."""
         if minus is None:
-            return expanded(self.wiring, layer, self.z[layer])
+            return expanded(self.wiring, layer, self.z[layer], out=out)
         if minus.wiring.subject is self.wiring.subject:
-            return expanded(self.wiring, layer, self.z[layer] - minus.z[layer])
-        return self.heads(layer) - minus.heads(layer)
+            return expanded(self.wiring, layer, self.z[layer] - minus.z[layer], out=out)
+        return torch.sub(self.heads(layer), minus.heads(layer), out=out)
 
     def attention(self, layer: int) -> Float[Tensor, "batch token d_model"]:
         """Return what a layer's heads write together, without the projection's bias."""
@@ -114,11 +114,14 @@ def scaled(wiring: Wiring, layer: int, z: Tensor) -> Tensor:
     return z if scale is None else z * scale
 
 
-def expanded(wiring: Wiring, layer: int, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "head batch token d_model"]:
+def expanded(
+    wiring: Wiring, layer: int, z: Float[Tensor, "batch token head d_head"], *, out: Tensor | None = None
+) -> Float[Tensor, "head batch token d_model"]:
     """Turn z into what each head writes to the residual stream."""
     weight, _ = wiring.writer(layer)
     batch, tokens, heads, _ = z.shape
-    return torch.bmm(z.permute(2, 0, 1, 3).reshape(heads, batch * tokens, -1), weight).view(heads, batch, tokens, -1)
+    into = None if out is None else out.flatten(1, 2)
+    return torch.bmm(z.permute(2, 0, 1, 3).reshape(heads, batch * tokens, -1), weight, out=into).view(heads, batch, tokens, -1)
 
 
 def differences(graph: Graph, one: Written, other: Written, *, senders: int | None = None) -> Float[Tensor, "sender batch token d_model"]:
@@ -137,8 +140,8 @@ def differences(graph: Graph, one: Written, other: Written, *, senders: int | No
     out = one.embedding.new_empty(1 + last * (graph.n_heads + 1), *shape)
     out[0] = one.embedding - other.embedding
     for layer in range(last):
-        out[graph.heads_of(layer)] = one.heads(layer, minus=other)
-        out[graph.mlp_sender(layer)] = one.mlp[layer] - other.mlp[layer]
+        one.heads(layer, minus=other, out=out[graph.heads_of(layer)])
+        torch.sub(one.mlp[layer], other.mlp[layer], out=out[graph.mlp_sender(layer)])
     return out
 
 

@@ -58,6 +58,7 @@ class Wiring:
         self._structure = found = known[subject.adapted]
         self.parallel = found.parallel
         self.group = subject.anatomy.n_heads // subject.anatomy.n_kv_heads
+        self._constants: dict[tuple[int, str], Tensor | None] = {}
         self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.is_adapter else {}
 
     def attention_norm(self, layer: int) -> Norm | None:
@@ -78,6 +79,24 @@ class Wiring:
         starts = tuple(dict.fromkeys(slices.starts))
         weight, bias = self._linear(slices)
         return Reader(_cut(weight, starts, slices.width), None if bias is None else _cut(bias, starts, slices.width))
+
+    def folded(self, layer: int, part: str) -> Float[Tensor, "stored d_head d_model"]:
+        """Return a reader's weight with its norm's gain and centring: times x̂, plus `constant`, it gives the projection."""
+        weight, norm = self.reader(layer, part).weight, self.attention_norm(layer)
+        if norm is None:
+            return weight
+        if not norm.centred:
+            return weight * norm.gain
+        mean = (weight @ norm.gain)[..., None] / weight.shape[-1]
+        return torch.addcmul(-mean, weight, norm.gain)
+
+    def constant(self, layer: int, part: str) -> Float[Tensor, "stored d_head"] | None:
+        """Return what a projection is where x̂ is zero: its bias and what the norm's shift brings; None for nothing."""
+        if (layer, part) not in self._constants:
+            reader, norm = self.reader(layer, part), self.attention_norm(layer)
+            shift = None if norm is None or norm.shift is None else reader.weight @ norm.shift
+            self._constants[layer, part] = reader.bias if shift is None else shift if reader.bias is None else reader.bias + shift
+        return self._constants[layer, part]
 
     def writer(self, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
         """Return each head's slice of W_O, as it turns z into what is written, and the projection's bias, which is no head's.

@@ -24,6 +24,7 @@ from mechscope.circuits.scores import Cost, Scores, to_json
 from mechscope.data.documents import Corpus
 from mechscope.data.salience import salience_pairs
 from mechscope.data.template import Template
+from mechscope.errors import DataError
 from mechscope.selection import default_number
 from mechscope.store.run import RunFolder
 from mechscope.studies.circuit_judging import FALLBACK, FEWEST, Asked, judge, plain
@@ -176,13 +177,15 @@ def summarization_circuit(
     Returns:
         The heads and MLPs of the tuned model's circuit, and the layers whose edges changed most. The first is empty where it is the whole model.
     """
-    texts = salience_pairs(
-        corpus,
-        pair.base.tokenizer,
-        template=Template(settings.template),
-        max_tokens=min(settings.max_tokens, pair.base.anatomy.max_positions),
-        seed=settings.seed,
-    ).first(settings.circuit_documents)
+    longest = min(settings.max_tokens, pair.base.anatomy.max_positions)
+    try:
+        texts = salience_pairs(
+            corpus, pair.base.tokenizer, template=Template(settings.template), max_tokens=longest, seed=settings.seed
+        ).first(settings.circuit_documents)
+    except DataError as error:
+        # the rest of the study does not need it
+        log.warning("the circuit of summarizing is left out: %s", error)
+        return Components(), Components()
     options = DiscoverySettings(
         method=settings.circuit_method, circuit_fraction=settings.circuit_size, random_circuits=_FEW, criteria=False
     )

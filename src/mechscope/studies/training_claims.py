@@ -162,8 +162,10 @@ def _fewer_steps(bakeoff: pd.DataFrame | None, curves: pd.DataFrame | None, prot
         f"LoRA in the most changed layers alone reaches standard LoRA's best validation loss in fewer steps than standard LoRA did, {words}.",
         "10 epochs become 6 (to each run's own best).",
     )
-    targeted = _runs(bakeoff, protocol, "targeted_layers").set_index("seed") if bakeoff is not None else pd.DataFrame()
-    standard = _standard(bakeoff, protocol).set_index("seed") if bakeoff is not None else pd.DataFrame()
+    runs = (_runs(bakeoff, protocol, "targeted_layers"), _standard(bakeoff, protocol)) if bakeoff is not None else ()
+    if not runs or any(found.empty for found in runs):
+        return claim
+    targeted, standard = (found.set_index("seed") for found in runs)
     seeds = targeted.index.intersection(standard.index)
     if seeds.empty:
         return claim
