@@ -53,7 +53,7 @@ def attribute_edges(
     points: Points = "left",
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
+    tokens_per_batch: int = 256,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every edge of a model by gradients.

@@ -40,7 +40,7 @@ def discover(
     thresholds: tuple[float, ...] = _LEVELS,
     fraction: float = 0.05,
     pruning_steps: int = 500,
-    tokens_per_batch: int = 512,
+    tokens_per_batch: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Scores:

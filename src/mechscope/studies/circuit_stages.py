@@ -98,7 +98,13 @@ def circuits_stage(
                 stage.write_table(name, pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True))
             for label, found in judged.items():
                 subject = subjects[label]
-                text = to_json(found.circuit, found.scores, model=subject.source, fingerprint=subject.fingerprint)
+                text = to_json(
+                    found.circuit,
+                    found.scores,
+                    model=subject.source,
+                    fingerprint=subject.fingerprint,
+                    d_model=subject.anatomy.d_model,
+                )
                 stage.write_text(f"circuits/{plain(label)}.json", text)
     edges = run.table("circuit_edges")
     return {

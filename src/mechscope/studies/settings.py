@@ -285,6 +285,7 @@ class CircuitSettings(PairsSettings, DiscoverySettings):
 
     model: str = _setting(..., "The model: hub id, directory, or adapter.")
     metric: str = _setting("logit-diff", "Metric: logit-diff, probability, loss (of a target span), kl (to the clean run).")
+    tokens_per_batch: int = _setting(256, "Tokens of a batch of texts, padding included; decides the memory.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +295,7 @@ class CircuitDiffSettings(PairsSettings, DiscoverySettings):
     base: str = _setting(..., "The pre-trained model: hub id, directory, or adapter.")
     tuned: str = _setting(..., "The fine-tuned model or adapter.")
     metric: str = _setting("logit-diff", "Metric: logit-diff, probability, loss (of a target span), kl (to the clean run).")
+    tokens_per_batch: int = _setting(256, "Tokens of a batch of texts, padding included; decides the memory.")
     checkpoints: str | None = _setting(None, "Models on the way from base to tuned, in order, joined by commas: the circuit over time.")
     resize: Literal["refuse", "truncate"] = _setting("refuse", "Vocabularies of different size: refuse, or compare the shared tokens.")
 
