@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from mechscope.errors import MechscopeError
+from mechscope.studies.resolving import resolve
 from mechscope.studies.settings import (
     AblateSettings,
     BakeOffSettings,
@@ -28,7 +29,6 @@ from mechscope.studies.settings import (
     PatchSettings,
     StudySettings,
     TuneSettings,
-    resolve,
 )
 
 app = typer.Typer(

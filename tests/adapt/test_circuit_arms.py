@@ -22,8 +22,8 @@ from mechscope.circuits.scores import to_json
 from mechscope.data.rouge import METRICS
 from mechscope.errors import DataError, SettingsError
 from mechscope.stats.bootstrap import bootstrap_two_level
+from mechscope.studies.resolving import resolve
 from mechscope.studies.settings import BakeOffSettings as Flags
-from mechscope.studies.settings import resolve
 from mechscope.studies.summarization import bakeoff_run
 from mechscope.subject.components import Components
 from mechscope.subject.load import load

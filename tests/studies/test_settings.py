@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from mechscope.errors import SettingsError
-from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings, resolve
+from mechscope.studies.resolving import resolve
+from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
 
 KINDS = (StudySettings, DiffSettings, TuneSettings, BakeOffSettings)
 

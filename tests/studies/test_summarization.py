@@ -19,7 +19,8 @@ import yaml
 from mechscope.errors import RunError
 from mechscope.store.run import RunFolder, verify
 from mechscope.store.tables import read_table
-from mechscope.studies.settings import DiffSettings, StudySettings, resolve
+from mechscope.studies.resolving import resolve
+from mechscope.studies.settings import DiffSettings, StudySettings
 from mechscope.studies.summarization import Study, diff_run, study
 from tests.studies.conftest import TINY
 

@@ -16,8 +16,9 @@ Every stage is skipped when it was done with the same inputs, so a killed study 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mechscope.data.sources import is_file_source
 from mechscope.instrument import load, load_pair
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
+from mechscope.studies.bakeoff_stage import bakeoff_stage, circuit_places
 from mechscope.studies.causal_stage import causal_stage
 from mechscope.studies.circuit_stages import summarization_circuit
 from mechscope.studies.claims import claims_table
@@ -34,6 +36,8 @@ from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_spli
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
 from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject, pair
+
+log = logging.getLogger(__name__)
 
 _TABLES = (
     "heads",
@@ -100,7 +104,7 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
         record_command(run, command)
         models, splits = _models(run, settings, progress)
         # read before the long stages, so that a wrong circuit is known at once
-        circuit = stages.circuit_places(models["base"], settings)
+        circuit = circuit_places(models["base"], settings)
         compared = pair(models["base"], models["tuned"], resize=settings.resize)
         _record(run, models, splits, settings)
         stages.difference_stage(run, compared, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
@@ -119,7 +123,8 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
             circuit = (circuit[0] or found[0], circuit[1] or found[1])
         if settings.bakeoff:
             plain = _plain_base(models["base"], settings)
-            stages.bakeoff_stage(run, plain, splits, settings, layers, heads, *circuit, progress=progress)
+            contest = settings if circuit[0] else _without_circuit(settings)
+            bakeoff_stage(run, plain, splits, contest, layers, heads, *circuit, progress=progress)
         stages.summaries_stage(run, models, splits, settings, progress=progress)
         claims_stage(run, settings)
         return Study.of(run, stages.report_stage(run))
@@ -162,10 +167,10 @@ def bakeoff_run(
     with RunFolder.open(out, asdict(settings), kind="bakeoff", volatile=VOLATILE) as run:
         record_command(run, command)
         subject = load(settings.base, **_loading(settings))
-        circuit = stages.circuit_places(subject, settings)
+        circuit = circuit_places(subject, settings)
         splits = load_splits(settings, subject)
         _record(run, {"base": subject}, splits, settings)
-        stages.bakeoff_stage(run, subject, splits, settings, layers, heads, *circuit, progress=progress)
+        bakeoff_stage(run, subject, splits, settings, layers, heads, *circuit, progress=progress)
         stages.summaries_stage(run, {"base": subject}, splits, settings, progress=progress)
         return Study.of(run, stages.report_stage(run))
 
@@ -217,6 +222,16 @@ def _models(run: RunFolder, settings: StudySettings, progress: Progress | None) 
 def _plain_base(base: Subject, settings: StudySettings) -> Subject:
     """Return a base without any adapter inside: training starts from plain weights."""
     return load(settings.base, tokenizer=base.tokenizer, **_loading(settings)) if base.is_adapter else base
+
+
+def _without_circuit(settings: StudySettings) -> StudySettings:
+    """Leave out strategies that need a circuit, where none was found: hours of other results should not be lost for it."""
+    named = [name.strip() for name in settings.strategies.split(",")]
+    kept = [name for name in named if name not in ("circuit", "random_circuit")]
+    if len(kept) == len(named) or not settings.circuit or not kept:
+        return settings
+    log.warning("no circuit was found, so the strategies circuit and random_circuit are left out of the bake-off")
+    return replace(settings, strategies=",".join(kept))
 
 
 def _loading(settings: ModelSettings) -> dict[str, Any]:
