@@ -116,4 +116,7 @@ def tuned_edges(
             low, high = np.quantile(share.value[these], [0.025, 0.975])
             by_chance = {"value": found.values[these].mean(), "share": share.value[these].mean(), "low": low, "high": high}
             rows.append({**row, "kind": "random", **by_chance})
-    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), found.cost, share.note)
+    note = None
+    if share.note is not None:
+        note = f"base ({own.mean():.4g}) and tuned ({tuned.mean():.4g}) cannot be told apart by {metric} on {len(texts)} texts, so there is no gain to share"
+    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), found.cost, note)
