@@ -249,7 +249,8 @@ def test_a_circuit_of_other_weights_is_refused_only_where_both_say_whose_they_ar
     with pytest.raises(DataError, match=r"was made of some/model with other weights .1234567890ab…, this model is fedcba098765…"):
         from_json(named, GRAPH, fingerprint="fedcba0987654321")
     assert from_json(named, GRAPH)[0] == circuit
-    for about in (None, [], {"fingerprint": 5}):
+    odd: tuple[Any, ...] = (None, [], {"fingerprint": 5})
+    for about in odd:
         file = written(tmp_path, {**json.loads(to_json(circuit)), "mechscope": about})
         assert from_json(file, GRAPH)[0] == circuit
     with pytest.raises(DataError, match=r"another model with other weights .5…"):

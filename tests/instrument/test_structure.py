@@ -102,7 +102,7 @@ def test_a_block_that_scales_what_its_mlp_adds_is_refused() -> None:
     class Twice(nn.Module):
         def __init__(self, block: nn.Module) -> None:
             super().__init__()
-            self.self_attn, self.mlp, self.block = block.self_attn, block.mlp, [block]  # type: ignore[assignment]
+            self.self_attn, self.mlp, self.block = block.self_attn, block.mlp, [block]
             self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
 
         def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:

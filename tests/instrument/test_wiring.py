@@ -146,7 +146,7 @@ def test_a_query_head_can_have_a_key_and_value_of_its_own_though_the_weights_are
         ("gemma2", {}, False),
     ],
 )
-def test_blocks_are_parallel_where_the_mlp_does_not_read_its_heads(family: str, changes: dict[str, bool], parallel: bool) -> None:
+def test_blocks_are_parallel_where_the_mlp_does_not_read_its_heads(family: str, changes: dict[str, Any], parallel: bool) -> None:
     assert Wiring(load(families.build(family, **changes))).parallel is parallel
 
 
