@@ -82,4 +82,4 @@ def recognised(family: str, module: nn.Module) -> Norm:
                 # RMS norms compute in float32 whatever the type
                 if torch.allclose(module(rows).float(), expected.float(), rtol=tolerance, atol=tolerance):
                     return norm
-    raise ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: circuits are not supported")
+    raise ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: it cannot be taken apart")

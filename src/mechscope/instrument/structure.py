@@ -54,7 +54,7 @@ def discovered(subject: Subject) -> Structure:
     """
     anatomy = subject.anatomy
     if getattr(subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
-        raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): circuits are not supported")
+        raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): it cannot be taken apart")
     tokens = torch.arange(anatomy.vocab_size - 4, anatomy.vocab_size)[None]  # not the first ones: one of them often stands for padding
     layers, parallel, calls = [], [], list[AttentionCall]()
     with observed(subject, calls.append):
@@ -70,7 +70,7 @@ def discovered(subject: Subject) -> Structure:
             _require_plain_writing(subject.family, layer, block, seen, calls[-1].z, hidden)
             _require_separate_heads(walk, layer, block)
     if len(set(parallel)) > 1:
-        raise ModelError(f"{subject.family}: some blocks are parallel and others are not: circuits are not supported")
+        raise ModelError(f"{subject.family}: some blocks are parallel and others are not: it cannot be taken apart")
     return Structure(tuple(layers), parallel[0])
 
 
@@ -100,7 +100,7 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
     given = seen[block.module][0]
     read = seen[block.query.module][0]
     if not all(torch.equal(seen[getattr(block, part).module][0], read) for part in PARTS):
-        raise ModelError(f"{family}: the queries, keys and values of block {layer} read different things: circuits are not supported")
+        raise ModelError(f"{family}: the queries, keys and values of block {layer} read different things: it cannot be taken apart")
     attention_norm = _between(family, layer, "attention", block, seen, given, read)
     written = seen[block.attention_write][1]
     mlp_in = seen[block.mlp_read][0]
@@ -110,7 +110,7 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
     if not parallel and not any(_close(source, given + written) for source in sources):
         raise ModelError(
             f"{family}: the MLP of block {layer} reads neither the block's input nor that plus what attention wrote (normalised once): "
-            "circuits are not supported"
+            "it cannot be taken apart"
         )
     expected = given if parallel else given + written
     mlp_norm = next((recognised(family, norm) for norm, source in candidates if _close(source, expected)), None)
@@ -119,7 +119,7 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
         # an adapter that trains norms too keeps two of them behind one
         behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1])
         if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
-            raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: circuits are not supported")
+            raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: it cannot be taken apart")
     return Layer(attention_norm, mlp_norm, behind), parallel
 
 
@@ -139,7 +139,7 @@ def _between(family: str, layer: int, what: str, block: Block, seen: Seen, given
         if torch.equal(source, given):
             return recognised(family, module)
     raise ModelError(
-        f"{family}: the {what} of block {layer} reads the residual stream through more than one norm: circuits are not supported"
+        f"{family}: the {what} of block {layer} reads the residual stream through more than one norm: it cannot be taken apart"
     )
 
 
@@ -155,12 +155,12 @@ def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, z:
     bare = written[1] if block.attention_write is block.attention else written[0]
     if not _close(read, z.flatten(2).flatten(0, 1)) or not _close(bare, projected):
         raise ModelError(
-            f"{family}: something (a norm, a gate) stands between the heads of block {layer} and what they write: circuits are not supported"
+            f"{family}: something (a norm, a gate) stands between the heads of block {layer} and what they write: it cannot be taken apart"
         )
     if not _close(after.flatten(0, 1), seen[block.module][0] + written[1] + seen[block.mlp_write][1]):
         raise ModelError(
             f"{family}: block {layer} does more than add what its heads and MLP write to the residual stream (a norm, a factor, another part): "
-            "circuits are not supported"
+            "it cannot be taken apart"
         )
 
 
@@ -179,5 +179,5 @@ def _require_separate_heads(walk: Walk, layer: int, block: Block) -> None:
     for part in PARTS:
         if not torch.equal(getattr(before, part)[:, 1:], getattr(after, part)[:, 1:]):
             raise ModelError(
-                f"{walk.subject.family}: the {part} of a head depends on other heads (a norm over all of them): circuits are not supported"
+                f"{walk.subject.family}: the {part} of a head depends on other heads (a norm over all of them): it cannot be taken apart"
             )

@@ -1,0 +1,121 @@
+"""From the last residual stream to logits, with its parts in the hand: final norm, unembedding, scaling, soft cap.
+
+logits = cap(multiplier · (norm(x) W_Uᵀ + b)). Before the cap this is linear in x once the norm's scale is known, so what any part of the model wrote has a
+logit of its own (with the scale frozen), and their sum is the model's. Families that shrink the residual stream before the unembedding have that map
+folded into W_U.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechscope.errors import ModelError
+from mechscope.instrument.norms import Norm, recognised
+from mechscope.subject.anatomy import base_layer, oriented_weight
+from mechscope.subject.load import Subject
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a model reads logits off its last residual stream, with the weights as they act now (an active adapter's change included).
+
+    Attributes:
+        norm: The final norm; None where there is none.
+        weight: ``(vocab, d_model)``: W_U, one row per token; what the model itself holds, without the norm's gain.
+        bias: ``(vocab)`` or None.
+        multiplier: The family's factor on the logits.
+        softcap: Bound of soft-capped logits (Gemma 2); None for plain ones. All methods speak of logits before the cap.
+    """
+
+    norm: Norm | None
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None
+    multiplier: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, subject: Subject) -> Readout:
+        """Take a model's apart.
+
+        Raises:
+            ModelError: The final norm is none that is known here, or the map before the unembedding has a bias.
+        """
+        anatomy = subject.anatomy
+        weight, bias = _linear(subject, anatomy.unembedding)
+        if anatomy.projection_out is not None:
+            narrow, own = _linear(subject, anatomy.projection_out)
+            if own is not None:
+                raise ModelError(f"{subject.family} has a biased map before its unembedding: its logits are not taken apart here")
+            weight = weight @ narrow
+        norm = None
+        if anatomy.final_norm is not None:
+            with subject.active():
+                norm = recognised(subject.family, anatomy.final_norm)
+        return cls(norm, weight, bias, anatomy.logit_multiplier, anatomy.logit_softcap)
+
+    def scale(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """Return the factor that the final norm gives a residual stream; 1 without a norm."""
+        if self.norm is None:
+            return hidden.new_ones(*hidden.shape[:-1], 1)
+        return self.norm.normalised(hidden)[1]
+
+    def directions(self, tokens: Int[Tensor, "*some"]) -> Float[Tensor, "*some d_model"]:
+        """Return what tokens' logits read from the residual stream: times the frozen scale and what is written, this is a logit contribution.
+
+        The norm's gain and centring and the family's factor are in it: ⟨written, direction⟩ · scale.
+        """
+        rows = self.weight[tokens.to(self.weight.device)] * self.multiplier
+        if self.norm is None:
+            return rows
+        rows = rows * self.norm.gain
+        return rows - rows.mean(-1, keepdim=True) if self.norm.centred else rows
+
+    def constant(self, tokens: Int[Tensor, "*some"]) -> Float[Tensor, "*some"]:
+        """Return the part of tokens' logits that nothing wrote: the unembedding's bias and the norm's shift."""
+        tokens = tokens.to(self.weight.device)
+        found = self.weight.new_zeros(tokens.shape)
+        if self.norm is not None and self.norm.shift is not None:
+            found = found + self.weight[tokens] @ self.norm.shift
+        if self.bias is not None:
+            found = found + self.bias[tokens]
+        return found * self.multiplier
+
+    def logits(self, hidden: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows 1"] | None = None) -> Float[Tensor, "*rows vocab"]:
+        """Return logits before any soft cap.
+
+        Args:
+            hidden: Residual stream, or anything of that width.
+            scale: The norm's factor, to freeze it at another residual stream's; by default that of `hidden`.
+        """
+        rows = self.rows(hidden, scale)
+        logits = torch.nn.functional.linear(rows, self.weight, self.bias)
+        return logits if self.multiplier == 1.0 else logits * self.multiplier
+
+    def rows(self, hidden: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows 1"] | None = None) -> Float[Tensor, "*rows d_model"]:
+        """Return what the unembedding reads: the norm applied, with its own scale or a given one."""
+        if self.norm is None:
+            return hidden
+        standard, own = self.norm.normalised(hidden)
+        if scale is not None:
+            standard = standard * (scale / own)
+        standard = standard * self.norm.gain
+        return standard if self.norm.shift is None else standard + self.norm.shift
+
+    def capped(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+        """Apply the family's soft cap: what the model gives out."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _linear(subject: Subject, module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return a map's weight as (output, input) and its bias, with an active adapter's change."""
+    bias = getattr(base_layer(module), "bias", None)
+    if subject.is_adapter:
+        name = next(name for name, found in subject.plain.named_modules() if found is module)
+        own = {key.removeprefix(f"{name}."): value for key, value in subject.weights() if key.startswith(f"{name}.")}
+        if "weight" in own:  # tied to the embedding, it is listed there only, and no adapter acts on it
+            return own["weight"], own.get("bias")
+    return oriented_weight(module).detach(), None if bias is None else bias.detach()
