@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import lru_cache
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from mechscope.circuits import acdc as module
 from mechscope.circuits.acdc import acdc
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
@@ -166,7 +166,8 @@ def test_a_node_that_nothing_reads_is_not_tested(monkeypatch: pytest.MonkeyPatch
             tried.append(len(edges))
             return super().run(edges)
 
-    monkeypatch.setattr(module, "CircuitRuns", Watched)
+    # the package gives the function under the module's name
+    monkeypatch.setattr(importlib.import_module("mechscope.circuits.acdc"), "CircuitRuns", Watched)
     found = acdc(small(idle=True), PAIRS, thresholds=[1e-11])
     # every edge but the three into the idle head, whose outgoing edges have all gone by then
     assert sum(tried) == found.scores.notes["trials"] == len(found.scores.graph) - 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,13 +12,13 @@ from mechscope.instrument.readout import Readout
 from mechscope.subject.load import load
 from tests import families
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 # RMS norms compute in float32 whatever the type; with LayerNorm everything is float64
-RMS = {"rtol": 1e-5, "atol": 1e-5}
+RMS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 LAYERNORM = ("gpt2", "gpt_neox", "opt", "phi")
 
 
-def close(family: str) -> dict[str, float]:
+def close(family: str) -> dict[str, Any]:
     return CLOSE if family in LAYERNORM else RMS
 
 
@@ -72,8 +74,7 @@ def test_an_adapter_on_the_unembedding_counts_where_it_is_active() -> None:
 
     model = families.build("llama", torch.float64)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
-    subject = load(wrapped.double().eval())
-    adapted = subject if subject.adapted else subject
+    adapted = load(wrapped.double().eval())
     ids = families.documents(lengths=(9,))[0][None]
     for view in (adapted, adapted.without_adapter()):
         with view.active():

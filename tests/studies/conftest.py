@@ -28,9 +28,9 @@ TINY: dict[str, Any] = {
     "rouge_documents": 3,
     "max_new_tokens": 8,
     "replicates": 50,
-    # has tests of its own
-    "circuit": False,
 }
+# a whole study of it; the circuit has tests of its own
+TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False}
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from mechscope.store.tables import read_table
 from mechscope.studies.resolving import resolve
 from mechscope.studies.settings import DiffSettings, StudySettings
 from mechscope.studies.summarization import Study, diff_run, study
-from tests.studies.conftest import TINY
+from tests.studies.conftest import TINY_STUDY
 
 HEADS = [
     "rows",
@@ -85,7 +85,7 @@ def assert_equal_tables(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return study(resolve(StudySettings, base=str(tiny_model), **TINY), tmp_path_factory.mktemp("runs") / "undisturbed")
+    return study(resolve(StudySettings, base=str(tiny_model), **TINY_STUDY), tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
 def test_a_study_writes_every_table_with_the_promised_columns(undisturbed):
@@ -129,7 +129,7 @@ def test_the_pairs_with_lora_are_measured_too(undisturbed):
 
 def test_asked_again_a_finished_study_runs_nothing(undisturbed, tiny_model):
     before = {path: path.stat().st_mtime_ns for path in (undisturbed.path / "tables").iterdir()}
-    study(resolve(StudySettings, base=str(tiny_model), **TINY), undisturbed.path)
+    study(resolve(StudySettings, base=str(tiny_model), **TINY_STUDY), undisturbed.path)
     assert {path: path.stat().st_mtime_ns for path in (undisturbed.path / "tables").iterdir()} == before
     events = RunFolder.read(undisturbed.path).events()
     begun = max(index for index, event in enumerate(events) if event["message"] == "run continues")
@@ -138,7 +138,7 @@ def test_asked_again_a_finished_study_runs_nothing(undisturbed, tiny_model):
 
 def test_other_settings_on_the_same_folder_are_refused(undisturbed, tiny_model):
     with pytest.raises(RunError, match="max_tokens"):
-        study(resolve(StudySettings, base=str(tiny_model), **{**TINY, "max_tokens": 96}), undisturbed.path)
+        study(resolve(StudySettings, base=str(tiny_model), **{**TINY_STUDY, "max_tokens": 96}), undisturbed.path)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_other_settings_on_the_same_folder_are_refused(undisturbed, tiny_model):
 )
 def test_a_study_killed_in_the_middle_ends_with_equal_tables(undisturbed, tiny_model, tmp_path, after, delay):
     run, config = tmp_path / "run", tmp_path / "study.yaml"
-    config.write_text(yaml.safe_dump({"base": str(tiny_model), **TINY}))
+    config.write_text(yaml.safe_dump({"base": str(tiny_model), **TINY_STUDY}))
     command = [sys.executable, "-m", "mechscope", "study", "summarization", "--config", str(config), "--out", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     deadline = time.monotonic() + 240
@@ -184,7 +184,7 @@ def test_a_model_beside_itself_supports_no_claim(tiny_model, tmp_path):
 
 def test_an_adapter_can_be_the_tuned_model(undisturbed, tiny_model, tmp_path):
     adapter = undisturbed.path / "models" / "lora"
-    settings = resolve(StudySettings, base=str(tiny_model), tuned=str(adapter), bakeoff=False, **TINY)
+    settings = resolve(StudySettings, base=str(tiny_model), tuned=str(adapter), bakeoff=False, **TINY_STUDY)
     found = study(settings, tmp_path / "run")
     ours = found.tables["layers"].set_index(["rows", "layer"])
     pairs = undisturbed.tables["pairs"]
@@ -199,7 +199,7 @@ def test_markup_in_a_document_stays_text_in_the_report(tiny_model, tmp_path):
     rows = [{"document": f"{nasty} In town {i} the council met and voted on the budget.", "summary": f"{nasty} {i}"} for i in range(30)]
     data = tmp_path / "nasty.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    settings = {**TINY, "data": str(data), "train_documents": 12, "validation_documents": 4, "test_documents": 4}
+    settings = {**TINY_STUDY, "data": str(data), "train_documents": 12, "validation_documents": 4, "test_documents": 4}
     found = study(resolve(StudySettings, base=str(tiny_model), bakeoff=False, **settings), tmp_path / "run")
     page = found.report.read_text()
     assert "&lt;script&gt;alert(1)" in page
@@ -209,4 +209,4 @@ def test_markup_in_a_document_stays_text_in_the_report(tiny_model, tmp_path):
 
 def test_resolved_settings_are_in_the_run(undisturbed, tiny_model):
     written: dict[str, Any] = yaml.safe_load((undisturbed.path / "study.yaml").read_text())
-    assert written == dataclasses.asdict(resolve(StudySettings, base=str(tiny_model), **TINY))
+    assert written == dataclasses.asdict(resolve(StudySettings, base=str(tiny_model), **TINY_STUDY))
