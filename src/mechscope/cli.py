@@ -8,6 +8,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 import sys
@@ -19,17 +20,10 @@ from typing import Annotated, Any
 import typer
 
 from mechscope.errors import MechscopeError
+from mechscope.studies.pair_settings import AblateSettings, CircuitDiffSettings, CircuitSettings, PatchSettings
+from mechscope.studies.reading_settings import HeadsSettings, LensSettings, WeightsSettings
 from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import (
-    AblateSettings,
-    BakeOffSettings,
-    CircuitDiffSettings,
-    CircuitSettings,
-    DiffSettings,
-    PatchSettings,
-    StudySettings,
-    TuneSettings,
-)
+from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
 
 app = typer.Typer(
     name="mechscope",
@@ -47,6 +41,18 @@ Out = Annotated[
 Config = Annotated[
     Path | None, typer.Option("--config", help="YAML file with any of these settings; flags go before it.", rich_help_panel="Run")
 ]
+
+
+# panels of `--help` that are not called as their settings class
+_PANELS = {
+    "Lora": "LoRA",
+    "Model": "Models",
+    "ReadModels": "Models",
+    "Split": "Data",
+    "Document": "Data",
+    "CircuitStudy": "Circuit",
+    "ReadingStudy": "Roles and lens",
+}
 
 
 def _with_flags(kind: type, *positional: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -106,33 +112,49 @@ def _panel(kind: type, name: str) -> str:
     owner = next(base for base in reversed(kind.__mro__) if name in getattr(base, "__annotations__", {}))
     if owner is kind:
         return "Run"
-    return {"Lora": "LoRA"}.get(title := owner.__name__.removesuffix("Settings"), title.replace("Model", "Models").replace("Split", "Data"))
+    title = owner.__name__.removesuffix("Settings")
+    return _PANELS.get(title, title)
 
 
-@studies.command("summarization")
-@_with_flags(StudySettings)
-def summarization(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """What fine-tuning to summarize changed, which parts it changed most, and whether LoRA belongs there."""
-    settings = resolve(StudySettings, config, **given)
-    from mechscope.studies.console import progress, show_study
-    from mechscope.studies.summarization import study
+def _job(group: typer.Typer, name: str, kind: type, *positional: str, run: str, show: str) -> None:
+    """Add a command that fills a run folder.
 
-    with progress() as report:
-        found = study(settings, out, command=_command(), progress=report)
-    show_study(found)
+    Args:
+        group: Where it is added.
+        name: What it is called.
+        kind: Its settings.
+        positional: Fields that are arguments rather than flags.
+        run: `module:function` in `mechscope.studies`: takes settings, folder, command line and progress.
+        show: Function of `mechscope.studies.console` that prints what came out.
+    """
+
+    def command(out: Out, given: dict[str, Any], config: Config = None) -> None:
+        settings: Any = resolve(kind, config, **given)
+        from mechscope.studies import console
+
+        module, function = run.split(":")
+        with console.progress() as report:
+            found = getattr(importlib.import_module(f"mechscope.studies.{module}"), function)(
+                settings, out, command=_command(), progress=report
+            )
+        getattr(console, show)(found)
+
+    # the settings say what the command does, behind its name
+    command.__doc__ = (kind.__doc__ or "").partition(": ")[2]
+    command.__name__ = name.replace("-", "_")
+    group.command(name)(_with_flags(kind, *positional)(command))
 
 
-@app.command()
-@_with_flags(DiffSettings, "base", "tuned")
-def diff(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Measure what fine-tuning changed between two models: attention, activations, weights, outputs."""
-    settings = resolve(DiffSettings, config, **given)
-    from mechscope.studies.console import progress, show_study
-    from mechscope.studies.summarization import diff_run
-
-    with progress() as report:
-        found = diff_run(settings, out, command=_command(), progress=report)
-    show_study(found)
+_job(studies, "summarization", StudySettings, run="summarization:study", show="show_study")
+_job(app, "diff", DiffSettings, "base", "tuned", run="summarization:diff_run", show="show_study")
+_job(app, "bakeoff", BakeOffSettings, "base", run="summarization:bakeoff_run", show="show_study")
+_job(app, "heads", HeadsSettings, "model", "tuned", run="heads:heads_run", show="show_roles")
+_job(app, "lens", LensSettings, "model", "tuned", run="lens:lens_run", show="show_lens")
+_job(app, "weights", WeightsSettings, "model", "tuned", run="weights:weights_run", show="show_weights")
+_job(app, "patch", PatchSettings, "model", run="interventions:patch_run", show="show_effects")
+_job(app, "ablate", AblateSettings, "model", run="interventions:ablate_run", show="show_effects")
+_job(app, "circuit", CircuitSettings, "model", run="circuits:circuit_run", show="show_circuits")
+_job(app, "circuit-diff", CircuitDiffSettings, "base", "tuned", run="circuits:circuit_diff_run", show="show_circuits")
 
 
 @app.command()
@@ -158,71 +180,6 @@ def tune(
     with progress() as report:
         tuned = tune_run(settings, out, progress=report)
     show_tuned(tuned)
-
-
-@app.command()
-@_with_flags(BakeOffSettings, "base")
-def bakeoff(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Compare LoRA at chosen layers and heads with LoRA everywhere, at random places, and full fine-tuning."""
-    settings = resolve(BakeOffSettings, config, **given)
-    from mechscope.studies.console import progress, show_study
-    from mechscope.studies.summarization import bakeoff_run
-
-    with progress() as report:
-        found = bakeoff_run(settings, out, command=_command(), progress=report)
-    show_study(found)
-
-
-@app.command()
-@_with_flags(PatchSettings, "model")
-def patch(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Activation patching: put one run's values into another, place by place, and see what it does."""
-    settings = resolve(PatchSettings, config, **given)
-    from mechscope.studies.console import progress, show_effects
-    from mechscope.studies.interventions import patch_run
-
-    with progress() as report:
-        found = patch_run(settings, out, command=_command(), progress=report)
-    show_effects(found)
-
-
-@app.command()
-@_with_flags(AblateSettings, "model")
-def ablate(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Ablation: take heads and MLPs out, one at a time, and see what it costs."""
-    settings = resolve(AblateSettings, config, **given)
-    from mechscope.studies.console import progress, show_effects
-    from mechscope.studies.interventions import ablate_run
-
-    with progress() as report:
-        found = ablate_run(settings, out, command=_command(), progress=report)
-    show_effects(found)
-
-
-@app.command()
-@_with_flags(CircuitSettings, "model")
-def circuit(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Find the circuit that does a task: score every edge, choose, and judge it beside random circuits."""
-    settings = resolve(CircuitSettings, config, **given)
-    from mechscope.studies.circuits import circuit_run
-    from mechscope.studies.console import progress, show_circuits
-
-    with progress() as report:
-        found = circuit_run(settings, out, command=_command(), progress=report)
-    show_circuits(found)
-
-
-@app.command("circuit-diff")
-@_with_flags(CircuitDiffSettings, "base", "tuned")
-def circuit_diff(out: Out, given: dict[str, Any], config: Config = None) -> None:
-    """Compare a task's circuit before and after fine-tuning: overlap, shifts, and which tuned edges carry the gain."""
-    settings = resolve(CircuitDiffSettings, config, **given)
-    from mechscope.studies.circuits import circuit_diff_run
-    from mechscope.studies.console import progress, show_circuits
-
-    with progress() as report:
-        found = circuit_diff_run(settings, out, command=_command(), progress=report)
-    show_circuits(found)
 
 
 @app.command()

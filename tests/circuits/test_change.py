@@ -16,7 +16,7 @@ from mechscope.circuits.choosing import choose
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.data.pairs import Pairs, PromptPair
-from mechscope.errors import DataError
+from mechscope.errors import DataError, SettingsError
 from mechscope.subject.load import load
 from tests import families
 
@@ -184,6 +184,25 @@ def test_a_circuit_that_moved_differs_by_more_than_the_models_own_noise() -> Non
     assert (kept.loc[kept["what"] == "edges", "change"].abs() < 0.05).all()
 
 
+def test_models_that_differ_in_noise_alone_show_no_change() -> None:
+    quiet_alone = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        signal = random.standard_t(3, len(GRAPH))
+        quiet, noisy = (scores_of(signal + sd * random.standard_normal((16, len(GRAPH)))) for sd in (0.3, 3.0))
+        row: Any = overlap_table(quiet, noisy, (0.2,), resamples=30, draws=2, seed=seed).iloc[0]
+        assert row["change_low"] <= 0
+        # what the quiet one shares with itself it cannot share with the noisy one, so the mean of both would speak of change
+        quiet_alone.append((row["self_base"] + row["self_tuned"]) / 2 - row["across"])
+    assert np.mean(quiet_alone) > 0.1
+
+
+def test_scores_without_a_sign_are_not_compared_by_what_helps() -> None:
+    base = replace(random_scores(0), method="flow-routes")
+    with pytest.raises(SettingsError, match="'flow-routes' only say how important"):
+        overlap_table(base, base, (0.1,), sign="helpful", higher_is_better=True)
+
+
 def by_hand(base: np.ndarray, tuned: np.ndarray, side: np.ndarray, number: int) -> tuple[float, float, float]:
     """Return the overlap across models and within each, of the strongest edges on two halves of the texts."""
 
@@ -213,7 +232,7 @@ def test_a_halving_compares_base_on_one_half_with_tuned_on_the_other() -> None:
         table = overlap_table(base, tuned, (0.3,), resamples=1, draws=5, seed=seed, prune=False)
         row: Any = table[table["what"] == "edges"].iloc[0]
         found = row[["across", "self_base", "self_tuned"]].astype(float).to_numpy()
-        assert row["change"] == pytest.approx((found[1] + found[2]) / 2 - found[0], abs=1e-12)
+        assert row["change"] == pytest.approx(min(found[1], found[2]) - found[0], abs=1e-12)
         place = int(np.argmin([np.abs(found - one).sum() for one in possible]))
         np.testing.assert_allclose(found, possible[place], rtol=0, atol=1e-12)
         drawn.add(place)
@@ -241,6 +260,8 @@ def made(change: dict[str, Any]) -> Scores:
         ({"per_text": np.zeros((19, len(GRAPH)))}, "base was scored on 20 texts and tuned on 19: score both on the same pairs"),
         ({"method": "eap"}, "base was scored with method 'made up' and tuned with 'eap'"),
         ({"notes": {"metric": "loss"}}, "base was scored with metric None and tuned with 'loss'"),
+        ({"notes": {"steps": 5}}, "base was scored with steps None and tuned with 5"),
+        ({"notes": {"points": "midpoint"}}, "base was scored with points None and tuned with 'midpoint'"),
         ({"notes": {"source": "zero"}}, "base was scored with source None and tuned with 'zero'"),
     ],
 )

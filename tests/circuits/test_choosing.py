@@ -11,6 +11,7 @@ import pytest
 
 from mechscope.circuits.choosing import MIB_FRACTIONS, choose, fractions_curve
 from mechscope.circuits.graph import Circuit, Graph, edges_at
+from mechscope.circuits.overlap import robustness
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.errors import DataError, SettingsError
 
@@ -189,6 +190,24 @@ def test_greedy_of_gpt2_small_takes_less_than_a_second() -> None:
     circuit = choose(scores, rule="greedy", fraction=1.0)
     assert time.process_time() - start < 1
     assert circuit == Circuit.full(graph)
+
+
+@pytest.mark.parametrize("method", ["flow-routes", "acdc", "edge-pruning"])
+def test_what_helps_is_not_asked_of_scores_that_only_say_how_important_an_edge_is(method: str) -> None:
+    values = np.arange(len(MEDIUM)) + 1.0
+    unsigned = Scores(MEDIUM, values, np.stack([values, values]), method, Cost(1, 0))
+    assert not unsigned.signed
+    helpful: dict[str, Any] = {"fraction": 0.2, "sign": "helpful", "higher_is_better": True}
+    for choice in (lambda: choose(unsigned, **helpful), lambda: robustness(unsigned, resamples=2, **helpful)):
+        with pytest.raises(SettingsError, match=f"'{method}' only say how important an edge is: use sign='absolute'"):
+            choice()
+    with pytest.raises(SettingsError, match=method):
+        fractions_curve(unsigned, (0.2, 1.0), sign="helpful", higher_is_better=False)
+    signed = Scores(MEDIUM, values, None, "eap", Cost(2, 1))
+    assert signed.signed
+    # closing an edge raises this metric, so the weakest of them helps most
+    assert choose(signed, prune=False, **helpful).names == MEDIUM.names[: round(0.2 * len(MEDIUM))]
+    assert choose(unsigned, prune=False, fraction=0.2).names == MEDIUM.names[-round(0.2 * len(MEDIUM)) :]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,21 @@ def test_what_cannot_be_judged_is_refused() -> None:
         minimality(subject, TEXTS, Circuit.of(graph, path("a0.h0")), sets=[["a1.h1"]])
 
 
+def test_the_notes_say_how_small_q_can_be(world: Any) -> None:
+    # all that is in the circuit matters, what is added to it does not
+    circuit = Circuit.of(SMALL, [edge for node in ALIKE for edge in path(node)])
+    world(lambda one: float(sum(3 * works(one, node) for node in ALIKE)))
+    for controls, least in (
+        (9, "for none of the 3"),
+        (20, "for none or for at least 3 of the 3"),
+        (60, "for none or for at least 1 of the 3"),
+    ):
+        found = minimality(NOBODY, TEXTS, circuit, random=0, controls=controls)
+        assert least in found.notes["q"]
+        assert (found.table["p"] == 1 / (controls + 1)).all()
+        assert (found.table["q"] < 0.05).all() == (controls > 19)
+
+
 @pytest.mark.parametrize("family", ["llama"])
 def test_a_family_with_grouped_keys_is_judged_alike(family: str) -> None:
     subject = families.subject(family, torch.float64)

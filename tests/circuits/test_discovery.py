@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mechscope.circuits.acdc import acdc
 from mechscope.circuits.attribution import METHODS, attribute_edges
-from mechscope.circuits.discovery import DISCOVERIES, discover
+from mechscope.circuits.discovery import DISCOVERIES, SEEDED, discover
 from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.pruning import prune_edges
@@ -98,6 +98,21 @@ def test_settings_arrive_at_the_method(method: str) -> None:
     if method not in ("flow-routes", "acdc"):
         other = discover(subject, PAIRS, method=method, steps=3, pruning_steps=3, fraction=0.2, seed=4)  # other metric, source, points
         assert np.abs(other.mean - found.mean).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", DISCOVERIES)
+def test_only_methods_that_draw_depend_on_the_seed(method: str) -> None:
+    subject = families.subject("gpt2")
+    one, other = (discover(subject, PAIRS, method=method, seed=seed, **QUICK).mean for seed in (0, 1))
+    assert bool((one != other).any()) == (method in SEEDED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_notes_tell_scores_of_other_points_apart_where_there_are_points(method: str) -> None:
+    subject = families.subject("gpt2")
+    noted = discover(subject, PAIRS, method=method, steps=2, points="midpoint").notes
+    integrated = {"steps": 2, "points": "midpoint"} if "ig" in method else {}
+    assert {key: noted[key] for key in ("steps", "points") if key in noted} == integrated
 
 
 # costs

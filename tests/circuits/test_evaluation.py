@@ -127,19 +127,21 @@ def test_an_interval_contains_the_value_and_halves_with_four_times_the_texts() -
     np.testing.assert_allclose(widths, [2 * 1.96 / 3 / texts**0.5 for texts in (50, 200, 800)], rtol=0.2)
 
 
-def test_texts_on_which_nothing_differs_have_no_faithfulness_and_a_single_text_no_interval() -> None:
+def test_texts_on_which_nothing_differs_have_no_faithfulness_and_so_for_a_single_text() -> None:
     random = np.random.default_rng(0)
     noise = random.normal(size=12)
     share = of_span(np.ones((2, 12)), noise - noise.mean(), np.zeros(12))
     assert np.isnan(share.value).all()
     assert np.isnan(share.high).all()
     assert share.note is not None
-    assert "cannot be told apart" in share.note
-    single = made([[1.5]], clean=[2], empty=[1]).faithfulness()
-    assert single.value[0] == 0.5
-    assert np.isnan(single.low[0])
-    assert single.note == "a single text gives no interval: give more"
-    assert np.isnan(made([[1.0]], clean=[1], empty=[1]).faithfulness().value[0])
+    assert "not shown to differ with this few texts (" in share.note
+    assert "p = 1, n = 12" in share.note
+    # more is not known of one text than of two that are not enough
+    for texts in (1, 2):
+        few = made([[1.5, 1.4][:texts]], clean=[2, 9][:texts], empty=[1, 1][:texts]).faithfulness()
+        assert np.isnan([few.value[0], few.low[0], few.high[0]]).all()
+        assert few.note is not None
+        assert f"n = {texts}" in few.note
 
 
 def test_a_circuit_as_good_as_the_model_at_every_size_has_cpr_1_and_cmd_0(toy: dict[str, Any]) -> None:
@@ -198,7 +200,7 @@ def test_a_curve_over_texts_that_are_equal_in_both_versions_is_empty_and_says_wh
     curve = faithfulness_curve(subject, pairs, scored(graph, np.arange(len(graph)) + 1.0), fractions=(0.5, 1.0), random=1)
     assert curve.table[["faithfulness", "low", "random"]].isna().all(axis=None)
     assert np.isnan([curve.cpr.value, curve.cpr.low, curve.cmd.random]).all()
-    assert "cannot be told apart" in curve.notes["faithfulness"]
+    assert "not shown to differ" in curve.notes["faithfulness"]
 
 
 def test_without_random_circuits_a_curve_has_no_band(toy: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from mechscope.circuits.evaluation import Evaluated, evaluate
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.gain import Gain, tuned_edges
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.data.pairs import PromptPair, collate_pairs
+from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import record
 from mechscope.subject import Pair, pair
@@ -253,7 +254,60 @@ def test_between_equal_models_there_is_no_gain_to_share() -> None:
     np.testing.assert_allclose(found.table["value"], found.base, rtol=0, atol=1e-12)
     assert found.table["share"].isna().all()
     assert found.note is not None
-    assert "cannot be told apart" in found.note
+    assert "not shown to differ" in found.note
+
+
+def test_edges_are_ranked_on_the_texts_that_are_given_for_it_and_judged_on_the_others() -> None:
+    both, apart = trained("gpt2", "loss"), random_pairs(5, seed=1)
+    assert not {text.clean for text in apart} & {text.clean for text in TEXTS}
+    found = tuned_edges(both, TEXTS, scored_on=apart, fractions=(0.05, 1.0), random=0, metric="loss")
+    expected = attribute_edges(both.base, apart, method="eap", metric="loss", source=both.tuned)
+    np.testing.assert_array_equal(found.scores.mean, expected.mean)
+    own, tuned = (float(np.mean([metric_of(subject.model, text, "loss") for text in apart])) for subject in (both.base, both.tuned))
+    graph, number = expected.graph, round(0.05 * len(expected.graph))
+    edges = np.zeros(len(graph), dtype=bool)
+    edges[np.argsort(expected.mean if tuned < own else -expected.mean, kind="stable")[:number]] = True
+    direct = evaluate(both.base, TEXTS, [Circuit.full(graph) - Circuit(graph, edges)], source=both.tuned, metric="loss")
+    close(by_size(found).loc[0.05, "value"], direct.values[0].mean(), "gpt2")
+    # the texts that judge are those of the trained model's own gain
+    close([found.base, found.tuned], [found_in("gpt2", "loss").base, found_in("gpt2", "loss").tuned], "gpt2")
+    assert (found.table["n"] == len(TEXTS)).all()
+
+
+def test_which_way_the_metric_goes_is_asked_of_the_texts_that_rank() -> None:
+    both = trained("gpt2", "logit-diff")
+    turned = Pairs(tuple(replace(text, answers=text.wrong_answers, wrong_answers=text.answers) for text in TEXTS), "turned")
+    found = tuned_edges(both, TEXTS, scored_on=turned, fractions=(0.02,), random=0)
+    # with answers exchanged the metric falls there; its edges are those that raise it here
+    assert found.table["value"].iloc[0] == pytest.approx(by_size(found_in("gpt2", "logit-diff")).loc[0.02, "value"], abs=1e-9)
+
+
+def by_coin(n: int, *, seed: int) -> Pairs:
+    """Return random texts; of two words a coin says which is the right answer."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index in range(n):
+        text = tuple(torch.randint(3, families.VOCABULARY, (7,), generator=generator).tolist())
+        right = int(torch.randint(2, (1,), generator=generator))
+        found.append(PromptPair(str(index), text, text[::-1], answers=(5 + right,), wrong_answers=(6 - right,)))
+    return Pairs(tuple(found), "by coin")
+
+
+def test_edges_that_fit_the_noise_of_some_texts_carry_nothing_on_others() -> None:
+    """Right and wrong answers are drawn by chance, so no edge raises the metric but on the texts at hand."""
+    base, moved = families.build("gpt2", torch.float64), families.build("gpt2", torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight.add_(0.3 * weight.std() * torch.randn(weight.shape, generator=generator, dtype=weight.dtype) if weight.ndim == 2 else 0)
+    both, few, fresh = pair(load(base), load(moved)), by_coin(8, seed=2), by_coin(400, seed=3)
+    options: dict[str, Any] = {"fractions": (0.02,), "random": 0}
+    seen, unseen = tuned_edges(both, few, **options), tuned_edges(both, fresh, scored_on=few, **options)
+    towards = 1 if seen.tuned >= seen.base else -1
+    fitted, carried = (towards * (one.table["value"].iloc[0] - one.base) for one in (seen, unseen))
+    assert fitted > 0
+    assert abs(carried) < fitted / 4
+    assert unseen.table["share"].isna().all()
 
 
 def test_what_has_no_gain_is_refused() -> None:

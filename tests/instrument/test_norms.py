@@ -70,3 +70,14 @@ def test_the_gain_of_a_norm_is_read_when_it_is_asked_for() -> None:
     before = norm.gain.clone()
     module.weight.data *= 2
     assert torch.equal(norm.gain, 2 * before)
+
+
+@pytest.mark.parametrize("size", [8, 512])
+def test_norms_of_half_precision_are_recognised(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    module = nn.LayerNorm(size).to(torch.bfloat16)
+    with torch.no_grad():
+        # a trained model's gains: from a tenth to ten, with biases
+        module.weight.copy_(torch.logspace(-1, 1, size))
+        module.bias.copy_(torch.randn(size, generator=generator))
+    assert recognised("some family", module).centred

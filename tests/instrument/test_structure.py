@@ -149,3 +149,12 @@ def test_a_family_nobody_thought_of_works_if_it_reads_and_writes_plainly(config:
     scores = attribute_edges(subject, random_pairs(3), method="eap").mean
     assert gradient.abs().max() > 1e-2
     torch.testing.assert_close(torch.from_numpy(scores), -gradient[0], rtol=0, atol=10 * allowed)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@torch.no_grad()
+def test_a_layer_whose_heads_write_nothing_does_not_hide_how_blocks_are_built(family: str) -> None:
+    model = families.build(family)
+    for parameter in load(model).anatomy.blocks[1].output.module.parameters():
+        parameter.zero_()
+    assert Wiring(load(model)).parallel == Wiring(families.subject(family)).parallel == (family == "gpt_neox")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,21 @@ import pandas as pd
 import pytest
 
 from mechscope.adapt.places import read_circuit
-from mechscope.circuits import Graph, from_json
+from mechscope.circuits import Graph, attribute_edges, choose, discover, faithfulness_curve, from_json, jaccard, node_jaccard, tuned_edges
+from mechscope.circuits.criteria import Minimality
+from mechscope.circuits.scores import Cost, Scores
 from mechscope.data.newsroom import newsroom_model_path, newsroom_pairs
 from mechscope.data.pairs import Pairs
-from mechscope.errors import DataError, MechscopeError, RunError, SettingsError
+from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.instrument import load
 from mechscope.store.run import verify
+from mechscope.studies import circuit_judging, circuit_stages, circuits
 from mechscope.studies.circuit_claims import circuit_claims
-from mechscope.studies.circuit_judging import Asked
+from mechscope.studies.circuit_judging import Asked, judge
 from mechscope.studies.circuits import circuit_diff_run, circuit_run
-from mechscope.studies.settings import CircuitDiffSettings, CircuitSettings, DiscoverySettings, StudySettings
+from mechscope.studies.interventions import load_pairs
+from mechscope.studies.pair_settings import CircuitDiffSettings, CircuitSettings, DiscoverySettings
+from mechscope.studies.settings import StudySettings
 from mechscope.studies.summarization import Study, study
 from tests.studies.conftest import TINY
 
@@ -55,6 +63,12 @@ def test_a_circuit_run_holds_edges_criteria_cards_a_file_and_a_picture(found: St
     }
     assert components["minimality_p"].between(0, 1).all()
     assert {"incompleteness, worst knockout", "Jaccard of edges, half with half", "CPR"} <= set(summary["measure"])
+    needed = summary[summary["measure"] == "components that are needed (p < 0.05)"].iloc[0]
+    assert needed["value"] == (components["minimality_p"] < 0.05).sum()
+    # of 51 ranks among 50 superfluous parts two are below 0.05
+    assert needed["random"] == pytest.approx(len(components) * 2 / 51)
+    # a method that draws nothing has no other seed
+    assert not summary["measure"].str.contains("other seed").any()
     page = found.report.read_text(encoding="utf-8")
     assert "Not part of this run" not in page
     assert (found.path / "figures" / "circuit-model.svg").exists()
@@ -104,11 +118,141 @@ def test_one_half_of_the_pairs_finds_the_circuit_and_the_other_judges_it() -> No
     assert few.found_on is few.judged_on
 
 
-def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough(tmp_path: Path) -> None:
-    tables = circuit_run(settings(faithful=0.5), tmp_path / "run").tables
-    curve, edges = tables["circuit_curve"], measure(tables["circuit_summary"], "edges")
-    enough = curve[curve["faithfulness"] >= 0.5]
-    assert edges == enough["edges"].iloc[0]
+def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_the_pairs_that_find_it() -> None:
+    subject, pairs = load(MODEL), newsroom_pairs(16, role="what")
+    options = DiscoverySettings(method="eap", random_circuits=0, criteria=False)
+    asked = Asked.of(pairs, options, metric="logit-diff", tokens_per_batch=256, seed=0)
+    scores = attribute_edges(subject, asked.found_on, method="eap")
+    own, judged = (faithfulness_curve(subject, part, scores, random=0).table for part in (asked.found_on, asked.judged_on))
+
+    def smallest(curve: pd.DataFrame, level: float) -> float:
+        return float(curve.loc[(1 - curve["faithfulness"]).abs() <= 1 - level, "fraction"].iloc[0])
+
+    # a level at which the two halves of the pairs ask for circuits of different sizes
+    level = next(level for level in np.linspace(0.99, 0.02, 98) if smallest(own, level) != smallest(judged, level))
+    found = judge(subject, scores, replace(asked, settings=replace(options, faithful=level)), progress=None)
+    assert found.fraction == smallest(own, level)
+    # and what is said of it was measured on the others
+    here = judged[judged["fraction"] == found.fraction].iloc[0]
+    assert measure(found.tables["circuit_summary"], "faithfulness") == pytest.approx(here["faithfulness"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "size"), [((0.2, 1.6, 0.95), 0.5), ((0.2, 0.91, 1.0), 0.1), ((0.2, 1.2, 1.3), 1.0), ((1.05, 0.2, 1.0), 0.01)]
+)
+def test_too_much_of_the_models_effect_is_no_more_faithful_than_too_little(shares: tuple[float, ...], size: float) -> None:
+    curve = SimpleNamespace(table=pd.DataFrame({"fraction": [0.01, 0.1, 0.5], "faithfulness": shares}))
+    assert circuit_judging._smallest(curve, 0.9) == size  # type: ignore[arg-type]  # all of a curve that is read
+
+
+def test_what_is_needed_is_counted_beside_what_chance_gives() -> None:
+    def counted(parts: int) -> dict[str, Any]:
+        table = pd.DataFrame({"p": [0.01, 0.04, 0.05, 0.5]})
+        return circuit_judging._needed(Minimality(table, np.zeros((4, 2)), np.zeros(parts), Cost(0, 0)))
+
+    assert counted(99)["value"] == 2
+    # ranks 1 to 4 of 100 are below 0.05
+    assert counted(99)["random"] == pytest.approx(4 * 0.04)
+    assert counted(10)["random"] == 0  # no p is below 1 / 11
+    assert np.isnan([counted(0)["value"], counted(0)["random"]]).all()
+
+
+def test_edge_pruning_learns_the_edges_that_are_asked_for_and_is_run_with_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = partial(discover, pruning_steps=6)
+    monkeypatch.setattr(circuit_stages, "discover", quick)
+    asked = settings(method="edge-pruning", circuit_edges=300, limit=8, seed=5)
+    tables = circuit_run(asked, tmp_path / "run").tables
+    summary, edges = tables["circuit_summary"].set_index("measure"), tables["circuit_edges"]
+    subject = load(MODEL)
+    part = Asked.of(load_pairs(asked, subject), asked, metric="logit-diff", tokens_per_batch=asked.tokens_per_batch, seed=5)
+    share = 300 / len(Graph.of(subject))
+    own, other = (
+        quick(subject, part.found_on, method="edge-pruning", fraction=share, seed=seed, tokens_per_batch=asked.tokens_per_batch)
+        for seed in (5, 6)
+    )
+    assert own.notes["n_edges"] == 300
+    np.testing.assert_allclose(edges["score"], own.mean, rtol=1e-6)
+    expected = jaccard(choose(own, fraction=share), choose(other, fraction=share))
+    row = summary.loc["Jaccard of edges, other seed of the method"]
+    assert row["value"] == pytest.approx(expected, abs=1e-9)
+    assert 0 < row["random"] < 0.2
+    assert row["value"] < 1
+    assert "Jaccard of nodes, other seed of the method" in summary.index
+
+
+def test_checkpoints_are_compared_at_one_size_beside_chance(tmp_path: Path) -> None:
+    options = DiscoverySettings()
+    graph, random = Graph(3, 4), np.random.default_rng(0)
+    scores = [Scores(graph, random.standard_normal(len(graph)), None, "eap", Cost(2, 1)) for _ in range(3)]
+    labels = ["base", "half", "tuned"]
+    # each model's own circuit has another size
+    found = {label: (one, choose(one, fraction=size)) for label, one, size in zip(labels, scores, (0.05, 0.5, 0.2), strict=True)}
+    summary = pd.DataFrame([{"model": label, "measure": "faithfulness", "value": 0.9, "low": 0.8, "high": 1.0} for label in labels])
+    run: Any = SimpleNamespace(table=lambda name: {"circuit_summary": summary}[name])
+    for changed, fraction in (({}, 0.05), ({"circuit_fraction": 0.3}, 0.3), ({"circuit_edges": 131}, 131 / len(graph))):
+        asked = Asked.of(newsroom_pairs(8, role="what"), replace(options, **changed), metric="loss", tokens_per_batch=256, seed=0)
+        table = circuit_stages.over_time(run, found, labels, asked)
+        assert (table["fraction"] == fraction).all()
+        assert list(table["edges"]) == [len(found[label][1]) for label in labels]
+        same = [choose(one, fraction=fraction) for one in scores]
+        np.testing.assert_allclose(table["jaccard_base"], [jaccard(one, same[0]) for one in same])
+        np.testing.assert_allclose(table["jaccard_previous"], [1.0, jaccard(same[1], same[0]), jaccard(same[2], same[1])])
+        np.testing.assert_allclose(table["nodes_previous"].iloc[2], node_jaccard(same[2], same[1]))
+        # scores are noise, so circuits share what chance gives
+        assert (table["jaccard_previous"] - table["jaccard_previous_null"]).iloc[1:].abs().max() < 0.12
+        assert table["nodes_base_null"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("sources", "labels"),
+    [
+        (["runs/a/step-1", "runs/a/step-2"], ["step-1", "step-2"]),
+        (["runs/base", "runs/tuned"], ["runs/base", "runs/tuned"]),
+        (["base", "tuned"], ["base (2)", "tuned (2)"]),
+        (["a/last", "b/last"], ["a/last", "b/last"]),
+        (["a/step 1", "a/step-1", "a/Step_1"], ["step 1", "a/step-1", "a/Step_1 (2)"]),
+    ],
+)
+def test_labels_and_their_files_differ_and_leave_base_and_tuned_alone(sources: list[str], labels: list[str]) -> None:
+    found = circuits._labels(sources)
+    assert list(found) == labels
+    assert list(found.values()) == sources
+    assert len({circuit_judging.plain(label).lower() for label in ["base", *labels, "tuned"]}) == len(sources) + 2
+
+
+def test_models_whose_labels_share_a_file_are_refused(tmp_path: Path) -> None:
+    asked = Asked.of(newsroom_pairs(8, role="what"), DiscoverySettings(), metric="loss", tokens_per_batch=256, seed=0)
+    nobody: Any = None
+    with pytest.raises(SettingsError, match=r"step 1, step-1 .* would share a file"):
+        circuit_stages.circuits_stage(nobody, {"step 1": nobody, "step-1": nobody}, asked, progress=None)
+
+
+def test_two_texts_have_shifts_but_no_overlap_and_the_log_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = CircuitDiffSettings(base=MODEL, tuned=MODEL, **{**QUICK, "limit": 2, "random_circuits": 0}, method="eap", circuit_fraction=0.05)
+    with caplog.at_level("WARNING"):
+        tables = circuit_diff_run(asked, tmp_path / "run").tables
+    assert (tables["circuit_shift"]["shift"] == 0).all()
+    assert "circuit_overlap" not in tables
+    assert "2 texts, which cannot be halved" in caplog.text
+    assert "keeps no scores of single texts" not in caplog.text
+
+
+def test_edges_that_carry_the_gain_are_ranked_on_the_pairs_that_find_circuits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Pairs, Pairs]] = []
+
+    def watched(pair: Any, texts: Pairs, *, scored_on: Pairs, **options: Any) -> Any:
+        calls.append((texts, scored_on))
+        return tuned_edges(pair, texts, scored_on=scored_on, **options)
+
+    monkeypatch.setattr(circuit_stages, "tuned_edges", watched)
+    circuit_diff_run(
+        CircuitDiffSettings(base=MODEL, tuned=MODEL, **{**QUICK, "limit": 8, "random_circuits": 0}, method="eap", circuit_fraction=0.05),
+        tmp_path / "run",
+    )
+    ((judged_on, scored_on),) = calls
+    assert not {pair.id for pair in judged_on} & {pair.id for pair in scored_on}
 
 
 def test_a_model_and_itself_have_one_circuit_at_every_checkpoint(tmp_path: Path) -> None:
@@ -152,18 +296,51 @@ def test_the_study_finds_the_circuit_of_summarizing_and_places_lora_by_it(tiny_m
     ("change", "message"),
     [
         ({"held_out": 1.0}, "held_out"),
+        ({"held_out": -0.1}, "held_out"),
+        ({"circuit_edges": 0}, "'circuit_edges' is 0: give at least 1"),
+        ({"circuit_fraction": 0.0}, "'circuit_fraction' is 0.0"),
+        ({"circuit_fraction": float("nan")}, "'circuit_fraction' is nan"),
+        ({"faithful": 0.0}, "'faithful' is 0.0: give above 0"),
+        ({"faithful": 1.1}, "'faithful' is 1.1"),
+        ({"circuit_resamples": 1}, "'circuit_resamples' is 1: give at least 2"),
+        ({"random_circuits": -1}, "'random_circuits' is -1"),
+        ({"steps": 0}, "steps"),
+        ({"rule": "threshold"}, "rule 'threshold' is not known: use one of top, greedy"),
+        ({"by": "heads"}, "by 'heads' is not known"),
+        ({"sign": "good"}, "sign 'good' is not known"),
+        ({"points": "right"}, "points 'right' is not known"),
+        ({"source": "noise"}, "source 'noise' is not known"),
+        ({"rule": "greedy", "by": "nodes"}, "grows edge by edge"),
+        ({"by": "nodes", "circuit_edges": 10}, "circuit_edges counts edges"),
+        ({"sign": "helpful", "method": "flow-routes"}, "'flow-routes' only say how important"),
+        ({"sign": "helpful", "method": "acdc"}, "'acdc' only say how important"),
+        ({"sign": "helpful", "method": "edge-pruning"}, "'edge-pruning' only say how important"),
+        ({"source": "mean"}, "eap-ig.*corrupt"),
+        ({"method": "edge-pruning", "circuit_fraction": 1.0}, "must be below 1"),
         ({"method": "magic"}, "magic.*eap-ig"),
         ({"metric": "accuracy"}, "accuracy.*logit-diff"),
         ({"metric": "kl", "method": "eap"}, "flat"),
         ({"source": "zero"}, "eap-ig.*corrupt"),
         ({"circuit_edges": 10, "circuit_fraction": 0.1}, "not both"),
-        ({"circuit_edges": 10**9}, "this model has"),
         ({"circuit_fraction": 1.5}, "fraction"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(MechscopeError, match=message):
-        circuit_run(settings(limit=8, **change), tmp_path / "run")
+def test_what_cannot_be_asked_is_refused_by_name_before_a_model_is_loaded(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    wrong = {**QUICK, **change}
+    with pytest.raises(SettingsError, match=message):
+        circuit_run(CircuitSettings(model="there/is/none", **wrong), tmp_path / "run")
+    with pytest.raises(SettingsError, match=message):
+        circuit_diff_run(CircuitDiffSettings(base="there/is/none", tuned="nor/here", **wrong), tmp_path / "run")
+    # so that the same folder takes the right settings
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("method", "more"), [("eap", 1), ("edge-pruning", 0)])
+def test_more_edges_than_the_model_has_are_refused_before_any_is_scored(method: str, more: int, tmp_path: Path) -> None:
+    edges = len(Graph.of(load(MODEL))) + more
+    with pytest.raises(SettingsError, match="this model has"):
+        circuit_run(settings(limit=8, method=method, circuit_edges=edges), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*circuit_scores*"))
 
 
 def test_pairs_of_unequal_length_are_refused_with_the_pair(tmp_path: Path) -> None:
@@ -175,7 +352,7 @@ def test_pairs_of_unequal_length_are_refused_with_the_pair(tmp_path: Path) -> No
 
 
 def test_checkpoints_named_twice_are_refused(tmp_path: Path) -> None:
-    asked = CircuitDiffSettings(base=MODEL, tuned=MODEL, checkpoints=f"{MODEL},{MODEL}", **QUICK)
+    asked = CircuitDiffSettings(base="there/is/none", tuned="nor/here", checkpoints="one,two,one", **QUICK)
     with pytest.raises(SettingsError, match="twice"):
         circuit_diff_run(asked, tmp_path / "run")
 
@@ -186,7 +363,7 @@ def overlap_row(what: str, change: tuple[float, float, float]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"), [((0.2, 0.1, 0.3), "supported"), ((0.0, -0.1, 0.1), "undecided"), ((-0.2, -0.3, -0.1), "contradicted")]
+    ("change", "verdict"), [((0.2, 0.1, 0.3), "supported"), ((0.0, -0.1, 0.1), "undecided"), ((-0.2, -0.3, -0.1), "undecided")]
 )
 def test_the_circuit_changed_only_if_two_models_share_less_than_one_model_with_itself(
     change: tuple[float, float, float], verdict: str
@@ -195,6 +372,10 @@ def test_the_circuit_changed_only_if_two_models_share_less_than_one_model_with_i
     (claim,) = circuit_claims(table, None, None)
     assert claim.verdict == verdict
     assert "0.50" in claim.measured
+    # halvings share texts: their quantiles are told as what they are
+    assert np.isnan([claim.low, claim.high]).all()
+    assert f"in 95 % of halvings by {change[1]:.2f} to {change[2]:.2f}" in claim.measured
+    assert "not a confidence interval" in claim.note
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from mechscope.data.newsroom import newsroom_model_path
 from mechscope.errors import DataError, MechscopeError, RunError, SettingsError
 from mechscope.studies.interventions import ablate_run, parse_positions, patch_run
-from mechscope.studies.settings import AblateSettings, PatchSettings
+from mechscope.studies.pair_settings import AblateSettings, PatchSettings
 
 MODEL = str(newsroom_model_path())
 

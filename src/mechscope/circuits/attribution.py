@@ -39,6 +39,8 @@ from mechscope.subject import Subject
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
 METHODS: tuple[Method, ...] = get_args(Method)
+# those whose scores depend on how many points there are and where
+_INTEGRATED = ("eap-ig", "eap-ig-activations")
 Points = Literal["left", "midpoint"]
 # numbers of per-text scores that are kept: 800 MB in float32
 _KEPT = 200_000_000
@@ -77,7 +79,9 @@ def attribute_edges(
     Raises:
         MechscopeError: Pairs, metric, method or source do not fit the model or each other.
     """
-    _check(subject, pairs, method, steps, points, metric, source)
+    check_method(method, steps=steps, points=points, metric=metric, source=source)
+    check_fits(subject, pairs)
+    require_source(pairs, source)
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
     gathered = Gathered(pairs) if len(pairs) * len(graph) <= _KEPT else None
@@ -96,13 +100,14 @@ def attribute_edges(
         if progress is not None:
             progress(f"scoring edges by {method}", done, len(pairs))
     per_text = None if gathered is None else gathered["scores"].T
+    integrated = {"steps": steps, "points": points} if method in _INTEGRATED else {}
     return Scores(
         graph,
         total / len(pairs),
         per_text,
         method,
         _cost(graph, method, steps, points, metric, source),
-        {"metric": metric, "source": source_name(source), "points": points, "texts": pairs.hash},
+        {"metric": metric, "source": source_name(source), **integrated, "texts": pairs.hash},
     )
 
 
@@ -127,7 +132,19 @@ def _cost(graph: Graph, method: Method, steps: int, points: Points, metric: str,
     return Cost(1 + other + passes, passes)
 
 
-def _check(subject: Subject, pairs: Pairs, method: str, steps: int, points: str, metric: str, source: Source) -> None:
+def check_method(method: str, *, steps: int, points: str, metric: str, source: object) -> None:
+    """Refuse options of `attribute_edges` that do not fit each other, before anything is loaded.
+
+    Args:
+        method: As for `attribute_edges`, like all arguments.
+        steps: Points of the integrated gradients.
+        points: Where they lie.
+        metric: The metric.
+        source: What closed edges carry, or a word for it.
+
+    Raises:
+        SettingsError: A method or place of points is not known, there are no steps, or method, metric and source contradict each other.
+    """
     if method not in METHODS:
         raise SettingsError(f"method {method!r} is not known: use one of {', '.join(METHODS)}")
     if points not in get_args(Points):
@@ -142,8 +159,6 @@ def _check(subject: Subject, pairs: Pairs, method: str, steps: int, points: str,
         raise SettingsError(
             f"method {method!r} runs between the clean and the corrupt text, so the source must be 'corrupt': use eap or eap-ig-activations"
         )
-    check_fits(subject, pairs)
-    require_source(pairs, source)
 
 
 class _Scored:

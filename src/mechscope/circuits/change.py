@@ -2,7 +2,9 @@
 
 Two circuits of one model, found on different texts, are not equal either, so an overlap of base and tuned says nothing alone. It is shown beside
 (a) what random circuits of those sizes share, and (b) what circuits of the same model share when each is found on another half of the texts. For
-(b) base and tuned are compared on disjoint halves too: only then do they differ by as much noise as the two circuits of one model.
+(b) base and tuned are compared on disjoint halves too: only then do they differ by as much noise as the two circuits of one model. Models may differ
+in how noisy they are, and then two circuits of the quieter one share more than it can share with the noisier one though nothing else differs. So
+what base and tuned share is held against the smaller of the two self-overlaps: a lower bound of the change.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from mechscope.errors import DataError
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 
 # what scores must share besides their method
-_NOTED = ("metric", "source", "texts")
+_NOTED = ("metric", "source", "texts", "steps", "points")
 _MEASURES = {"edges": jaccard, "nodes": node_jaccard}
 
 
@@ -76,12 +78,14 @@ def overlap_table(
     Returns:
         One row per `fraction` and `what` (edges, nodes): `base_size`, `tuned_size`, `jaccard` of the two circuits of all texts; `null`, `null_low`,
         `null_high`, `null_p` of layer-matched random circuits; on halves of the texts `across` (base on one half with tuned on the other; 2.5 % and
-        97.5 % quantiles over halvings `across_low`, `across_high`), `self_base` and `self_tuned` (both halves, one model); `change`, the mean of the
-        two selfs − across, with `change_low`, `change_high`: positive where tuning changed the circuit by more than noise. Halvings share texts, so
-        quantiles over them show their spread and are not confidence intervals.
+        97.5 % quantiles over halvings `across_low`, `across_high`), `self_base` and `self_tuned` (both halves, one model); `change`, in each halving the
+        smaller of the two selfs − across, with `change_low`, `change_high`: positive where the models share less than the noisier one shares with
+        itself, so where tuning changed the circuit. It is a lower bound and may be negative. Halvings share texts, so quantiles over them show their
+        spread and are not confidence intervals.
 
     Raises:
         DataError: The scores are of different graphs, methods, metrics or numbers of texts, or were not kept by text.
+        SettingsError: The options are not as `choose` needs them.
     """
     first, second = _same_texts(base, tuned)
     texts, graph = len(first), base.graph
@@ -93,13 +97,14 @@ def overlap_table(
     rows = []
     for fraction in fractions:
         options: Choice = {**choice, "fraction": fraction}  # type: ignore[typeddict-item]  # the caller's options of `choose`
-        whole = choose((graph, base.mean), **options), choose((graph, tuned.mean), **options)
+        whole = choose(base, **options), choose(tuned, **options)
         by_chance = overlap(*whole, draws=draws, seed=seed).table
         halves = [tuple(choose((graph, mean), **options) for mean in four) for four in means]
         for what, measure in _MEASURES.items():
             across = np.array([(measure(a, d) + measure(b, c)) / 2 for a, b, c, d in halves])
             own = np.array([(measure(a, b), measure(c, d)) for a, b, c, d in halves])
-            change = own.mean(1) - across
+            # a quiet model agrees with itself more than it can agree with a noisy one
+            change = own.min(1) - across
             null = by_chance[(by_chance["of"] == what) & (by_chance["null"] == "layer-matched")].iloc[0]
             rows.append(
                 {

@@ -72,7 +72,7 @@ def choose(
         by: `edges`, or `nodes`: choose heads and MLPs by the strength of the sum of their outgoing edges (or their own score) and keep all edges
             among them, the input and the logits. A node with an unscored outgoing edge has no score.
         sign: `absolute`, or `helpful`: strongest is what makes the metric better. Harmful edges then come last, so the whole budget is still spent;
-            a threshold of 0 leaves them out.
+            a threshold of 0 leaves them out. Needs a method whose scores have a sign (not acdc, edge-pruning or flow-routes).
         higher_is_better: Which way the metric counts (true for logit-diff and probability, false for loss and kl); needed for `helpful`.
         prune: Remove dead ends, edges on no path from `input` to `logits`. The circuit may then be much smaller than the budget.
         fill: Take further edges for those removed: the largest pruned circuit within the budget, which an edge more would exceed.
@@ -157,6 +157,10 @@ def _check_options(rule: str, by: str, sign: str, higher_is_better: bool | None,
 
 def _strength(scores: Scored, by: Unit, sign: Sign, higher_is_better: bool | None) -> tuple[Graph, Float[np.ndarray, " scored"]]:
     """Return the strength of every edge or sender; NaN for what cannot be chosen."""
+    if sign == "helpful" and isinstance(scores, Scores) and not scores.signed:
+        raise SettingsError(
+            f"sign 'helpful' needs scores with a sign, and those of {scores.method!r} only say how important an edge is: use sign='absolute'"
+        )
     graph, values = values_of(scores)
     if by == "nodes":
         if values.shape == (len(graph),):

@@ -11,6 +11,7 @@ single edges of random paths; here they are nodes that are joined to the circuit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from mechscope.subject import Subject
 
 Nodes = tuple[str, ...]
 Sides = tuple[Circuit, Circuit]
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Minimality:
             `metric`, `n`, `change` (of the metric by its removal beside K) with `se`, `low`, `high` (over texts), `minimality` (its absolute value),
             `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` as for `Completeness`, `control` (mean minimality of the
             superfluous parts), `p` (share of parts whose removal matters at least as much, the node itself counted: small where the node is needed)
-            and `q` (Benjamini–Hochberg over the nodes).
+            and `q` (Benjamini–Hochberg over the nodes; how small it can be is told in the notes).
         changes: The change of every node and text.
         controls: Minimality of every superfluous part, by the same search over K.
         cost: Passes that were made.
@@ -166,7 +168,7 @@ def minimality(
         circuit: The circuit.
         sets: Sets K of nodes of the circuit to try besides the empty one, such as those that do the same work.
         random: Random sets K to try as well.
-        controls: Superfluous parts; the smallest p is 1 / (controls + 1).
+        controls: Superfluous parts; the smallest p is 1 / (controls + 1), and q of a large circuit is bounded by it (`notes["q"]`).
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         source: What closed edges carry, as for `evaluate`.
         tokens_per_batch: As for `evaluate`.
@@ -207,6 +209,11 @@ def minimality(
     table["p"] = (1 + matter_more) / (1 + len(control)) if len(control) else np.nan
     table["q"] = benjamini_hochberg(table["p"])
     notes: dict[str, Any] = {"seed": seed, "sets": [list(of_one) for of_one in taken], "normalised": note}
+    if parts:
+        # q is p · nodes / rank at best, and no p is below 1 / (parts + 1)
+        fewest = math.floor(len(nodes) / (_LEVEL * (len(parts) + 1))) + 1
+        only = "for none" if fewest > len(nodes) else f"for none or for at least {fewest}"
+        notes["q"] = f"with {len(parts)} superfluous parts q is below {_LEVEL} {only} of the {len(nodes)} nodes"
     if controls and not parts:
         notes["controls"] = "the circuit is the whole model, to which nothing superfluous can be added: there is no p"
     return Minimality(table, changes[: len(nodes)], control, runs.cost, notes)

@@ -24,6 +24,8 @@ from mechscope.scoring import Progress
 from mechscope.subject import Subject
 
 DISCOVERIES: tuple[str, ...] = (*GRADIENTS, "exact", "acdc", "edge-pruning", "flow-routes")
+# those whose scores depend on the seed
+SEEDED = ("edge-pruning",)
 # nats or logits: a sweep that ranks edges
 _LEVELS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 

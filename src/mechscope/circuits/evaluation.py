@@ -45,7 +45,7 @@ class Ratio:
 
     Attributes:
         value: One per row.
-        low: Lower ends; NaN for a single text.
+        low: Lower ends.
         high: Upper ends.
         replicates: ``(row, replicate)``: the ratio of every resample of the texts.
         note: Why the values or intervals are NaN, or None.
@@ -197,20 +197,19 @@ def of_span(
         seed: Seed of the bootstrap.
 
     Returns:
-        All NaN, and a note, where mean(clean − empty) cannot be told from 0 by a paired t test at the 5 % level.
+        All NaN, and a note, where a paired t test does not show at the 5 % level that mean(clean − empty) is not 0; so for a single text.
     """
     span, texts = clean - empty, len(clean)
     unknown = np.full((len(values), _REPLICATES), np.nan)
     p = float(paired_difference(clean, empty).p)
-    if (texts < 2 and not span.any()) or p >= 0.05:
+    if texts < 2 or p >= 0.05:
+        tested = f"p = {p:.2g}, n = {texts}" if texts > 1 else f"n = {texts}, no test"
         note = (
-            f"the whole model and the empty circuit cannot be told apart ({clean.mean():.4g} and {empty.mean():.4g} over {texts} texts, p = {p:.2g}), "
+            f"the whole model and the empty circuit are not shown to differ with this few texts ({clean.mean():.4g} and {empty.mean():.4g}, {tested}), "
             "so there is nothing to take a share of: give more texts, or texts whose two versions differ in the metric"
         )
         return Ratio(unknown[:, 0], unknown[:, 0], unknown[:, 0], unknown, note)
     value = values.mean(1) / span.mean()
-    if texts < 2:
-        return Ratio(value, unknown[:, 0], unknown[:, 0], unknown, "a single text gives no interval: give more")
     weights = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=_REPLICATES).astype(np.float64)
     below = weights @ span
     replicates = np.divide(values @ weights.T, below, out=unknown, where=below != 0)

@@ -5,8 +5,9 @@ The base model runs the clean texts; some edges carry what the tuned model write
     share(E) = (m(base with tuned E) − m(base)) / (m(tuned) − m(base))
 
 0 is none of the gain, 1 all of it; a part that hinders is above 1 without or below 0 alone. Edges are ranked by attribution (`attribute_edges` with the tuned
-model as the source): to first order what the metric gains by each, and, since the gain has a sign, those that raise it come first. Random sets
-of as many edges in the same layers stand beside. Readers keep the base's weights: this is about what is written, path by path.
+model as the source): to first order what the metric gains by each, and, since the gain has a sign, those that raise it come first. On the texts that
+ranked them the first edges carry more than on others, so they are best ranked on texts of their own (`scored_on`). Random sets of as many edges in
+the same layers stand beside. Readers keep the base's weights: this is about what is written, path by path.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def tuned_edges(
     texts: Pairs,
     *,
     fractions: Sequence[float],
+    scored_on: Pairs | None = None,
     random: int = 10,
     metric: str = "logit-diff",
     method: Method = "eap",
@@ -68,8 +70,10 @@ def tuned_edges(
 
     Args:
         pair: The two models.
-        texts: What both read (the clean texts).
+        texts: What both read (the clean texts); shares are measured on them.
         fractions: How many edges are tuned, as fractions of all.
+        scored_on: Texts on which edges are ranked and which tell whether the metric should rise or fall. None: the same texts, and then shares of
+            small sets are too large, by far where texts are few: edges come first that happen to fit these texts.
         random: Random sets per size.
         metric: What fine-tuning changed: `logit-diff`, `probability` or `loss`.
         method: How edges are ranked: `eap` or `eap-ig-activations`.
@@ -85,13 +89,19 @@ def tuned_edges(
         raise SettingsError("metric 'kl' compares with one model's own clean run, so it has no gain: use logit-diff, probability or loss")
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise SettingsError(f"fractions {tuple(fractions)} of tuned edges: give shares above 0 and up to 1")
-    check_fits(pair.tuned, texts)
+    ranked_on = texts if scored_on is None else scored_on
+    for read in (texts, ranked_on):
+        check_fits(pair.tuned, read)
     options: dict[str, Any] = {"metric": metric, "tokens_per_batch": tokens_per_batch, "progress": progress}
-    scores = attribute_edges(pair.base, texts, method=method, steps=steps, source=pair.tuned, **options)
+    scores = attribute_edges(pair.base, ranked_on, method=method, steps=steps, source=pair.tuned, **options)
     whole = Circuit.full(scores.graph)
-    own = evaluate(pair.base, texts, [whole], source=pair.tuned, **options).clean
-    tuned = evaluate(pair.tuned, texts, [whole], source="zero", **options).clean
-    rises = bool(tuned.mean() >= own.mean())
+
+    def unchanged(read: Pairs) -> list[np.ndarray]:
+        return [evaluate(subject, read, [whole], source="zero", **options).clean for subject in (pair.base, pair.tuned)]
+
+    own, tuned = unchanged(texts)
+    before, after = (own, tuned) if ranked_on is texts else unchanged(ranked_on)
+    rises = bool(after.mean() >= before.mean())
     # a score is what the metric gains when the edge carries the tuned value: those that take it to the tuned model's come first
     towards = np.where(np.isnan(scores.mean), -np.inf, scores.mean if rises else -scores.mean)
     ranked = np.argsort(-towards, kind="stable")
@@ -118,5 +128,6 @@ def tuned_edges(
             rows.append({**row, "kind": "random", **by_chance})
     note = None
     if share.note is not None:
-        note = f"base ({own.mean():.4g}) and tuned ({tuned.mean():.4g}) cannot be told apart by {metric} on {len(texts)} texts, so there is no gain to share"
+        measured = f"base ({own.mean():.4g}) and tuned ({tuned.mean():.4g})"
+        note = f"{measured} are not shown to differ in {metric} by {len(texts)} texts, so there is no gain to share"
     return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), found.cost, note)

@@ -181,7 +181,7 @@ def robustness(scores: Scores, *, resamples: int = 100, seed: int = 0, **choice:
     def chosen(weights: np.ndarray) -> Circuit:
         return choose((graph, weights @ per_text / weights.sum()), **choice)
 
-    whole = chosen(np.ones(texts))
+    whole = choose(scores, **choice)
     boots = [chosen(weights) for weights in random.multinomial(texts, np.full(texts, 1 / texts), size=resamples)]
     sides = [np.isin(np.arange(texts), random.permutation(texts)[: texts // 2]) for _ in range(resamples)]
     halves = [(chosen(side.astype(float)), chosen((~side).astype(float))) for side in sides]

@@ -36,6 +36,10 @@ class Cost:
         return f"{self.forward:g} forward, {self.backward:g} backward passes"
 
 
+# methods whose scores say how important an edge is but not which way it moves the metric
+UNSIGNED = ("acdc", "edge-pruning", "flow-routes")
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of all edges by one method.
@@ -55,6 +59,11 @@ class Scores:
     method: str
     cost: Cost
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def signed(self) -> bool:
+        """Whether a score's sign says if the edge holds the metric up (negative) or down; otherwise large means important."""
+        return self.method not in UNSIGNED
 
     def __getitem__(self, edge: str) -> float:
         """Return the score of a named edge."""

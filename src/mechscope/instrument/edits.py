@@ -53,6 +53,9 @@ class Edit:
     positions: Bool[Tensor, "batch token"] | None = None
     rows: Rows | None = None
 
+    def __post_init__(self) -> None:
+        _as_list_of_rows(self)
+
     def on_rows(self, rows: slice) -> Edit:
         """Return the same change on some rows of a larger batch.
 
@@ -85,9 +88,18 @@ class Knockout:
     rows: Rows | None = None
     site: Literal["mask"] = "mask"
 
+    def __post_init__(self) -> None:
+        _as_list_of_rows(self)
+
     def on_rows(self, rows: slice) -> Knockout:
         """Return the same cut on some rows of a larger batch."""
         return replace(self, rows=rows)
+
+
+def _as_list_of_rows(change: Edit | Knockout) -> None:
+    # a tuple would index axes where a list indexes rows
+    if isinstance(change.rows, tuple):
+        object.__setattr__(change, "rows", list(change.rows))
 
 
 Change = Edit | Knockout

@@ -66,12 +66,13 @@ def discovered(subject: Subject) -> Structure:
                 raise ModelError(f"{subject.family}: block {layer} does not call its attention where it can be observed")
             found, reads_block_input = _layer_of(subject.family, layer, block, seen)
             layers.append(found)
-            parallel.append(reads_block_input)
+            if reads_block_input is not None:
+                parallel.append(reads_block_input)
             _require_plain_writing(subject.family, layer, block, seen, calls[-1].z, hidden)
             _require_separate_heads(walk, layer, block)
     if len(set(parallel)) > 1:
         raise ModelError(f"{subject.family}: some blocks are parallel and others are not: it cannot be taken apart")
-    return Structure(tuple(layers), parallel[0])
+    return Structure(tuple(layers), any(parallel))
 
 
 Seen = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -96,7 +97,8 @@ def _seen(walk: Walk, layer: int, hidden: Tensor) -> tuple[Seen, Tensor]:
     return seen, after
 
 
-def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer, bool]:
+def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer, bool | None]:
+    """Return a block's norms, and whether its MLP reads what the block reads; None where its heads write nothing, so that it cannot be told."""
     given = seen[block.module][0]
     read = seen[block.query.module][0]
     if not all(torch.equal(seen[getattr(block, part).module][0], read) for part in PARTS):
@@ -120,7 +122,7 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
         behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1])
         if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
             raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: it cannot be taken apart")
-    return Layer(attention_norm, mlp_norm, behind), parallel
+    return Layer(attention_norm, mlp_norm, behind), parallel if bool(written.any()) else None
 
 
 def _norms_to(block: Block, seen: Seen, output: Tensor) -> list[tuple[nn.Module, Tensor]]:

@@ -115,7 +115,7 @@ class Picture:
         place = {name: i for i, name in enumerate(names)}
         found: dict[str, Any] = {
             "names": names,
-            "places": {name: self.grid.place(name) for name in {*held["sender"], *map(owner, held["receiver"])}},
+            "places": {name: self.grid.place(name) for name in sorted({*held["sender"], *map(owner, held["receiver"])})},
             "sender": [place[name] for name in held["sender"]],
             "receiver": [place[name] for name in held["receiver"]],
             "total": len(self.edges),

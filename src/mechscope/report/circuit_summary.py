@@ -100,9 +100,9 @@ def _overlap(tables: Tables, drawn: list[Picture]) -> str:
         return f"{shared}."
     verdict = "fine-tuning changed the circuit more than noise does" if row["change_low"] > 0 else "no change beyond noise was shown"
     return (
-        f"{shared}. Found on halves of the texts, two circuits of one model share {number((row['self_base'] + row['self_tuned']) / 2)}, and base and "
-        f"tuned {number(row['across'])}: {verdict} (difference {number(row['change'], sign=True)}, over halvings "
-        f"{interval(row['change_low'], row['change_high'], sign=True)})."
+        f"{shared}. Found on halves of the texts, two circuits of base share {number(row['self_base'])}, two of tuned {number(row['self_tuned'])}, and "
+        f"base and tuned {number(row['across'])}: {verdict} (the smaller of the first two less the third is {number(row['change'], sign=True)}, in 95 % "
+        f"of halvings {interval(row['change_low'], row['change_high'], sign=True)})."
     )
 
 

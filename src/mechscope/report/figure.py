@@ -59,7 +59,9 @@ class Figure:
         """Return the definition that stands alone: title, width and colours included."""
         spec = copy.deepcopy(self.spec)
         spec["title"] = {"text": self.title, "subtitle": _wrap(self.caption, max(40, self.width // 6))}
-        spec["width"] = self.width
+        # maps of many small panels have the width of their panels
+        if "facet" not in spec:
+            spec["width"] = self.width
         spec["config"] = LIGHT | {"legend": LIGHT["legend"] | {"columns": 4 if self.width > 560 else 2}}
         return spec
 
@@ -111,15 +113,18 @@ def definition(chart: Any, numbers: Numbers, *, description: str) -> dict[str, A
     """Return the Vega-Lite definition of an altair chart, its numbers included.
 
     Args:
-        chart: The chart; every encoding states its type, since named data have none.
+        chart: The chart; every encoding states its type, since named data have none. Charts of panels keep their panels' width.
         numbers: What its data sources name.
         description: What a screen reader says.
     """
-    spec: dict[str, Any] = chart.properties(description=description, width="container").to_dict(format="vega-lite")
+    fixed = isinstance(chart, alt.FacetChart)
+    width = {} if fixed else {"width": "container"}
+    spec: dict[str, Any] = chart.properties(description=description, **width).to_dict(format="vega-lite")
     # altair's own defaults are replaced by the page's
     spec.pop("config", None)
     spec["datasets"] = dict(numbers.datasets)
-    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    if not fixed:
+        spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
 
 

@@ -44,7 +44,7 @@ def _cell(count: int, available: int, *, smallest: int, largest: int) -> int:
     return int(np.clip(available // max(1, count), smallest, largest))
 
 
-def _diverging(changes: pd.Series) -> tuple[Any, str]:
+def diverging(changes: pd.Series) -> tuple[Any, str]:
     """Return the symmetric colour scale of `changes` and the words for its end."""
     magnitudes = changes.abs().dropna()
     largest = float(magnitudes.max()) if len(magnitudes) else 0.0
@@ -102,7 +102,7 @@ def head_heatmap(
     table = heads.assign(selected=[(layer, head) in selected for layer, head in zip(heads["layer"], heads["head"], strict=True)])
     shown = list(dict.fromkeys(["component", "layer", "head", "selected", value, *tooltip]))
     shown += [column for column in ("rows", significance or value) if column in table and column not in shown]
-    colours, clipped = _diverging(table[value]) if scale == "change" else (_SHARE if scale == "share" else _magnitude(table[value]), "")
+    colours, clipped = diverging(table[value]) if scale == "change" else (_SHARE if scale == "share" else _magnitude(table[value]), "")
     told = [alt.Tooltip("component:N", title="component")]
     told += [alt.Tooltip(f"{column}:Q", title=words, format="" if column == "n" else ".4~g") for column, words in tooltip.items()]
     base = alt.Chart().encode(
@@ -150,7 +150,7 @@ def position_heatmap(effects: pd.DataFrame, value: str, *, name: str, title: str
     """
     numbers, order = Numbers(), list(dict.fromkeys(effects["positions"]))
     across = _cell(len(order), 800, smallest=11, largest=60)
-    colours, clipped = _diverging(effects[value])
+    colours, clipped = diverging(effects[value])
     tooltip = [alt.Tooltip("component:N"), alt.Tooltip("positions:N")]
     tooltip += [alt.Tooltip(f"{column}:Q", format=".4~g") for column in dict.fromkeys((value, "effect", "low", "high"))]
     layers = int(effects["layer"].max()) + 1

@@ -1,7 +1,7 @@
 """The report's page: one HTML file that holds its figures, their numbers and the code that draws them, and asks the network for nothing.
 
 Text from data, models and settings is escaped by jinja, and inside the figures' JSON by `script_json`. Behind that stands a content policy that
-allows no request at all and only the page's own three scripts, by their hash: even markup that slipped through could neither load nor run
+allows no request at all and only the page's own scripts, by their hash: even markup that slipped through could neither load nor run
 anything. The charts' expressions are interpreted rather than compiled (Vega's `ast` mode), so the policy needs no `unsafe-eval`. Styles may be
 inline, because Vega's tooltips set them.
 
@@ -35,6 +35,10 @@ from mechscope.report.circuits import circuit_figures
 from mechscope.report.contents import Contents, leaves, problems
 from mechscope.report.figure import Figure, png, script_json
 from mechscope.report.figures import chosen, figures, main_rule
+from mechscope.report.reading import SCRIPTS, STYLE, reading, reading_figures
+from mechscope.report.reading_cards import reading_cards, reading_caveats
+from mechscope.report.reading_summary import reading_sentences, reading_title
+from mechscope.report.sections import alone, only_readings, sections
 from mechscope.report.summary import cards, caveats, sentences
 from mechscope.report.theme import DARK, LIGHT, ROWS_NAMES, interval, name_of, number
 from mechscope.store.files import write_bytes, write_text
@@ -50,33 +54,6 @@ _EXCERPT = 280
 # What the manifest keeps for `mechscope verify` and for resuming, not for readers; and what has a place of its own on the page.
 _UNSHOWN = {"settings", "stages", "continued", "command", "kind", "created"}
 
-_ADDS = {
-    "claims": "mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
-    "difference": "mechscope diff BASE TUNED --data DATA --out NEW_RUN",
-    "bakeoff": "mechscope bakeoff BASE --data DATA --out NEW_RUN",
-    "circuit": "mechscope circuit-diff BASE TUNED --pairs FILE --out NEW_RUN",
-}
-# sections of a single sweep: they stand alone, and are not missed where they are absent
-_SWEEP = {"effects"}
-_SECTIONS = (
-    # id, heading, tables of which one must be there, what adds it
-    ("effects", "Effects", ("effects",), "claims"),
-    ("claims", "Claims of the paper", ("claims",), "claims"),
-    ("attention", "Attention", ("heads",), "difference"),
-    ("layers", "Layers", ("layers",), "difference"),
-    ("heads", "Heads", ("heads",), "difference"),
-    ("weights", "Weights", ("weights",), "difference"),
-    ("outputs", "Outputs", ("outputs",), "difference"),
-    ("selection", "Selection and its stability", ("selection",), "claims"),
-    ("matters", "What carries the gain", ("cross_model", "ablation", "importance"), "claims"),
-    ("circuit", "Circuit", ("circuit_edges", "circuit_curve", "circuit_summary"), "circuit"),
-    ("circuit-components", "Components of the circuit", ("circuit_components",), "circuit"),
-    ("circuit-change", "What changed in the circuit", ("circuit_overlap", "circuit_shift", "circuit_gain"), "circuit"),
-    ("circuit-time", "The circuit over training", ("circuit_time",), "circuit"),
-    ("bakeoff", "Bake-off", ("bakeoff", "bakeoff_summary", "learning_curves"), "bakeoff"),
-    ("samples", "Summaries", ("summaries", "rouge"), "claims"),
-)
-
 
 def render(run_path: str | Path) -> Path:
     """Write a run's report (`report.html`) and its figures (`figures/*.svg`, `figures/*.png`), each file atomically.
@@ -91,7 +68,7 @@ def render(run_path: str | Path) -> Path:
         RunError: it is no run folder, has no tables, or cannot be written.
     """
     contents = Contents.read(run_path)
-    drawn = figures(contents.tables) | circuit_figures(contents.tables)
+    drawn = figures(contents.tables) | circuit_figures(contents.tables) | reading_figures(contents.tables)
     every: list[Figure | Picture] = [*(figure for section in drawn.values() for figure in section), *pictures(contents.tables)]
     for figure in every:
         svg = figure.svg()
@@ -106,8 +83,9 @@ def render(run_path: str | Path) -> Path:
 def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
     """Return the page as text; nothing is written."""
     charts = script_json(_charts([figure for section in drawn.values() for figure in section]))
-    pictured = pictures(contents.tables)
-    library, own = _library(), _template_text("report.js") + (_template_text("circuits.js") if pictured else "")
+    pictured, read = pictures(contents.tables), reading(contents.tables)
+    scripts = ["report.js", *(["circuits.js"] if pictured else []), *(SCRIPTS if read.json else [])]
+    library, own = _library(), "".join(map(_template_text, scripts))
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template_text),
         autoescape=True,
@@ -120,18 +98,27 @@ def html(contents: Contents, drawn: Mapping[str, list[Figure]]) -> str:
     policy = f"default-src 'none'; script-src {_hash(library)} {_hash(own)}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return environment.get_template("report.html.j2").render(
         policy=policy,
-        style=Markup(_template_text("report.css")),
+        style=Markup(_template_text("report.css") + (_template_text(STYLE) if read.present else "")),
         library=Markup(library),
         script=Markup(own),
         charts_json=Markup(charts),
         figures=drawn,
-        sections=_sections(contents),
+        sections=sections(contents.tables),
         asked=_asked(contents),
         title=_title(contents),
-        sentences=[*sentences(contents.tables), *circuit_sentences(contents.tables, pictured)],
-        cards=[*cards(contents.tables), *circuit_cards(pictured)],
-        caveats=[*circuit_caveats(contents.tables), *(caveats(contents.tables) if not only_circuits(contents.tables) else ())],
+        sentences=[*sentences(contents.tables), *circuit_sentences(contents.tables, pictured), *reading_sentences(contents.tables)],
+        cards=[
+            *cards(contents.tables),
+            *circuit_cards(pictured),
+            *(reading_cards(contents.tables) if only_readings(contents.tables) else ()),
+        ],
+        caveats=[
+            *circuit_caveats(contents.tables),
+            *reading_caveats(contents.tables),
+            *(() if alone(contents.tables) else caveats(contents.tables)),
+        ],
         circuits={"pictures": pictured, "views": circuit_views(contents.tables), "json": Markup(pictures_json(pictured))},
+        reading=read,
         switch=_switch(contents),
         row_names=ROWS_NAMES,
         views=_views(contents),
@@ -174,18 +161,6 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _sections(contents: Contents) -> list[dict[str, Any]]:
-    sweep = any(name in contents.tables for name in _SWEEP)
-    found: list[dict[str, Any]] = [
-        {"id": name, "heading": heading, "present": any(table in contents.tables for table in tables), "adds": _ADDS[adds]}
-        for name, heading, tables, adds in _SECTIONS
-        if (name in _SWEEP) is sweep
-    ]
-    only = only_circuits(contents.tables)
-    # circuits stand alone or within a study, and are not missed where they are absent
-    return [section for section in found if (section["present"] if section["id"].startswith("circuit") else not only)]
-
-
 def _setting(contents: Contents, *names: str) -> str | None:
     """Return the first setting of one of these names, wherever it is nested; None where it is absent or empty."""
     found = [(path[-1], _text(value)) for path, value in leaves(contents.settings) if path and value not in (None, "", {}, [])]
@@ -199,6 +174,8 @@ def _title(contents: Contents) -> str:
     base = _setting(contents, "base")
     if only_circuits(contents.tables):
         return circuit_title(_setting(contents, "model"), base)
+    if only_readings(contents.tables):
+        return reading_title(contents.tables, _setting(contents, "model") or base)
     return f"What fine-tuning changed in {Path(base).name}" if base else "What fine-tuning changed"
 
 

@@ -1,4 +1,7 @@
-"""What a circuit is asked about, and what is measured of it on pairs that it was not found on."""
+"""What a circuit is asked about, and what is measured of it on pairs that it was not found on.
+
+Its size is chosen on the pairs that found it: the smallest one of several that is faithful on some texts looks better on these than it is.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from mechscope.circuits.choosing import choose
 from mechscope.circuits.criteria import Minimality, completeness, minimality
 from mechscope.circuits.evaluation import Area, Curve, evaluate, faithfulness_curve
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.overlap import robustness
+from mechscope.circuits.overlap import compare_seeds, robustness
 from mechscope.circuits.scores import Scores
 from mechscope.circuits.written import Source, Written
 from mechscope.data.pairs import Pairs
-from mechscope.errors import SettingsError
-from mechscope.studies.settings import DiscoverySettings
+from mechscope.studies.circuit_checks import check_discovery
+from mechscope.studies.pair_settings import DiscoverySettings
 from mechscope.studies.stages import Progress, fields_of
 from mechscope.subject import Subject
 
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 FALLBACK = 0.05
 # pairs that a half needs
 FEWEST = 4
+# below it a component is said to be needed
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,10 @@ class Asked:
         """Divide pairs into those that find and those that judge; arguments as the attributes.
 
         Raises:
-            SettingsError: The share held out is not usable.
+            SettingsError: A setting is not usable.
         """
+        check_discovery(settings, metric=metric)
         share = settings.held_out
-        if not 0 <= share < 1:
-            raise SettingsError(f"setting 'held_out' is {share}: it is a share of the pairs, from 0 to below 1")
         judged = round(share * len(pairs))
         if not share or min(judged, len(pairs) - judged) < FEWEST:
             if share:
@@ -97,6 +101,12 @@ class Asked:
         better = self.metric in ("logit-diff", "probability")
         return {"rule": self.settings.rule, "by": self.settings.by, "sign": self.settings.sign, "higher_is_better": better}
 
+    def share_of(self, graph: Graph) -> float | None:
+        """Return the size that is asked for as a share of all edges (or nodes), or None."""
+        if self.settings.circuit_edges is not None:
+            return self.settings.circuit_edges / len(graph)
+        return self.settings.circuit_fraction
+
     def source(self, subject: Subject) -> Source:
         """Return what closed edges of a model carry."""
         if self.settings.source == "mean":
@@ -111,7 +121,7 @@ class Judged:
     Attributes:
         scores: The scores of all edges.
         circuit: The chosen circuit.
-        fraction: Its size before dead ends were removed, as a share of all edges.
+        fraction: Its size before dead ends were removed, as a share of all edges (or of all heads and MLPs, where nodes are chosen).
         tables: Tables by name, without the column that names the model.
     """
 
@@ -121,20 +131,23 @@ class Judged:
     tables: dict[str, pd.DataFrame]
 
 
-def judge(subject: Subject, scores: Scores, asked: Asked, *, progress: Progress | None) -> Judged:
+def judge(subject: Subject, scores: Scores, asked: Asked, *, other_seed: Scores | None = None, progress: Progress | None) -> Judged:
     """Choose a circuit by its scores and measure it on the pairs that judge.
 
     Args:
         subject: The model.
         scores: The scores of its edges.
         asked: Pairs, metric and settings.
+        other_seed: What the same method said with another seed, for methods that draw.
         progress: Called with what is being done.
     """
     settings, options = asked.settings, {**asked.running, "source": asked.source(subject), "progress": progress}
-    curve = faithfulness_curve(
-        subject, asked.judged_on, scores, random=settings.random_circuits, seed=asked.seed, **asked.choice, **options
-    )
-    fraction = _size(scores.graph, curve, settings)
+    told = {**asked.choice, **options, "seed": asked.seed}
+    curve = faithfulness_curve(subject, asked.judged_on, scores, random=settings.random_circuits, **told)
+    fraction = asked.share_of(scores.graph)
+    if fraction is None:
+        same = asked.found_on is asked.judged_on
+        fraction = _smallest(curve if same else faithfulness_curve(subject, asked.found_on, scores, random=0, **told), settings.faithful)
     circuit = choose(scores, fraction=fraction, **asked.choice)
     if not len(circuit):
         log.warning("no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty", 100 * fraction)
@@ -160,12 +173,14 @@ def judge(subject: Subject, scores: Scores, asked: Asked, *, progress: Progress 
             ends = (worst["normalised_low"], worst["normalised_high"])
             summary.append(_measure("incompleteness, worst knockout", worst["normalised"], *ends))
         needed = minimality(subject, asked.judged_on, circuit, seed=asked.seed, **options)
-        summary.append(_measure("components that are needed (q < 0.05)", int((needed.table["q"] < 0.05).sum())))
+        summary.append(_needed(needed))
     if scores.per_text is not None and len(scores.per_text) >= FEWEST:
         stable = robustness(scores, fraction=fraction, resamples=settings.circuit_resamples, seed=asked.seed, **asked.choice).table
         for row in stable.to_dict("records"):
             name = f"Jaccard of {row['of']}, {row['comparison']}"
             summary.append(_measure(name, row["mean"], row["low"], row["high"], random=row["null"]))
+    if other_seed is not None:
+        summary += _seeds(circuit, choose(other_seed, fraction=fraction, **asked.choice))
     summary += [_measure("forward passes to score", scores.cost.forward), _measure("backward passes to score", scores.cost.backward)]
     tables = {
         "circuit_edges": scores.table().assign(in_circuit=circuit.edges),
@@ -177,21 +192,28 @@ def judge(subject: Subject, scores: Scores, asked: Asked, *, progress: Progress 
     return Judged(scores, circuit, fraction, tables)
 
 
-def _size(graph: Graph, curve: Curve, settings: DiscoverySettings) -> float:
-    """Return the share of edges that is asked for, or the smallest that is faithful enough."""
-    if settings.circuit_edges is not None and settings.circuit_fraction is not None:
-        raise SettingsError("give the circuit's size as circuit_edges or as circuit_fraction, not both")
-    if settings.circuit_edges is not None:
-        if settings.circuit_edges > len(graph):
-            raise SettingsError(f"a circuit of {settings.circuit_edges:,} edges: this model has {len(graph):,}")
-        return settings.circuit_edges / len(graph)
-    if settings.circuit_fraction is not None:
-        return settings.circuit_fraction
+def _smallest(curve: Curve, faithful: float) -> float:
+    """Return the smallest size at which a circuit is near enough to the model: neither too little nor too much of its effect."""
     if curve.table["faithfulness"].isna().all():
         log.warning("%s; the circuit is the %g %% strongest edges", curve.notes["faithfulness"], 100 * FALLBACK)
         return FALLBACK
-    enough = curve.table.loc[curve.table["faithfulness"] >= settings.faithful, "fraction"]
+    enough = curve.table.loc[(1 - curve.table["faithfulness"]).abs() <= 1 - faithful, "fraction"]
     return float(enough.iloc[0]) if len(enough) else 1.0
+
+
+def _needed(found: Minimality) -> dict[str, Any]:
+    """Count the components that a circuit needs, beside how many would seem to be needed if all were superfluous."""
+    name, p, parts = f"components that are needed (p < {_LEVEL})", found.table["p"], len(found.controls)
+    if not parts:
+        return _measure(name, np.nan)
+    # p is a rank among the parts: each of parts + 1 values is equally likely for one more of them
+    small = np.count_nonzero(np.arange(1, parts + 2) / (parts + 1) < _LEVEL)
+    return _measure(name, int((p < _LEVEL).sum()), random=len(p) * small / (parts + 1))
+
+
+def _seeds(circuit: Circuit, other: Circuit) -> list[dict[str, Any]]:
+    found = compare_seeds([circuit, other]).iloc[0]
+    return [_measure(f"Jaccard of {of}, other seed of the method", found[of], random=found[f"{of}_null"]) for of in ("edges", "nodes")]
 
 
 def _measure(name: str, value: float, low: float = np.nan, high: float = np.nan, *, random: float = np.nan) -> dict[str, Any]:
@@ -214,7 +236,7 @@ def _components(
         found = needed.table[["component", "normalised", "p", "q"]]
         found = found.rename(columns={"normalised": "minimality", "p": "minimality_p", "q": "minimality_q"})
         table = table.merge(found, on="component", how="left")
-    return table.assign(role="").sort_values("score", key=np.abs, ascending=False, kind="stable").reset_index(drop=True)
+    return table.sort_values("score", key=np.abs, ascending=False, kind="stable").reset_index(drop=True)
 
 
 def plain(label: str) -> str:

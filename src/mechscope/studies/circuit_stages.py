@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,22 @@ import torch
 
 from mechscope.adapt.places import critical_layers
 from mechscope.circuits.change import edge_shift, overlap_table
-from mechscope.circuits.discovery import discover
+from mechscope.circuits.choosing import choose
+from mechscope.circuits.discovery import SEEDED, discover
 from mechscope.circuits.gain import tuned_edges
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.overlap import jaccard, node_jaccard
+from mechscope.circuits.overlap import overlap
 from mechscope.circuits.scores import Cost, Scores, to_json
 from mechscope.data.documents import Corpus
 from mechscope.data.salience import salience_pairs
 from mechscope.data.template import Template
-from mechscope.errors import DataError
+from mechscope.errors import DataError, SettingsError
 from mechscope.selection import default_number
 from mechscope.store.run import RunFolder
+from mechscope.studies.circuit_checks import check_size
 from mechscope.studies.circuit_judging import FALLBACK, FEWEST, Asked, judge, plain
-from mechscope.studies.settings import DiscoverySettings
+from mechscope.studies.pair_settings import DiscoverySettings
+from mechscope.studies.role_names import named_roles, scored_roles
 from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject
 
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 OVERLAP_FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 # random circuits of each size in a whole study
 _FEW = 5
+# random pairs of circuits behind each null
+_DRAWS = 200
 GAIN_FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -53,7 +59,7 @@ def scores_stage(run: RunFolder, label: str, subject: Subject, asked: Asked, *, 
                 steps=asked.settings.steps,
                 points=asked.settings.points,
                 source=asked.source(subject),
-                fraction=asked.settings.circuit_fraction or FALLBACK,
+                fraction=asked.share_of(Graph.of(subject)) or FALLBACK,
                 seed=asked.seed,
                 progress=progress,
                 **asked.running,
@@ -88,11 +94,22 @@ def circuits_stage(
     Returns:
         Scores and circuit by label.
     """
+    if len({plain(label).lower() for label in subjects}) < len(subjects):
+        raise SettingsError(f"the labels {', '.join(subjects)} of the models would share a file: name them differently")
+    for subject in subjects.values():
+        check_size(asked.settings, Graph.of(subject))
     scores = {label: scores_stage(run, label, subject, asked, progress=progress) for label, subject in subjects.items()}
-    inputs = {**{label: subject.fingerprint for label, subject in subjects.items()}, **asked.inputs}
+    again = _other_seeds(run, subjects, asked, progress)
+    inputs = {**{label: subject.fingerprint for label, subject in subjects.items()}, **asked.inputs, "roles": scored_roles(run)}
     with run.stage("circuit", inputs) as stage:
         if not stage.done:
-            judged = {label: judge(subject, scores[label], asked, progress=progress) for label, subject in subjects.items()}
+            judged = {
+                label: judge(subject, scores[label], asked, other_seed=again.get(label), progress=progress)
+                for label, subject in subjects.items()
+            }
+            for label, found in judged.items():
+                cards = found.tables["circuit_components"]
+                cards["role"] = cards["component"].map(named_roles(run, label)).fillna("")
             for name in ("circuit_edges", "circuit_nodes", "circuit_curve", "circuit_summary", "circuit_components"):
                 parts = [found.tables[name].assign(model=label) for label, found in judged.items()]
                 stage.write_table(name, pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True))
@@ -111,6 +128,14 @@ def circuits_stage(
         label: (scores[label], Circuit(scores[label].graph, edges.loc[edges["model"] == label, "in_circuit"].to_numpy(bool)))
         for label in subjects
     }
+
+
+def _other_seeds(run: RunFolder, subjects: Mapping[str, Subject], asked: Asked, progress: Progress | None) -> dict[str, Scores]:
+    """Score every model once more with another seed, on the same pairs, where the method draws."""
+    if asked.settings.method not in SEEDED:
+        return {}
+    other = replace(asked, seed=asked.seed + 1)
+    return {label: scores_stage(run, f"{label} other seed", subject, other, progress=progress) for label, subject in subjects.items()}
 
 
 def change_stage(
@@ -140,18 +165,24 @@ def change_stage(
     with run.stage("circuit-change", inputs) as stage:
         if not stage.done:
             options = {**asked.choice, "resamples": asked.settings.circuit_resamples, "seed": asked.seed}
-            if base.per_text is not None and len(base.per_text) >= FEWEST:
-                stage.write_table("circuit_overlap", overlap_table(base, tuned, OVERLAP_FRACTIONS, **options))
-                stage.write_table("circuit_shift", edge_shift(base, tuned, base_circuit, tuned_circuit))
-            else:
+            if base.per_text is None:
                 log.warning(
                     "method %s keeps no scores of single texts: overlap with the models' own noise and shifts are left out", base.method
                 )
+            else:
+                stage.write_table("circuit_shift", edge_shift(base, tuned, base_circuit, tuned_circuit))
+                if (texts := len(base.per_text)) >= FEWEST:
+                    stage.write_table("circuit_overlap", overlap_table(base, tuned, OVERLAP_FRACTIONS, **options))
+                else:
+                    log.warning(
+                        "edges were scored on %d texts, which cannot be halved: overlap with the models' own noise needs %d", texts, FEWEST
+                    )
             if asked.metric != "kl":
                 gain = tuned_edges(
                     pair,
                     asked.judged_on,
                     fractions=GAIN_FRACTIONS,
+                    scored_on=asked.found_on,
                     random=asked.settings.random_circuits,
                     seed=asked.seed,
                     progress=progress,
@@ -161,7 +192,7 @@ def change_stage(
                     log.warning("the gain of fine-tuning: %s", gain.note)
                 stage.write_table("circuit_gain", gain.table)
             if on_the_way:
-                stage.write_table("circuit_time", over_time(run, found, ["base", *on_the_way, "tuned"]))
+                stage.write_table("circuit_time", over_time(run, found, ["base", *on_the_way, "tuned"], asked))
     return critical_layers(base.graph, base.mean, tuned.mean, number=default_number(base.graph.n_layers))
 
 
@@ -205,30 +236,34 @@ def summarization_circuit(
     return components, critical
 
 
-def over_time(run: RunFolder, found: Mapping[str, tuple[Scores, Circuit]], order: Sequence[str]) -> pd.DataFrame:
+def over_time(run: RunFolder, found: Mapping[str, tuple[Scores, Circuit]], order: Sequence[str], asked: Asked) -> pd.DataFrame:
     """Follow the circuit over checkpoints.
 
+    Circuits of different sizes overlap less the more their sizes differ, so overlaps are of circuits chosen at one share of all edges: the one that
+    was asked for, else 5 %. Faithfulness is that of each model's own circuit.
+
     Returns:
-        One row per model in order: `model`, `order`, `edges`, `faithfulness` with `low`, `high`, and Jaccard indices of edges and nodes of its circuit with the
-        base's and the model's before: `jaccard_base`, `jaccard_previous`, `nodes_base`, `nodes_previous`.
+        One row per model in order: `model`, `order`, `edges` and `faithfulness` with `low`, `high` (of its own circuit); `fraction` at which circuits are
+        compared, and Jaccard indices of edges and nodes with the base's and with the model's before: `jaccard_base`, `jaccard_previous`, `nodes_base`,
+        `nodes_previous`, each with `_null`, what layer-matched random circuits of these sizes share.
     """
     summary = run.table("circuit_summary")
+    fraction = asked.share_of(found["base"][0].graph) or FALLBACK
+    circuits = {label: choose(found[label][0], fraction=fraction, **asked.choice) for label in order}
     rows = []
     for place, label in enumerate(order):
-        circuit, base, before = found[label][1], found["base"][1], found[order[max(0, place - 1)]][1]
-        faithful = summary[(summary["model"] == label) & (summary["measure"] == "faithfulness")].iloc[0]
-        rows.append(
-            {
-                "model": label,
-                "order": place,
-                "edges": len(circuit),
-                "faithfulness": faithful["value"],
-                "low": faithful["low"],
-                "high": faithful["high"],
-                "jaccard_base": jaccard(circuit, base),
-                "jaccard_previous": jaccard(circuit, before),
-                "nodes_base": node_jaccard(circuit, base),
-                "nodes_previous": node_jaccard(circuit, before),
-            }
-        )
+        own = summary[(summary["model"] == label) & (summary["measure"] == "faithfulness")].iloc[0]
+        row = {
+            "model": label,
+            "order": place,
+            "edges": len(found[label][1]),
+            **own[["value", "low", "high"]].rename({"value": "faithfulness"}),
+        }
+        row["fraction"] = fraction
+        for name, other in (("base", "base"), ("previous", order[max(0, place - 1)])):
+            table = overlap(circuits[label], circuits[other], draws=_DRAWS, seed=asked.seed).table
+            matched = table[table["null"] == "layer-matched"].set_index("of")
+            for of, column in (("edges", f"jaccard_{name}"), ("nodes", f"nodes_{name}")):
+                row |= {column: matched.loc[of, "jaccard"], f"{column}_null": matched.loc[of, "expected"]}
+        rows.append(row)
     return pd.DataFrame(rows)

@@ -11,10 +11,12 @@ from mechscope.errors import SettingsError
 from mechscope.instrument import load, load_pair
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
-from mechscope.studies.circuit_judging import Asked
+from mechscope.studies.circuit_checks import check_discovery
+from mechscope.studies.circuit_judging import Asked, plain
 from mechscope.studies.circuit_stages import change_stage, circuits_stage
 from mechscope.studies.interventions import load_pairs
-from mechscope.studies.settings import VOLATILE, CircuitDiffSettings, CircuitSettings, PairsSettings
+from mechscope.studies.pair_settings import CircuitDiffSettings, CircuitSettings, PairsSettings
+from mechscope.studies.settings import VOLATILE
 from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
@@ -34,6 +36,7 @@ def circuit_run(
     Raises:
         MechscopeError: Model, pairs or settings cannot be used, or the folder belongs to another run.
     """
+    check_discovery(settings, metric=settings.metric)
     with RunFolder.open(out, asdict(settings), kind="circuit", volatile=VOLATILE) as run:
         record_command(run, command)
         subject = load(settings.model, **_loading(settings))
@@ -48,12 +51,13 @@ def circuit_diff_run(
     settings: CircuitDiffSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None
 ) -> Study:
     """Find the circuits of a base and a tuned model on the same pairs, and compare them; arguments and errors as for `circuit_run`."""
+    check_discovery(settings, metric=settings.metric)
+    sources = [part.strip() for part in (settings.checkpoints or "").split(",") if part.strip()]
+    if len(set(sources)) < len(sources):
+        raise SettingsError(f"setting 'checkpoints' names a model twice: {settings.checkpoints}")
     with RunFolder.open(out, asdict(settings), kind="circuit-diff", volatile=VOLATILE) as run:
         record_command(run, command)
         compared = load_pair(settings.base, settings.tuned, resize=settings.resize, **_loading(settings))
-        sources = [part.strip() for part in (settings.checkpoints or "").split(",") if part.strip()]
-        if len(set(sources)) < len(sources):
-            raise SettingsError(f"setting 'checkpoints' names a model twice: {settings.checkpoints}")
         names = _labels(sources)
         way = {name: load_pair(settings.base, source, resize=settings.resize, **_loading(settings)).tuned for name, source in names.items()}
         pairs = load_pairs(settings, compared.base)
@@ -66,12 +70,19 @@ def circuit_diff_run(
 
 
 def _labels(sources: Sequence[str]) -> dict[str, str]:
-    """Name checkpoints by the last part of their source, by their whole source where that is not enough."""
-    short = [Path(source).name for source in sources]
-    return {
-        (name if short.count(name) == 1 and name not in ("base", "tuned") else source): source
-        for name, source in zip(short, sources, strict=True)
-    }
+    """Name checkpoints by the last part of their source, by their whole source where that is taken, and numbered where that is too.
+
+    Labels name files, so they differ from each other and from `base` and `tuned` in these too.
+    """
+    last = [Path(source).name for source in sources]
+    found: dict[str, str] = {}
+    taken = {"base", "tuned"}
+    for name, source in zip(last, sources, strict=True):
+        wanted = [*([name] if last.count(name) == 1 else []), source, *(f"{source} ({number})" for number in range(2, len(sources) + 4))]
+        label = next(one for one in wanted if plain(one).lower() not in taken)
+        taken.add(plain(label).lower())
+        found[label] = source
+    return found
 
 
 def _loading(settings: PairsSettings) -> dict[str, Any]:

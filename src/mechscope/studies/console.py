@@ -105,8 +105,7 @@ def show_study(study: Study) -> None:
             style = _VERDICTS[str(claim.verdict)]
             table.add_row(f"[{style}]{claim.verdict}[/{style}]", escape(str(claim.statement)), escape(str(claim.measured)))
         out.print(table)
-    out.print(f"run     {escape(str(study.path))}", highlight=False)
-    show_report(study.report)
+    _show_run(study)
 
 
 def show_effects(study: Study) -> None:
@@ -121,8 +120,7 @@ def show_effects(study: Study) -> None:
             str(row.component), escape(str(row.positions)), f"{row.effect:+.4f}", f"{row.low:+.4f} to {row.high:+.4f}", f"{row.q:.2g}"
         )
     out.print(table)
-    out.print(f"run     {escape(str(study.path))}", highlight=False)
-    show_report(study.report)
+    _show_run(study)
 
 
 def show_circuits(study: Study) -> None:
@@ -145,6 +143,70 @@ def show_circuits(study: Study) -> None:
             numbers = (row[name] for name in ("jaccard", "null", "across", "self_base", "self_tuned"))
             table.add_row(row["what"], f"{row['fraction']:.3%}", *(f"{number:.3f}" for number in numbers))
         out.print(table)
+    _show_run(study)
+
+
+def show_roles(study: Study) -> None:
+    """Print the heads that stand out in every role, what fine-tuning changed, and where the report is."""
+    roles = study.tables["head_roles"]
+    table = Table(title="Heads with a role (the strongest, their score, what chance gives)")
+    for name in ("model", "role", "heads", "chance"):
+        table.add_column(name, justify="right" if name == "chance" else "left", overflow="fold")
+    for (model, role), group in roles[roles["has_role"]].groupby(["model", "role"], sort=False):
+        top = group.sort_values("score", ascending=False, kind="stable")
+        heads = ", ".join(f"{row.component} {row.score:.2f}" for row in top.head(5).itertuples())
+        more = f" and {len(top) - 5} more" if len(top) > 5 else ""
+        table.add_row(escape(str(model)), str(role), heads + more, f"{top['null'].mean():.2f}")
+    out.print(table)
+    changes = study.tables.get("head_role_changes")
+    if changes is not None:
+        whole = changes[changes["component"] == "all"]
+        table = Table(title="Change of the mean over heads")
+        for name in ("role", "base", "tuned", "change", "95 % interval", "p"):
+            table.add_column(name, justify="left" if name == "role" else "right")
+        for row in whole.to_dict("records"):
+            ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+            table.add_row(row["role"], f"{row['base']:.3f}", f"{row['tuned']:.3f}", f"{row['change']:+.4f}", ends, f"{row['p']:.2g}")
+        out.print(table)
+    _show_run(study)
+
+
+def show_lens(study: Study) -> None:
+    """Print what each layer says of the next token, and where the report is."""
+    summary = study.tables["lens_summary"]
+    residual = summary[summary["site"] == "residual"]
+    table = Table(title="What each layer says: mean over texts")
+    for name in ("model", "lens", "place", "log-probability of the target", "agrees with the model", "KL to the model, nats"):
+        table.add_column(name, justify="left" if name in ("model", "lens", "place") else "right")
+    for row in residual.to_dict("records"):
+        numbers = (f"{row['log_probability']:.3f}", f"{row['agreement']:.0%}", f"{row['kl']:.3f}")
+        table.add_row(escape(row["model"]), row["lens"], row["component"], *numbers)
+    out.print(table)
+    _show_run(study)
+
+
+def show_weights(study: Study) -> None:
+    """Print the heads that copy most, and those that fine-tuning changed most, and where the report is."""
+    table = Table(title="Heads by what they copy")
+    for name in ("model", "head", "eigenvalue score", "copied", "suppressed"):
+        table.add_column(name, justify="left" if name in ("model", "head") else "right")
+    for model, group in study.tables["weight_heads"].groupby("model", sort=False):
+        for row in group.nlargest(5, "copied").itertuples():
+            table.add_row(escape(str(model)), str(row.component), f"{row.copying:+.2f}", f"{row.copied:.0%}", f"{row.suppressed:.0%}")
+    out.print(table)
+    changes = study.tables.get("weight_changes")
+    if changes is not None:
+        table = Table(title="Heads whose weights changed most, relative to their norm")
+        for name in ("head", "W_OV", "W_QK"):
+            table.add_column(name, justify="left" if name == "head" else "right")
+        for change in changes.nlargest(5, "ov_relative").to_dict("records"):
+            looks = "–" if pd.isna(change["qk_relative"]) else f"{change['qk_relative']:.2%}"
+            table.add_row(change["component"], f"{change['ov_relative']:.2%}", looks)
+        out.print(table)
+    _show_run(study)
+
+
+def _show_run(study: Study) -> None:
     out.print(f"run     {escape(str(study.path))}", highlight=False)
     show_report(study.report)
 

@@ -22,7 +22,8 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import load
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
-from mechscope.studies.settings import VOLATILE, AblateSettings, PairSettings, PairsSettings, PatchSettings
+from mechscope.studies.pair_settings import AblateSettings, PairSettings, PairsSettings, PatchSettings
+from mechscope.studies.settings import VOLATILE
 from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject

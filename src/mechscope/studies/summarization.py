@@ -4,12 +4,13 @@
     2. tuned model: the one given, or fine-tuned here (full, and LoRA beside it)
     3. difference: base against tuned over held-out documents; with a LoRA trained here, the two further pairs of the paper
     4. selection: which layers and heads changed most, and how stable that is
-    5. interventions: do these layers and heads carry what fine-tuning brought?
-    6. circuits: which edges bring salient content into the summary, before and after, and what changed
-    7. bake-off: LoRA there, in the circuit, everywhere, at random places, …, over seeds and at matched budgets
-    8. summaries of held-out documents, side by side
-    9. claims: the paper's, each with what was measured and a verdict
-    10. report
+    5. reading: the roles of heads before and after, cards of the selected heads, what each layer already says of a summary
+    6. interventions: do these layers and heads carry what fine-tuning brought?
+    7. circuits: which edges bring salient content into the summary, before and after, and what changed
+    8. bake-off: LoRA there, in the circuit, everywhere, at random places, …, over seeds and at matched budgets
+    9. summaries of held-out documents, side by side
+    10. claims: the paper's, each with what was measured and a verdict
+    11. report
 
 Every stage is skipped when it was done with the same inputs, so a killed study continues with the same command.
 """
@@ -33,6 +34,7 @@ from mechscope.studies.causal_stage import causal_stage
 from mechscope.studies.circuit_stages import summarization_circuit
 from mechscope.studies.claims import claims_table
 from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_splits
+from mechscope.studies.reading_stages import reading_stages
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
 from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject, pair
@@ -45,6 +47,21 @@ _TABLES = (
     "weights",
     "outputs",
     "selection",
+    "head_roles",
+    "head_role_changes",
+    "role_definitions",
+    "head_cards",
+    "lens_summary",
+    "lens_change",
+    "logit_attribution",
+    "logit_attribution_change",
+    "weight_heads",
+    "weight_changes",
+    "weight_tokens",
+    "weight_singular",
+    "composition",
+    "neurons",
+    "neuron_contexts",
     "cross_model",
     "layer_sets",
     "ablation",
@@ -115,6 +132,7 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
             }
             stages.pairs_stage(run, further, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
         layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
+        reading_stages(run, compared, splits, settings, heads, progress=progress)
         if settings.causal:
             causal_stage(run, compared, splits.encoded["test"], settings, layers, heads, seed=settings.seed, progress=progress)
         if settings.circuit:

@@ -1,0 +1,125 @@
+"""How much of a head's attention falls on named keys, without its map, and how a set of texts is run for it.
+
+With the logsumexp of a row's scores from one call of the fused kernel, the mass on key j is exp(score_ij − lse_i): a dot product per key asked for,
+instead of all L × L. Soft-capped scores, windows and left padding go through the exact pattern, a block of queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.instrument import AttentionCall, model_inputs, observed
+from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
+from mechscope.scoring import Gathered, Progress, batches
+from mechscope.subject import Subject
+
+Reduce = Callable[[AttentionCall, PairBatch], Tensor]
+
+
+def mass_at(call: AttentionCall, keys: Int[Tensor, "batch query m"], real: Bool[Tensor, "batch key"]) -> Float[Tensor, "batch head query"]:
+    """Return the attention of every query row to some keys together.
+
+    Args:
+        call: One attention call, as a tap sees it.
+        keys: Columns of the keys, −1 for none; a key that the row cannot see (the future, padding, behind a window) gets nothing.
+        real: True where a token is real.
+
+    Returns:
+        Shares of each row, 0 to 1; 0 in rows of padding.
+    """
+    return masses_at(call, keys, real).sum(-1)
+
+
+def masses_at(
+    call: AttentionCall, keys: Int[Tensor, "batch query m"], real: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch head query m"]:
+    """Return the attention of every query row to each of some keys; arguments as for `mass_at`."""
+    length, columns = call.query.shape[2], call.key.shape[2]
+    windowed = call.window is not None and call.window < columns
+    plain = call.mask is None and call.softcap is None and not windowed and length == columns
+    found = _fused(call, keys) if plain else _exact(call, keys)
+    rows = real[:, columns - length :, None]
+    there = real.gather(1, keys.clamp(min=0).flatten(1)).view(keys.shape)
+    return torch.where(((keys >= 0) & there & rows)[:, None], found, 0)
+
+
+def _fused(call: AttentionCall, keys: Int[Tensor, "batch query m"]) -> Float[Tensor, "batch head query m"]:
+    kind, group = statistics_dtype(call.query.dtype), call.query.shape[1] // call.key.shape[1]
+    query, key = call.query.to(kind), call.key.to(kind)
+    # what all keys share shifts a row's scores alike: no pattern sees it, but the difference below would round at its size
+    key = key - key.mean(2, keepdim=True)
+    _, logsumexp = averages(query, key, [key[:, :1, :, :1]], scaling=call.scaling)
+    found = []
+    for column in keys.clamp(min=0).unbind(-1):
+        wanted = key.gather(2, column[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])).repeat_interleave(group, 1)
+        found.append((call.scaling * (query * wanted).sum(-1) - logsumexp).exp())
+    rows = torch.arange(keys.shape[1], device=keys.device)[:, None]
+    return torch.where((keys <= rows)[:, None], torch.stack(found, -1), 0)
+
+
+def _exact(call: AttentionCall, keys: Int[Tensor, "batch query m"]) -> Float[Tensor, "batch head query m"]:
+    found = []
+    for block in _blocks(call):
+        rows, seen = block.log_pattern.shape[-2:]
+        wanted = keys[:, block.start : block.start + rows]
+        index = wanted.clamp(0, seen - 1)[:, None].expand(-1, block.log_pattern.shape[1], -1, -1)
+        found.append(torch.where((wanted < seen)[:, None], block.log_pattern.gather(-1, index).exp(), 0))
+    return torch.cat(found, 2)
+
+
+def strongest(call: AttentionCall, real: Bool[Tensor, "batch key"]) -> Int[Tensor, "batch head query"]:
+    """Return the column of the key that each row attends to most, the first of equals; −1 in rows of padding.
+
+    Args:
+        call: One attention call; its queries may be the last rows only.
+        real: True where a token is real.
+    """
+    first = torch.cat([block.log_pattern.argmax(-1) for block in _blocks(call)], 2)
+    return first.masked_fill(~real[:, None, call.key.shape[2] - call.query.shape[2] :], -1)
+
+
+def _blocks(call: AttentionCall) -> Iterator[PatternBlock]:
+    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap)
+
+
+@torch.no_grad()
+def run_probes(
+    subject: Subject, texts: Pairs, reduce: Reduce, *, tokens_per_batch: int = 4096, progress: Progress | None = None
+) -> Float[np.ndarray, "text layer head ..."]:
+    """Run the clean texts once and reduce every layer's attention to some numbers per head.
+
+    Args:
+        subject: The model.
+        texts: Texts that fit it.
+        reduce: Makes ``(batch, head, …)`` of an attention call and the batch that it belongs to.
+        tokens_per_batch: Most tokens of a batch.
+        progress: Called with what is done, of how much.
+
+    Returns:
+        The numbers, in the order of the texts.
+
+    Raises:
+        SettingsError: There are no texts.
+    """
+    gathered = Gathered(texts)
+    done = 0
+    for batch in batches(texts, tokens_per_batch):
+        layers: dict[int, Tensor] = {}
+
+        def tap(call: AttentionCall, batch: PairBatch = batch, layers: dict[int, Tensor] = layers) -> None:
+            layers[call.layer] = reduce(call, batch).double().cpu()
+
+        with observed(subject, tap):
+            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+        values = torch.stack([layers[layer] for layer in range(subject.anatomy.n_layers)])
+        gathered.put("found", batch, values.movedim(1, -1).numpy())
+        done += len(batch.pairs)
+        if progress is not None:
+            progress("attention", done, len(texts))
+    return np.moveaxis(gathered["found"], -1, 0)

@@ -1,0 +1,151 @@
+"""Roles that are told by what a head would write of a token it attends to: the token itself, anything but it, or the one that comes next.
+
+Row t of a head's OV circuit in vocabulary space says what attending to token t adds to every logit (Elhage et al. 2021). A copying head raises t itself, a
+copy-suppressing head lowers it (McDougall et al. 2023, "Copy Suppression"), a successor head raises what follows t in its order (Gould et al. 2023,
+"Successor Heads"). Scores are ranks, so that no head's size counts. Heads behind the first layer read tokens with what the first MLP makes of them where
+asked for: Gould et al. do, since GPT-2's first MLP widens the embedding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.data.pieces import Pieces
+from mechscope.heads.roles import Role, RoleScores
+from mechscope.scoring import Progress
+from mechscope.subject import Subject
+from mechscope.weights import Forms, Vocabulary
+
+COPYING = Role(
+    name="copying",
+    definition="Share of the vocabulary whose logit a token, as it is embedded, raises less than its own, by the head's OV circuit straight to the "
+    "logits; mean over sampled tokens.",
+    source="Elhage et al. 2021, A Mathematical Framework for Transformer Circuits",
+    low=0.0,
+    high=1.0,
+    null="0.5: the rank of any token.",
+    # the token among the highest tenth, on average
+    threshold=0.9,
+)
+SUPPRESSION = Role(
+    name="copy-suppression",
+    definition="Share of the vocabulary whose logit a token, as it is embedded, lowers less than its own, by the head's OV circuit straight to the "
+    "logits; mean over sampled tokens.",
+    source="McDougall et al. 2023, Copy Suppression",
+    low=0.0,
+    high=1.0,
+    null="0.5: the rank of any token.",
+    threshold=0.9,
+)
+SUCCESSOR = Role(
+    name="successor",
+    definition="Share of days, months, numbers and letters whose successor is what the head's OV circuit raises most among the others of their order.",
+    source="Gould et al. 2023, Successor Heads",
+    low=0.0,
+    high=1.0,
+    null="One in the number of the others.",
+    threshold=0.5,
+)
+ORDERS = (
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "January February March April May June July August September October November December",
+    "one two three four five six seven eight nine ten eleven twelve",
+    "first second third fourth fifth sixth seventh eighth ninth tenth",
+    "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20",
+    "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z",
+)
+# an order of fewer single tokens says little
+_FEWEST = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A token of an order, its successor and all others of the order, the successor first."""
+
+    token: int
+    others: tuple[int, ...]
+
+
+@torch.no_grad()
+def copying_roles(
+    subject: Subject, *, n: int = 256, seed: int = 0, effective: bool = False, progress: Progress | None = None
+) -> tuple[RoleScores, ...]:
+    """Score what every head writes of the tokens it attends to.
+
+    Args:
+        subject: The model.
+        n: Sampled tokens; fewer where the vocabulary is smaller.
+        seed: Of the sample.
+        effective: Heads behind the first layer read tokens with what the first MLP makes of them.
+        progress: Called with what is done, of how much.
+
+    Returns:
+        Copying and copy-suppression with the sampled tokens as texts, and, where the tokenizer has the words as single tokens, successor.
+
+    Raises:
+        ModelError: The model's heads cannot be taken apart.
+    """
+    forms, vocabulary, anatomy = Forms(subject), Vocabulary(subject, effective=effective), subject.anatomy
+    order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(seed))
+    tokens, steps = order[:n].sort().values, successions(subject)
+    own = np.empty((len(tokens), anatomy.n_layers, anatomy.n_heads))
+    next_one = np.empty((len(steps), anatomy.n_layers, anatomy.n_heads))
+    for layer, head in anatomy.heads():
+        form = forms.ov(layer, head)
+        a, b = vocabulary.read(form, layer), vocabulary.written(form.right)
+        own[:, layer, head] = _ranks(a, b.to(a), tokens)
+        next_one[:, layer, head] = [_succeeds(a, b.to(a), step) for step in steps]
+        if progress is not None:
+            progress("reading what heads copy", layer * anatomy.n_heads + head + 1, anatomy.n_layers * anatomy.n_heads)
+    names = tuple(map(str, tokens.tolist()))
+    even = np.full_like(own, 0.5)
+    found = [RoleScores(COPYING, names, own, even), RoleScores(SUPPRESSION, names, 1 - own, even)]
+    if not steps:
+        log.info("%s: its tokenizer has too few days, months, numbers and letters as single tokens for the role successor", subject.source)
+    else:
+        chance = np.array([1 / len(step.others) for step in steps])[:, None, None]
+        ids = tuple(f"{step.token}>{step.others[0]}" for step in steps)
+        found.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance, next_one.shape).copy()))
+    return tuple(found)
+
+
+def successions(subject: Subject) -> tuple[_Step, ...]:
+    """Return the steps of all orders whose words are single tokens behind a space; none without a tokenizer."""
+    if subject.tokenizer is None:
+        return ()
+    pieces, found = Pieces(subject.tokenizer), []
+    for words in map(str.split, ORDERS):
+        ids = [
+            ids[0] if len(ids) == 1 and ids[0] < subject.anatomy.vocab_size else None for ids in pieces.ids([f" {word}" for word in words])
+        ]
+        known = [one for one in ids if one is not None]
+        if len(set(known)) < _FEWEST or len(set(known)) < len(known):
+            continue
+        for token, successor in itertools.pairwise(ids):
+            if token is not None and successor is not None:
+                found.append(_Step(token, (successor, *(other for other in known if other not in (token, successor)))))
+    return tuple(found)
+
+
+def _ranks(a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"], tokens: Tensor) -> np.ndarray:
+    """Return for each token the share of other tokens whose entry in its row is smaller, ties by half."""
+    tokens = tokens.to(a.device)
+    entries = a[tokens] @ b.T
+    own = entries.gather(1, tokens[:, None])
+    below, equal = (entries < own).sum(1).double(), (entries == own).sum(1).double() - 1
+    return ((below + equal / 2) / (entries.shape[1] - 1)).cpu().numpy()
+
+
+def _succeeds(a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"], step: _Step) -> float:
+    entries = b[list(step.others)] @ a[step.token]
+    # a head that writes nothing has no favourite
+    return float(bool((entries[0] > entries[1:]).all()))

@@ -1,0 +1,201 @@
+"""Roles of heads and their scores: what a head is told by, text by text, beside what chance gives on the same text.
+
+A role is a number per head and text ("attention to the previous token") with its null: the number that a head without the role gets on that text. A
+head has a role if its mean score reaches the role's threshold and stands above the null by more than texts vary: Student's t over texts, and
+Benjamini–Hochberg over all heads of the role. For a base and a tuned model the same texts are read by both, so changes are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from mechscope.errors import DataError
+from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate, paired_difference
+from mechscope.stats.moments import Moments
+
+# the share of false heads among those said to have a role
+_FALSE_DISCOVERIES = 0.05
+ALL_HEADS = "all"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a head can be told to do.
+
+    Attributes:
+        name: For example `previous-token`.
+        definition: What is measured, on what, in one sentence.
+        source: The paper it comes from.
+        low: Least score there can be.
+        high: Largest score there can be.
+        null: What a head without the role scores and how that is computed, in one sentence.
+        threshold: The mean score from which on a head has the role, if it is also significantly above the null; None for a role that is measured
+            and never ascribed.
+    """
+
+    name: str
+    definition: str
+    source: str
+    low: float
+    high: float
+    null: str
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class RoleScores:
+    """Every head's scores for one role.
+
+    Attributes:
+        role: The role.
+        texts: Names of the probes: texts, or tokens where weights are looked at.
+        score: ``(text, layer, head)``; NaN where a text says nothing.
+        null: Likewise: what chance gives on the same text.
+    """
+
+    role: Role
+    texts: tuple[str, ...]
+    score: Float[np.ndarray, "text layer head"]
+    null: Float[np.ndarray, "text layer head"]
+
+    def __post_init__(self) -> None:
+        if not self.score.shape == self.null.shape == (len(self.texts), *self.score.shape[1:]) or self.score.ndim != 3:
+            raise DataError(
+                f"role {self.role.name!r}: scores {self.score.shape} and nulls {self.null.shape} for {len(self.texts)} texts: "
+                "give both as (text, layer, head)"
+            )
+
+    @property
+    def excess(self) -> Float[np.ndarray, "text layer head"]:
+        """The score less its null."""
+        return self.score - self.null
+
+
+def roles_table(found: Sequence[RoleScores], *, model: str = "model") -> pd.DataFrame:
+    """Tell which head has which role, with what confidence.
+
+    Args:
+        found: Scores, a role each.
+        model: What to call the model.
+
+    Returns:
+        One row per role and head: `model`, `role`, `layer`, `head`, `component`, `n` (texts that say something), `score` with `low` and `high` (95 %
+        interval over texts), `null`, `excess` (score − null) with `excess_low` and `excess_high`, `p` (the excess is zero, two-sided), `q`
+        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05).
+    """
+    if not found:
+        return pd.DataFrame(columns=["model", "role", *_HEAD, "n", *_SCORE, *_EXCESS, "p", "q", "has_role"])
+    return pd.concat([_table(scores, model) for scores in found], ignore_index=True)
+
+
+_HEAD = ("layer", "head", "component")
+_SCORE = ("score", "low", "high", "null")
+_EXCESS = ("excess", "excess_low", "excess_high")
+
+
+def _table(scores: RoleScores, model: str) -> pd.DataFrame:
+    excess = scores.excess
+    silent = np.isnan(excess)  # of what is silent on either side, neither is averaged
+    score, null, above = (_estimated(np.where(silent, np.nan, part)) for part in (scores.score, scores.null, excess))
+    q = benjamini_hochberg(above.p)
+    columns = {
+        **dict(zip(_SCORE, (score.mean, score.low, score.high, null.mean), strict=True)),
+        **dict(zip(_EXCESS, (above.mean, above.low, above.high), strict=True)),
+        "p": above.p,
+        "q": q,
+        "has_role": _has(scores.role, score.mean, above.mean, q),
+    }
+    return _rows({"model": model, "role": scores.role.name}, above.n, columns)
+
+
+def _has(role: Role, score: np.ndarray, excess: np.ndarray, q: np.ndarray) -> np.ndarray:
+    if role.threshold is None:
+        return np.zeros(score.shape, dtype=bool)
+    return (score >= role.threshold) & (excess > 0) & (q < _FALSE_DISCOVERIES)
+
+
+def _rows(names: Mapping[str, str], n: np.ndarray, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    layer, head = (index.ravel() for index in np.indices(n.shape))
+    component = [f"a{one}.h{two}" for one, two in zip(layer, head, strict=True)]
+    values = {name: value.ravel() for name, value in columns.items()}
+    return pd.DataFrame({**names, "layer": layer, "head": head, "component": component, "n": n.ravel(), **values})
+
+
+def _estimated(values: Float[np.ndarray, "text ..."]) -> Estimate:
+    moments = Moments(values.shape[1:])
+    moments.update_many(values)
+    return estimate(moments)
+
+
+def role_changes(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> pd.DataFrame:
+    """Tell how fine-tuning changed the heads' roles, paired over the same texts.
+
+    Args:
+        base: The base model's scores.
+        tuned: The tuned model's, of the same roles on the same texts.
+
+    Returns:
+        One row per role and head: `role`, `layer`, `head`, `component`, `n`, `base` and `tuned` (mean scores), `change` (tuned − base) with `low` and
+        `high` (95 % interval over texts), `p` (the change is zero), `q` (Benjamini–Hochberg over all heads of the role), `gained` and `lost`
+        (whether only the tuned, or only the base model's head has the role). After them one row per role with the component `all`, layer and head −1:
+        each text's mean over heads, its q over the roles.
+
+    Raises:
+        DataError: The two have other roles, texts, or heads.
+    """
+    tables, wholes = [], []
+    for one, two in _paired(base, tuned):
+        changes = two.score - one.score
+        silent = np.isnan(changes)
+        before, after = (_estimated(np.where(silent, np.nan, scores.score)).mean for scores in (one, two))
+        has_before, has_after = (_table(scores, "")["has_role"].to_numpy().reshape(before.shape) for scores in (one, two))
+        columns = {**_change(before, after, paired_difference(two.score, one.score)), "gained": has_after & ~has_before}
+        columns["lost"] = has_before & ~has_after
+        found = _rows({"role": one.role.name}, (~silent).sum(0), columns)
+        tables.append(found.assign(q=benjamini_hochberg(found["p"])))
+        wholes.append(_of_all_heads(one.role, *(_text_means(scores.score, silent) for scores in (one, two))))
+    if not tables:
+        return pd.DataFrame(columns=["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"])
+    all_heads = pd.concat(wholes, ignore_index=True)
+    all_heads["q"] = benjamini_hochberg(all_heads["p"])
+    order = ["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"]
+    return pd.concat([*tables, all_heads], ignore_index=True)[order]
+
+
+_CHANGE = ("base", "tuned", "change", "low", "high", "p")
+
+
+def _change(before: np.ndarray, after: np.ndarray, found: Estimate) -> dict[str, np.ndarray]:
+    return dict(zip(_CHANGE, (before, after, found.mean, found.low, found.high, found.p), strict=True))
+
+
+def _paired(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> list[tuple[RoleScores, RoleScores]]:
+    names = [[scores.role.name for scores in side] for side in (base, tuned)]
+    if names[0] != names[1]:
+        raise DataError(f"base is scored for the roles {names[0]}, tuned for {names[1]}: score both for the same")
+    for one, two in zip(base, tuned, strict=True):
+        if one.texts != two.texts or one.score.shape != two.score.shape:
+            raise DataError(
+                f"role {one.role.name!r}: base has {one.score.shape} scores (text, layer, head), tuned {two.score.shape}, or of other texts: "
+                "score both on the same texts"
+            )
+    return list(zip(base, tuned, strict=True))
+
+
+def _text_means(score: np.ndarray, silent: np.ndarray) -> Float[np.ndarray, " text"]:
+    """Average each text over the heads that it says something about; NaN where there is none."""
+    counted = (~silent).sum((1, 2))
+    return np.where(counted > 0, np.where(silent, 0.0, score).sum((1, 2)) / np.maximum(counted, 1), np.nan)
+
+
+def _of_all_heads(role: Role, before: Float[np.ndarray, " text"], after: Float[np.ndarray, " text"]) -> pd.DataFrame:
+    found = paired_difference(after, before)
+    columns = _change(_estimated(before).mean, _estimated(after).mean, found)
+    values = {name: float(value) for name, value in columns.items()}
+    head = dict(zip(_HEAD, (-1, -1, ALL_HEADS), strict=True))
+    return pd.DataFrame([{"role": role.name, **head, "n": int(found.n), **values, "gained": False, "lost": False}])

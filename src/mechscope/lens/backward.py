@@ -1,0 +1,212 @@
+"""The backward lens: what a training step would write into a weight, read in the words of the vocabulary.
+
+A weight's gradient over a text is Σ_i x_iᵀ δ_i. Of a matrix that writes the residual stream (MLP down, W_O) the δ_i live there, of one that reads it (MLP
+up, W_Q, W_K, W_V) the x_i do; those are projected through the final norm's gain and W_U (Katz et al. 2024, sections 4 and 5: "imprint and shift"). A
+step of gradient descent subtracts the gradient: where the matrix reads something like x_i again it will write −δ_i more. So for δ what is
+projected is −δ: its top tokens are those that the step promotes, its bottom tokens those that it suppresses. Inputs are projected as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechscope.data.pairs import Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument.kernels import statistics_dtype
+from mechscope.instrument.readout import Readout
+from mechscope.lens.gradient_factors import Factors, Matrix, factors, matrices_of
+from mechscope.lens.question import ROWS
+from mechscope.lens.spelling import speller
+from mechscope.scoring import batches, check_fits
+from mechscope.subject import Subject
+
+
+def backward_lens(
+    subject: Subject,
+    texts: Pairs,
+    *,
+    matrices: Sequence[str] = ("mlp_down",),
+    layers: Collection[int] | None = None,
+    k: int = 10,
+    tokens_per_batch: int = 1024,
+) -> pd.DataFrame:
+    """Project the gradients of weight matrices into the vocabulary, token by token of every text.
+
+    Args:
+        subject: The model.
+        texts: Each text's loss is the mean −log p of its target tokens, or of its right answers after the last token if it has no target.
+        matrices: Kinds: `query_key_value`, `attention_output`, `mlp_up`, `mlp_down`.
+        layers: Which layers; None for all.
+        k: How many tokens are listed.
+        tokens_per_batch: Most tokens of a batch, padding included.
+
+    Returns:
+        One row per text, matrix and token that the loss reaches: `text` (id), `layer`, `matrix` (kind), `module` (path), `position`, `token` (text),
+        `side` (`gradient` for −δ, `input` for x), `norm` (of that vector), `update_norm` (‖x‖·‖δ‖, the size of the token's share of the weight's
+        gradient), `top_ids`, `top_tokens`, `bottom_ids`, `bottom_tokens` (tuples of k, the most extreme first).
+
+    Raises:
+        MechscopeError: Texts, matrices or layers do not fit the model, or it cannot be taken apart.
+    """
+    check_fits(subject, texts)
+    wanted, vocabulary, spelled = matrices_of(subject, matrices, layers), _Vocabulary(subject, k), speller(subject)
+    tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in texts}
+    for batch in batches(texts, tokens_per_batch):
+        found = factors(subject, batch, wanted)
+        for row, pair in enumerate(batch.pairs):
+            here = slice(batch.shift(row), batch.shift(row) + len(pair.clean))
+            tokens = np.array([spelled([token]) for token in pair.clean], dtype=object)
+            for matrix in wanted:
+                of_matrix = found[matrix.name]
+                own = Factors(of_matrix.inputs[row : row + 1, here], of_matrix.gradients[row : row + 1, here])
+                reached, columns = _token_columns(matrix, own, vocabulary)
+                where = {"text": pair.id, **_names(matrix), "position": reached, "token": tokens[reached]}
+                tables[id(pair)].append(pd.DataFrame({**where, **columns}))
+    return pd.concat([table for pair in texts for table in tables[id(pair)]], ignore_index=True)
+
+
+def gradient_directions(
+    subject: Subject,
+    texts: Pairs,
+    *,
+    matrices: Sequence[str] = ("mlp_down",),
+    layers: Collection[int] | None = None,
+    rank: int = 5,
+    k: int = 10,
+    tokens_per_batch: int = 1024,
+) -> pd.DataFrame:
+    """Project the leading singular directions of weight gradients, of the texts' mean loss, into the vocabulary.
+
+    The matrices are never formed: their factors go through QR and a singular value decomposition no larger than the number of tokens.
+
+    Args:
+        subject: The model.
+        texts: As for `backward_lens`.
+        matrices: Likewise.
+        layers: Likewise.
+        rank: How many directions.
+        k: How many tokens are listed.
+        tokens_per_batch: Most tokens of a batch, padding included.
+
+    Returns:
+        One row per matrix and direction: `layer`, `matrix`, `module`, `direction` (0 is the strongest), `singular_value`, `share` (of the gradient's
+        squared Frobenius norm), `side`, `top_ids`, `top_tokens`, `bottom_ids`, `bottom_tokens`. A direction's sign is that of what the step adds
+        for the mean input of the texts.
+
+    Raises:
+        MechscopeError: Texts, matrices or layers do not fit the model, or it cannot be taken apart.
+    """
+    check_fits(subject, texts)
+    if rank < 1:
+        raise SettingsError(f"rank is {rank}: ask for at least one direction")
+    wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
+    sums = {matrix.name: _Gradient() for matrix in wanted}
+    for batch in batches(texts, tokens_per_batch):
+        for name, found in factors(subject, batch, wanted).items():
+            sums[name].add(found, len(texts))
+    tables = []
+    for matrix in wanted:
+        left, values, right = sums[matrix.name].directions()
+        kept = min(rank, int((values > 0).sum()))
+        columns = {
+            "direction": range(kept),
+            "singular_value": values[:kept].numpy(),
+            "share": (values**2 / (values**2).sum())[:kept].numpy(),
+        }
+        side = _projected_side(matrix, left[:, :kept].T, right[:, :kept].T)
+        tables.append(pd.DataFrame({**_names(matrix), **columns, "side": _side(matrix), **vocabulary.columns(side)}))
+    return pd.concat(tables, ignore_index=True)
+
+
+class _Gradient:
+    """A sum of outer products Σ x_iᵀ δ_i, kept as factors: no more rows than the matrix is high."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._mean: Tensor | None = None
+
+    def add(self, found: Factors, texts: int) -> None:
+        """Add a batch's share of the mean over texts."""
+        reached = found.gradients.flatten(0, 1).any(-1)
+        inputs, gradients = (x.flatten(0, 1)[reached] for x in (found.inputs, found.gradients))
+        dtype = statistics_dtype(inputs.dtype)
+        self._inputs.append(inputs.to(dtype).cpu())
+        self._gradients.append(gradients.to(dtype).cpu() / texts)
+        total = self._inputs[-1].sum(0)
+        self._mean = total if self._mean is None else self._mean + total
+        if sum(map(len, self._inputs)) > 2 * inputs.shape[-1]:
+            # G = XᵀD with X = QR is Rᵀ(QᵀD): exact, in as many rows as X has columns
+            q, r = torch.linalg.qr(torch.cat(self._inputs))
+            self._inputs, self._gradients = [r], [q.T @ torch.cat(self._gradients)]
+
+    def directions(self) -> tuple[Float[Tensor, "d_in rank"], Float[Tensor, " rank"], Float[Tensor, "d_out rank"]]:
+        """Return U, S, V of the gradient U S Vᵀ as (input, output), each u turned towards the mean input."""
+        left, r_left = torch.linalg.qr(torch.cat(self._inputs).T)
+        right, r_right = torch.linalg.qr(torch.cat(self._gradients).T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        u, v = left @ u, right @ vh.T
+        sign = torch.where(u.T @ self._mean < 0, -1.0, 1.0).to(u) if self._mean is not None else 1.0
+        return u * sign, s, v * sign
+
+
+class _Vocabulary:
+    """Which tokens a direction of the residual stream raises most and least, through the final norm's gain and the unembedding."""
+
+    def __init__(self, subject: Subject, k: int) -> None:
+        if not 1 <= k <= subject.anatomy.vocab_size:
+            raise SettingsError(f"k is {k}: list at least 1 and at most the vocabulary's {subject.anatomy.vocab_size:,} tokens")
+        self._k, self._readout, self._spelled = k, Readout.of(subject), speller(subject)
+        with subject.active():
+            self._gain = None if self._readout.norm is None else self._readout.norm.gain
+
+    def columns(self, vectors: Float[Tensor, "rows d_model"]) -> dict[str, list[tuple[Any, ...]]]:
+        """Return the columns of a table that say so."""
+        rows = vectors.to(self._readout.weight.device)
+        if self._readout.norm is not None and self._readout.norm.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        rows = (rows if self._gain is None else rows * self._gain).to(self._readout.weight)
+        found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("top_ids", "top_tokens", "bottom_ids", "bottom_tokens")}
+        for piece in rows.split(ROWS):
+            logits = piece @ self._readout.weight.T * self._readout.multiplier
+            for name, largest in (("top", True), ("bottom", False)):
+                for ids in logits.topk(self._k, largest=largest).indices.tolist():
+                    found[f"{name}_ids"].append(tuple(ids))
+                    found[f"{name}_tokens"].append(tuple(self._spelled([token]) for token in ids))
+        return found
+
+
+def _token_columns(matrix: Matrix, own: Factors, vocabulary: _Vocabulary) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the positions of a text that its loss reaches, and what is said about them."""
+    dtype = statistics_dtype(own.inputs.dtype)
+    inputs, gradients = own.inputs[0].to(dtype), own.gradients[0].to(dtype)
+    reached = gradients.any(-1).nonzero().flatten()
+    inputs, gradients = inputs[reached], gradients[reached]
+    sizes, deltas = inputs.norm(dim=-1), gradients.norm(dim=-1)
+    said = vocabulary.columns(_projected_side(matrix, inputs, gradients))
+    norm = deltas if matrix.writes else sizes
+    columns = {"side": _side(matrix), "norm": norm.cpu().numpy(), "update_norm": (sizes * deltas).cpu().numpy()}
+    return reached.cpu().numpy(), {**columns, **said}
+
+
+def _projected_side(matrix: Matrix, inputs: Tensor, gradients: Tensor) -> Float[Tensor, "rows d_model"]:
+    """Return the vectors that live in the residual stream, turned as a step of gradient descent turns them."""
+    if not matrix.writes:
+        return inputs
+    # behind a norm a change d of what the map gives is written as gain ⊙ d, times a scale: δ has no part along what is normalised
+    return -gradients if matrix.gain is None else -gradients * matrix.gain.to(gradients)
+
+
+def _side(matrix: Matrix) -> str:
+    return "gradient" if matrix.writes else "input"
+
+
+def _names(matrix: Matrix) -> dict[str, Any]:
+    return {"layer": matrix.layer, "matrix": matrix.kind, "module": matrix.name}

@@ -1,0 +1,207 @@
+"""Training translators: at every place the affine map after which the lens says what the model will say.
+
+The loss is KL(final ‖ lens), averaged over tokens, of every place by itself (Belrose et al. 2023, eq. 7). The model is run without gradients, a batch's
+hidden states are held and serve all places; the loss comes with its derivative from `Projection.loss`, so nothing of the vocabulary's size is
+kept for a backward pass.
+
+The paper takes SGD with Nesterov momentum and 2^18 tokens a step. Here it is Adam with decoupled weight decay: steps of a few thousand tokens are what a
+study can afford, and residual streams have dimensions that are a hundred times larger than others, which plain SGD answers with steps that are too
+large for those or too small for the rest. As in the paper the learning rate falls linearly to zero, gradients are clipped at norm 1, and weight
+decay pulls towards the logit lens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
+from mechscope.errors import ModelError, SettingsError
+from mechscope.instrument.kernels import statistics_dtype
+from mechscope.lens.logit_lens import read
+from mechscope.lens.places import LensPlace, Standing, places_of, places_table, real_rows
+from mechscope.lens.projection import Final, Projection
+from mechscope.lens.reading import MEASURES
+from mechscope.lens.translators import Translator, Translators
+from mechscope.scoring import Progress, check_fits
+from mechscope.stats.inference import estimate, paired_difference
+from mechscope.stats.moments import Moments
+from mechscope.subject import Subject
+
+# gradients of a place are clipped at this norm, as in the paper
+_CLIP = 1.0
+# gradients shrink a hundredfold within a hundred steps: with Adam's usual memory of a thousand they would still be divided by the first ones
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensSettings:
+    """How translators are trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        tokens_per_step: Most tokens of a step's texts, padding included.
+        learning_rate: Of Adam, at the first step; it falls linearly to zero.
+        weight_decay: Decoupled, towards the logit lens.
+        seed: Of the order of the texts.
+    """
+
+    steps: int = 250
+    tokens_per_step: int = 2048
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.tokens_per_step < 1:
+            raise SettingsError(f"steps={self.steps} of tokens_per_step={self.tokens_per_step} train nothing: both must be 1 or more")
+        if not self.learning_rate > 0 or self.weight_decay < 0:
+            raise SettingsError(
+                f"learning_rate={self.learning_rate} must be above 0, and weight_decay={self.weight_decay} not below: the defaults are 1e-3"
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Translators and how their training went.
+
+    Attributes:
+        translators: The maps.
+        curve: One row per step and place: `step`, `component`, `kl` (nats; of the step's tokens, before the step).
+    """
+
+    translators: Translators
+    curve: pd.DataFrame
+
+
+def train_tuned_lens(
+    subject: Subject,
+    texts: Pairs,
+    *,
+    layers: Collection[int] | None = None,
+    settings: LensSettings | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a tuned lens: a map from the residual stream after every block but the last, and from the embedding.
+
+    Args:
+        subject: The model.
+        texts: Any texts; their clean versions are read. Keep some others for `evaluate`.
+        layers: Which layers, −1 for the embedding; None for all but the last.
+        settings: How to train.
+        progress: Told the number of steps done.
+
+    Raises:
+        MechscopeError: Settings, layers or texts do not fit, or the training diverged.
+    """
+    last = LensPlace("residual", subject.anatomy.n_layers - 1)
+    places = [place for place in places_of(subject, ("residual",), layers) if place != last]
+    if not places:
+        raise SettingsError("the tuned lens needs no map behind the last block, and no other layer was asked for: give others")
+    return train(subject, texts, dict.fromkeys(places), settings=settings or LensSettings(), progress=progress)
+
+
+def train(
+    subject: Subject, texts: Pairs, places: Mapping[LensPlace, Tensor | None], *, settings: LensSettings, progress: Progress | None = None
+) -> Trained:
+    """Train a map from each place to the end of the model.
+
+    Args:
+        subject: The model.
+        texts: Any texts; their clean versions are read.
+        places: The places, each with the basis ``(features, d_model)`` of the subspace its map acts on, None for everything.
+        settings: How to train.
+        progress: Told the number of steps done.
+
+    Raises:
+        MechscopeError: The texts do not fit, or the training diverged.
+    """
+    check_fits(subject, texts)
+    projection, standing = Projection(subject), Standing(subject, list(places))
+    dtype = statistics_dtype(subject.dtype)
+    like = torch.zeros(0, subject.anatomy.d_model, dtype=dtype, device=projection.readout.weight.device)
+    maps = {place: Translator.identity(like, None if basis is None else basis.to(like)) for place, basis in places.items()}
+    parameters = [value.requires_grad_() for found in maps.values() for value in (found.weight, found.bias)]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=_BETAS, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
+    curve = []
+    for step, batch in zip(range(settings.steps), _drawn(texts, settings), strict=False):
+        walk, streams = standing.run(batch)
+        with torch.no_grad():
+            final = projection.final(projection.applied(real_rows(streams[-1], batch.real)))
+        for place, values in standing.values(walk, streams, batch.real):
+            kl = _backward(projection, maps[place], values, final)
+            if not np.isfinite(kl):
+                raise ModelError(
+                    f"training the translator of {place.component} diverged at step {step + 1}: lower learning_rate={settings.learning_rate}"
+                )
+            curve.append((step, place.component, kl))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if progress is not None:
+            progress("lens training", step + 1, settings.steps)
+    done = {place: Translator(found.weight.detach(), found.bias.detach(), found.basis) for place, found in maps.items()}
+    translators = Translators(done, subject.fingerprint, subject.anatomy.n_layers, {**asdict(settings), "texts": texts.hash})
+    return Trained(translators, pd.DataFrame(curve, columns=["step", "component", "kl"]))
+
+
+def evaluate(subject: Subject, texts: Pairs, translators: Translators, *, tokens_per_batch: int = 2048) -> pd.DataFrame:
+    """Measure on texts that were not trained on how far the lens is from the model's own distribution, with the maps and without.
+
+    Returns:
+        One row per place: `site`, `layer`, `head`, `component`, `n` (texts), `kl_logit_lens` and `kl_tuned` (KL(final ‖ lens), nats, mean over texts
+        of means over tokens), each with `_se`, `_low`, `_high` (95 %), and their difference `kl_change` likewise with `_p`.
+
+    Raises:
+        MechscopeError: The translators are another model's, or the texts do not fit.
+    """
+    layers = sorted({place.layer for place in translators.maps})
+    sites = sorted({place.site for place in translators.maps})
+    options = {"sites": sites, "layers": layers, "k": 1, "tokens_per_batch": tokens_per_batch}
+    readings = [read(subject, texts, translators=chosen, **options) for chosen in (None, translators)]  # type: ignore[arg-type]
+    plain, tuned = (np.stack([text.means("all")[:, MEASURES.index("kl")] for text in reading.texts]) for reading in readings)
+    columns: dict[str, object] = {"n": len(texts)}
+    for name, values in (("kl_logit_lens", plain), ("kl_tuned", tuned)):
+        moments = Moments(values.shape[1:])
+        moments.update_many(values)
+        found = estimate(moments)
+        columns |= {name: found.mean, f"{name}_se": found.standard_error, f"{name}_low": found.low, f"{name}_high": found.high}
+    change = paired_difference(tuned, plain)
+    columns |= {"kl_change": change.mean, "kl_change_se": change.standard_error, "kl_change_low": change.low}
+    columns |= {"kl_change_high": change.high, "kl_change_p": change.p}
+    return pd.concat([places_table(readings[0].places), pd.DataFrame(columns)], axis=1)
+
+
+def _backward(projection: Projection, translator: Translator, values: Tensor, final: Final) -> float:
+    """Set the clipped gradients of a place's map, and return its loss."""
+    with torch.enable_grad():
+        rows = projection.applied(translator(values).to(values.dtype))
+    kl, derivative = projection.loss(rows.detach(), final)
+    parameters = (translator.weight, translator.bias)
+    gradients = torch.autograd.grad(rows, parameters, (derivative / len(rows)).to(rows))
+    norm = float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient * min(1.0, _CLIP / max(norm, 1e-12))
+    return float(kl.mean())
+
+
+def _drawn(texts: Pairs, settings: LensSettings) -> Iterator[PairBatch]:
+    """Draw the texts in random order, again and again, in batches of a step's size."""
+    generator = random.Random(settings.seed)
+    waiting: list = []
+    while True:
+        order = list(texts)
+        generator.shuffle(order)
+        for pair in order:
+            longest = max(len(one.clean) for one in (*waiting, pair))
+            if waiting and longest * (len(waiting) + 1) > settings.tokens_per_step:
+                yield collate_pairs(waiting)
+                waiting = []
+            waiting.append(pair)

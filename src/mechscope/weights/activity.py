@@ -1,0 +1,209 @@
+"""What neurons do on texts: how often and how strongly they fire, on what, and what their firing depends on. One pass, bounded memory.
+
+A neuron is *active* where what comes out of its activation function is above zero: for ReLU, GELU and SiLU, where what goes into it is. In gated MLPs
+that is an open gate; the neuron itself, gate times the other side, may then have either sign, and contexts are ordered by size. Kinds of neurons
+(Voita et al. 2024, "Neurons in large language models: dead, n-gram, positional"): dead ones are never active; positional ones depend on position
+more than on all else (R² of the activation on position, in excess of chance, above a half); token-bound ones have their strongest activations all on one token.
+
+Everything is an accumulator: summed over batches, and over shards of texts by `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.instrument.attention import observed
+from mechscope.instrument.walk import Walk
+from mechscope.scoring import Progress, batches, check_fits
+from mechscope.stats.inference import estimate
+from mechscope.subject import Subject
+from mechscope.weights.layer_activity import LayerActivity, Tokens
+from mechscope.weights.mlp import Mlps
+from mechscope.weights.neurons import names
+
+# position explains more of a positional neuron than all else together
+POSITIONAL = 0.5
+# the upper 95 % bound of a rate that was never seen in n trials is 3/n
+_RULE_OF_THREE = 3.0
+
+
+class Activity:
+    """Statistics of all neurons over texts.
+
+    Attributes:
+        texts: Ids of the texts; contexts name them by number.
+        layers: One per layer.
+        n_tokens: Tokens seen.
+    """
+
+    def __init__(self, mlps: Mlps, texts: Pairs, *, contexts: int = 5) -> None:
+        """Start with no tokens.
+
+        Args:
+            mlps: The MLPs of the model.
+            texts: All texts that will be added.
+            contexts: How many of the strongest activations are kept per neuron.
+
+        Raises:
+            SettingsError: `contexts` is below 1.
+            DataError: There are no texts, two have the same id, or one does not fit the model.
+        """
+        if contexts < 1:
+            raise SettingsError(f"contexts is {contexts}: keep at least 1 per neuron")
+        check_fits(mlps.subject, texts)
+        self.texts, self.n_tokens = tuple(pair.id for pair in texts), 0
+        self._numbers = _numbered(self.texts)
+        longest = max(len(pair.clean) for pair in texts)
+        self.layers = [
+            LayerActivity(width, gated=parts.gate is not None, contexts=contexts, longest=longest)
+            for width, parts in zip(mlps.widths, mlps.parts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def update(self, mlps: Mlps, batch: PairBatch) -> list[Float[np.ndarray, "text 2 neuron"]]:
+        """Run a model on a batch's clean texts and add what its neurons do.
+
+        Returns:
+            For every layer what the batch's texts, in ascending order of their numbers, added to `LayerActivity.by_text`.
+
+        Raises:
+            ModelError: An activation is not finite.
+        """
+        subject, tokens, by_text = mlps.subject, self._tokens(batch), []
+        with observed(subject):
+            walk = Walk(subject, batch.clean, batch.real)
+            hidden = walk.hidden
+            for layer, into in enumerate(self.layers):
+                with mlps.watched(layer) as seen:
+                    hidden = walk.step(layer, hidden)
+                values, fired = (_rows(one, tokens.rows) for one in (seen.neurons, seen.activation))
+                by_text.append(into.update(values, fired > 0, tokens))
+                if not np.isfinite(by_text[-1]).all():
+                    raise ModelError(
+                        f"model {subject.source!r} in {subject.dtype}: neurons of layer {layer} are not finite: load it in bfloat16 or float32"
+                    )
+        self.n_tokens += len(tokens.rows)
+        return by_text
+
+    def merge(self, other: Activity) -> None:
+        """Add what the same model did on other texts.
+
+        Raises:
+            DataError: A text is in both.
+            ValueError: The other object has other layers, neurons or numbers of contexts.
+        """
+        self._numbers = _numbered((*self.texts, *other.texts))
+        for own, more in zip(self.layers, other.layers, strict=True):
+            own.merge(more, texts_before=len(self.texts))
+        self.texts, self.n_tokens = (*self.texts, *other.texts), self.n_tokens + other.n_tokens
+
+    def table(self) -> pd.DataFrame:
+        """Build the table of all neurons, one row each.
+
+        Returns:
+            `layer`, `neuron`, `component`, `n` (texts), `n_tokens`; over texts, `mean` (activation) and `active` (share of tokens where the neuron is
+            active), each with `_se`, `_low`, `_high`; over tokens `sd`, `minimum`, `maximum`, `active_tokens`; `dead` (never active) and `active_bound`,
+            the upper 95 % bound of a dead neuron's rate (3 / tokens, as if tokens were independent; NaN for others); `position_r2` and what it is by
+            chance, `position_r2_chance` (one for all), `positional` (above `POSITIONAL` once chance is taken off); `contexts` (how many are kept),
+            `token_purity` (share of them on the commonest token; NaN below two), `token_id` (that token, -1 for none), `token_bound` (as many
+            contexts as were asked for, at least two, and all on it).
+        """
+        return pd.concat([self._layer_table(layer, found) for layer, found in enumerate(self.layers)], ignore_index=True)
+
+    def _layer_table(self, layer: int, found: LayerActivity) -> pd.DataFrame:
+        by_text, r2, chance = estimate(found.by_text), found.position_r2, found.position_r2_chance
+        purity, token = found.purity()
+        dead, contexts = found.active == 0, found.contexts.filled.sum(0).numpy()
+        over_texts = {}
+        for index, name in enumerate(("mean", "active")):
+            over_texts[name] = by_text.mean[index]
+            over_texts.update({f"{name}_{end}": getattr(by_text, whole)[index] for end, whole in ENDS.items()})
+        return pd.DataFrame(
+            {
+                **names(layer, np.arange(len(r2))),
+                "n": by_text.n[0],
+                "n_tokens": self.n_tokens,
+                **over_texts,
+                "sd": np.sqrt(found.tokens.variance),
+                "minimum": found.minimum,
+                "maximum": found.maximum,
+                "active_tokens": found.active,
+                "dead": dead,
+                "active_bound": np.where(dead, _RULE_OF_THREE / max(self.n_tokens, 1), np.nan),
+                "position_r2": r2,
+                "position_r2_chance": chance,
+                "positional": (r2 - chance) / (1 - chance) > POSITIONAL,
+                "contexts": contexts,
+                "token_purity": purity,
+                "token_id": token,
+                "token_bound": (contexts == len(found.contexts.token)) & (purity == 1.0),
+            }
+        )
+
+    def _tokens(self, batch: PairBatch) -> Tokens:
+        order = sorted(range(len(batch.pairs)), key=lambda row: self._numbers[batch.pairs[row].id])
+        width, rows, text, position = batch.clean.shape[1], [], [], []
+        for row in order:
+            length = len(batch.pairs[row].clean)
+            places = torch.arange(length)
+            rows.append(row * width + batch.shift(row) + places)
+            text.append(torch.full((length,), self._numbers[batch.pairs[row].id]))
+            position.append(places)
+        flat = torch.cat(rows)
+        return Tokens(flat, torch.cat(text), torch.cat(position), batch.clean.flatten()[flat], [len(one) for one in rows])
+
+
+def neuron_activity(
+    subject: Subject, texts: Pairs, *, contexts: int = 5, tokens_per_batch: int = 2048, progress: Progress | None = None
+) -> Activity:
+    """Measure what every neuron does on texts, in one pass.
+
+    Args:
+        subject: The model.
+        texts: Their clean sides are read.
+        contexts: How many of the strongest activations are kept per neuron.
+        tokens_per_batch: Most tokens of a batch, padding included.
+        progress: Called with a label, what is done and how much there is.
+
+    Raises:
+        DataError: There are no texts, two have the same id, or one does not fit the model.
+        ModelError: The model's MLPs cannot be taken apart, or an activation is not finite.
+        SettingsError: A number is below 1.
+    """
+    mlps = Mlps(subject)
+    activity, done = Activity(mlps, texts, contexts=contexts), 0
+    for batch in batches(texts, tokens_per_batch):
+        if progress is not None:
+            progress("texts", done, len(texts))
+        activity.update(mlps, batch)
+        done += len(batch.pairs)
+    if progress is not None:
+        progress("texts", len(texts), len(texts))
+    return activity
+
+
+# columns of an estimate, by what they are called behind its name
+ENDS = {"se": "standard_error", "low": "low", "high": "high"}
+
+
+def _rows(values: Tensor, rows: Int[Tensor, " n"]) -> Float[Tensor, "n neuron"]:
+    flat = values.reshape(-1, values.shape[-1])[rows.to(values.device)]
+    return flat if flat.element_size() > 2 else flat.float()
+
+
+def _numbered(texts: Sequence[str]) -> dict[str, int]:
+    numbers = {name: number for number, name in enumerate(texts)}
+    if not texts:
+        raise DataError("there are no texts: nothing to measure neurons on")
+    if len(numbers) < len(texts):
+        twice = next(name for number, name in enumerate(texts) if numbers[name] != number)
+        raise DataError(f"text {twice!r} is there twice: its contexts could not be told apart; give every text once, under its own id")
+    return numbers

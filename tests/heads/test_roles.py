@@ -1,0 +1,165 @@
+"""Tables of roles: means, intervals and q against formulas by hand and scipy, and who is said to have a role."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mechscope.errors import DataError
+from mechscope.heads.roles import Role, RoleScores, role_changes, roles_table
+
+ROLE = Role("looking", "How much it looks.", "a paper", 0.0, 1.0, "Nothing.", 0.5)
+TEXTS = tuple(f"text {at}" for at in range(12))
+
+
+def scores(seed: int = 0, mean: float = 0.6, null: float = 0.2, role: Role = ROLE, noise: float = 0.1) -> RoleScores:
+    random = np.random.default_rng(seed)
+    score = mean + noise * random.standard_normal((12, 2, 3))
+    return RoleScores(role, TEXTS, score, null + noise * random.standard_normal((12, 2, 3)))
+
+
+def test_score_and_excess_are_means_over_texts_with_students_intervals() -> None:
+    given = scores()
+    table = roles_table([given], model="base").set_index("component")
+    assert list(table.index) == ["a0.h0", "a0.h1", "a0.h2", "a1.h0", "a1.h1", "a1.h2"]
+    assert set(table["model"]) == {"base"}
+    row = table.loc["a1.h2"]
+    own, chance = given.score[:, 1, 2], given.null[:, 1, 2]
+    assert (row["layer"], row["head"], row["n"]) == (1, 2, 12)
+    assert row["score"] == pytest.approx(own.mean())
+    assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 11, own.mean(), stats.sem(own)))
+    assert row["null"] == pytest.approx(chance.mean())
+    assert row["excess"] == pytest.approx(own.mean() - chance.mean())
+    paired = stats.ttest_rel(own, chance)
+    assert (row["excess_low"], row["excess_high"]) == pytest.approx(tuple(paired.confidence_interval()))
+    assert row["p"] == pytest.approx(paired.pvalue)
+
+
+def test_q_counts_the_heads_of_one_role_alone() -> None:
+    one, two = scores(0, mean=0.25), scores(1, mean=0.25, role=replace(ROLE, name="other"))
+    table = roles_table([one, two])
+    for name in ("looking", "other"):
+        part = table[table["role"] == name]
+        np.testing.assert_allclose(part["q"], stats.false_discovery_control(part["p"]))
+
+
+def test_a_text_that_is_silent_on_either_side_counts_for_nothing() -> None:
+    given = scores()
+    given.score[3, 0, 1] = given.null[5, 0, 1] = np.nan
+    given.score[:, 1, 1] = np.nan
+    kept = [at for at in range(12) if at not in (3, 5)]
+    table = roles_table([given]).set_index("component")
+    assert list(table["n"]) == [12, 10, 12, 12, 0, 12]
+    assert table.loc["a0.h1", "score"] == pytest.approx(given.score[kept, 0, 1].mean())
+    assert table.loc["a0.h1", "null"] == pytest.approx(given.null[kept, 0, 1].mean())
+    silent = table.loc["a1.h1"]
+    assert silent[["score", "null", "excess", "p", "q"]].isna().all()
+    assert not silent["has_role"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "null", "threshold", "has"),
+    [
+        (0.6, 0.2, 0.5, True),
+        (0.45, 0.2, 0.5, False),  # above chance, but below the threshold
+        (0.6, 0.6, 0.5, False),  # above the threshold, but so is chance
+        (0.6, 0.9, 0.5, False),  # significantly below chance
+        (0.6, 0.2, None, False),  # measured, never ascribed
+    ],
+)
+def test_a_head_has_a_role_above_its_threshold_and_above_chance(mean: float, null: float, threshold: float | None, has: bool) -> None:
+    given = scores(mean=mean, null=null, role=replace(ROLE, threshold=threshold), noise=0.02)
+    given.null[:] += 0.0 if mean != null else given.score.mean(0) - given.null.mean(0)
+    assert list(roles_table([given])["has_role"]) == [has] * 6
+
+
+def test_one_text_is_no_evidence() -> None:
+    given = scores()
+    table = roles_table([RoleScores(ROLE, TEXTS[:1], given.score[:1], given.null[:1])])
+    assert table["score"].notna().all()
+    assert table[["low", "high", "p", "q"]].isna().all(axis=None)
+    assert not table["has_role"].any()
+
+
+def test_intervals_cover_and_false_roles_are_rare_where_there_is_nothing() -> None:
+    """400 draws of 6 heads without a role: 95 % of the intervals of the excess cover 0, and in at most 5 % of the draws any head has q < 0.05."""
+    covered, false = [], []
+    for seed in range(400):
+        table = roles_table([scores(seed, mean=0.4, null=0.4, role=replace(ROLE, threshold=0.0))])
+        covered.append(((table["excess_low"] < 0) & (table["excess_high"] > 0)).mean())
+        false.append(bool((table["q"] < 0.05).any()))
+    assert np.mean(covered) == pytest.approx(0.95, abs=3 * (0.05 * 0.95 / 2400) ** 0.5)
+    assert np.mean(false) < 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_changes_are_paired_over_texts() -> None:
+    base = scores()
+    tuned = replace(base, score=base.score + np.linspace(0.05, 0.15, 12)[:, None, None])
+    table = role_changes([base], [tuned]).set_index("component")
+    for name in table.index:
+        row = table.loc[name]
+        assert row["change"] == pytest.approx(0.1)
+        assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 11, 0.1, stats.sem(np.linspace(0.05, 0.15, 12))))
+        assert row["p"] == pytest.approx(stats.ttest_1samp(np.linspace(0.05, 0.15, 12), 0).pvalue)
+        assert row["tuned"] - row["base"] == pytest.approx(row["change"])
+    # unpaired, the noise of the texts would drown it
+    unpaired = stats.ttest_ind(tuned.score[:, 0, 0], base.score[:, 0, 0])
+    assert table["p"].iloc[0] < unpaired.pvalue / 10
+
+
+def test_q_of_changes_is_over_the_heads_and_that_of_all_heads_over_the_roles() -> None:
+    roles = [replace(ROLE, name=name) for name in ("one", "two", "three")]
+    base, tuned = ([scores(seed + at, role=role) for at, role in enumerate(roles)] for seed in (0, 10))
+    table = role_changes(base, tuned)
+    heads, whole = table[table["component"] != "all"], table[table["component"] == "all"]
+    for _, part in heads.groupby("role"):
+        np.testing.assert_allclose(part["q"], stats.false_discovery_control(part["p"]))
+    assert list(whole["role"]) == ["one", "two", "three"]
+    np.testing.assert_allclose(whole["q"], stats.false_discovery_control(whole["p"]))
+
+
+def test_the_row_of_all_heads_is_the_mean_over_heads_with_an_interval_over_texts() -> None:
+    base, tuned = scores(0), scores(1)
+    tuned.score[2, 0, 0] = np.nan
+    base.score[7] = np.nan
+    row = role_changes([base], [tuned]).set_index("component").loc["all"]
+    change = tuned.score - base.score
+    per_text = [np.nanmean(change[at]) for at in range(12) if at != 7]
+    assert (row["layer"], row["head"], row["n"]) == (-1, -1, 11)
+    assert row["change"] == pytest.approx(np.mean(per_text))
+    assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 10, np.mean(per_text), stats.sem(per_text)))
+    assert row["tuned"] - row["base"] == pytest.approx(row["change"])
+
+
+def test_gained_and_lost_are_the_heads_that_have_the_role_on_one_side_alone() -> None:
+    base, tuned = scores(0, noise=0.02), scores(1, noise=0.02)
+    base.score[:, 0, 1] -= 0.3
+    tuned.score[:, 1, 2] -= 0.3
+    table = role_changes([base], [tuned]).set_index("component")
+    assert list(table.index[table["gained"]]) == ["a0.h1"]
+    assert list(table.index[table["lost"]]) == ["a1.h2"]
+
+
+def test_a_model_compared_with_itself_shows_no_change() -> None:
+    table = role_changes([scores()], [scores()])
+    assert (table["change"] == 0).all()
+    assert (table["p"] == 1).all()
+    assert not table[["gained", "lost"]].any(axis=None)
+
+
+def test_nothing_gives_empty_tables_with_their_columns() -> None:
+    assert list(roles_table([]).columns) == list(roles_table([scores()]).columns)
+    assert list(role_changes([], []).columns) == list(role_changes([scores()], [scores()]).columns)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    given = scores()
+    with pytest.raises(DataError, match=r"role 'looking': scores .* for 11 texts"):
+        RoleScores(ROLE, TEXTS[:11], given.score, given.null)
+    with pytest.raises(DataError, match=r"role 'looking': base has .* on the same texts"):
+        role_changes([given], [RoleScores(ROLE, TEXTS[::-1], given.score, given.null)])
+    with pytest.raises(DataError, match=r"base is scored for the roles \['looking'\], tuned for \['other'\]"):
+        role_changes([given], [replace(given, role=replace(ROLE, name="other"))])

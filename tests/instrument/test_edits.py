@@ -1,0 +1,26 @@
+"""Changes name rows of a batch as any sequence of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from mechscope.instrument import Edit, Knockout, intervene
+from tests import families
+
+
+@pytest.mark.parametrize("rows", [(1,), [1], slice(1, 2)])
+@torch.no_grad()
+def test_only_the_named_rows_change(rows: Sequence[int] | slice) -> None:
+    subject = families.subject("gpt2")
+    ids = torch.stack(families.documents(lengths=(7, 7, 7)))
+    plain = subject.plain(ids).logits
+    first = torch.zeros_like(ids[:1], dtype=torch.bool)
+    first[:, 0] = True
+    for change in (Edit("residual", 1, 0.0, rows=rows), Knockout(1, ~first, first, rows=rows)):
+        with intervene(subject, change):
+            changed = subject.plain(ids).logits
+        torch.testing.assert_close(changed[[0, 2]], plain[[0, 2]])
+        assert (changed[1] - plain[1]).abs().max() > 1e-3

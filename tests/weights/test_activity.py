@@ -1,0 +1,383 @@
+"""Statistics of neurons over texts, held against loops over unpadded texts in float64, and against neurons whose behaviour is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
+from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.instrument import record
+from mechscope.subject.load import Subject, load
+from mechscope.weights.activity import Activity, neuron_activity
+from mechscope.weights.layer_activity import position_group
+from mechscope.weights.mlp import Mlps
+from tests import families
+
+KINDS = ("gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma2", "gemma3", "phi3")
+LENGTHS = (23, 9, 31, 14, 9)
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+# half of the families' norms compute in float32, so padding and batching move their activations that much
+LOOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def texts_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, names: str = "t") -> Pairs:
+    rows = [tuple(text.tolist()) for text in families.documents(lengths=lengths, seed=seed)]
+    return Pairs(tuple(PromptPair(f"{names}{at}", row, row) for at, row in enumerate(rows)), "random")
+
+
+def from_rows(*rows: tuple[int, ...]) -> Pairs:
+    return Pairs(tuple(PromptPair(f"t{at}", row, row) for at, row in enumerate(rows)), "by hand")
+
+
+def gates(subject: Subject, layer: int, kept: list[Tensor]) -> Any:
+    block: Any = subject.anatomy.blocks[layer].module
+    function = next(
+        getattr(holder, name)
+        for holder in (getattr(block, "mlp", block), block)
+        for name in ("act", "act_fn", "activation_fn")
+        if hasattr(holder, name)
+    )
+    return function.register_forward_hook(lambda _, args, output: kept.append(output.reshape(-1, output.shape[-1])))
+
+
+@torch.no_grad()
+def run(subject: Subject, texts: Pairs) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Run every text by itself: per text the neurons and the outputs of the activation, ``(layer, token, neuron)``."""
+    neurons, opened = [], []
+    for pair in texts:
+        kept: list[Tensor] = []
+        handles = [gates(subject, layer, kept) for layer in range(subject.anatomy.n_layers)]
+        with record(subject, "neuron") as seen:
+            subject.plain(torch.tensor([pair.clean]))
+        for handle in handles:
+            handle.remove()
+        neurons.append(torch.stack([seen["neuron", layer][0] for layer in range(subject.anatomy.n_layers)]).numpy())
+        opened.append(torch.stack(kept).numpy())
+    return neurons, opened
+
+
+def group_of(position: int) -> int:
+    """The groups of positions by their definition: single up to 16, then eight to an octave."""
+    edges, octave = [*range(16)], 8
+    while edges[-1] <= position:
+        octave *= 2
+        edges += [octave + octave * part // 8 for part in range(8)]
+    return max(at for at, edge in enumerate(edges) if edge <= position)
+
+
+def strongest(values: list[np.ndarray], layer: int, neuron: int, k: int, *, by_size: bool) -> list[tuple[float, int, int]]:
+    found = [
+        (float(value), text, position)
+        for text, whole in enumerate(values)
+        for position, value in enumerate(whole[layer, :, neuron])
+        if (abs(value) if by_size else value) > 0
+    ]
+    return sorted(found, key=lambda one: (-(abs(one[0]) if by_size else one[0]), one[1], one[2]))[:k]
+
+
+@pytest.fixture(params=KINDS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@torch.no_grad()
+def test_every_statistic_is_that_of_a_loop(family: str) -> None:
+    subject, texts, k = families.subject(family, torch.float64), texts_of(), 4
+    table = neuron_activity(subject, texts, contexts=k, tokens_per_batch=64).table()
+    neurons, opened = run(subject, texts)
+    gated = family in ("llama", "qwen3", "gemma2", "gemma3", "phi3")
+    n, tokens = len(texts), sum(LENGTHS)
+    groups = np.array([group_of(position) for length in LENGTHS for position in range(length)])
+    assert set(table["n"]) == {n}
+    assert set(table["n_tokens"]) == {tokens}
+    for layer in range(3):
+        for neuron in range(0, neurons[0].shape[2], 5):
+            row = table[(table["layer"] == layer) & (table["neuron"] == neuron)].iloc[0]
+            assert row["component"] == f"m{layer}.n{neuron}"
+            values = np.concatenate([whole[layer, :, neuron] for whole in neurons])
+            active = [whole[layer, :, neuron] > 0 for whole in opened]
+            quantile = scipy.stats.t.ppf(0.975, n - 1)
+            expected: dict[str, float] = {}
+            for name, by_text in {
+                "mean": [whole[layer, :, neuron].mean() for whole in neurons],
+                "active": [share.mean() for share in active],
+            }.items():
+                mean, error = np.mean(by_text), np.std(by_text, ddof=1) / n**0.5
+                expected |= {
+                    name: mean,
+                    f"{name}_se": error,
+                    f"{name}_low": mean - quantile * error,
+                    f"{name}_high": mean + quantile * error,
+                }
+            between = sum((groups == group).sum() * (values[groups == group].mean() - values.mean()) ** 2 for group in set(groups))
+            total = ((values - values.mean()) ** 2).sum()
+            contexts = strongest(neurons, layer, neuron, k, by_size=gated)
+            counts = Counter(texts.pairs[text].clean[position] for _, text, position in contexts)
+            expected |= {
+                "sd": values.std(ddof=1),
+                "minimum": values.min(),
+                "maximum": values.max(),
+                "active_tokens": sum(share.sum() for share in active),
+                "dead": not any(share.any() for share in active),
+                "position_r2": between / total if total > 0 else np.nan,
+                "position_r2_chance": (len(set(groups)) - 1) / (tokens - 1),
+                "contexts": len(contexts),
+                "token_purity": max(counts.values()) / len(contexts) if len(contexts) > 1 else np.nan,
+            }
+            close = CLOSE if family in ("gpt2", "gpt_neox", "opt") else LOOSE
+            for name, value in expected.items():
+                np.testing.assert_allclose(float(row[name]), float(value), **close, err_msg=name)
+
+
+@torch.no_grad()
+def test_contexts_are_those_of_a_sort(family: str) -> None:
+    subject, texts, k = families.subject(family, torch.float64), texts_of(), 4
+    activity = neuron_activity(subject, texts, contexts=k, tokens_per_batch=64)
+    neurons, _ = run(subject, texts)
+    gated = family in ("llama", "qwen3", "gemma2", "gemma3", "phi3")
+    for layer in range(3):
+        top = activity.layers[layer].contexts
+        for neuron in range(neurons[0].shape[2]):
+            expected = strongest(neurons, layer, neuron, k, by_size=gated)
+            filled = top.filled[:, neuron]
+            assert int(filled.sum()) == len(expected)
+            found = list(zip(top.text[filled, neuron].tolist(), top.position[filled, neuron].tolist(), strict=True))
+            assert found == [(text, position) for _, text, position in expected]
+            np.testing.assert_allclose(top.activation[filled, neuron].numpy(), [value for value, _, _ in expected], **LOOSE)
+            assert top.token[filled, neuron].tolist() == [texts.pairs[text].clean[position] for text, position in found]
+
+
+@torch.no_grad()
+def test_batching_and_the_side_of_the_padding_do_not_matter(family: str) -> None:
+    subject, texts = families.subject(family, torch.float64), texts_of()
+    expected = neuron_activity(subject, texts, tokens_per_batch=10_000)
+    close = CLOSE if family in ("gpt2", "gpt_neox", "opt") else LOOSE
+    others = [neuron_activity(subject, texts, tokens_per_batch=size) for size in (1, 40, 70)]
+    mlps = Mlps(subject)
+    for pad_id in (0, 50):
+        left = Activity(mlps, texts)
+        for some in (texts.pairs[3:], texts.pairs[:3]):
+            left.update(mlps, collate_pairs(some, pad_id=pad_id, padding="left"))
+        others.append(left)
+    for other in others:
+        pd.testing.assert_frame_equal(other.table(), expected.table(), **close)
+        for one, two in zip(other.layers, expected.layers, strict=True):
+            assert torch.equal(one.contexts.place, two.contexts.place)
+            assert torch.equal(one.contexts.token, two.contexts.token)
+
+
+@torch.no_grad()
+def test_shards_merge_to_the_whole() -> None:
+    subject, texts = families.subject("opt", torch.float64), texts_of((9, 14, 31, 9, 50))
+    whole = neuron_activity(subject, texts)
+    merged, *rest = [neuron_activity(subject, Pairs(some, "shard")) for some in (texts.pairs[:2], texts.pairs[2:3], texts.pairs[3:])]
+    for shard in rest:
+        merged.merge(shard)
+    pd.testing.assert_frame_equal(merged.table(), whole.table(), **CLOSE)
+    assert merged.texts == whole.texts
+    for one, two in zip(merged.layers, whole.layers, strict=True):
+        assert torch.equal(one.contexts.place, two.contexts.place)
+        np.testing.assert_allclose(one.position_r2, two.position_r2, **CLOSE)
+    with pytest.raises(DataError, match="text 't0' is there twice"):
+        merged.merge(neuron_activity(subject, texts.first(1)))
+
+
+@torch.no_grad()
+def test_equal_activations_are_kept_in_the_order_of_texts() -> None:
+    row = tuple(families.documents(lengths=(8,))[0].tolist())
+    texts = from_rows(*[row] * 7)
+    subject = families.subject("gpt2", torch.float64)
+    for size in (8, 24, 1000):
+        top = neuron_activity(subject, texts, contexts=3, tokens_per_batch=size).layers[0].contexts
+        alive = top.filled[0]
+        assert alive.any()
+        assert torch.equal(top.text[:, alive], torch.arange(3)[:, None].expand(3, int(alive.sum())))
+    mlps, shuffled = Mlps(subject), Activity(Mlps(subject), texts, contexts=3)
+    for some in ([6, 1, 4], [5, 0], [3, 2]):
+        shuffled.update(mlps, collate_pairs([texts.pairs[at] for at in some]))
+    assert torch.equal(shuffled.layers[0].contexts.place, top.place)
+
+
+# --- neurons whose behaviour is known -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+@torch.no_grad()
+def test_a_neuron_that_never_fires_is_dead(family: str) -> None:
+    model = families.build(family, torch.float64)
+    subject = load(model)
+    block: Any = subject.anatomy.blocks[1].module
+    into = block.fc1 if family == "opt" else block.mlp.c_fc if family == "gpt2" else block.mlp.dense_h_to_4h
+    into.bias[5] = -1000.0
+    into.bias[6] = 1000.0
+    table = neuron_activity(subject, texts_of()).table().query("layer == 1").reset_index(drop=True)
+    dead, alive = table.iloc[5], table.iloc[6]
+    assert dead["dead"]
+    assert dead["active"] == 0
+    assert dead["contexts"] == 0
+    assert dead["token_id"] == -1
+    assert dead["active_bound"] == pytest.approx(3 / sum(LENGTHS))
+    assert not alive["dead"]
+    assert alive["active"] == 1
+    assert np.isnan(alive["active_bound"])
+    assert np.isnan(dead["position_r2"])
+    assert not dead["positional"]
+    assert not dead["token_bound"]
+
+
+@torch.no_grad()
+def test_an_open_gate_is_what_makes_a_gated_neuron_active() -> None:
+    model = families.build("llama", torch.float64)
+    mlp = model.model.layers[0].mlp
+    # the gate and the other side always have the same sign, so the product never is negative but for the small dip of SiLU
+    mlp.up_proj.weight[4] = mlp.gate_proj.weight[4]
+    mlp.up_proj.weight[5] = -mlp.gate_proj.weight[5]
+    subject, texts = load(model), texts_of()
+    table = neuron_activity(subject, texts).table()
+    _, opened = run(subject, texts)
+    for neuron in (4, 5):
+        row = table.iloc[neuron]
+        expected = np.mean([(whole[0, :, neuron] > 0).mean() for whole in opened])
+        assert row["active"] == pytest.approx(expected)
+        assert 0 < expected < 1
+    assert table.iloc[5]["maximum"] <= 0
+    assert not table.iloc[5]["dead"]
+    assert table.iloc[5]["contexts"] == 5  # strongest in size
+
+
+@torch.no_grad()
+def test_a_neuron_driven_by_position_alone_is_positional() -> None:
+    subject = positional()
+    texts = from_rows(*(tuple(text.tolist()) for text in families.documents(lengths=(16, 12, 16, 9, 16, 14, 16, 16, 5, 16))))
+    table = neuron_activity(subject, texts).table().query("layer == 0")
+    by_position, by_token = table.iloc[3], table.iloc[4]
+    assert by_position["position_r2"] == pytest.approx(1.0, abs=1e-9)
+    assert by_position["positional"]
+    assert by_position["sd"] > 0.1
+    assert by_token["position_r2"] < 0.4
+    assert not by_token["positional"]
+    lengths = [len(pair.clean) for pair in texts]
+    assert by_token["position_r2_chance"] == pytest.approx((16 - 1) / (sum(lengths) - 1))
+
+
+def positional() -> Subject:
+    """A model whose neuron 3 of layer 0 reads a dimension that only positions write, and whose neuron 4 reads one that only tokens write.
+
+    Tokens have equal length and no mean, and nothing else moves the norm's scale, so that neuron 3 depends on nothing but position.
+    """
+    model = families.build("gpt2", torch.float64)
+    transformer, generator = model.transformer, torch.Generator().manual_seed(1)
+    signs = torch.tensor([1.0, -1.0] * 15, dtype=torch.float64)
+    transformer.wte.weight.zero_()
+    for token in range(families.VOCABULARY):
+        transformer.wte.weight[token, 2:] = signs[torch.randperm(30, generator=generator)]
+    transformer.wpe.weight.zero_()
+    transformer.wpe.weight[:, 0] = torch.randn(families.POSITIONS, generator=generator, dtype=torch.float64) * 2
+    transformer.wpe.weight[:, 1] = -transformer.wpe.weight[:, 0]
+    block = transformer.h[0]
+    block.attn.c_proj.weight.zero_()
+    block.attn.c_proj.bias.zero_()
+    block.ln_2.weight.fill_(1.0)
+    block.ln_2.bias.zero_()
+    for neuron, dimension in ((3, 0), (4, 7)):
+        block.mlp.c_fc.weight[:, neuron] = 0.0
+        block.mlp.c_fc.weight[dimension, neuron] = 1.0
+        block.mlp.c_fc.bias[neuron] = 0.0
+    return load(model)
+
+
+@torch.no_grad()
+def test_where_nothing_depends_on_position_r2_is_at_chance() -> None:
+    subject = positional()
+    texts = from_rows(*(tuple(text.tolist()) for text in families.documents(lengths=(12,) * 20)))
+    found = []
+    for seed in range(12):
+        texts = from_rows(*(tuple(text.tolist()) for text in families.documents(lengths=(12,) * 20, seed=seed)))
+        row = neuron_activity(subject, texts).table().query("layer == 0").iloc[4]
+        found.append(row["position_r2"])
+    chance, error = 11 / 239, np.std(found, ddof=1) / len(found) ** 0.5
+    assert row["position_r2_chance"] == pytest.approx(chance)
+    assert abs(np.mean(found) - chance) < 3 * error
+    assert error < chance / 4
+
+
+@torch.no_grad()
+def test_a_neuron_that_reads_one_token_is_token_bound() -> None:
+    model = families.build("gpt2", torch.float64)
+    transformer = model.transformer
+    transformer.wpe.weight.zero_()
+    transformer.h[0].attn.c_proj.weight.zero_()
+    transformer.h[0].attn.c_proj.bias.zero_()
+    pattern = transformer.h[0].ln_2(transformer.wte.weight[40]) - transformer.h[0].ln_2.bias
+    transformer.h[0].mlp.c_fc.weight[:, 9] = 10 * pattern
+    rows = [[*text.tolist()] for text in families.documents(lengths=(12,) * 4)]
+    for text, at in zip(rows, (3, 7, 0, 11), strict=True):
+        text[at] = 40
+    texts = from_rows(*map(tuple, rows))
+    row = neuron_activity(load(model), texts, contexts=4).table().iloc[9]
+    assert row["token_bound"]
+    assert row["token_id"] == 40
+    assert row["token_purity"] == 1.0
+    more = neuron_activity(load(model), texts, contexts=5).table().iloc[9]
+    assert not more["token_bound"]
+    assert more["token_purity"] == pytest.approx(0.8)
+    assert more["token_id"] == 40
+    alone = neuron_activity(load(model), texts, contexts=1).table().iloc[9]
+    assert not alone["token_bound"]
+    assert np.isnan(alone["token_purity"])
+    # one that fires on that token alone, where it was seen too rarely to fill the contexts
+    transformer.h[0].mlp.c_fc.bias[9] = -8 * float(pattern @ transformer.h[0].ln_2(transformer.wte.weight[40]))
+    rare = neuron_activity(load(model), texts, contexts=12).table().iloc[9]
+    assert rare["contexts"] == 4
+    assert rare["token_purity"] == 1.0
+    assert not rare["token_bound"]
+
+
+def test_positions_are_grouped_one_by_one_and_then_by_octaves() -> None:
+    positions = torch.arange(5000)
+    found = position_group(positions).tolist()
+    assert found == [group_of(position) for position in positions.tolist()]
+    assert found[:17] == list(range(17))
+    assert found[1023] == 63
+    assert found[1024] == 64
+    assert int(position_group(torch.tensor(2**31 - 1))) == 16 + 27 * 8 - 1
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_given_twice_is_refused() -> None:
+    row = (5, 6, 7)
+    with pytest.raises(DataError, match="text 'a' is there twice"):
+        neuron_activity(families.subject("gpt2"), Pairs((PromptPair("a", row, row), PromptPair("a", row, row)), "x"))
+
+
+def test_no_texts_and_no_contexts_are_refused() -> None:
+    with pytest.raises(DataError, match="there are no texts"):
+        neuron_activity(families.subject("gpt2"), Pairs((), "x"))
+    with pytest.raises(SettingsError, match="contexts is 0"):
+        neuron_activity(families.subject("gpt2"), texts_of(), contexts=0)
+
+
+@torch.no_grad()
+def test_activations_that_overflow_are_refused() -> None:
+    model = families.build("opt")
+    model.model.decoder.embed_tokens.weight[10] = 1e30  # its square is too large for float32
+    with pytest.raises(ModelError, match="neurons of layer 0 are not finite: load it in bfloat16 or float32"):
+        neuron_activity(load(model), from_rows((5, 6), (7, 10, 8)))
+
+
+def test_progress_ends_with_all_texts() -> None:
+    calls: list[tuple[str, int, int]] = []
+    neuron_activity(families.subject("gpt2"), texts_of(), tokens_per_batch=40, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("texts", 0, 5)
+    assert calls[-1] == ("texts", 5, 5)
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
