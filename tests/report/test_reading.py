@@ -131,6 +131,13 @@ def test_lens_grid_holds_every_cell_of_the_table(tables: dict[str, pd.DataFrame]
         assert listed[counts(grid["segment"])].tolist() == tokens["segment"].tolist()
 
 
+def test_rows_of_a_grid_run_from_the_embedding_to_the_last_layer() -> None:
+    table = invented.lens_grid(("a",), 3, 12, ("model",), ("logit",)).sample(frac=1, random_state=0)
+    held = lens_grids({"lens_grid": table}, Words())
+    assert held is not None
+    assert held["grids"][0]["rows"] == ["embedding", *(f"resid{layer}" for layer in range(12))]
+
+
 def test_shuffled_rows_give_the_same_grid(tables: dict[str, pd.DataFrame]) -> None:
     grid = tables["lens_grid"]
     one = grid[(grid["text"] == grid["text"].iloc[0]) & (grid["lens"] == "logit") & (grid["model"] == "base")]
@@ -457,6 +464,7 @@ def test_markup_in_tokens_and_names_is_text(tables: dict[str, pd.DataFrame], tmp
     assert NASTY.replace(" ", "") in page.text.replace(" ", "")
     (held,) = re.findall(r'<script type="application/json" id="reading">(.*?)</script>', text, flags=re.S)
     assert NASTY in json.loads(held)["words"]
+    assert not set("<>&") & set(held)
 
 
 def test_equal_tables_give_an_equal_page_whatever_the_hash_seed(tmp_path: Path) -> None:

@@ -395,3 +395,9 @@ def test_no_gain_gives_no_verdict() -> None:
     (claim,) = circuit_claims(None, pd.DataFrame(rows), None)
     assert claim.verdict == "undecided"
     assert "too little" in claim.note
+
+
+def test_a_study_with_a_wrong_circuit_setting_stops_before_any_stage(tiny_model, tmp_path):
+    with pytest.raises(SettingsError, match="eap-gi"):
+        study(StudySettings(base=str(tiny_model), **{**TINY, "circuit_method": "eap-gi"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

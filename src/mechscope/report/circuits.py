@@ -244,7 +244,7 @@ def _time(time: pd.DataFrame) -> list[Figure]:
     return [
         *curves(
             _long(ordered, series, ("model",)), name="circuit-time", title="The circuit over training", x=x, axis="faithfulness, Jaccard index",
-            caption="Faithfulness of each checkpoint's own circuit, and the overlap of its edges with earlier ones.", logarithmic=False,
+            caption="Faithfulness of each checkpoint's own circuit, and the overlap of its edges with earlier ones, at one share of edges.", logarithmic=False,
         ),
         *curves(
             _long(ordered, (("edges", _KINDS[0], "edges", None),), ("model",)), name="circuit-size-time", title="Size of the circuit over training",

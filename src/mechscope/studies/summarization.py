@@ -31,9 +31,11 @@ from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.bakeoff_stage import bakeoff_stage, circuit_places
 from mechscope.studies.causal_stage import causal_stage
+from mechscope.studies.circuit_checks import check_discovery
 from mechscope.studies.circuit_stages import summarization_circuit
 from mechscope.studies.claims import claims_table
 from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_splits
+from mechscope.studies.pair_settings import DiscoverySettings
 from mechscope.studies.reading_stages import reading_stages
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
 from mechscope.studies.stages import Progress
@@ -117,6 +119,8 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
     Raises:
         MechscopeError: Models, documents or settings cannot be used, or the folder belongs to another run.
     """
+    if settings.circuit:  # known before hours of other stages
+        check_discovery(DiscoverySettings(method=settings.circuit_method, circuit_fraction=settings.circuit_size), metric="loss")
     with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
         record_command(run, command)
         models, splits = _models(run, settings, progress)
