@@ -21,7 +21,7 @@ from mechscope.instrument import Walk
 from mechscope.lens.logit_lens import read
 from mechscope.lens.places import LensPlace
 from mechscope.lens.projection import Projection
-from mechscope.lens.training import LensSettings, evaluate, train_tuned_lens
+from mechscope.lens.training import LensSettings, _backward, evaluate, train_tuned_lens
 from mechscope.lens.translators import Translator, Translators
 from mechscope.store.tables import write_tensors
 from mechscope.subject.load import Subject, load
@@ -200,6 +200,22 @@ def test_weight_decay_pulls_towards_the_logit_lens() -> None:
             train_tuned_lens(subject, texts(), layers=[0], settings=settings).translators.maps[LensPlace("residual", 0)].weight.norm()
         )
     assert norms[1] < 0.8 * norms[0]
+
+
+def test_gradients_are_clipped_at_norm_one_and_smaller_ones_are_left() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    projection, generator = Projection(subject), torch.Generator().manual_seed(0)
+    far, end = (torch.randn(20, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        ends = projection.applied(end)
+    norms = {}
+    for name, values in (("far", 5 * far + 9), ("near", ends + 1e-3 * far)):
+        zero = Translator.identity(values)
+        parameters = [zero.weight.requires_grad_(), zero.bias.requires_grad_()]
+        _backward(projection, zero, values, projection.final(projection.applied(ends.detach())))
+        norms[name] = float(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]).norm())
+    assert norms["far"] == pytest.approx(1.0, abs=1e-9)
+    assert 0 < norms["near"] < 0.5
 
 
 def test_half_precision_models_get_maps_in_float32() -> None:

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "replicates": 50,
 }
 # a whole study of it; the circuit has tests of its own
-TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False}
+TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False, "role_documents": 4, "lens_documents": 3}
 
 
 @pytest.fixture(scope="session")

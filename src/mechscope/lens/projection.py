@@ -25,7 +25,7 @@ from mechscope.subject import Subject
 # bytes of logits held at once
 _HELD = 64 * 2**20
 # bytes of a slice that is swept several times: in a CPU's cache; a GPU wants few launches
-_SWEPT = 3 * 2**20
+_SWEPT = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ class Projection:
         targets = None if targets is None else targets.to(rows.device)
         direct = None if final is None or self._linear else self._slices(final.rows)
         found, normalisers = [], []
+        scratch: Tensor | None = None
         for where, padded in self._slices(rows, part=part):
+            scratch = torch.empty_like(padded) if scratch is None else scratch  # the first slice is the largest
             own = None if targets is None else targets[where]
-            said, normaliser = said_of(padded, self.vocabulary, own, k=k, ranks=ranks, entropy=entropy)
+            said, normaliser = said_of(padded, self.vocabulary, own, k=k, ranks=ranks, entropy=entropy, scratch=scratch)
             if direct is not None and final is not None:
                 words = padded[:, : self.vocabulary]
                 said = said._replace(kl=divergence(next(direct)[1][:, : self.vocabulary], final.normaliser[where], words, normaliser)[0])

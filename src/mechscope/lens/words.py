@@ -52,7 +52,14 @@ def to_probabilities(words: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows
 
 
 def said_of(
-    padded: Float[Tensor, "rows padded"], vocabulary: int, targets: Int[Tensor, " rows"] | None, *, k: int, ranks: bool, entropy: bool
+    padded: Float[Tensor, "rows padded"],
+    vocabulary: int,
+    targets: Int[Tensor, " rows"] | None,
+    *,
+    k: int,
+    ranks: bool,
+    entropy: bool,
+    scratch: Tensor | None = None,
 ) -> tuple[Projected, Float[Tensor, " rows"]]:
     """Say what some rows of logits say, and return their logsumexp.
 
@@ -63,21 +70,21 @@ def said_of(
         k: How many of the likeliest tokens.
         ranks: Also give the targets' ranks.
         entropy: Also give entropies.
+        scratch: ``(rows or more, vocabulary or more)`` of the same type, overwritten.
     """
     words = padded[:, :vocabulary]
+    # memory of this size, taken anew for every slice, would cost as much as a sweep
+    swept = padded.new_empty(words.shape) if scratch is None else scratch[: len(words), :vocabulary]
     groups = padded.unflatten(1, (-1, GROUP))
-    highest = groups.amax(-1)
-    values, tokens = _largest(groups, highest, k)
-    odds = (words - values[:, :1]).exp_()
+    values, tokens = _largest(groups, groups.amax(-1), k)
+    rank = None if targets is None or not ranks else _ranks(words, targets, swept)
+    odds = torch.sub(words, values[:, :1], out=swept).exp_()
     total = odds.sum(-1)
     normaliser = values[:, 0] + total.log()
-    found = Projected(tokens, values - normaliser[:, None])
+    found = Projected(tokens, values - normaliser[:, None], rank=rank)
     if targets is not None:
-        own = words.gather(1, targets.clamp(min=0)[:, None])
-        none = targets < 0
-        found = found._replace(target_log_probability=(own[:, 0] - normaliser).masked_fill(none, torch.nan))
-        if ranks:
-            found = found._replace(rank=_ranks(words, own, targets).masked_fill(none, 0))
+        own = words.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        found = found._replace(target_log_probability=(own - normaliser).masked_fill(targets < 0, torch.nan))
     if entropy:
         found = found._replace(entropy=normaliser - odds.mul_(words).sum(-1) / total)
     return found, normaliser
@@ -91,15 +98,15 @@ def _largest(groups: Float[Tensor, "rows groups words"], highest: Float[Tensor, 
     return values, chosen.gather(1, places // GROUP) * GROUP + places % GROUP
 
 
-def _ranks(words: Float[Tensor, "rows vocab"], own: Float[Tensor, "rows 1"], targets: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Return 1 + the number of words before the target in a stable sort by falling logit."""
-    # as numbers, not truth values: their sum is ten times as fast
-    flags = torch.empty_like(words)
+def _ranks(words: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"], flags: Float[Tensor, "rows vocab"]) -> Int[Tensor, " rows"]:
+    """Return 1 + the number of words before the target in a stable sort by falling logit; 0 without a target."""
+    own = words.gather(1, targets.clamp(min=0)[:, None])
+    # flags are numbers, not truth values: their sum is ten times as fast
     before = torch.gt(words, own, out=flags).sum(-1).long() + 1
     equal = torch.eq(words, own, out=flags).sum(-1)
     for row in (equal > 1).nonzero()[:, 0].tolist():
         before[row] += (words[row, : int(targets[row].clamp(min=0))] == own[row]).sum()
-    return before
+    return before.masked_fill(targets < 0, 0)
 
 
 def divergence(
