@@ -7,7 +7,7 @@ from mechscope.studies.settings import StudySettings
 
 
 def demo_settings() -> StudySettings:
-    """Return the settings of `mechscope demo`: sized so that everything, bake-off included, ends in under four minutes on two cores."""
+    """Return the settings of `mechscope demo`: sized so that everything, bake-off included, ends in about four minutes on two idle cores."""
     return StudySettings(
         base=str(newsroom_model_path()),
         data="newsroom",
@@ -28,5 +28,7 @@ def demo_settings() -> StudySettings:
         rouge_documents=24,
         causal_documents=12,
         circuit_documents=16,
+        role_documents=12,
+        lens_documents=6,
         strategies="standard,targeted_layers,targeted_heads,circuit,random_layers,random_circuit,full,none",
     )
