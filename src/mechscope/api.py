@@ -19,10 +19,10 @@ from mechscope.difference import Difference, difference
 from mechscope.errors import DataError
 from mechscope.instrument import Check, Edit, Knockout, intervene, load, load_pair, record
 from mechscope.instrument import check_subject as check
+from mechscope.progress import Progress
 from mechscope.studies.corpora import encode_for, load_corpus
 from mechscope.studies.resolving import resolve
 from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, bakeoff_run, document_split
 from mechscope.studies.summarization import study as run_study
 from mechscope.studies.tuning import tune_run

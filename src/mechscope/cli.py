@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mechscope import ranks
 from mechscope.errors import MechscopeError
 from mechscope.studies.pair_settings import AblateSettings, CircuitDiffSettings, CircuitSettings, PatchSettings
 from mechscope.studies.reading_settings import HeadsSettings, LensSettings, WeightsSettings
@@ -137,7 +138,8 @@ def _job(group: typer.Typer, name: str, kind: type, *positional: str, run: str, 
             found = getattr(importlib.import_module(f"mechscope.studies.{module}"), function)(
                 settings, out, command=_command(), progress=report
             )
-        getattr(console, show)(found)
+        if ranks.is_first():
+            getattr(console, show)(found)
 
     # the settings say what the command does, behind its name
     command.__doc__ = (kind.__doc__ or "").partition(": ")[2]
@@ -179,7 +181,8 @@ def tune(
 
     with progress() as report:
         tuned = tune_run(settings, out, progress=report)
-    show_tuned(tuned)
+    if ranks.is_first():
+        show_tuned(tuned)
 
 
 @app.command()
@@ -227,7 +230,8 @@ def demo(
 
     with progress() as report:
         found = study(demo_settings(), out, command=_command(), progress=report)
-    show_study(found)
+    if ranks.is_first():
+        show_study(found)
 
 
 def _command() -> list[str]:
@@ -241,7 +245,9 @@ def main() -> None:
     try:
         app(prog_name="mechscope")
     except MechscopeError as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        if isinstance(error, ranks.ElsewhereError) or ranks.is_echo():
+            raise SystemExit(2) from None
+        typer.secho(f"error{ranks.label()}: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         typer.secho("interrupted: the same command continues where it was", fg=typer.colors.YELLOW, err=True)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.data.metrics import Loss, Metric, pair_metric, read_at
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
@@ -20,7 +21,6 @@ from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
 from mechscope.instrument.walk import next_token_losses
 from mechscope.subject import Subject
 
-Progress = Callable[[str, int, int], None]
 # rows of logits held at once: 256 × 50,257 × 4 bytes are 49 MiB
 _ROWS = 256
 
@@ -129,12 +129,30 @@ def metric_of(name: str, batch: PairBatch, reference: Prefix | None) -> Metric:
 
 
 class Gathered:
-    """Per-text results of batches, put back into the order of the pairs."""
+    """Per-text results of batches, put back into the order of the pairs; several ranks share the batches that `batches` yields."""
 
     def __init__(self, pairs: Pairs) -> None:
         """Remember the order."""
+        self._pairs = pairs
         self._place = {id(pair): index for index, pair in enumerate(pairs)}
         self._values: dict[str, np.ndarray] = {}
+        self._own: list[int] = []
+        self._dealt = False
+        self._whole: set[str] = set()
+
+    def batches(self, tokens_per_batch: int) -> Iterator[PairBatch]:
+        """Yield this rank's share of the batches.
+
+        Args:
+            tokens_per_batch: Most tokens of a batch, padding included.
+
+        Raises:
+            SettingsError: There are no pairs.
+        """
+        self._dealt = True
+        for batch in ranks.own(batches(self._pairs, tokens_per_batch)):
+            self._own += [self._place[id(pair)] for pair in batch.pairs]
+            yield batch
 
     def put(self, name: str, batch: PairBatch, values: np.ndarray) -> None:
         """Keep values whose last axis is a batch's texts."""
@@ -142,6 +160,17 @@ class Gathered:
         whole[..., [self._place[id(pair)] for pair in batch.pairs]] = values
 
     def __getitem__(self, name: str) -> np.ndarray:
+        """Return what was put under a name, of all texts; all ranks ask for the same names in the same order."""
+        if self._dealt and ranks.size() > 1 and name not in self._whole:
+            self._whole.add(name)
+            own = self._values.get(name)
+            parts = ranks.exchange((self._own, None if own is None else own[..., self._own]))
+            # a rank without batches has put nothing
+            shape = next(part.shape[:-1] for _, part in parts if part is not None)
+            whole = self._values[name] = np.full((*shape, len(self._place)), np.nan)
+            for places, part in parts:
+                if part is not None:
+                    whole[..., places] = part
         return self._values[name]
 
 

@@ -39,8 +39,8 @@ def direction(subject: Subject, site: str = "residual", layer: int = 1, head: in
 
 
 @torch.no_grad()
-def recorded(subject: Subject, texts: families.Texts, site: str, layer: int) -> Tensor:
-    with record(subject, site, layers=[layer]) as recording:  # type: ignore[arg-type]
+def recorded(subject: Subject, texts: families.Texts, site: Any, layer: int) -> Tensor:
+    with record(subject, site, layers=[layer]) as recording:
         subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False)
     return recording[site, layer]
 

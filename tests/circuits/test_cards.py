@@ -68,7 +68,7 @@ def attended_by_hand(subject: Subject, layer: int, head: int, metric: str) -> st
             for key, token in enumerate(text.clean):
                 total[token] += float(pattern[row, key])
     most = sorted(total.items(), key=lambda found: -found[1])[:5]
-    return ", ".join(f"{token} {share / rows:.0%}" for token, share in most if share > 0)
+    return ", ".join(f"'#{token}' {share / rows:.0%}" for token, share in most if share > 0)
 
 
 def writes(subject: Subject, ids: tuple[int, ...], name: str) -> Tensor:
@@ -109,7 +109,7 @@ def raised_by_hand(subject: Subject, name: str, metric: str, *, source: str = "c
 
 def spelled(logits: Tensor) -> str:
     words = sorted(range(len(logits)), key=lambda word: -float(logits[word]))[:5]
-    return ", ".join(f"{word} {float(logits[word]):+.2f}" for word in words)
+    return ", ".join(f"'#{word}' {float(logits[word]):+.2f}" for word in words)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 512])
@@ -132,7 +132,7 @@ def test_a_head_that_looks_everywhere_alike_attends_to_each_word_as_often_as_it_
     text = PromptPair("0", (7,) * 9 + (3, 4, 5, 6, 8, 9, 3), (7,) * 8 + (3, 3, 4, 5, 6, 8, 9, 3), answers=(5,), wrong_answers=(6,))
     subject = load(model)
     found = component_cards(subject, Pairs((text,), "one"), Circuit.of(Graph.of(subject), ["input->a1.h0<q>", "a1.h0->logits"]))
-    assert found["attends_to"].tolist() == ["7 56%, 3 12%, 4 6%, 5 6%, 6 6%"]
+    assert found["attends_to"].tolist() == ["'#7' 56%, '#3' 12%, '#4' 6%, '#5' 6%, '#6' 6%"]
 
 
 @pytest.mark.parametrize("metric", ["logit-diff", "loss"])
@@ -168,8 +168,8 @@ def test_a_head_that_writes_a_words_own_direction_argues_for_that_word() -> None
         attention.c_attn.weight[:, 64 + 16 : 64 + 24], attention.c_attn.bias[64 + 16 : 64 + 24] = 0, 1  # head 2's values
         attention.c_proj.weight[16:24] = (embedding[word] - embedding.mean(0)) / model.transformer.ln_f.weight
     found = cards(load(model), source="zero")["top_tokens"]
-    assert found["a2.h2"].startswith("42 +")
-    assert not found["a2.h1"].startswith("42 ")
+    assert found["a2.h2"].startswith("'#42' +")
+    assert not found["a2.h1"].startswith("'#42' ")
 
 
 def test_only_the_circuits_components_have_a_card_in_the_models_order() -> None:
@@ -189,7 +189,7 @@ def test_with_a_tokenizer_words_stand_instead_of_numbers() -> None:
     numbers, words = cards(plain), cards(load(plain.model, tokenizer=families.tokenizer()))
     for column in ("attends_to", "top_tokens"):
         for name in ("a0.h0", "a2.h3"):
-            parts = (part.split(" ") for part in numbers.loc[name, column].split(", "))
+            parts = (part.replace("'", "").removeprefix("#").split(" ") for part in numbers.loc[name, column].split(", "))
             spoken = {"0": "<pad>", "1": "<s>", "2": "</s>"}
             assert words.loc[name, column] == ", ".join(f"'{spoken.get(word, f'w{word}')}' {value}" for word, value in parts)
 

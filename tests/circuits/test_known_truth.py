@@ -98,7 +98,8 @@ def written(name: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Return what every sender writes in each pair's clean and corrupt text, by the tests' own forward pass."""
     model = known(name).subject.model
     texts = [(pair.clean, pair.corrupt) for pair in known(name).pairs]
-    return [tuple(brute_written(model, model.config.model_type, ids) for ids in both) for both in texts]  # type: ignore[misc]
+    one, two = ([brute_written(model, model.config.model_type, ids) for ids in version] for version in zip(*texts, strict=True))
+    return list(zip(one, two, strict=True))
 
 
 def metric_by_brute_force(name: str, keep: Collection[str]) -> float:

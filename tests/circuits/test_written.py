@@ -164,7 +164,7 @@ def test_a_source_that_is_not_known_is_named() -> None:
     with pytest.raises(SettingsError, match="source 'mean' is not known: closed edges take values of the corrupt run, of means"):
         CircuitRuns(subject_of("gpt2"), BATCH, source="mean")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(SettingsError, match="source None is not known"):
-        CircuitRuns(subject_of("gpt2"), BATCH, source=None)  # type: ignore[arg-type]
+        CircuitRuns(subject_of("gpt2"), BATCH, source=None)  # type: ignore[arg-type]  # what a user may write
 
 
 def test_texts_without_a_corrupt_version_need_another_source() -> None:

@@ -82,7 +82,7 @@ def test_articles_name_other_people_places_and_numbers_too() -> None:
     others = Counter[str]()
     for article in articles():
         for role, pool in (("who", LAST_NAMES), ("where", PLACES), ("count", COUNTS)):
-            fact = article.fact(role)  # type: ignore[arg-type]
+            fact = article.fact(role)  # type: ignore[arg-type]  # three of the five roles
             others[role] += any(re.search(rf"\b{value}\b", article.document) for value in pool if value not in fact.text.split())
     assert min(others.values()) > 150, others
 
@@ -123,7 +123,7 @@ def test_splits_share_no_article_and_a_limit_is_a_start() -> None:
         (lambda: load_documents("newsroom:train", split="test"), r'names split "train", but split="test" was given'),
         (lambda: load_documents("newsroom", seed=-1), r"newsroom seed -1: seeds below 0 are those of the shipped model"),
         (lambda: generate(0, 1), r"asked for 0 articles: ask for at least 1"),
-        (lambda: generate(1, 1)[0].fact("why"), r"facts who, what, where, when, count; 'why' is none of them"),  # type: ignore[arg-type]
+        (lambda: generate(1, 1)[0].fact("why"), r"facts who, what, where, when, count; 'why' is none of them"),  # type: ignore[arg-type]  # what a user may write
     ],
 )
 def test_what_the_newsroom_lacks_is_said(call: Callable[[], object], message: str) -> None:

@@ -81,7 +81,7 @@ def test_other_tokenizers_pass_over_articles_that_do_not_line_up(
     ("make", "message"),
     [
         (lambda: newsroom_pairs(0), "newsroom was asked for 0 pairs: ask for at least 1"),
-        (lambda: newsroom_pairs(2, role="why"), "newsroom articles have facts who, what, where, when, count; 'why' is none of them"),  # type: ignore[arg-type]
+        (lambda: newsroom_pairs(2, role="why"), "newsroom articles have facts who, what, where, when, count; 'why' is none of them"),  # type: ignore[arg-type]  # what a user may write
         (lambda: newsroom_pairs(2, seed=-1), "newsroom seed -1"),
     ],
 )

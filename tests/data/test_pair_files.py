@@ -197,4 +197,4 @@ def test_options_that_make_no_sense_are_errors(jsonl: Write, gpt2: PreTrainedTok
     with pytest.raises(DataError, match="limit is 0: ask for at least 1 pair"):
         read_pairs(jsonl([GOOD]), gpt2, limit=0)
     with pytest.raises(DataError, match='on_problem \'ignore\': choose "error" or "skip"'):
-        read_pairs(jsonl([GOOD]), gpt2, on_problem="ignore")  # type: ignore[arg-type]
+        read_pairs(jsonl([GOOD]), gpt2, on_problem="ignore")  # type: ignore[arg-type]  # what a user may write

@@ -25,10 +25,10 @@ def arrange(padding: str) -> list[tuple[Example, ...]]:
     return [(document,) for document in documents] if padding == "alone" else [documents]
 
 
-def measured(family: str, dtype: torch.dtype, padding: str, method: str = "auto") -> Measured:
-    side = "left" if padding == "left" else "right"
+def measured(family: str, dtype: torch.dtype, padding: str, method: Any = "auto") -> Measured:
+    side: Any = "left" if padding == "left" else "right"
     parts = [
-        measure(oracle.models(family, dtype), collate(documents, pad_id=0, padding=side), method=method)  # type: ignore[arg-type]
+        measure(oracle.models(family, dtype), collate(documents, pad_id=0, padding=side), method=method)
         for documents in arrange(padding)
     ]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("heads", "layers", "outputs", "pooled")}
@@ -142,12 +142,12 @@ def uniform_gpt2(vocabulary: int = families.VOCABULARY):
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_document_and_summary_rows_are_just_those_rows(padding: str):
+def test_document_and_summary_rows_are_just_those_rows(padding: Any):
     # 2 opening tokens, 3 of the article, 1 between, 2 of the summary; a longer neighbour makes padding
     short = Example("short", (5, 6, 7, 8, 9, 10, 11, 12), (2, 5), (6, 8), False)
     long = Example("long", tuple(range(20, 33)), (0, 9), (9, 13), False)
     model = uniform_gpt2()
-    batch = collate((short, long), pad_id=0, padding=padding)  # type: ignore[arg-type]
+    batch = collate((short, long), pad_id=0, padding=padding)
     found = measure(oracle.two(model, oracle.perturbed(model, 0.0)), batch)
     rows = {"all": range(8), "document": range(2, 5), "summary": range(6, 8)}
     for index, (kind, positions) in enumerate(rows.items()):
@@ -177,9 +177,9 @@ def test_loss_on_summary_tokens_is_the_loss_of_predicting_them():
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_a_document_without_a_summary_has_no_summary_measures(padding: str):
+def test_a_document_without_a_summary_has_no_summary_measures(padding: Any):
     example = Example("bare", tuple(range(10, 20)), (2, 10), (10, 10), False)
-    found = measure(oracle.models("llama"), collate([example, *oracle.examples()], pad_id=0, padding=padding))  # type: ignore[arg-type]
+    found = measure(oracle.models("llama"), collate([example, *oracle.examples()], pad_id=0, padding=padding))
     for values in (found.heads, found.layers, found.outputs, found.pooled[:, 0]):
         assert np.isnan(values[0, 2]).all()
         assert np.isfinite(values[0, :2]).all()

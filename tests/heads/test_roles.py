@@ -11,7 +11,7 @@ from scipy import stats
 from mechscope.errors import DataError
 from mechscope.heads.roles import Role, RoleScores, role_changes, roles_table
 
-ROLE = Role("looking", "How much it looks.", "a paper", 0.0, 1.0, "Nothing.", 0.5)
+ROLE = Role("looking", "How much it looks.", "a paper", "Nothing.", 0.5)
 TEXTS = tuple(f"text {at}" for at in range(12))
 
 

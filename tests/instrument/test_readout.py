@@ -48,6 +48,14 @@ def test_directions_and_constants_add_up_to_logits(family: str) -> None:
 
 
 @torch.no_grad()
+def test_vectors_may_be_folded_instead_of_the_tokens(family: str) -> None:
+    subject = families.subject(family, torch.float64)
+    readout, vectors = Readout.of(subject), Walk(subject, families.documents(lengths=(9,))[0][None]).run()
+    directions = readout.directions(torch.arange(subject.anatomy.vocab_size))
+    torch.testing.assert_close(readout.folded(vectors) @ readout.weight.T, vectors @ directions.T, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_a_frozen_scale_makes_logits_linear(family: str) -> None:
     subject = families.subject(family, torch.float64)
     ids = families.documents(lengths=(9,))[0][None]

@@ -115,7 +115,7 @@ def test_stacked_sites_stand_in_order_of_the_layers() -> None:
 
 def test_an_unknown_site_and_a_layer_outside_the_model_are_refused() -> None:
     subject = families.subject("llama")
-    with pytest.raises(SettingsError, match="site 'resid' cannot be recorded: the sites are embedding, residual"), record(subject, "resid"):  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="site 'resid' cannot be recorded: the sites are embedding, residual"), record(subject, "resid"):  # type: ignore[arg-type]  # what a user may write
         pass
     with pytest.raises(SettingsError, match="layer 3 does not exist: the model has layers 0-2"), record(subject, "z", layers=[3]):
         pass

@@ -148,7 +148,7 @@ def test_a_rows_tokens_are_those_of_its_vector_through_gain_and_unembedding(fami
             ids: Any = line.top_ids
             assert ids == tuple(project(subject, vector).argsort(descending=True).tolist())
             assert line.bottom_ids == ids[::-1]
-            assert line.token == str(pair.clean[at])
+            assert line.token == f"#{pair.clean[at]}"
 
 
 def test_a_last_layers_write_at_the_last_token_promotes_its_answer() -> None:

@@ -75,7 +75,7 @@ def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_th
         final = output.logits[0].log_softmax(-1)
         following = [*pair.clean[1:], 7]
         for layer in range(-1, LAST):  # the last hidden state that Hugging Face gives has met the norm already
-            logits = anatomy.unembedding(anatomy.final_norm(output.hidden_states[layer + 1][0]))  # type: ignore[misc]
+            logits = anatomy.unembedding(anatomy.final_norm(output.hidden_states[layer + 1][0]))  # type: ignore[misc]  # every family here has a final norm
             if anatomy.logit_softcap is not None:
                 logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
             lens = logits.log_softmax(-1)
@@ -97,7 +97,7 @@ def test_what_attention_and_mlp_add_reads_through_its_own_norm(family: str) -> N
     with record(subject, "attention_output", "mlp_output") as seen:
         subject.plain(torch.tensor([pairs.pairs[0].clean]))
     for component, site in (("a1", "attention_output"), ("m1", "mlp_output")):
-        logits = anatomy.unembedding(anatomy.final_norm(seen[site, 1][0]))  # type: ignore[misc]
+        logits = anatomy.unembedding(anatomy.final_norm(seen[site, 1][0]))  # type: ignore[misc]  # every family here has a final norm
         if anatomy.logit_softcap is not None:
             logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
         expected = logits.log_softmax(-1).sort(descending=True).values
@@ -258,7 +258,7 @@ def test_the_summary_is_the_mean_of_texts_means() -> None:
     table["agreement"] = (table.top_1 == table.groupby(["text", "position"]).top_1.transform("last")).astype(float)
     table["log_probability"], table["reciprocal_rank"] = np.log(table.probability), 1 / table["rank"]
     for rows, kept in (("all", table), ("target", table[table.target.notna()])):
-        summary = reading.summary(rows=rows)  # type: ignore[arg-type]
+        summary = reading.summary(rows=rows)  # type: ignore[arg-type]  # "all" or "target"
         assert summary.component.tolist() == ["embedding", "resid0", "resid1", "resid2"]
         assert summary.n.tolist() == [3] * 4
         for name in ("log_probability", "reciprocal_rank", "agreement", "entropy", "kl"):
@@ -329,6 +329,6 @@ def test_rows_and_texts_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="'plain' has neither a target span nor answers"):
         reading.summary(rows="target")
     with pytest.raises(SettingsError, match="use all or target"):
-        reading.summary(rows="some")  # type: ignore[arg-type]
+        reading.summary(rows="some")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(DataError, match="vocabulary has 97"):
         read(subject, Pairs((PromptPair("far", (500,), (500,)),), "by hand"))

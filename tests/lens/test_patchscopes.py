@@ -86,7 +86,7 @@ def test_a_patch_is_what_a_hook_by_hand_makes_of_it(family: str, position: int, 
     found = patchscope(subject, SOURCE, subject, PROMPT, position=position, target_position=target_position, k=8)
     plain = subject.plain(torch.tensor([PROMPT]), use_cache=False).logits[0, -1]
     for row in found.itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]
+        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
         expected = patched_by_hand(subject, PROMPT, layer, target_position % len(PROMPT), states[layer][position])
         same_distribution(row, expected)
         # behind the last block only the last token's own state reaches its logits; a window may hide other tokens earlier
@@ -101,7 +101,7 @@ def test_source_and_target_layers_may_differ_and_come_in_any_order(family: str) 
     assert list(found["source_layer"]) == [2, 0]
     assert list(found["target_layer"]) == [1, 1]
     for row in found.itertuples():
-        same_distribution(row, patched_by_hand(subject, PROMPT, 1, 3, states[int(row.source_layer)][-1]))  # type: ignore[arg-type]
+        same_distribution(row, patched_by_hand(subject, PROMPT, 1, 3, states[int(row.source_layer)][-1]))  # type: ignore[arg-type]  # itertuples has no types
 
 
 @pytest.mark.parametrize("target_position", [-1, 3])
@@ -111,12 +111,12 @@ def test_generation_goes_on_as_a_loop_without_a_cache_does(family: str, target_p
     found = patchscope(subject, SOURCE, subject, PROMPT, target_position=target_position, generate=6)
     plain = list(PROMPT)
     for row in found.itertuples():
-        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]
+        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]  # itertuples has no types
         for _ in range(6):
             logits = patched_by_hand(subject, tuple(ids), layer, target_position % len(PROMPT), states[layer][-1])
             ids.append(int(logits.argmax()))
         assert row.generated_ids == tuple(ids[len(PROMPT) :])
-        assert row.generated == " ".join(str(token) for token in ids[len(PROMPT) :])
+        assert row.generated == " ".join(f"#{token}" for token in ids[len(PROMPT) :])
     for _ in range(6):
         plain.append(int(subject.plain(torch.tensor([plain]), use_cache=False).logits[0, -1].argmax()))
     if target_position == -1:  # elsewhere a patch changes the logits, but not always which is largest
@@ -148,7 +148,7 @@ def test_another_model_reads_the_states(family: str) -> None:
     base, tuned = subject_of(family), subject_of(family, seed=1)
     states = states_by_hand(base, SOURCE)
     for row in patchscope(base, SOURCE, tuned, PROMPT, k=8).itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]
+        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
         same_distribution(row, patched_by_hand(tuned, PROMPT, layer, len(PROMPT) - 1, states[layer][-1]))
 
 
@@ -160,7 +160,7 @@ def test_a_mapping_takes_states_of_one_width_to_another() -> None:
     states = states_by_hand(base, SOURCE)
     found = patchscope(base, SOURCE, wide, PROMPT, mapping=lambda layer, x: weights[layer] @ x + bias, k=8)
     for row in found.itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]
+        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
         same_distribution(row, patched_by_hand(wide, PROMPT, layer, len(PROMPT) - 1, weights[layer] @ states[layer][-1] + bias))
 
 
@@ -175,7 +175,7 @@ def test_an_adapter_is_on_in_one_model_and_off_in_the_other() -> None:
         states = states_by_hand(base, SOURCE)
     found = patchscope(base, SOURCE, tuned, PROMPT, k=8, generate=3)
     for row in found.itertuples():
-        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]
+        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]  # itertuples has no types
         by_hand = partial(patched_by_hand, layer=layer, at=len(PROMPT) - 1, state=states[layer][-1])
         with tuned.active():
             same_distribution(row, by_hand(tuned, PROMPT))

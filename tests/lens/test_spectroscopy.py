@@ -188,7 +188,7 @@ def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(SettingsError, match="bands 0-19"):
         suppress(subject, pairs, [20])
     with pytest.raises(SettingsError, match="use all or target"):
-        suppress(subject, pairs, [0], rows="some")  # type: ignore[arg-type]
+        suppress(subject, pairs, [0], rows="some")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(DataError, match="target"):
         suppress(subject, Pairs((PromptPair("plain", (5, 6), (5, 6)),), "by hand"), [0], rows="target")
     narrow = Bands(torch.eye(8), torch.ones(8), (0, 8))

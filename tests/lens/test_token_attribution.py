@@ -58,7 +58,7 @@ def test_source_tokens_bring_what_the_pattern_and_the_values_say(family: str, me
                 # eager attention computes its softmax in float32
                 assert row.attention == pytest.approx(float(share), abs=1e-6)
                 assert row.effect == pytest.approx(slow.without(written, metric), abs=1e-6)
-                assert row.token == str(pair.clean[source])
+                assert row.token == f"#{pair.clean[source]}"
 
 
 def test_source_tokens_sum_to_the_head(family: str, metric: str) -> None:
@@ -82,7 +82,7 @@ def test_positions_average_to_the_text(family: str) -> None:
                 assert means[pair.id, part.component] == pytest.approx(whole.effects[row, index], rel=1e-9, abs=1e-9)
         of_text = found[(found["text"] == pair.id) & (found["component"] == "m1")]
         assert list(of_text["position"]) == [at - 1 for at in range(*pair.target or ())]
-        assert list(of_text["token"]) == [str(pair.clean[at]) for at in of_text["position"]]
+        assert list(of_text["token"]) == [f"#{pair.clean[at]}" for at in of_text["position"]]
 
 
 def test_tokens_are_spelled_where_there_is_a_tokenizer() -> None:

@@ -111,7 +111,7 @@ def test_a_map_stands_between_the_stream_and_the_norm(family: str) -> None:
     for at, layer in enumerate(range(-1, families.LAYERS - 1)):
         own = maps.maps[LensPlace("residual", layer)]
         hidden = output.hidden_states[layer + 1][0]
-        logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ own.weight.T + own.bias))  # type: ignore[misc]
+        logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ own.weight.T + own.bias))  # type: ignore[misc]  # every family here has a final norm
         if anatomy.logit_softcap is not None:
             logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
         expected = logits.log_softmax(-1).topk(5).values
@@ -131,7 +131,7 @@ def test_the_first_step_follows_the_gradient_of_the_mean_divergence(family: str)
     hidden, final = output.hidden_states[1].detach().flatten(0, 1), output.logits.detach().flatten(0, 1).log_softmax(-1)
     weight = torch.zeros(32, 32, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(32, dtype=torch.float64, requires_grad=True)
-    logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ weight.T + bias))  # type: ignore[misc]
+    logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ weight.T + bias))  # type: ignore[misc]  # every family here has a final norm
     if anatomy.logit_softcap is not None:
         logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
     kl = (final.exp() * (final - logits.log_softmax(-1))).sum(-1).mean()

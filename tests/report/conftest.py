@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mechscope.report.page import render
-from tests.report import synthetic
+from tests.report import synthetic, synthetic_circuits, synthetic_reading
+from tests.report.circuit_pages import run_of
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +34,15 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = synthetic.write_run(tmp_path_factory.mktemp("report") / "hostile", made, study=settings, record=record)
     render(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def diff_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a rendered run that compares the circuits of two models."""
+    return run_of(tmp_path_factory.mktemp("circuits"), "circuit-diff", synthetic_circuits.diff_tables(4, 4))
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    """Return every table of readings."""
+    return synthetic_reading.all_tables()

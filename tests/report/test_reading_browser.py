@@ -18,8 +18,8 @@ import pytest
 from mechscope.report.packed import shown
 from mechscope.report.theme import number
 from tests.report import synthetic_reading as invented
+from tests.report.drawn import hostile, page_of
 from tests.report.test_page import CHROMIUM
-from tests.report.test_reading import hostile, page_of
 
 POSITIONS = 400
 

@@ -23,7 +23,7 @@ def rotation(d: int, seed: int) -> np.ndarray:
 
 def hsic_by_quadruples(x: np.ndarray, y: np.ndarray) -> float:
     """Return the unbiased HSIC as the mean of Song et al.'s kernel over all ordered quadruples of distinct documents."""
-    k, l = x @ x.T, y @ y.T  # noqa: E741
+    k, l = x @ x.T, y @ y.T  # noqa: E741  (K and L are the paper's names)
     n = len(x)
     total = 0.0
     for i, j, q, r in itertools.permutations(range(n), 4):

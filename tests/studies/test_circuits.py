@@ -14,26 +14,22 @@ import pandas as pd
 import pytest
 
 from mechscope.adapt.places import read_circuit
-from mechscope.circuits import Graph, attribute_edges, choose, discover, faithfulness_curve, from_json, jaccard, node_jaccard, tuned_edges
-from mechscope.circuits.criteria import Minimality
+from mechscope.circuits import Graph, choose, discover, from_json, jaccard, node_jaccard, tuned_edges
 from mechscope.circuits.scores import Cost, Scores
-from mechscope.data.newsroom import newsroom_model_path, newsroom_pairs
+from mechscope.data.newsroom import newsroom_pairs
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.instrument import load
 from mechscope.store.run import verify
 from mechscope.studies import circuit_judging, circuit_stages, circuits
-from mechscope.studies.circuit_claims import circuit_claims
-from mechscope.studies.circuit_judging import Asked, judge
+from mechscope.studies.circuit_judging import Asked
 from mechscope.studies.circuits import circuit_diff_run, circuit_run
 from mechscope.studies.interventions import load_pairs
 from mechscope.studies.pair_settings import CircuitDiffSettings, CircuitSettings, DiscoverySettings
 from mechscope.studies.settings import StudySettings
 from mechscope.studies.summarization import Study, study
+from tests.studies.asked import MODEL, QUICK, measure
 from tests.studies.conftest import TINY
-
-MODEL = str(newsroom_model_path())
-QUICK: dict[str, Any] = {"pairs": "newsroom:what", "limit": 12, "random_circuits": 2, "circuit_resamples": 4, "criteria": False}
 
 
 def settings(**changes: Any) -> CircuitSettings:
@@ -43,10 +39,6 @@ def settings(**changes: Any) -> CircuitSettings:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return circuit_run(settings(criteria=True, circuit_fraction=0.02), tmp_path_factory.mktemp("circuit") / "run")
-
-
-def measure(table: pd.DataFrame, name: str) -> float:
-    return float(table.loc[table["measure"] == name, "value"].iloc[0])
 
 
 def test_a_circuit_run_holds_edges_criteria_cards_a_file_and_a_picture(found: Study) -> None:
@@ -103,58 +95,6 @@ def test_two_runs_give_equal_tables(found: Study, tmp_path: Path) -> None:
     again = circuit_run(settings(criteria=True, circuit_fraction=0.02), tmp_path / "again")
     for name in ("circuit_edges", "circuit_curve", "circuit_summary", "circuit_components"):
         pd.testing.assert_frame_equal(found.tables[name], again.tables[name])
-
-
-def test_one_half_of_the_pairs_finds_the_circuit_and_the_other_judges_it() -> None:
-    pairs = newsroom_pairs(13, role="where")
-    asked = Asked.of(pairs, DiscoverySettings(), metric="logit-diff", tokens_per_batch=512, seed=0)
-    ids = [{pair.id for pair in part} for part in (asked.found_on, asked.judged_on)]
-    assert not ids[0] & ids[1]
-    assert ids[0] | ids[1] == {pair.id for pair in pairs}
-    assert len(asked.judged_on) == 6
-    everything = Asked.of(pairs, DiscoverySettings(held_out=0.0), metric="logit-diff", tokens_per_batch=512, seed=0)
-    assert everything.found_on is everything.judged_on is pairs
-    few = Asked.of(Pairs(pairs.pairs[:5], "few"), DiscoverySettings(), metric="logit-diff", tokens_per_batch=512, seed=0)
-    assert few.found_on is few.judged_on
-
-
-def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_the_pairs_that_find_it() -> None:
-    subject, pairs = load(MODEL), newsroom_pairs(16, role="what")
-    options = DiscoverySettings(method="eap", random_circuits=0, criteria=False)
-    asked = Asked.of(pairs, options, metric="logit-diff", tokens_per_batch=256, seed=0)
-    scores = attribute_edges(subject, asked.found_on, method="eap")
-    own, judged = (faithfulness_curve(subject, part, scores, random=0).table for part in (asked.found_on, asked.judged_on))
-
-    def smallest(curve: pd.DataFrame, level: float) -> float:
-        return float(curve.loc[(1 - curve["faithfulness"]).abs() <= 1 - level, "fraction"].iloc[0])
-
-    # a level at which the two halves of the pairs ask for circuits of different sizes
-    level = next(level for level in np.linspace(0.99, 0.02, 98) if smallest(own, level) != smallest(judged, level))
-    found = judge(subject, scores, replace(asked, settings=replace(options, faithful=level)), progress=None)
-    assert found.fraction == smallest(own, level)
-    # and what is said of it was measured on the others
-    here = judged[judged["fraction"] == found.fraction].iloc[0]
-    assert measure(found.tables["circuit_summary"], "faithfulness") == pytest.approx(here["faithfulness"], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("shares", "size"), [((0.2, 1.6, 0.95), 0.5), ((0.2, 0.91, 1.0), 0.1), ((0.2, 1.2, 1.3), 1.0), ((1.05, 0.2, 1.0), 0.01)]
-)
-def test_too_much_of_the_models_effect_is_no_more_faithful_than_too_little(shares: tuple[float, ...], size: float) -> None:
-    curve = SimpleNamespace(table=pd.DataFrame({"fraction": [0.01, 0.1, 0.5], "faithfulness": shares}))
-    assert circuit_judging._smallest(curve, 0.9) == size  # type: ignore[arg-type]  # all of a curve that is read
-
-
-def test_what_is_needed_is_counted_beside_what_chance_gives() -> None:
-    def counted(parts: int) -> dict[str, Any]:
-        table = pd.DataFrame({"p": [0.01, 0.04, 0.05, 0.5]})
-        return circuit_judging._needed(Minimality(table, np.zeros((4, 2)), np.zeros(parts), Cost(0, 0)))
-
-    assert counted(99)["value"] == 2
-    # ranks 1 to 4 of 100 are below 0.05
-    assert counted(99)["random"] == pytest.approx(4 * 0.04)
-    assert counted(10)["random"] == 0  # no p is below 1 / 11
-    assert np.isnan([counted(0)["value"], counted(0)["random"]]).all()
 
 
 def test_edge_pruning_learns_the_edges_that_are_asked_for_and_is_run_with_another_seed(
@@ -355,46 +295,6 @@ def test_checkpoints_named_twice_are_refused(tmp_path: Path) -> None:
     asked = CircuitDiffSettings(base="there/is/none", tuned="nor/here", checkpoints="one,two,one", **QUICK)
     with pytest.raises(SettingsError, match="twice"):
         circuit_diff_run(asked, tmp_path / "run")
-
-
-def overlap_row(what: str, change: tuple[float, float, float]) -> dict[str, Any]:
-    numbers = {"jaccard": 0.4, "null": 0.1, "across": 0.3, "self_base": 0.5, "self_tuned": 0.5}
-    return {"what": what, "fraction": 0.05, **numbers, "change": change[0], "change_low": change[1], "change_high": change[2]}
-
-
-@pytest.mark.parametrize(
-    ("change", "verdict"), [((0.2, 0.1, 0.3), "supported"), ((0.0, -0.1, 0.1), "undecided"), ((-0.2, -0.3, -0.1), "undecided")]
-)
-def test_the_circuit_changed_only_if_two_models_share_less_than_one_model_with_itself(
-    change: tuple[float, float, float], verdict: str
-) -> None:
-    table = pd.DataFrame([overlap_row("edges", change), overlap_row("nodes", (0.0, -1.0, 1.0))])
-    (claim,) = circuit_claims(table, None, None)
-    assert claim.verdict == verdict
-    assert "0.50" in claim.measured
-    # halvings share texts: their quantiles are told as what they are
-    assert np.isnan([claim.low, claim.high]).all()
-    assert f"in 95 % of halvings by {change[1]:.2f} to {change[2]:.2f}" in claim.measured
-    assert "not a confidence interval" in claim.note
-
-
-@pytest.mark.parametrize(
-    ("tuned", "verdict"), [((0.6, 0.5, 0.7), "supported"), ((0.15, 0.0, 0.3), "undecided"), ((-0.5, -0.6, -0.4), "contradicted")]
-)
-def test_few_edges_carry_the_gain_only_if_they_carry_more_than_random_ones(tuned: tuple[float, float, float], verdict: str) -> None:
-    rows = [
-        {"fraction": 0.05, "kind": kind, "share": v, "low": a, "high": b}
-        for kind, (v, a, b) in {"tuned": tuned, "random": (0.1, 0.05, 0.2)}.items()
-    ]
-    (claim,) = circuit_claims(None, pd.DataFrame(rows), None)
-    assert claim.verdict == verdict
-
-
-def test_no_gain_gives_no_verdict() -> None:
-    rows = [{"fraction": 0.05, "kind": kind, "share": np.nan, "low": np.nan, "high": np.nan} for kind in ("tuned", "random")]
-    (claim,) = circuit_claims(None, pd.DataFrame(rows), None)
-    assert claim.verdict == "undecided"
-    assert "too little" in claim.note
 
 
 def test_a_study_with_a_wrong_circuit_setting_stops_before_any_stage(tiny_model, tmp_path):

@@ -47,7 +47,10 @@ def test_roles_of_one_model(tiny_model, tmp_path):
     assert set(roles["model"]) == {"model"}
     assert {"previous-token", "induction", "copying", "retrieval", "summary-to-document"} <= set(roles["role"])
     assert (roles.groupby("role").size() == 16).all()
-    assert set(found.tables["role_definitions"]["role"]) == set(roles["role"])
+    definitions = found.tables["role_definitions"]
+    assert set(definitions["role"]) == set(roles["role"])
+    assert not np.isinf(definitions[["low", "high"]].to_numpy(float)).any()
+    assert definitions.loc[definitions["low"].isna(), "role"].tolist() == ["ioi-direct-effect"]
     assert "head_role_changes" not in found.tables
     assert "previous-token" in found.report.read_text(encoding="utf-8")
     before = started(tmp_path / "run")

@@ -8,46 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mechscope.errors import ModelError
-from mechscope.subject.load import Subject, is_adapter, load
+from mechscope.subject.load import load
 from tests import families
-
-LORA: dict[str, dict[str, Any]] = {
-    "gpt2": {"target_modules": ["c_attn", "mlp.c_fc"], "fan_in_fan_out": True},
-    "llama": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
-    "gpt_neox": {"target_modules": ["query_key_value"]},
-}
-IDS = families.documents()[0][None]
-
-
-def save(folder: Path, family: str = "gpt2", seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny model with its tokenizer, as `save_pretrained` does."""
-    families.build(family, seed=seed, **changes).save_pretrained(folder)
-    families.tokenizer().save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def save_adapter(folder: Path, base: Path, family: str, **changes: Any) -> Path:
-    """Write a LoRA adapter with random matrices on a saved base."""
-    model = load(base).model
-    adapter = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **{**LORA[family], **changes}))
-    for name, parameter in adapter.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
-    adapter.save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def logits(subject: Subject) -> Tensor:
-    with subject.active():
-        return subject.model(input_ids=IDS).logits
-
+from tests.subject.saved import IDS, logits, save, truncate
 
 # what people have
 
@@ -92,141 +59,7 @@ def test_the_weights_of_a_plain_model_are_its_named_parameters(family: str) -> N
     }
 
 
-# adapters
-
-
-@pytest.fixture(scope="module", params=sorted(LORA))
-def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return the directories of a base and of a LoRA adapter on it."""
-    base = save(tmp_path_factory.mktemp("base"), request.param)
-    return base, save_adapter(tmp_path_factory.mktemp("adapter"), base, request.param)
-
-
-def test_an_adapter_acts_and_without_it_the_base_acts_exactly(adapter: tuple[Path, Path]) -> None:
-    base, tuned = load(adapter[0]), load(adapter[1])
-    assert is_adapter(adapter[1])
-    assert tuned.is_adapter
-    assert tuned.adapted
-    assert (logits(tuned) - logits(base)).abs().max() > 1e-2
-    assert torch.equal(logits(tuned.without_adapter()), logits(base))
-    assert (logits(tuned) - logits(base)).abs().max() > 1e-2, "the adapter acts again"
-
-
-def test_an_adapter_merged_into_its_base_is_refused(adapter: tuple[Path, Path]) -> None:
-    merged = load(adapter[1]).model
-    merged.merge_adapter()
-    with pytest.raises(ModelError, match=r"merged into the base weights.*unmerge_adapter"):
-        load(merged)
-
-
-def test_the_base_view_nests_in_the_adapters_state_and_gives_it_back_after_an_exception(adapter: tuple[Path, Path]) -> None:
-    tuned = load(adapter[1])
-    expected, base = logits(tuned), logits(tuned.without_adapter())
-
-    @torch.no_grad()
-    def found() -> Tensor:
-        return tuned.model(input_ids=IDS).logits
-
-    with tuned.active():
-        with tuned.without_adapter().active():
-            assert torch.equal(found(), base)
-        assert torch.equal(found(), expected)
-        with pytest.raises(RuntimeError, match="inside"), tuned.without_adapter().active():
-            raise RuntimeError("inside")
-        assert torch.equal(found(), expected)
-
-
-def test_an_adapters_weights_are_those_of_the_merged_model(adapter: tuple[Path, Path]) -> None:
-    found = dict(load(adapter[1]).weights())
-    merged = dict(load(adapter[1]).model.merge_and_unload().named_parameters())
-    assert found.keys() == merged.keys()
-    for name, value in merged.items():
-        torch.testing.assert_close(found[name], value.detach())
-
-
-def test_the_weights_without_the_adapter_are_the_bases(adapter: tuple[Path, Path]) -> None:
-    expected = dict(load(adapter[0]).weights())
-    tuned = load(adapter[1])
-    found = dict(tuned.without_adapter().weights())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert tuned.without_adapter().fingerprint == load(adapter[0]).fingerprint != tuned.fingerprint
-
-
-def test_an_adapter_takes_the_tokenizer_of_its_base(adapter: tuple[Path, Path]) -> None:
-    assert load(adapter[1]).tokenizer.get_vocab() == families.tokenizer().get_vocab()
-
-
-def test_modules_saved_whole_with_an_adapter_count_as_its_weights(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", "llama")
-    folder = save_adapter(tmp_path / "adapter", base, "llama", modules_to_save=["lm_head"])
-    stored = load_file(folder / "adapter_model.safetensors")
-    name = next(key for key in stored if "lm_head" in key)
-    stored[name] = stored[name] * 2
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    tuned = load(folder)
-    torch.testing.assert_close(dict(tuned.weights())["lm_head.weight"], stored[name])
-    assert torch.equal(dict(tuned.without_adapter().weights())["lm_head.weight"], dict(load(base).weights())["lm_head.weight"])
-    assert torch.equal(logits(tuned.without_adapter()), logits(load(base)))
-
-
-def test_an_adapter_can_be_put_on_a_base_that_has_moved(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "old"), "gpt2")
-    expected = logits(load(folder))
-    (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(ModelError, match="old"):
-        load(folder)
-    assert torch.equal(logits(load(folder, base=tmp_path / "new")), expected)
-
-
-def test_an_adapter_on_a_model_of_another_kind_is_refused_with_both_names(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "gpt2"), "gpt2")
-    other = save(tmp_path / "llama", "llama")
-    with pytest.raises(ModelError, match=r"adapter .*adapter' does not fit base model .*llama'"):
-        load(folder, base=other)
-
-
-def test_an_adapter_on_a_model_of_another_width_is_refused(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
-    with pytest.raises(ModelError, match=r"does not fit base model .*size mismatch"):
-        load(folder, base=save(tmp_path / "wide", n_embd=64))
-
-
-def test_an_adapter_whose_file_lacks_a_matrix_is_refused(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
-    stored = load_file(folder / "adapter_model.safetensors")
-    del stored[next(name for name in stored if "lora_B" in name)]
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"adapter .* is incomplete, its configuration asks for weights it lacks: .*lora_B"):
-        load(folder)
-
-
-def test_an_adapter_with_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
-    truncate(folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"adapter .*safetensors file is truncated or corrupt"):
-        load(folder)
-
-
-def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = None
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="does not name its base model: pass the base"):
-        load(folder, tokenizer=families.tokenizer())
-
-
-def test_a_plain_model_has_no_adapter_to_disable() -> None:
-    with pytest.raises(ModelError, match="carries no adapter to disable"):
-        families.subject("gpt2").without_adapter()
-
-
 # what is refused
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def test_a_directory_that_is_not_a_model_is_named_with_what_it_holds(tmp_path: Path) -> None:

@@ -90,12 +90,9 @@ def test_scores_of_the_change_are_tuned_less_base_constants_included(family: str
     model.get_input_embeddings().weight.data.copy_(base.plain.get_input_embeddings().weight)
     models = pair(base, load(model))
     every, queries = families.VOCABULARY, [5, 60]
-    options = {"heads": "a1.h1,a2.h2", "queries": queries, "offset": offset, "k": every}
+    options: dict[str, Any] = {"heads": "a1.h1,a2.h2", "queries": queries, "offset": offset, "k": every}
     difference, one, two = (
-        qk_tokens(given, **options)  # type: ignore[arg-type]
-        .query("sign == 'attended'")
-        .set_index(["component", "query_id", "key_id"])["value"]
-        .sort_index()
+        qk_tokens(given, **options).query("sign == 'attended'").set_index(["component", "query_id", "key_id"])["value"].sort_index()
         for given in (models, models.base, models.tuned)
     )
     assert len(difference) == 2 * 2 * every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -10,185 +9,18 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from torch import Tensor, nn
 
-from mechscope.errors import ModelError, SettingsError
-from mechscope.instrument import Walk, record
-from mechscope.subject.load import Subject, load
+from mechscope.errors import SettingsError
+from mechscope.subject.load import load
 from mechscope.weights import neurons as module
-from mechscope.weights.mlp import Mlps
 from mechscope.weights.neurons import neuron_tokens, neuron_weights
 from tests import families
-
-LAYERNORM = ("gpt2", "gpt_neox", "opt", "phi")
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-# one of each kind of MLP, norm and block
-KINDS = ("gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma2", "gemma3", "phi3")
-
-
-def close(family: str) -> dict[str, Any]:
-    # RMS norms compute in float32 whatever the type
-    return {"rtol": 1e-9, "atol": 1e-9} if family in LAYERNORM else {"rtol": 1e-5, "atol": 1e-5}
-
-
-class Named:
-    """A family's own modules, reached by the names that Hugging Face gives them: the tests' view, independent of the package's."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.model, self.family = subject.plain, subject.family
-        inner: Any = self.model
-        match self.family:
-            case "gpt2":
-                self.blocks, self.final, self.head = inner.transformer.h, inner.transformer.ln_f, inner.lm_head
-            case "gpt_neox":
-                self.blocks, self.final, self.head = inner.gpt_neox.layers, inner.gpt_neox.final_layer_norm, inner.lm_head
-            case "opt":
-                self.blocks, self.final = inner.model.decoder.layers, inner.model.decoder.final_layer_norm
-                self.head = inner.lm_head
-            case _:
-                self.blocks, self.final, self.head = inner.model.layers, inner.model.norm, inner.lm_head
-
-    def embedded(self) -> Tensor:
-        """All tokens as they enter the residual stream, without position."""
-        found = self.model.get_input_embeddings()(torch.arange(families.VOCABULARY))
-        # gemma 3 scales inside its embedding, gemma 2 behind it
-        return found * families.WIDTH**0.5 if self.family == "gemma2" else found
-
-    def norm(self, layer: int) -> Any:
-        block: Any = self.blocks[layer]
-        match self.family:
-            case "gpt2":
-                return block.ln_2
-            case "opt":
-                return block.final_layer_norm
-            case "gemma2" | "gemma3_text":
-                return block.pre_feedforward_layernorm
-            case _:
-                return block.post_attention_layernorm
-
-    def inputs(self, layer: int, x: Tensor) -> dict[str, Tensor]:
-        """What goes into the activation, and what it is multiplied with."""
-        block: Any = self.blocks[layer]
-        match self.family:
-            case "gpt2":
-                return {"in": block.mlp.c_fc(x)}
-            case "gpt_neox":
-                return {"in": block.mlp.dense_h_to_4h(x)}
-            case "opt":
-                return {"in": block.fc1(x)}
-            case "phi3":
-                gate, up = block.mlp.gate_up_proj(x).chunk(2, dim=-1)
-                return {"gate": gate, "in": up}
-            case _:
-                return {"gate": block.mlp.gate_proj(x), "in": block.mlp.up_proj(x)}
-
-    def written(self, layer: int) -> Tensor:
-        """``(neuron, d_model)``: what each neuron alone writes for an activation of 1, the scale of a norm behind it left out."""
-        block: Any = self.blocks[layer]
-        match self.family:
-            case "gpt2":
-                return block.mlp.c_proj.weight
-            case "gpt_neox":
-                return block.mlp.dense_4h_to_h.weight.T
-            case "opt":
-                return block.fc2.weight.T
-            case "gemma2" | "gemma3_text":
-                return block.mlp.down_proj.weight.T * (1 + block.post_feedforward_layernorm.weight)
-            case _:
-                return block.mlp.down_proj.weight.T
-
-    def directions(self) -> Tensor:
-        """``(token, d_model)``: what each token's logit reads, less the mean over tokens."""
-        gain = 1 + self.final.weight if self.family.startswith("gemma") else self.final.weight
-        read = self.head.weight * gain
-        if self.family in LAYERNORM:
-            read = read - read.mean(1, keepdim=True)
-        return read - read.mean(0)
-
-
-@pytest.fixture(params=KINDS)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+from tests.weights.named import GATED, KINDS, LAYERNORM, Named, close
 
 
 def values_of(table: pd.DataFrame, side: str, neuron: int) -> tuple[list[int], np.ndarray]:
     rows = table[(table["side"] == side) & (table["neuron"] == neuron)].sort_values("place")
     return rows["token_id"].tolist(), rows["value"].to_numpy()
-
-
-# --- MLPs taken apart ----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", families.FAMILIES)
-@torch.no_grad()
-def test_weights_give_the_models_neurons_and_what_they_write(family: str) -> None:
-    subject = families.subject(family, torch.float64)
-    ids = torch.stack(families.documents(lengths=(9, 9)))
-    mlps = Mlps(subject)
-    with record(subject, "embedding", "residual", "attention_output", "neuron", "mlp_output") as seen:
-        subject.plain(ids)
-    for layer, block in enumerate(subject.anatomy.blocks):
-        before = seen["embedding"] if layer == 0 else seen["residual", layer - 1]
-        read = before if family in ("gpt_neox", "phi") else before + seen["attention_output", layer]
-        mlp, parts = mlps[layer], mlps.parts[layer]
-        x = read if mlp.norm is None else mlp.norm.normalised(read)[0]
-        up = x @ mlp.up.weight.T + mlp.up.constant
-        neurons = parts.activation(up if mlp.gate is None else x @ mlp.gate.weight.T + mlp.gate.constant)
-        neurons = neurons if mlp.gate is None else neurons * up
-        torch.testing.assert_close(neurons, seen["neuron", layer], **close(family))
-        written = seen["neuron", layer] @ mlp.down
-        if parts.behind is not None:
-            bare = seen["neuron", layer] @ (mlp.down / parts.behind.gain)
-            written = written * parts.behind.normalised(bare)[1]
-        written = written if mlp.bias is None else written + mlp.bias
-        torch.testing.assert_close(written, seen["mlp_output", layer], **close(family))
-        assert (mlp.gate is not None) == (family in GATED)
-        assert mlps.widths[layer] == block.d_mlp
-
-
-def test_the_gate_is_found_by_what_it_does_and_not_by_its_name() -> None:
-    model = families.build("llama", torch.float64)
-
-    def swapped(self: Any, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
-
-    for block in model.model.layers:
-        block.mlp.forward = MethodType(swapped, block.mlp)
-    parts = Mlps(load(model)).parts[1]
-    assert parts.gate is not None
-    assert (parts.gate.name, parts.up.name) == ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj")
-
-
-def _tempered(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.01)
-
-
-def _functional(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _chained(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x * 2.0))
-
-
-def _scaled(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2.0
-
-
-@pytest.mark.parametrize(
-    ("forward", "found"),
-    [
-        (_tempered, r"act\(gate\) · up with its maps gate_proj, up_proj"),
-        (_functional, r"act\(gate\) · up with its maps gate_proj, up_proj"),
-        (_chained, "mlp.up_proj, which does not read what the MLP reads"),
-        (_scaled, "changes what its last map gives"),
-    ],
-)
-def test_an_mlp_that_does_something_else_is_refused_by_name(forward: Any, found: str) -> None:
-    model = families.build("llama")
-    model.model.layers[2].mlp.forward = MethodType(forward, model.model.layers[2].mlp)
-    with pytest.raises(ModelError, match=f"llama: the MLP of block 2 .*{found}"):
-        Mlps(load(model))
 
 
 # --- tokens in and out ---------------------------------------------------------------------------------------------------------------------------
@@ -373,18 +205,3 @@ def test_half_precision_is_close_to_single() -> None:
     half = neuron_weights(families.subject("gemma2", torch.bfloat16))
     for name in ("norm_in", "norm_gate", "norm_out", "cosine_in_out", "vocabulary_variance"):
         np.testing.assert_allclose(half[name], whole[name], rtol=2e-2, atol=2e-2)
-
-
-@torch.no_grad()
-def test_a_walk_in_progress_is_left_alone() -> None:
-    subject = families.subject("opt", torch.float64)
-    ids = families.documents()[0][None]
-    expected = subject.plain(ids).logits
-    with Mlps(subject).watched(1) as seen:
-        walk = Walk(subject, ids)
-        found = walk.logits(walk.run())
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    with record(subject, "neuron") as recording:
-        subject.plain(ids)
-    torch.testing.assert_close(seen.neurons.view_as(recording["neuron", 1]), recording["neuron", 1])
-    assert not subject.anatomy.blocks[1].mlp_down._forward_pre_hooks

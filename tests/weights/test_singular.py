@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,6 @@ def test_vectors_values_and_tokens_are_those_of_the_dense_matrix(family: str, ma
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"k": 0}, {"matrix": "vo"}])
-def test_settings_that_do_not_fit_are_errors(options: dict[str, object]) -> None:
+def test_settings_that_do_not_fit_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="ov or qk"):
-        singular_tokens(families.subject("gpt2"), **options)  # type: ignore[arg-type]
+        singular_tokens(families.subject("gpt2"), **options)

@@ -18,18 +18,19 @@ from typing import Any
 import pandas as pd
 import torch
 
+from mechscope import ranks
 from mechscope.adapt.arms import Arm, BakeOffSettings, plan
 from mechscope.adapt.comparison import Outcome, arms_table, curves_table, rouge_table, summaries_table, summary_table
 from mechscope.adapt.generate import encode_prompts, summarize
 from mechscope.adapt.lora import total_parameters
 from mechscope.adapt.loss import Collator, mean_loss
-from mechscope.adapt.trainer import Progress
 from mechscope.adapt.training import load_tuned, tune
 from mechscope.data.documents import Document
 from mechscope.data.prompt import Example, pad_id
 from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
 from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.progress import Progress
 from mechscope.store.files import read_json, write_json
 from mechscope.store.hashing import hash_json
 from mechscope.store.tables import read_table, write_table
@@ -170,11 +171,11 @@ def _outcome(contest: _Contest, arm: Arm, work: Path) -> Outcome:
     method = "lora" if arm.placed is not None else arm.strategy
     placed = None if arm.placed is None else asdict(arm.placed)
     folder = work / "arms" / hash_json([contest.common, method, arm.seed, placed])[:16]
-    if not (folder / "arm.json").is_file():
+    if not ranks.by_first((folder / "arm.json").is_file):
         started = time.monotonic()
         _run(contest, arm, folder)
         log.info("bake-off arm %s, %s, seed %d: %.1f s", arm.protocol, arm.strategy, arm.seed, time.monotonic() - started)
-    if arm.strategy == "full":
+    if arm.strategy == "full" and ranks.is_first():
         shutil.rmtree(folder / "model", ignore_errors=True)  # a copy of the whole model per seed is not worth its place
     scores = read_table(folder / "rouge.parquet")
     return Outcome(
@@ -224,6 +225,10 @@ def _run(contest: _Contest, arm: Arm, folder: Path) -> None:
     written = summarize(model, subject.tokenizer, contest.prompts, decoding=settings.decoding, progress=contest.progress)
     scores = rouge(written, [document.summary for document in contest.documents])
     scores.insert(0, "id", [document.id for document in contest.documents])
-    write_table(curve, folder / "curve.parquet")
-    write_table(scores.assign(summary=written), folder / "rouge.parquet")
-    write_json(facts, folder / "arm.json")
+
+    def leave() -> None:
+        write_table(curve, folder / "curve.parquet")
+        write_table(scores.assign(summary=written), folder / "rouge.parquet")
+        write_json(facts, folder / "arm.json")
+
+    ranks.by_first(leave)

@@ -16,10 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from mechscope.adapt.trainer import Progress
+from mechscope import ranks
 from mechscope.data.prompt import Example, batches, encode_prompt, pad_id
 from mechscope.data.template import Template
 from mechscope.errors import SettingsError
+from mechscope.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def summarize(
     tokens_per_batch: int = 16384,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Continue prompts until the end token.
+    """Continue prompts until the end token; several ranks share them.
 
     Args:
         model: A causal language model, plain or with an adapter; left in evaluation mode.
@@ -90,22 +91,21 @@ def summarize(
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     model.eval()
     device = next(model.parameters()).device
-    summaries = [""] * len(prompts)
+    written: dict[int, str] = {}
     # the prompts' places travel through the length-sorted batches as their ids
     waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
     per_batch = max(tokens_per_batch // decoding.beams, 1)
-    done = 0
     with _plain_decoding(model, tokenizer, decoding):
-        for batch in batches(waiting, tokens_per_batch=per_batch, pad_id=pad_id(tokenizer), padding="left"):
+        for batch in ranks.own(batches(waiting, tokens_per_batch=per_batch, pad_id=pad_id(tokenizer), padding="left")):
             ids = batch.input_ids.to(device)
             answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             for example, text in zip(batch.examples, texts, strict=True):
-                summaries[int(example.id)] = text.strip()
-            done += len(texts)
+                written[int(example.id)] = text.strip()
             if progress is not None:
-                progress("summaries", done, len(prompts))
-    return summaries
+                progress("summaries", min(len(written) * ranks.size(), len(prompts)), len(prompts))
+    everyone = {place: text for part in ranks.exchange(written) for place, text in part.items()}
+    return [everyone[place] for place in range(len(prompts))]
 
 
 @contextmanager

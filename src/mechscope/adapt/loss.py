@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechscope import ranks
 from mechscope.data.prompt import Batch, Example, batches, collate
 
 LossOn = Literal["summary", "all"]
@@ -66,7 +67,7 @@ def summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Float[Tens
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collator, tokens_per_batch: int = 8192) -> float:
-    """Return the token-weighted loss of a set of examples, in nats per token.
+    """Return the token-weighted loss of a set of examples, in nats per token; several ranks share them.
 
     Args:
         model: A causal language model; left in evaluation mode.
@@ -77,8 +78,9 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collat
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for batch in batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id):
+    for batch in ranks.own(batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id)):
         loss, tokens = summed_loss(model, {name: tensor.to(device) for name, tensor in collator.inputs(batch).items()})
         total += float(loss)
         count += tokens
-    return total / count
+    parts = ranks.exchange((total, count))
+    return sum(part for part, _ in parts) / sum(part for _, part in parts)

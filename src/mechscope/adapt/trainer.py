@@ -3,6 +3,9 @@
 Three things differ from the stock Trainer. The loss is computed on the rows that predict a summary token, so no other row meets the
 vocabulary. Validation is weighted by token instead of averaging batch means. And nothing is printed, reported or asked of a model hub: progress
 goes to a callback. Checkpoints, resuming, early stopping, mixed precision and the schedule are the Trainer's own.
+
+Several ranks share every batch, so that `batch_size` means the same however many there are; gradients are averaged by the Trainer (DDP, or what
+accelerate is configured to do). Only where an epoch's last batch cannot be divided evenly does accelerate fill it up with examples from its start.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,12 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from mechscope import ranks
 from mechscope.adapt.loss import Collator, mean_loss, summed_loss
 from mechscope.adapt.settings import Method, TrainSettings
 from mechscope.data.prompt import Example
-from mechscope.errors import RunError
-
-Progress = Callable[[str, int, int], None]
+from mechscope.errors import RunError, SettingsError
+from mechscope.progress import Progress
 
 # the trainer names a checkpoint's state so, and writes it last: a checkpoint that has it whole is whole
 STATE = "trainer_state.json"
@@ -61,7 +64,8 @@ class SummaryTrainer(Trainer):
     ) -> Any:
         """Return the batch's share of the mean loss over the tokens of an optimizer step."""
         loss, tokens = summed_loss(model, inputs)
-        loss = loss / (tokens if num_items_in_batch is None else num_items_in_batch)
+        # the number of all ranks' tokens; the average over ranks that follows would divide once more
+        loss = loss / tokens if num_items_in_batch is None else loss * (ranks.size() / num_items_in_batch)
         if not torch.isfinite(loss):
             raise RunError(diverged(f"the training loss became {float(loss.detach())} at step {self.state.global_step + 1}"))
         return loss
@@ -141,6 +145,10 @@ def build_trainer(
         first_time: Whether the training starts at step 0, so that the untrained loss is still to be measured.
         callbacks: The trainer's own kind of callbacks.
     """
+    if settings.batch_size % ranks.size():
+        raise SettingsError(
+            f"batches of {settings.batch_size} cannot be divided among {ranks.size()} ranks: choose a multiple of that for batch_size"
+        )
     per_epoch = settings.steps_per_epoch(len(train))
     every = settings.eval_every or per_epoch
     steps = settings.epochs * per_epoch
@@ -148,7 +156,8 @@ def build_trainer(
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
         max_steps=steps if settings.max_steps is None else min(steps, settings.max_steps),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // ranks.size(),
+        ddp_find_unused_parameters=False,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate(method),
         weight_decay=settings.weight_decay,

@@ -21,18 +21,20 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from mechscope import ranks
 from mechscope.adapt.lora import attach, base_copy, leak, total_parameters
 from mechscope.adapt.settings import Method, TrainSettings
 from mechscope.adapt.targets import Placement
-from mechscope.adapt.trainer import Progress, Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
+from mechscope.adapt.trainer import Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
 from mechscope.data.prompt import Example, pad_id
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
+from mechscope.progress import Progress
 from mechscope.store.files import read_json, refusal, write_json
 from mechscope.store.hashing import hash_json
 
 RECORD = "training.json"
 # what a checkpoint holds for resuming only
-_NOT_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json")
+_NOT_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -139,21 +141,32 @@ def tune(
     }
     request_hash = hash_json(request)
     work = out.absolute().with_name(f".{out.name}.work")
-    if out.exists():
-        tuned = _already_there(out, request_hash)
-        shutil.rmtree(work, ignore_errors=True)  # a kill between the result's renaming and this line leaves it
-        return tuned
+    if ranks.by_first(lambda: _begun(out, work, request_hash)):
+        return Tuned.read(out)
     try:
-        _claim(work, request_hash)
         try:
             model_facts = _train(subject, train, validation, work, method, placed, scaling, dropout, settings, progress, initial_loss)
         except RunError:
-            shutil.rmtree(work)  # a diverged training would diverge again
+            if ranks.is_first():
+                shutil.rmtree(work, ignore_errors=True)  # a diverged training would diverge again
             raise
-        _publish(work, out, request, request_hash, subject.tokenizer, settings, model_facts)
+        ranks.by_first(lambda: _publish(work, out, request, request_hash, subject.tokenizer, settings, model_facts))
     except (OSError, SafetensorError) as error:
         raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     return Tuned.read(out)
+
+
+def _begun(out: Path, work: Path, request_hash: str) -> bool:
+    """Tell whether the result is there already; otherwise take the work folder."""
+    if out.exists():
+        _already_there(out, request_hash)
+        shutil.rmtree(work, ignore_errors=True)  # a kill between the result's renaming and this line leaves it
+        return True
+    try:
+        _claim(work, request_hash)
+    except OSError as error:
+        raise refusal(out, error) from error
+    return False
 
 
 def load_tuned(subject: Any, tuned: Tuned) -> Any:
@@ -193,7 +206,7 @@ def _train(
         "trainable_parameters": trainable,
         "total_parameters": base if placed is None else base + trainable,
     }
-    checkpoint = last_checkpoint(work)
+    checkpoint = ranks.by_first(lambda: last_checkpoint(work))
     state = None if checkpoint is None else read_state(checkpoint)
     if state is not None and finished(state, settings):
         return facts
@@ -279,12 +292,11 @@ def _claim(work: Path, request_hash: str) -> None:
     write_json(request_hash, owner)
 
 
-def _already_there(out: Path, request_hash: str) -> Tuned:
+def _already_there(out: Path, request_hash: str) -> None:
     if not (out / RECORD).is_file():
         raise RunError(f"{out} exists already and is not a training of mechscope: choose another output folder")
     if read_json(out / RECORD)["request_hash"] != request_hash:
         raise RunError(f"{out} holds a training with other settings, data or base model: choose another output folder, or delete it")
-    return Tuned.read(out)
 
 
 def _digest(examples: Sequence[Example]) -> str:

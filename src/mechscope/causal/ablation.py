@@ -18,7 +18,8 @@ from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -147,7 +148,7 @@ def _ablated(
     sites = {place.site for chosen in sets for place in chosen}
     gathered, done = Gathered(pairs), 0
     total = len(sets) * len(pairs)
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         clean = Prefix(subject, batch.clean, batch.real, sites=sites)
         runs = Runs(clean, metric_of(metric, batch, clean))
         value = taken.bind(subject, batch, sites, {"clean": clean})

@@ -32,7 +32,8 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients, unembed
 from mechscope.instrument.edits import HEAD_SITES
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of, score
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of, score
 from mechscope.subject import Components, Subject
 
 # rows of logits differentiated at once: 256 × 50,257 × 4 bytes are 49 MiB
@@ -93,7 +94,7 @@ def attribute(
     gathered, done = Gathered(pairs), 0
     checked = _drawn(len(where) * len(labels), check, seed)
     given, changed = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         kept = {where[0].site} if checked else set()
         runs = {given: Prefix(subject, getattr(batch, given), batch.real, sites={where[0].site})}
         if metric == "kl" or checked:
@@ -181,7 +182,7 @@ def _estimates(found: Gradients, source: Prefix, where: Sequence[Place], masks: 
         0 if place.head is None and place.feature is None else place.head if place.head is not None else place.feature for place in where
     ]
     taken = [rows[place.layer][:, :, column] for place, column in zip(where, columns, strict=True)]
-    return torch.cat(taken).double().cpu().numpy()
+    return torch.cat([one.to(taken[0].device) for one in taken]).double().cpu().numpy()
 
 
 def _by_token(source: Prefix, site: str, layer: int, value: Tensor, gradient: Tensor) -> Tensor:

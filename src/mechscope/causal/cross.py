@@ -26,7 +26,8 @@ from mechscope.causal.places import edits_of
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Components, Pair, Subject
 from mechscope.subject.anatomy import base_layer
 
@@ -82,7 +83,7 @@ def cross_patch(
         if progress is not None:
             progress(f"exchanging {by}", done, total)
 
-    for batch in batches(texts, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         kept = sites if by == "activations" else ()
         runs = {into: Prefix(receiver, batch.clean, batch.real, sites=kept) for into, receiver in receivers.items()}
         judged = metric_of(metric, batch, runs["into_base"])

@@ -31,7 +31,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument import Edit, observed
 from mechscope.instrument.edits import EditSite, validate
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.stats.inference import share_interval
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject

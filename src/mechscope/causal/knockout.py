@@ -18,7 +18,8 @@ from mechscope.causal.places import places
 from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Knockout, Prefix
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -162,7 +163,7 @@ def _cut_off(
     """Return the metric of every cut of every pair of positions, pairs of positions outermost, and of the whole model."""
     check_fits(subject, pairs)
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         clean = Prefix(subject, batch.clean, batch.real, sites={"mask"})
         runs = Runs(clean, metric_of(metric, batch, clean))
 

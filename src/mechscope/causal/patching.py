@@ -19,7 +19,8 @@ from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Components, Subject
 
 Direction = Literal["denoise", "noise"]
@@ -70,7 +71,7 @@ def patch(
     taken = source_named(source if source is not None else ("clean" if direction == "denoise" else "corrupt"))
     labels = position_labels(positions, pairs)
     gathered, done, total = Gathered(pairs), 0, 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
         for name, prefix in runs.items():

@@ -24,9 +24,10 @@ from mechscope.causal.places import Place, places_of
 from mechscope.data.pairs import Pairs
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
-from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of, score
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of, score
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -121,7 +122,7 @@ def patch_paths(
     check_fits(subject, pairs)
     kept = {"z", "attention_output", "mlp_output", "query", "key", "value"}
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
         for name, prefix in runs.items():
@@ -178,7 +179,7 @@ def _edits(noted: Noted) -> list[Edit]:
 def _with_direct(runs: Runs, noted: Noted, delta: Tensor) -> np.ndarray:
     """Read the metric where some receivers' inputs are changed and Δ also reaches the logits directly."""
     last = runs.prefix.subject.anatomy.n_layers - 1
-    added = Edit("residual", last, lambda hidden: hidden + delta)
+    added = Edit("residual", last, lambda hidden: hidden + delta.to(hidden.device))
     return runs.of([[*_edits(noted), added]])[0]
 
 
@@ -226,7 +227,8 @@ class _Paths:
                 if to_mlp or layer in open_mlps:
                     computed = self._mlp(layer, given, attention)
                     noted.update(dict.fromkeys(to_mlp, computed))
-                delta = given - self.base.input_of(layer) + attention - self.base.recording["attention_output", layer]
+                delta = (given - self.base.input_of(layer).to(given.device)).to(attention.device)
+                delta = delta + attention - self.base.recording["attention_output", layer]
                 own = self.base.recording["mlp_output", layer]
                 if mlp:
                     delta = delta + self.source.recording["mlp_output", layer] - own

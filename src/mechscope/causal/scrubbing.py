@@ -27,7 +27,8 @@ from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix
 from mechscope.instrument.edits import EditSite
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -106,7 +107,7 @@ def scrub(
     store = _recorded(subject, pairs, tokens_per_batch)
     index = {id(pair): at for at, pair in enumerate(pairs)}
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         rows = np.array([index[id(pair)] for pair in batch.pairs])
         prefix = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output"))
         runs = Runs(prefix, metric_of(metric, batch, prefix))

@@ -299,7 +299,7 @@ def _metrics(
     """Return the metric of every changed run, (units, texts), and of the unchanged one."""
     check_fits(subject, texts)
     gathered = Gathered(texts)
-    for batch in batches(texts, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         prefix = Prefix(subject, batch.clean, batch.real, sites={site})
         runs = Runs(prefix, metric_of(metric, batch, prefix))
         gathered.put("unchanged", batch, runs.unchanged())

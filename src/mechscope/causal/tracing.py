@@ -19,7 +19,8 @@ from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix, intervene
 from mechscope.instrument.walk import Walk
-from mechscope.scoring import Gathered, Progress, Runs, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Subject
 
 ROLES = (
@@ -81,7 +82,7 @@ def trace(
     spread = noise * _spread(subject, pairs)
     # each text has noise of its own, however texts are batched
     generators = {id(pair): _generator(seed, index) for index, pair in enumerate(pairs)}
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         clean = Prefix(subject, batch.clean, batch.real, sites={where[0].site})
         by = metric_of(metric, batch, clean)
         gathered.put("clean", batch, Runs(clean, by).unchanged())
@@ -139,7 +140,7 @@ def _spread(subject: Subject, pairs: Pairs) -> float:
         raise DataError(f"the texts hold no token but {int(ids[0])}: their embeddings have no spread that noise could be measured in")
     with torch.no_grad(), subject.active():
         embedded = subject.anatomy.embedding(ids).double()
-        read = Walk(subject, ids[:, None]).hidden[:, 0].double()
+        read = Walk(subject, ids[:, None]).hidden[:, 0].to(embedded)
     apart, apart_read = (vectors - vectors.mean(0) for vectors in (embedded, read))
     return float(embedded.std() * apart_read.std() / apart.std())
 

@@ -15,7 +15,7 @@ from mechscope.causal.sources import Source, Which, source_named
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
-from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
+from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Components, Subject
 
 World = Mapping[str, str | Source]
@@ -62,7 +62,7 @@ def run_worlds(
     check_fits(subject, pairs)
     sites = {place.site for parts in declared.values() for where, _ in parts for place in where}
     gathered = Gathered(pairs)
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=sites) for name in ("clean", "corrupt")}
         judged = metric_of(metric, batch, runs["clean"])
         for name, prefix in runs.items():

@@ -28,7 +28,8 @@ from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.scoring import Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 # the mean metric over all texts of some edge sets

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.circuits.contraction import Contraction
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.readings import Readings
@@ -31,10 +32,11 @@ from mechscope.data.metrics import Metric
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, Reading
-from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import Gathered, Progress, batches, check_fits, metric_of
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits, metric_of
 from mechscope.subject import Subject
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
@@ -84,9 +86,9 @@ def attribute_edges(
     require_source(pairs, source)
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
-    gathered = Gathered(pairs) if len(pairs) * len(graph) <= _KEPT else None
+    gathered, keep = Gathered(pairs), len(pairs) * len(graph) <= _KEPT
     total, done = np.zeros(len(graph)), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         scored = _Scored(subject, wiring, graph, batch, metric, source)
         if method == "eap-ig-activations":
             scored.along_activations(_fractions(steps, points))
@@ -94,12 +96,13 @@ def attribute_edges(
             scored.along_inputs({"eap": [1.0], "clean-corrupted": [1.0, 0.0]}.get(method) or _fractions(steps, points))
         found = graph.flat(scored.scores.float().cpu().numpy() if subject.dtype != torch.float64 else scored.scores.cpu().numpy())
         total += found.sum(0, dtype=np.float64)
-        if gathered is not None:
+        if keep:
             gathered.put("scores", batch, found.T)
         done += len(batch.pairs)
         if progress is not None:
             progress(f"scoring edges by {method}", done, len(pairs))
-    per_text = None if gathered is None else gathered["scores"].T
+    per_text = gathered["scores"].T if keep else None
+    total = np.sum(ranks.exchange(total), axis=0)
     integrated = {"steps": steps, "points": points} if method in _INTEGRATED else {}
     return Scores(
         graph,
@@ -173,7 +176,7 @@ class _Scored:
         self.reading = Reading.of(self.metric.where)
         self.real = None if bool(batch.real.all()) else batch.real
         self.walk = Walk(subject, batch.clean.to(subject.device), self.real)
-        self.scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=subject.device)
+        self.scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=self.walk.hidden.device)
 
     def along_inputs(self, fractions: Sequence[float]) -> None:
         """Add the gradients at some points between the corrupt (0) and the clean (1) embedding."""
@@ -207,14 +210,26 @@ class _Scored:
 
     def _stages(self, run: Prefix, clean: Written, other: Written) -> Iterator[_Stage]:
         graph = self.graph
-        yield _Stage(slice(0, 1), 0, run.input_of(0), (other.embedding - clean.embedding).expand_as(clean.embedding), inside=False)
+        yield _Stage(
+            slice(0, 1),
+            0,
+            run.input_of(0),
+            (other.embedding.to(clean.embedding.device) - clean.embedding).expand_as(clean.embedding),
+            inside=False,
+        )
         for layer in range(graph.n_layers):
             written = run.recording["attention_output", layer]
-            change = other.attention(layer) - clean.attention(layer)
+            change = other.attention(layer).to(written.device) - clean.attention(layer)
             yield _Stage(graph.heads_of(layer), layer, run.input_of(layer), change.expand_as(written), inside=True, written=written)
             place = graph.mlp_sender(layer)
             after = run.recording["residual", layer]
-            yield _Stage(slice(place, place + 1), layer + 1, after, (other.mlp[layer] - clean.mlp[layer]).expand_as(after), inside=False)
+            yield _Stage(
+                slice(place, place + 1),
+                layer + 1,
+                after,
+                (other.mlp[layer].to(after.device) - clean.mlp[layer]).expand_as(after),
+                inside=False,
+            )
 
     def _read(self, hidden: Tensor, first: int) -> Readings:
         return Readings(self.walk, self.wiring, self.metric, self.reading, lambda walk: (hidden, first))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -24,7 +23,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, Reading, pattern
 from mechscope.instrument.attention import AttentionCall, observed
-from mechscope.instrument.norms import recognised
+from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
 from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
@@ -54,7 +53,7 @@ def component_cards(
     """
     check_fits(subject, pairs)
     require_source(pairs, source)
-    wiring, graph = Wiring(subject), Graph.of(subject)
+    wiring, readout, graph = Wiring(subject), Readout.of(subject), Graph.of(subject)
     if circuit.graph != graph:
         raise SettingsError(f"a circuit of {circuit.graph} does not belong to this model, which is {graph}")
     wanted = [(place, name) for place, name in enumerate(graph.senders) if circuit.nodes[place] and name != "input"]
@@ -67,24 +66,20 @@ def component_cards(
         clean = Written.by(run, wiring)
         apart = differences(graph, clean, written_in(source, batch, clean))
         change = reading.take(apart)[[place for place, _ in wanted]]  # (component, read, d_model)
-        scaled = _through_final_norm(subject, rows, change)
-        total = scaled.sum(1)
+        total = (change * readout.scale(rows).to(change.device)).sum(1)
         raised = total if raised is None else raised + total
         read += len(reading)
-    spelled = _speller(subject)
-    unembedding, projection = subject.anatomy.unembedding, subject.anatomy.projection_out
     table = []
     for number, (_, name) in enumerate(wanted):
         assert raised is not None  # there is at least one batch
-        mean = raised[number] / read
         with subject.active():
-            ends = torch.stack([mean, torch.zeros_like(mean)])
-            # a difference, so that a bias of the unembedding is nobody's
-            logits = torch.sub(*unembedding(ends if projection is None else projection(ends)))
+            logits = readout.folded(raised[number] / read).to(readout.weight) @ readout.weight.T
         top = logits.topk(min(_SHOWN, logits.shape[-1]))
-        tokens = ", ".join(f"{spelled(int(token))} {float(value):+.2f}" for token, value in zip(top.indices, top.values, strict=True))
+        tokens = ", ".join(
+            f"{_quoted(subject, int(token))} {float(value):+.2f}" for token, value in zip(top.indices, top.values, strict=True)
+        )
         most = heapq.nlargest(_SHOWN, looked[name].items(), key=lambda found: found[1])
-        attends = ", ".join(f"{spelled(token)} {share / read:.0%}" for token, share in most if share)
+        attends = ", ".join(f"{_quoted(subject, token)} {share / read:.0%}" for token, share in most if share)
         table.append({"component": name, "layer": graph.layer_of([name])[0], "attends_to": attends, "top_tokens": tokens})
     return pd.DataFrame(table, columns=["component", "layer", "attends_to", "top_tokens"])
 
@@ -113,18 +108,6 @@ def _watched(
     return run, run.read(reading)
 
 
-def _through_final_norm(subject: Subject, rows: Tensor, change: Tensor) -> Tensor:
-    """Carry changes of the rows that are read through the final norm with its scale kept."""
-    norm = subject.anatomy.final_norm
-    if norm is None:
-        return change
-    known = recognised(subject.family, norm)
-    _, scale = known.normalised(rows)
-    change = change - change.mean(-1, keepdim=True) if known.centred else change
-    return change * scale * known.gain
-
-
-def _speller(subject: Subject) -> Callable[[int], str]:
-    if subject.tokenizer is None:
-        return str
-    return lambda token: repr(subject.tokenizer.decode([token]))
+def _quoted(subject: Subject, token: int) -> str:
+    # quotes show where a token begins and ends, spaces included
+    return repr(subject.spelling.token(token))

@@ -79,7 +79,7 @@ class Contraction:
                 start, stop, _ = senders.indices(graph.heads_of(layer).start)
                 readers = graph.readers_of(layer)
                 if stop > start:
-                    gradients = self._expanded(layer, below)
+                    gradients = self._expanded(layer, below).to(differences.device)
                     products = _products(differences[start:stop], gradients)
                     self._take_off(layer, differences[start:stop], products[..., int(below is not None) :])
                     scores[:, start:stop, readers.start - int(below is not None) : readers.stop] += products
@@ -89,7 +89,7 @@ class Contraction:
                     scores[:, start:stop, graph.mlp_reader(layer - 1)] += _single(differences[start:stop], self._mlp[layer - 1])
         if self._logits is not None:
             rows = self.reading.take(differences[senders])  # (sender, read, d_model)
-            products = (rows * self._logits).sum(-1).T
+            products = (rows * self._logits.to(rows.device)).sum(-1).T
             scores[:, senders, -1] = scores[:, senders, -1].index_add(0, self.reading.example.to(products.device), products)
 
     def _expanded(self, layer: int, below: Tensor | None) -> Float[Tensor, "receiver batch token d_model"]:
@@ -120,10 +120,10 @@ class Contraction:
             return
         senders, batch, tokens, _ = differences.shape
         standard = torch.stack([one for one, _ in points], dim=-1).flatten(0, 1)  # (batch · token, d_model, point)
-        within = torch.bmm(differences.flatten(1, 2).transpose(0, 1), standard)  # (batch · token, sender, point)
+        within = torch.bmm(differences.flatten(1, 2).transpose(0, 1), standard.to(differences.device))  # (batch · token, sender, point)
         within = within.view(batch, tokens, senders, -1).permute(0, 2, 1, 3).flatten(2)
         along = torch.stack([one for _, one in points], dim=2).flatten(1, 2)  # (batch, token · point, receiver)
-        products += torch.bmm(within, along)
+        products += torch.bmm(within, along.to(within.device))
 
 
 def _sum(total: Tensor | None, found: Tensor, weight: float) -> Tensor:
@@ -136,4 +136,5 @@ def _products(differences: Tensor, gradients: Tensor) -> Float[Tensor, "batch se
 
 def _single(differences: Tensor, gradient: Tensor) -> Float[Tensor, "batch sender"]:
     """Multiply with one receiver's gradient; text by text, as a product with a single column is slow in a batch."""
+    gradient = gradient.to(differences.device)
     return torch.stack([differences[:, text].flatten(1) @ gradient[text].flatten() for text in range(len(gradient))])

@@ -27,7 +27,7 @@ from mechscope.circuits.scores import Cost
 from mechscope.circuits.written import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 from mechscope.subject import Subject
 

@@ -20,7 +20,7 @@ from mechscope.circuits.scores import Scores
 from mechscope.circuits.written import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 
 DISCOVERIES: tuple[str, ...] = (*GRADIENTS, "exact", "acdc", "edge-pruning", "flow-routes")

@@ -29,7 +29,8 @@ from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
-from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits
 from mechscope.stats.inference import paired_difference
 from mechscope.subject import Subject
 
@@ -168,7 +169,7 @@ def evaluate(
     _, first, place = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     distinct = np.stack([circuits[index].edges for index in first])
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         runs = CircuitRuns(subject, batch, metric, source=source)
         found = []
         for edges in torch.from_numpy(distinct).split(_AT_ONCE):

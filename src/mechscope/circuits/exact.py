@@ -19,7 +19,8 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
 from mechscope.data.pairs import Pairs
-from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits
 from mechscope.subject import Subject
 
 # edges of one call: their sets are matrices of this many times all edges
@@ -60,7 +61,7 @@ def exact_effects(
     # edges into one receiver stand together: they begin at the same place
     chosen = chosen[np.argsort(graph.edges[chosen, 1], kind="stable")]
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         runs = CircuitRuns(subject, batch, metric, source=source)
         found = np.full((len(graph), len(batch.pairs)), np.nan)
         for start in range(0, len(chosen), _AT_ONCE):

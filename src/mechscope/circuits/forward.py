@@ -25,7 +25,7 @@ from mechscope.data.pairs import PairBatch
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import Prefix, Reading, observed
 from mechscope.instrument.parts import attention_of, mlp_of
-from mechscope.instrument.rerun import fused_activations
+from mechscope.instrument.stand_ins import fused_activations
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
 from mechscope.scoring import metric_of, score
@@ -64,21 +64,24 @@ class CircuitRuns:
         self.wiring = Wiring(subject)
         self.graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, self.wiring.parallel)
         self._clean = Prefix(subject, batch.clean, batch.real, sites=SITES)
+        # where mixtures are made: on the device of what the first block reads
+        self._device = self._clean.input_of(0).device
         self.metric = metric_of(metric, batch, self._clean)
         self._reading = Reading.of(self.metric.where)
         self._clean_written = Written.by(self._clean, self.wiring)
         self._other = Other.of(written_in(source, batch, self._clean_written), self.wiring, self._clean.input_of(0))
-        self.clean: Float[Tensor, " batch"] = score(subject, self._clean.read(self._reading)[None], self.metric)[0]
-        self.corrupt: Float[Tensor, " batch"] = score(subject, self._reading.take(self._other.final[None]), self.metric)[0]
+        self.clean: Float[Tensor, " batch"] = self._score(self._clean.read(self._reading)[None], read=True)[0]
+        self.corrupt: Float[Tensor, " batch"] = self._score(self._other.final[None])[0]
         self._differences: Tensor | None = None
         self._walks: dict[int, Walk] = {}
         graph = self.graph
         place = [2 * layer for layer in range(graph.n_layers) for _ in range(3 * graph.n_heads + 1)]
         for layer in range(graph.n_layers):
             place[graph.mlp_reader(layer)] += 1
-        # where each receiver stands: 2·layer for heads, 2·layer + 1 for an MLP, then the logits
-        self._place = torch.tensor([*place, 2 * graph.n_layers])
         self._edges = torch.from_numpy(graph.edges)
+        # where each edge's receiver stands: 2·layer for heads, 2·layer + 1 for an MLP, then the logits
+        self._place = torch.tensor([*place, 2 * graph.n_layers])[self._edges[:, 1]]
+        self._ends = self._edges.T.to(self._device)
 
     def run(self, edges: Tensor) -> Float[Tensor, "units batch"]:
         """Return the metric with only some edges carrying clean values.
@@ -93,15 +96,15 @@ class CircuitRuns:
         """
         if edges.ndim != 2 or edges.shape[1] != len(self.graph):
             raise SettingsError(f"edge sets have shape {tuple(edges.shape)}, this model needs (sets, {len(self.graph):,} edges)")
-        edges = edges.to(self.subject.device)
         learning = torch.is_grad_enabled() and edges.requires_grad
-        closed = edges.detach() != 1
-        receiver_place = self._place[self._edges[:, 1]].to(edges.device)
+        # what is run is decided on the CPU, so that no device is waited for in between
+        closed = edges.detach().cpu() != 1
+        edges = edges.to(self._device)
         end = 2 * self.graph.n_layers + 1
-        first = torch.where(closed, receiver_place, end).amin(1)
-        last = torch.where(closed, receiver_place, -1).amax(1)
+        first = torch.where(closed, self._place, end).amin(1)
+        last = torch.where(closed, self._place, -1).amax(1)
         found = []
-        order = torch.arange(len(edges)) if learning else first.argsort(stable=True).to("cpu")
+        order = torch.arange(len(edges)) if learning else first.argsort(stable=True)
         with torch.set_grad_enabled(learning), observed(self.subject), fused_activations(self.subject):
             start = 0
             while start < len(order):
@@ -109,10 +112,12 @@ class CircuitRuns:
                 at_once = self._at_once(begin, end if learning else int(last[order[start:]].amax()))
                 chunk = order[start : start + at_once]
                 # sets that begin further up wait for their own pass, unless it is this place
-                same = chunk if learning else chunk[first[chunk].cpu() // 2 == begin // 2]
-                found.append(self._run(edges[same], begin, end if learning else int(last[same].amax()), learning=learning))
+                same = chunk if learning else chunk[first[chunk] // 2 == begin // 2]
+                here = edges if len(same) == len(edges) and learning else edges[same.to(edges.device)]
+                found.append(self._run(here, closed[same], begin, end if learning else int(last[same].amax()), learning=learning))
                 start += len(same)
-        whole = torch.cat(found)[order.argsort()]
+        whole = torch.cat(found)
+        whole = whole[order.argsort().to(whole.device)]
         if not torch.isfinite(whole.detach()).all():
             raise ModelError(
                 "a circuit's run gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32"
@@ -125,15 +130,15 @@ class CircuitRuns:
         senders = (min(last, 2 * graph.n_layers) // 2 - begin // 2) * (graph.n_heads + 1)
         return max(1, _NUMBERS // (stream * (senders + 6 * graph.n_heads + 8)))
 
-    def _run(self, edges: Tensor, first: int, last: int, *, learning: bool) -> Tensor:
+    def _run(self, edges: Tensor, closed: Tensor, first: int, last: int, *, learning: bool) -> Tensor:
         """Run some edge sets that are whole before one place and behind another."""
         graph, layers = self.graph, self.graph.n_layers
         units = len(edges)
         if first > 2 * layers:
             return self.clean.expand(units, -1)
         weights = torch.zeros(units, *graph.real.shape, dtype=self.subject.dtype, device=edges.device)
-        senders, receivers = self._edges.T.to(edges.device)
-        weights = weights.index_put((torch.arange(units)[:, None].to(edges.device), senders, receivers), edges.to(weights.dtype))
+        senders, receivers = self._ends
+        weights = weights.index_put((torch.arange(units, device=edges.device)[:, None], senders, receivers), edges.to(weights.dtype))
         mixer = Mixer(self.graph, self.wiring, self._other, weights, self.clean_differences(self._shared(first)), learning=learning)
         walk = self._walk(units)
         for layer in range(first // 2, layers):
@@ -141,21 +146,21 @@ class CircuitRuns:
                 hidden = mixer.whole(self._other.before[layer], graph.heads_of(layer).start)
                 return self._score(walk.run(hidden.flatten(0, 1), start=layer).unflatten(0, (units, -1)))
             if 2 * layer >= first:
-                z = attention_of(walk, layer, *mixer.projections(layer, self._partial(edges, layer, learning=learning)))
+                z = attention_of(walk, layer, *mixer.projections(layer, self._partial(closed, layer, learning=learning)))
                 if last == 2 * layer:
                     return self._finish(walk, mixer, layer, z, units)
                 mixer.add(self._heads(layer, z, units))
             (read,) = mixer.mixed(self._other.middle(layer, parallel=graph.parallel), [graph.mlp_reader(layer)]).unbind(1)
             mlp = mlp_of(walk, layer, read.flatten(0, 1)).unflatten(0, (units, -1))
             if last == 2 * layer + 1:
-                hidden = mixer.whole(self._other.after_heads[layer], graph.heads_of(layer).stop) + mlp
+                hidden = mixer.whole(self._other.after_heads[layer], graph.heads_of(layer).stop).to(mlp.device) + mlp
                 return self._score(walk.run(hidden.flatten(0, 1), start=layer + 1).unflatten(0, (units, -1)))
-            mixer.add((mlp - self._other.written.mlp[layer])[:, None])
+            mixer.add((mlp - self._other.written.mlp[layer].to(mlp.device))[:, None])
         return self._score(mixer.at_rows(self._other.final, self._reading), read=True)
 
     def _finish(self, walk: Walk, mixer: Mixer, layer: int, z: Tensor, units: int) -> Tensor:
         """Go on from a layer's z where nothing behind it is closed: heads need not be told apart any more."""
-        before = mixer.whole(self._other.before[layer], self.graph.heads_of(layer).start).flatten(0, 1)
+        before = mixer.whole(self._other.before[layer], self.graph.heads_of(layer).start).flatten(0, 1).to(z.device)
         weight, bias = self.wiring.writer(layer)
         written = scaled(self.wiring, layer, z).flatten(2) @ weight.flatten(0, 1)
         after = before + (written if bias is None else written + bias)
@@ -167,20 +172,20 @@ class CircuitRuns:
         kept, other = scaled(self.wiring, layer, z).unflatten(0, (units, -1)), self._other.written
         if other.wiring.subject is self.subject:
             return expanded(self.wiring, layer, (kept - other.z[layer]).flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1)
-        return expanded(self.wiring, layer, kept.flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1) - other.heads(layer)
+        return expanded(self.wiring, layer, kept.flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1) - other.heads(layer).to(z.device)
 
-    def _partial(self, edges: Tensor, layer: int, *, learning: bool) -> list[int]:
+    def _partial(self, closed: Tensor, layer: int, *, learning: bool) -> list[int]:
         """Return the receivers of a layer's heads that some unit does not let read everything."""
         readers = self.graph.readers_of(layer)
         if learning:
             return list(range(readers.start, readers.stop))
-        receivers = self._edges[:, 1].to(edges.device)
+        receivers = self._edges[:, 1]
         inside = (receivers >= readers.start) & (receivers < readers.stop)
-        return sorted(set(receivers[inside & (edges != 1).any(0)].tolist()))
+        return sorted(set(receivers[inside & closed.any(0)].tolist()))
 
     def _score(self, hidden: Tensor, *, read: bool = False) -> Tensor:
         rows = hidden if read else self._reading.take(hidden)
-        return score(self.subject, rows, self.metric)
+        return score(self.subject, rows, self.metric).to(self._device)
 
     def _walk(self, units: int) -> Walk:
         if units not in self._walks:

@@ -26,7 +26,8 @@ from mechscope.circuits.overlap import random_like
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.scoring import Progress, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import check_fits
 from mechscope.subject import Pair
 
 

@@ -31,7 +31,7 @@ class Other:
 
     @classmethod
     def of(cls, written: Written, wiring: Wiring, like: Float[Tensor, "batch token d_model"]) -> Other:
-        """Add up what every sender writes; the biases of output projections, which are no sender's, are those of the model that is run.
+        """Add up what every sender writes, on the device of the embedding; the biases of output projections, which are no sender's, are those of the model that is run.
 
         Args:
             written: What the senders write.
@@ -42,10 +42,10 @@ class Other:
         for layer, mlp in enumerate(written.mlp):
             before.append(stream)
             _, bias = wiring.writer(layer)
-            stream = stream + written.attention(layer)
-            stream = stream if bias is None else stream + bias
+            stream = stream + written.attention(layer).to(stream.device)
+            stream = stream if bias is None else stream + bias.to(stream.device)
             after.append(stream)
-            stream = stream + mlp
+            stream = stream + mlp.to(stream.device)
         return cls(written, before, after, stream)
 
     def middle(self, layer: int, *, parallel: bool) -> Tensor:
@@ -101,6 +101,7 @@ class Mixer:
 
     def add(self, differences: Float[Tensor, "unit sender batch token d_model"]) -> None:
         """Add the next senders."""
+        differences = differences.to(self.shared.device)
         if self.learning:
             self._own.append(differences)
         else:
@@ -157,13 +158,13 @@ class Mixer:
             chosen = [receiver - first for receiver in own]
             projected = None
             if whole is not None and len(own) < heads:
-                projected = torch.einsum("ubtd,hed->ubthe", whole, reader.weight)
+                projected = torch.einsum("ubtd,hed->ubthe", whole.to(reader.weight.device), reader.weight)
                 projected = projected if reader.bias is None else projected + reader.bias
                 projected = projected.repeat_interleave(group, dim=3) if group > 1 else projected
             if own:
                 stored = [head // group for head in chosen]
                 read = self.mixed(stream, own)
-                read = read if norm is None else norm.module(read)
+                read = (read if norm is None else norm.module(read)).to(reader.weight.device)
                 weight = reader.weight if stored == list(range(len(reader.weight))) else reader.weight[stored]
                 # (unit, head, batch · token, d_head)
                 mine = torch.matmul(read.flatten(2, 3), weight.transpose(1, 2))

@@ -33,7 +33,8 @@ from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
-from mechscope.scoring import Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1

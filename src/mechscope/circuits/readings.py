@@ -24,7 +24,7 @@ from mechscope.data.metrics import Metric
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, AttentionInputs, Reading, observed
 from mechscope.instrument.parts import PARTS
-from mechscope.instrument.rerun import fused_activations, only_at
+from mechscope.instrument.stand_ins import fused_activations, only_at
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
 from mechscope.scoring import score
@@ -126,13 +126,10 @@ class Readings:
         layer, part = where
         module = getattr(self._anatomy.blocks[layer], part).module
         shared, group = self._shared[where][1], self.wiring.group
-        slices = getattr(self._anatomy.blocks[layer], part)
-        starts = tuple(dict.fromkeys(slices.starts))
-        places = torch.cat([torch.arange(start, start + slices.width) for start in starts]).to(gradient.device)
         found = []
         for member in range(group):
             (at,) = torch.autograd.grad([shared], [self._outputs[layer][module]], [gradient[:, member::group]], retain_graph=True)
-            found.append(at[..., places].unflatten(-1, (len(starts), slices.width)))
+            found.append(self._of_heads(layer, part, at))
         return torch.stack(found, dim=3).flatten(2, 3)  # (batch, token, head, d_head)
 
     @property

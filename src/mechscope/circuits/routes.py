@@ -20,7 +20,8 @@ from mechscope.circuits.written import SITES, Written, differences
 from mechscope.data.pairs import Pairs
 from mechscope.instrument import Prefix
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits
 from mechscope.subject import Subject
 
 
@@ -44,17 +45,18 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
     gathered, done = Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         run = Prefix(subject, batch.clean, batch.real, sites=SITES)
         clean = Written.by(run, wiring)
         written = differences(graph, clean, Written.nothing(clean))
-        real = batch.real.to(subject.device)
-        scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=subject.device)
+        real = batch.real.to(written.device)
+        scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=written.device)
         for layer in range(graph.n_layers):
             before = run.input_of(layer)
             heads = _shares(before, written[: graph.heads_of(layer).start], real)
             scores[:, : heads.shape[1], graph.readers_of(layer)] = heads[..., None]
-            read = before if graph.parallel else before + run.recording["attention_output", layer]
+            attention = run.recording["attention_output", layer]
+            read = before if graph.parallel else before.to(attention.device) + attention
             mlp = _shares(read, written[: graph.before_mlp(layer)], real)
             scores[:, : mlp.shape[1], graph.mlp_reader(layer)] = mlp
         scores[:, :, -1] = _shares(run.recording["residual", graph.n_layers - 1], written, real)
@@ -68,6 +70,7 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
 
 def _shares(read: Tensor, written: Float[Tensor, "sender batch token d_model"], real: Tensor) -> Float[Tensor, "batch sender"]:
     """Return each sender's share in what is read, averaged over a text's tokens."""
+    read = read.to(written.device)
     whole = read.abs().sum(-1)
     near = torch.stack([(whole - (read - one).abs().sum(-1)).clamp(min=0) for one in written])  # (sender, batch, token)
     total = near.sum(0)

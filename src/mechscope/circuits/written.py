@@ -75,8 +75,8 @@ class Written:
         wiring, total, tokens = Wiring(subject), None, 0
         for batch in batches(texts, tokens_per_batch):
             run = Prefix(subject, batch.clean, batch.real, sites=SITES)
-            here, mask = cls.by(run, wiring), batch.real.to(subject.device)
-            sums = [(x * mask.view(*mask.shape, *[1] * (x.ndim - 2))).sum((0, 1), keepdim=True) for x in here.parts]
+            here, mask = cls.by(run, wiring), batch.real
+            sums = [(x * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)).sum((0, 1), keepdim=True) for x in here.parts]
             total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
             tokens += int(mask.sum())
         assert total is not None  # `batches` refuses an empty set
@@ -98,7 +98,8 @@ class Written:
             return expanded(self.wiring, layer, self.z[layer], out=out)
         if minus.wiring.subject is self.wiring.subject:
             return expanded(self.wiring, layer, self.z[layer] - minus.z[layer], out=out)
-        return torch.sub(self.heads(layer), minus.heads(layer), out=out)
+        own = self.heads(layer)
+        return torch.sub(own, minus.heads(layer).to(own.device), out=out)
 
     def attention(self, layer: int) -> Float[Tensor, "batch token d_model"]:
         """Return what a layer's heads write together, without the projection's bias."""
@@ -125,7 +126,7 @@ def expanded(
 
 
 def differences(graph: Graph, one: Written, other: Written, *, senders: int | None = None) -> Float[Tensor, "sender batch token d_model"]:
-    """Return what each sender writes in one run less what it writes in another, in the graph's order.
+    """Return what each sender writes in one run less what it writes in another, in the graph's order, on the device of the embedding.
 
     Args:
         graph: The model's edges.
@@ -138,10 +139,14 @@ def differences(graph: Graph, one: Written, other: Written, *, senders: int | No
         last = next((layer for layer in range(graph.n_layers) if graph.heads_of(layer).start >= senders), graph.n_layers)
     shape = torch.broadcast_shapes(one.embedding.shape, other.embedding.shape)
     out = one.embedding.new_empty(1 + last * (graph.n_heads + 1), *shape)
-    out[0] = one.embedding - other.embedding
+    out[0] = one.embedding - other.embedding.to(out.device)
     for layer in range(last):
-        one.heads(layer, minus=other, out=out[graph.heads_of(layer)])
-        torch.sub(one.mlp[layer], other.mlp[layer], out=out[graph.mlp_sender(layer)])
+        heads, mlp = out[graph.heads_of(layer)], one.mlp[layer]
+        if mlp.device == out.device:
+            one.heads(layer, minus=other, out=heads)
+        else:  # of a model over several devices
+            heads.copy_(one.heads(layer, minus=other))
+        out[graph.mlp_sender(layer)] = mlp - other.mlp[layer].to(mlp.device)
     return out
 
 

@@ -137,6 +137,15 @@ class PairBatch:
     pairs: tuple[PromptPair, ...]
     padding: Padding
 
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def halves(self) -> tuple[PairBatch, PairBatch]:
+        """Return the first and the second half of the pairs, each padded no further than it needs."""
+        middle = (len(self) + 1) // 2
+        first, second = self.pairs[:middle], self.pairs[middle:]
+        return collate_pairs(first, padding=self.padding), collate_pairs(second, padding=self.padding)
+
     def shift(self, row: int) -> int:
         """Return the column of a text's first token."""
         return self.real.shape[1] - len(self.pairs[row].clean) if self.padding == "left" else 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -203,6 +203,16 @@ class Batch:
     examples: tuple[Example, ...]
     padding: Padding
 
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Return the first and the second half of the examples, each padded no further than it needs."""
+        middle = (len(self) + 1) // 2
+        first, second = self.examples[:middle], self.examples[middle:]
+        # what stands at padding is seen by nothing
+        return collate(first, pad_id=0, padding=self.padding), collate(second, pad_id=0, padding=self.padding)
+
     def rows(self, which: Rows) -> Bool[Tensor, "batch tokens"]:
         """Mark query rows: `all` real tokens, those of the `document`, or those of the `summary` (its end token included)."""
         if which == "all":
@@ -248,25 +258,39 @@ def collate(examples: Sequence[Example], *, pad_id: int, padding: Padding = "rig
     return Batch(input_ids, attention_mask, position_ids, tuple(examples), padding)
 
 
-def batches(examples: Sequence[Example], *, tokens_per_batch: int, pad_id: int, padding: Padding = "right") -> Iterator[Batch]:
-    """Batch examples by length, longest first: what needs most memory comes at once, not after an hour.
+def packs(examples: Iterable[Example], *, tokens_per_batch: int) -> Iterator[list[Example]]:
+    """Divide examples into what makes a batch each, longest first: what needs most memory comes at once, not after an hour.
 
     Args:
-        examples: each goes into exactly one batch; the order is the same on every call.
-        tokens_per_batch: most tokens of a batch, padding included; an example longer than this is a batch by itself.
-        pad_id: the id to pad with; see `pad_id`.
-        padding: the side to pad on.
+        examples: each goes into exactly one pack; the order is the same on every call.
+        tokens_per_batch: most tokens of a batch, padding included; an example longer than this is a pack by itself.
 
     Raises:
-        DataError: `tokens_per_batch` is below one, or the padding is unknown.
+        DataError: `tokens_per_batch` is below one.
     """
     if tokens_per_batch < 1:
         raise DataError(f"tokens_per_batch is {tokens_per_batch}: at least 1 is needed")
     waiting: list[Example] = []
     for example in sorted(examples, key=len, reverse=True):  # stable: equal lengths keep their order
         if waiting and len(waiting[0]) * (len(waiting) + 1) > tokens_per_batch:
-            yield collate(waiting, pad_id=pad_id, padding=padding)
+            yield waiting
             waiting = []
         waiting.append(example)
     if waiting:
-        yield collate(waiting, pad_id=pad_id, padding=padding)
+        yield waiting
+
+
+def batches(examples: Iterable[Example], *, tokens_per_batch: int, pad_id: int, padding: Padding = "right") -> Iterator[Batch]:
+    """Batch examples by length, longest first.
+
+    Args:
+        examples: see `packs`.
+        tokens_per_batch: see `packs`.
+        pad_id: the id to pad with; see `pad_id`.
+        padding: the side to pad on.
+
+    Raises:
+        DataError: `tokens_per_batch` is below one, or the padding is unknown.
+    """
+    for pack in packs(examples, tokens_per_batch=tokens_per_batch):
+        yield collate(pack, pad_id=pad_id, padding=padding)

@@ -25,7 +25,9 @@ from mechscope.data.prompt import Batch, Rows
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, PatternStatistics, Walk, compare, observed, unembed
 from mechscope.instrument.kernels import statistics_dtype
+from mechscope.instrument.padding import Padding
 from mechscope.instrument.patterns import Method
+from mechscope.instrument.stand_ins import fused_activations
 from mechscope.subject import Pair, Subject
 
 ROWS: tuple[Rows, ...] = get_args(Rows)
@@ -74,71 +76,102 @@ class Measured:
     pooled: Float[np.ndarray, "document side rows layer d_model"]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Pending:
+    """A batch's numbers while a device still works on them, so that the next batch can be sent on its way before these are waited for.
+
+    Attributes:
+        pair: The models.
+        batch: The documents.
+        values: `heads`, `layers`, `outputs`, `pooled` of `Measured` on the device, and `finite` ``(document, side)``.
+    """
+
+    pair: Pair
+    batch: Batch
+    values: dict[str, Tensor]
+
+    def fetch(self) -> Measured:
+        """Wait for the numbers.
+
+        Raises:
+            ModelError: A model's activations overflowed on a document: NaN means "no such row" further on, and would silently leave these rows out.
+        """
+        for column, side in enumerate(SIDES):
+            finite = self.values["finite"][:, column].cpu()
+            if not bool(finite.all()):
+                subject: Subject = getattr(self.pair, side)
+                document = self.batch.examples[int((~finite).int().argmax())].id
+                raise ModelError(
+                    f"{side} model {subject.source!r} in {subject.dtype}: the activations of document {document!r} are not finite: "
+                    "load it in bfloat16 or float32"
+                )
+        arrays = {name: value.cpu().numpy() for name, value in self.values.items() if name != "finite"}
+        return Measured(tuple(example.id for example in self.batch.examples), **arrays)
+
+
 def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
-    """Run both models over a batch and return every document's means.
+    """Run both models over a batch and return every document's means; arguments and errors as for `launch` and `Pending.fetch`."""
+    return launch(pair, batch, gini=gini, method=method).fetch()
+
+
+@torch.no_grad()
+def launch(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Pending:
+    """Run both models over a batch; on a GPU this returns before the work is done.
 
     Args:
         pair: The base and the tuned model.
         batch: Documents, padded on either side.
         gini: Also measure the Gini coefficient of every pattern (takes the exact path, several times slower on long documents).
         method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
-
-    Raises:
-        ModelError: A model's activations overflow on a document.
     """
     base, tuned = pair.base, pair.tuned
-    real = batch.attention_mask.to(base.device)
-    rows = torch.stack([batch.rows(which) for which in ROWS], dim=1).to(base.device)
+    # looked at on the CPU: where the padding stands is known without waiting for a device
+    padding = Padding.of(batch.attention_mask)
+    real = padding.on(base.device).real
+    rows = _sent(torch.stack([batch.rows(which) for which in ROWS], dim=1), base.device)
     calls: list[AttentionCall] = []
     heads, layers, pooled = [], [], []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(observed(base, calls.append))
-        if tuned.plain is not base.plain:
-            stack.enter_context(observed(tuned, calls.append))
-        walks = Walk(base, batch.input_ids, real), Walk(tuned, batch.input_ids, real)
+        for side in (base, tuned) if tuned.plain is not base.plain else (base,):
+            stack.enter_context(observed(side, calls.append))
+            stack.enter_context(fused_activations(side))
+        # the mask as it stands on the CPU: whether it is needed is decided without waiting for a device
+        walks = tuple(Walk(side, batch.input_ids, batch.attention_mask) for side in (base, tuned))
         hidden = [walk.hidden for walk in walks]
         for layer in range(base.anatomy.n_layers):
             hidden = [walk.step(layer, stream) for walk, stream in zip(walks, hidden, strict=True)]
-            of_heads = _attention(calls[0], calls[1], real, rows, gini=gini, method=method)
+            here = rows.to(hidden[0].device)
+            of_heads = _attention(calls[0], calls[1], padding, here, gini=gini, method=method)
             calls.clear()
-            heads.append(of_heads)
-            layers.append(torch.cat([_mean_over_heads(of_heads), _residual(hidden[0], hidden[1].to(real.device), rows)], dim=2))
-            pooled.append(torch.stack([_row_means(stream.to(real.device).transpose(1, 2), rows) for stream in hidden], dim=1))
-    for side, stream in zip(SIDES, hidden, strict=True):
-        _require_finite(side, getattr(pair, side), batch, stream)
-    outputs = _outputs(pair, batch, hidden[0], hidden[1], rows)
-    return Measured(
-        tuple(example.id for example in batch.examples),
-        torch.stack(heads, dim=3).cpu().numpy(),
-        torch.stack(layers, dim=3).cpu().numpy(),
-        outputs.cpu().numpy(),
-        torch.stack(pooled, dim=3).float().cpu().numpy(),
-    )
+            heads.append(of_heads.to(real.device))
+            of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[0], hidden[1].to(here.device), here)], dim=2)
+            layers.append(of_layer.to(real.device))
+            pooled.append(torch.stack([_row_means(stream.transpose(1, 2), here).to(real.device) for stream in hidden], dim=1))
+    values = {
+        "heads": torch.stack(heads, dim=3),
+        "layers": torch.stack(layers, dim=3),
+        "outputs": _outputs(pair, batch, hidden[0], hidden[1], rows),
+        "pooled": torch.stack(pooled, dim=3).float(),
+        "finite": torch.stack([(stream.isfinite().all(-1).to(real.device) | ~real).all(1) for stream in hidden], dim=1),
+    }
+    return Pending(pair, batch, values)
 
 
-def _require_finite(side: str, subject: Subject, batch: Batch, last: Float[Tensor, "batch token d"]) -> None:
-    """Refuse activations that overflowed: NaN means "no such row" further on, and would silently leave these rows out."""
-    real = batch.attention_mask.to(last.device)
-    bad = (~last.isfinite().all(-1) & real).any(1)
-    if bool(bad.any()):
-        document = batch.examples[int(bad.int().argmax())].id
-        raise ModelError(
-            f"{side} model {subject.source!r} in {subject.dtype}: the activations of document {document!r} are not finite: "
-            "load it in bfloat16 or float32"
-        )
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to where a model begins, without waiting for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and torch.cuda.is_available() else x.to(device)
 
 
 def _attention(
     base: AttentionCall,
     tuned: AttentionCall,
-    real: Bool[Tensor, "batch token"],
+    padding: Padding,
     rows: Bool[Tensor, "batch rows token"],
     *,
     gini: bool,
     method: Method,
 ) -> Float[Tensor, "batch rows measure head"]:
-    compared = compare(base, tuned, real, gini=gini, method=method)
+    compared = compare(base, tuned, padding, gini=gini, method=method)
     z_distance = cosine_distance(base.z, tuned.z.to(base.z.device)).transpose(1, 2)
     sides: tuple[PatternStatistics, ...] = (compared.base, compared.tuned)
     values = [getattr(side, name) for name in PATTERN_MEASURES for side in sides]
@@ -149,7 +182,8 @@ def _attention(
 
 
 def _mean_over_heads(heads: Float[Tensor, "batch rows measure head"]) -> Float[Tensor, "batch rows 3"]:
-    return heads[:, :, [HEAD_MEASURES.index(name) for name in LAYER_MEASURES[:3]]].mean(-1)
+    # one by one: a list of places would be copied to the device, which waits for it
+    return torch.stack([heads[:, :, HEAD_MEASURES.index(name)].mean(-1) for name in LAYER_MEASURES[:3]], dim=2)
 
 
 def _residual(
@@ -171,7 +205,7 @@ def _row_means(x: Float[Tensor, "batch some token"], rows: Bool[Tensor, "batch r
     """Average over each document's query rows of each kind, in float64; NaN rows (and padding, whatever it holds) are left out."""
     x = x.double()
     valid = ~x.isnan()
-    kinds = rows.double()
+    kinds = rows.to(x.device).double()
     total = torch.einsum("bst,brt->brs", x.masked_fill(~valid, 0.0), kinds)
     count = torch.einsum("bst,brt->brs", valid.double(), kinds)
     return total / torch.where(count > 0, count, torch.nan)
@@ -186,6 +220,7 @@ def _outputs(
 ) -> Float[Tensor, "batch rows measure"]:
     """Compare next-token distributions: at the position before each real token, counted to the kind of row of the token predicted."""
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    # found on the CPU, where nothing is waited for
     at = predicted.nonzero()
     step = max(1, _LOGITS // max(pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size))
     parts = []

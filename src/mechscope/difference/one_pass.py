@@ -11,25 +11,28 @@ The unit of statistics is the document. Results do not depend on padding; batchi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from mechscope.data.prompt import Encoded, batches
+from mechscope import ranks
+from mechscope.data.memory import FEWEST, Halving, tokens_that_fit
+from mechscope.data.prompt import Encoded
 from mechscope.difference.accumulate import Accumulated
-from mechscope.difference.lockstep import measure
+from mechscope.difference.lockstep import Pending, launch
+from mechscope.difference.share import Share
 from mechscope.difference.tables import heads_table, layers_table, outputs_table
 from mechscope.difference.weights import WeightDifference, compare_weights
 from mechscope.errors import DataError
+from mechscope.progress import Progress
 from mechscope.subject import Pair
 
 if TYPE_CHECKING:
     from mechscope.store.stage import Stage
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def difference(
     pair: Pair,
     encoded: Encoded,
     *,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     gini: bool = False,
     replicates: int = 200,
     geometry_documents: int = 300,
@@ -72,53 +75,80 @@ def difference(
 ) -> Difference:
     """Measure the difference between two models over documents.
 
+    Several ranks share the documents; each gets the whole result, equal to a single process's up to rounding.
+
     Args:
         pair: The base and the tuned model.
         encoded: The documents as tokens.
-        tokens_per_batch: Tokens of both models' batches, padding included; decides the memory.
+        tokens_per_batch: Tokens of both models' batches, padding included; decides the memory. By default what free memory allows.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
         seed: Seed of the bootstrap and of that sample.
         stage: A stage of a run folder to keep partial state in; a killed run continues from it with an equal result.
-        checkpoint_seconds: How often that state is saved.
+        checkpoint_seconds: About how often that state is saved.
         progress: Called with a label, documents done and documents in all.
 
     Raises:
         DataError: A document is longer than the models can read.
+        RunError: Not even one document at a time fits into memory.
     """
     longest = max((len(example) for example in encoded.examples), default=0)
     if longest > pair.max_positions:
         raise DataError(f"a document has {longest:,} tokens, the models read at most {pair.max_positions:,}: lower max_tokens")
     anatomy = pair.base.anatomy
-    accumulated = Accumulated(
-        n_layers=anatomy.n_layers,
-        n_heads=anatomy.n_heads,
-        gini=gini,
-        replicates=replicates,
-        geometry_documents=geometry_documents,
-        seed=seed,
-    )
-    done = 0
-    if stage is not None and (resumed := stage.resume()) is not None:
-        state, meta = resumed
-        accumulated.load_state(state)
-        done = int(meta["batches"])
-    total, seen, saved = len(encoded), 0, time.monotonic()
-    # padding on the right is seen by nothing, so any token will do and no tokenizer is needed
-    for index, batch in enumerate(batches(encoded.examples, tokens_per_batch=tokens_per_batch, pad_id=0)):
-        seen += len(batch.examples)
-        if index < done:
-            continue
-        accumulated.update(measure(pair, batch, gini=gini))
-        if progress is not None:
-            progress("comparing documents", seen, total)
-        if stage is not None and time.monotonic() - saved >= checkpoint_seconds:
-            stage.checkpoint(accumulated.state(), {"batches": index + 1})
+
+    def nothing() -> Accumulated:
+        return Accumulated(
+            n_layers=anatomy.n_layers,
+            n_heads=anatomy.n_heads,
+            gini=gini,
+            replicates=replicates,
+            geometry_documents=geometry_documents,
+            seed=seed,
+        )
+
+    share = Share(encoded.examples, nothing, tokens_per_batch or _chosen(pair, encoded))
+    if stage is not None:
+        share = share.resume(stage)
+    before, sent = share.done, 0
+    # how many rounds lie between two checkpoints; the first tells how long one takes
+    every, saved, halving = 1, time.monotonic(), Halving()
+    measured = partial(launch, pair, gini=gini)
+    waiting: deque[tuple[int, list[Pending]]] = deque()
+
+    def take(most: int) -> None:
+        """Wait for the numbers of all but the newest batches."""
+        while len(waiting) > most:
+            number, parts = waiting.popleft()
+            for pending in parts:
+                share.accumulated.update(pending.fetch())
+            share.finish(number)
+
+    for turn, (number, batch) in enumerate(share.rounds(), start=1):
+        if batch is not None:
+            # while a device works on this batch, the numbers of the one before are fetched
+            waiting.append((number, list(halving.run(measured, batch))))
+            take(1)
+            sent += len(batch)
+        if progress is not None:  # the others have done about as much
+            progress("comparing documents", min(before + sent * ranks.size(), len(encoded)), len(encoded))
+        if stage is not None and turn % every == 0:
+            take(0)
+            share.save(stage)
+            every = ranks.agreed(max(1, round(every * checkpoint_seconds / max(time.monotonic() - saved, 1e-3))))
             saved = time.monotonic()
+    take(0)
+    accumulated = share.together()
     label = None if progress is None else lambda at, of: progress("comparing weights", at, of)
     weights = compare_weights(pair, progress=label)
     return assemble(accumulated, weights, encoded.problems)
+
+
+def _chosen(pair: Pair, encoded: Encoded) -> int:
+    """Return the tokens of a batch: what memory allows, but no less than 32 batches for ranks to share where documents allow that."""
+    shared = max(1, sum(map(len, encoded.examples)) // 32)
+    return ranks.agreed(min(tokens_that_fit(pair.base), max(FEWEST, 2 ** (shared.bit_length() - 1))))
 
 
 def assemble(accumulated: Accumulated, weights: WeightDifference, problems: dict[str, int]) -> Difference:

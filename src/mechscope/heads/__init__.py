@@ -9,7 +9,7 @@ from mechscope.heads.pattern_roles import pattern_roles
 from mechscope.heads.roles import Role, RoleScores, role_changes, roles_table
 from mechscope.heads.shown import attention_edges
 from mechscope.heads.task_roles import task_roles
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 
 __all__ = [

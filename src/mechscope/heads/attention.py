@@ -16,7 +16,8 @@ from torch import Tensor
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.instrument import AttentionCall, model_inputs, observed
 from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
-from mechscope.scoring import Gathered, Progress, batches
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, batches
 from mechscope.subject import Subject
 
 Reduce = Callable[[AttentionCall, PairBatch], Tensor]

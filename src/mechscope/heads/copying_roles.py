@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechscope.data.pieces import Pieces
 from mechscope.heads.roles import Role, RoleScores
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 from mechscope.weights import Forms, Vocabulary
 
@@ -28,28 +28,21 @@ COPYING = Role(
     definition="Share of the vocabulary whose logit a token, as it is embedded, raises less than its own, by the head's OV circuit straight to the "
     "logits; mean over sampled tokens.",
     source="Elhage et al. 2021, A Mathematical Framework for Transformer Circuits",
-    low=0.0,
-    high=1.0,
     null="0.5: the rank of any token.",
     # the token among the highest tenth, on average
     threshold=0.9,
 )
-SUPPRESSION = Role(
+SUPPRESSION = replace(
+    COPYING,
     name="copy-suppression",
     definition="Share of the vocabulary whose logit a token, as it is embedded, lowers less than its own, by the head's OV circuit straight to the "
     "logits; mean over sampled tokens.",
     source="McDougall et al. 2023, Copy Suppression",
-    low=0.0,
-    high=1.0,
-    null="0.5: the rank of any token.",
-    threshold=0.9,
 )
 SUCCESSOR = Role(
     name="successor",
     definition="Share of days, months, numbers and letters whose successor is what the head's OV circuit raises most among the others of their order.",
     source="Gould et al. 2023, Successor Heads",
-    low=0.0,
-    high=1.0,
     null="One in the number of the others.",
     threshold=0.5,
 )

@@ -29,7 +29,8 @@ from mechscope.heads.attention import run_probes, strongest
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
 from mechscope.instrument import AttentionCall
-from mechscope.scoring import Progress, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import check_fits
 from mechscope.subject import Subject
 
 _SUMMARIZATION = "mechscope: what arXiv 2505.17073 calls topic tracking and salience, measured"
@@ -39,8 +40,6 @@ WITHIN_DOCUMENT = Role(
     name="within-document",
     definition="Attention from the document's rows to the document.",
     source=_SUMMARIZATION,
-    low=0.0,
-    high=1.0,
     null=_UNIFORM,
     threshold=None,
 )
@@ -59,8 +58,6 @@ RETRIEVAL = Role(
     definition="Share of the summary's tokens that stand in the document and not earlier in the summary for which the key attended to most, when the "
     "token is to be written, is that token in the document.",
     source="Wu et al. 2024, Retrieval head mechanistically explains long-context factuality",
-    low=0.0,
-    high=1.0,
     null="The share of the visible keys that are that token in the document.",
     threshold=0.1,
 )

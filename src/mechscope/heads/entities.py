@@ -36,7 +36,8 @@ from mechscope.heads.attention import mass_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
 from mechscope.instrument import AttentionCall
-from mechscope.scoring import Progress, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import check_fits
 from mechscope.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,6 @@ ENTITY = Role(
     name="entity",
     definition="Attention from the tokens of a fact's second mention to those of its first.",
     source=_SOURCE,
-    low=0.0,
-    high=1.0,
     null="The same rows' attention when another article's fact of the same kind stands at the first mention.",
     threshold=0.1,
 )
@@ -56,8 +55,6 @@ SALIENCE = Role(
     name="salience",
     definition="Attention from the summary's rows to the tokens of the document that state its five facts.",
     source=_SOURCE,
-    low=0.0,
-    high=1.0,
     null="The same rows' attention to the document, spread evenly over its tokens.",
     threshold=None,
 )

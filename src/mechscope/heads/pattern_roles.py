@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -22,14 +23,12 @@ from mechscope.heads.attention import masses_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import row_means, uniform
 from mechscope.instrument import AttentionCall, describe
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 
 _OLSSON = "Olsson et al. 2022, In-context Learning and Induction Heads"
 # nearly a third of a row's attention on one key, several times what chance gives: a convention, chosen with trained induction models at hand
 _ASCRIBED = 0.3
-_UNIFORM = "The same number for a head that looks at all keys it can see alike."
-_CONTROL = "The same places in the control text, whose second half repeats nothing."
 # tokens of the repeated part: long enough that chance is small, short enough for a model of 64 positions
 _SHORTEST, _LONGEST = 12, 24
 
@@ -37,45 +36,32 @@ PREVIOUS = Role(
     name="previous-token",
     definition="Attention to the token just before, over a random text.",
     source=_OLSSON,
-    low=0.0,
-    high=1.0,
-    null=_UNIFORM,
-    threshold=_ASCRIBED,
-)
-DUPLICATE = Role(
-    name="duplicate-token",
-    definition="Attention to the earlier occurrence of the same token, over the second half of a repeated random text.",
-    source="Wang et al. 2022, Interpretability in the Wild",
-    low=0.0,
-    high=1.0,
-    null=_CONTROL,
+    null="The same number for a head that looks at all keys it can see alike.",
     threshold=_ASCRIBED,
 )
 INDUCTION = Role(
     name="induction",
     definition="Attention to the token behind the earlier occurrence of the same token, over the second half of a repeated random text.",
     source=_OLSSON,
-    low=0.0,
-    high=1.0,
-    null=_CONTROL,
+    null="The same places in the control text, whose second half repeats nothing.",
     threshold=_ASCRIBED,
 )
-OFFSET = Role(
+DUPLICATE = replace(
+    INDUCTION,
+    name="duplicate-token",
+    definition="Attention to the earlier occurrence of the same token, over the second half of a repeated random text.",
+    source="Wang et al. 2022, Interpretability in the Wild",
+)
+OFFSET = replace(
+    PREVIOUS,
     name="induction-offset",
     definition="Attention to where induction would look, in a text that repeats nothing: a head of this distance, whatever the token.",
-    source=_OLSSON,
-    low=0.0,
-    high=1.0,
-    null=_UNIFORM,
-    threshold=_ASCRIBED,
 )
-SINK = Role(
+SINK = replace(
+    PREVIOUS,
     name="attention-sink",
     definition="Attention to the first token, over a random text.",
     source="Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks",
-    low=0.0,
-    high=1.0,
-    null=_UNIFORM,
     # more on one token than on all others together
     threshold=0.5,
 )
@@ -83,8 +69,6 @@ BROAD = Role(
     name="broad",
     definition="Entropy of a row over its largest possible value, mean over a random text: 1 looks at all alike, 0 at one token.",
     source="mechscope",
-    low=0.0,
-    high=1.0,
     null="1: a head that looks at all alike, so heads can only fall below it.",
     threshold=None,
 )

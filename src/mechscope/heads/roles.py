@@ -31,20 +31,20 @@ class Role:
         name: For example `previous-token`.
         definition: What is measured, on what, in one sentence.
         source: The paper it comes from.
-        low: Least score there can be.
-        high: Largest score there can be.
         null: What a head without the role scores and how that is computed, in one sentence.
         threshold: The mean score from which on a head has the role, if it is also significantly above the null; None for a role that is measured
             and never ascribed.
+        low: Least score there can be; None for one without a bound.
+        high: Largest score there can be; likewise.
     """
 
     name: str
     definition: str
     source: str
-    low: float
-    high: float
     null: str
     threshold: float | None
+    low: float | None = 0.0
+    high: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def roles_table(found: Sequence[RoleScores], *, model: str = "model") -> pd.Data
     Returns:
         One row per role and head: `model`, `role`, `layer`, `head`, `component`, `n` (texts that say something), `score` with `low` and `high` (95 %
         interval over texts), `null`, `excess` (score − null) with `excess_low` and `excess_high`, `p` (the excess is zero, two-sided), `q`
-        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05).
+        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05). The
+        threshold asks for the score itself, not for the excess: of a head that does much it is then enough that chance does less, however
+        little. A head is not given a role by a large excess alone, nor is any head given one that has no threshold.
     """
     if not found:
         return pd.DataFrame(columns=["model", "role", *_HEAD, "n", *_SCORE, *_EXCESS, "p", "q", "has_role"])
@@ -114,6 +116,7 @@ def _table(scores: RoleScores, model: str) -> pd.DataFrame:
 
 
 def _has(role: Role, score: np.ndarray, excess: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Tell which heads have a role: those that do much of it (mean score), and surely more than chance (any excess above zero)."""
     if role.threshold is None:
         return np.zeros(score.shape, dtype=bool)
     return (score >= role.threshold) & (excess > 0) & (q < _FALSE_DISCOVERIES)

@@ -36,7 +36,8 @@ from mechscope.heads.roles import Role, RoleScores
 from mechscope.instrument import AttentionCall
 from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import Progress, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import check_fits
 from mechscope.subject import Subject
 
 _WANG = "Wang et al. 2022, Interpretability in the Wild"
@@ -46,8 +47,6 @@ NAME_MOVER = Role(
     name="name-mover",
     definition="Attention from the last token to the indirect object, where the head's value there raises that name above all others of the probe.",
     source=_WANG,
-    low=0.0,
-    high=1.0,
     null=_CORRUPT,
     threshold=0.3,
 )
@@ -73,10 +72,10 @@ DIRECT_EFFECT = Role(
     name="ioi-direct-effect",
     definition="What the head writes at the last token to the logit of the indirect object minus that of the subject, in nats.",
     source=_WANG,
-    low=-np.inf,
-    high=np.inf,
     null=_CORRUPT,
     threshold=None,
+    low=None,
+    high=None,
 )
 ROLES = (NAME_MOVER, NEGATIVE_NAME_MOVER, S_INHIBITION, DUPLICATE, INDUCTION, DIRECT_EFFECT)
 

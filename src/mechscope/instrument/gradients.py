@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, observed
 from mechscope.instrument.edits import EditSite
 from mechscope.instrument.patterns import pattern
-from mechscope.instrument.rerun import Reading, only_at
+from mechscope.instrument.rerun import Reading
+from mechscope.instrument.stand_ins import only_at
 from mechscope.instrument.walk import Walk
 from mechscope.subject.load import Subject
 

@@ -55,7 +55,7 @@ class Norm:
     def pulled_back(self, x: Float[Tensor, "*rows d"], above: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """Carry the gradient at the norm's output to its input: scale · (g − centre(g) − x̂ · mean(x̂ · g)) with g = gain ⊙ gradient."""
         standard, scale = self.normalised(x)
-        g = above * self.gain
+        g = above * self.gain.to(above.device)
         if self.centred:
             g = g - g.mean(-1, keepdim=True)
         return scale * (g - standard * (standard * g).mean(-1, keepdim=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.instrument.attention import AttentionInputs, attend, observed
-from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.load import Subject
@@ -41,6 +41,7 @@ def attention_inputs(
     """
     block = walk.subject.anatomy.blocks[layer]
     group = walk.subject.anatomy.n_heads // walk.subject.anatomy.n_kv_heads
+    query, key, value = (x.to(_device(block)) for x in (query, key, value))
     found = []
     for member in range(group):  # of each group of query heads, one brings its key and value
         given = {"query": query, "key": key[:, :, member::group], "value": value[:, :, member::group]}
@@ -54,6 +55,11 @@ def attention_inputs(
 def attention_of(walk: Walk, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "batch token head d"]:
     """Return the heads' z from their projections; arguments as for `attention_inputs`."""
     return attend(attention_inputs(walk, layer, query, key, value))
+
+
+def _device(block: Block) -> torch.device:
+    """Return where a block computes: in models over several devices what it is given may lie elsewhere, and stand-ins for its modules do not move it."""
+    return next(block.module.parameters()).device
 
 
 class _Caught(Exception):
@@ -120,6 +126,7 @@ def without_attention(subject: Subject, layer: int, like: Tensor) -> Iterator[No
 def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
     """Return what a layer's MLP adds when it reads a given residual stream."""
     block, kept = walk.subject.anatomy.blocks[layer], []
+    hidden = hidden.to(_device(block))
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
         kept.append(output)

@@ -15,7 +15,7 @@ go through the exact block-of-queries path instead. All values are per query row
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mechscope.instrument.attention import AttentionCall
 from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
+from mechscope.instrument.padding import Padding
 
 Method = Literal["auto", "fused", "exact"]
 
@@ -68,7 +69,7 @@ class PatternComparison:
 
 def describe(
     call: AttentionCall,
-    real: Bool[Tensor, "batch query"] | None = None,
+    real: Bool[Tensor, "batch query"] | Padding | None = None,
     *,
     segments: Mapping[str, Bool[Tensor, "batch query"]] | None = None,
     gini: bool = False,
@@ -78,34 +79,39 @@ def describe(
 
     Args:
         call: One attention call, as a tap sees it.
-        real: True where a token is real; None if there is no padding.
+        real: True where a token is real; None if there is no padding. A `Padding` of it, made once per batch, spares every layer the question
+            where the padding stands.
         segments: Named sets of key positions whose share of the attention is wanted.
         gini: Also compute the Gini coefficient; it is not linear in P, so it takes the exact path.
         method: `auto` uses the fused identity wherever it holds exactly; `fused` insists; `exact` forces the block path.
     """
-    segments = segments or {}
-    if not gini and _use_fused(call, real, method):
-        return _fused(call, None, real, segments).statistics
-    return _exact(call, call, real, segments, gini)[0]
+    padding, segments = _here(call.query.device, real, segments)
+    if not gini and _use_fused(call, padding, method):
+        return _fused(call, None, padding, segments).statistics
+    return _exact(call, call, padding, segments, gini)[0]
 
 
 def compare(
     base: AttentionCall,
     tuned: AttentionCall,
-    real: Bool[Tensor, "batch query"] | None = None,
+    real: Bool[Tensor, "batch query"] | Padding | None = None,
     *,
     segments: Mapping[str, Bool[Tensor, "batch query"]] | None = None,
     gini: bool = False,
     method: Method = "auto",
 ) -> PatternComparison:
-    """Compute both models' statistics and the divergence between their patterns, in both directions; arguments as in `describe`."""
-    segments = segments or {}
-    if not gini and _use_fused(base, real, method) and _use_fused(tuned, real, method):
-        one, two = _fused(base, tuned, real, segments), _fused(tuned, base, real, segments)
+    """Compute both models' statistics and the divergence between their patterns, in both directions; arguments as in `describe`.
+
+    The models may lie on different devices: results are on the first one's.
+    """
+    padding, segments = _here(base.query.device, real, segments)
+    tuned = _beside(tuned, base.query.device)
+    if not gini and _use_fused(base, padding, method) and _use_fused(tuned, padding, method):
+        one, two = _fused(base, tuned, padding, segments), _fused(tuned, base, padding, segments)
         forward = two.logsumexp - one.cross - one.statistics.entropy
         backward = one.logsumexp - two.cross - two.statistics.entropy
         return PatternComparison(one.statistics, two.statistics, forward, backward)
-    (first, forward), (second, backward) = _exact(base, tuned, real, segments, gini), _exact(tuned, base, real, segments, gini)
+    (first, forward), (second, backward) = _exact(base, tuned, padding, segments, gini), _exact(tuned, base, padding, segments, gini)
     return PatternComparison(first, second, forward, backward)
 
 
@@ -116,22 +122,33 @@ def pattern(call: AttentionCall, *, dtype: torch.dtype | None = None) -> Float[T
     return torch.cat([torch.nn.functional.pad(block, (0, keys - block.shape[-1])) for block in blocks], dim=2)
 
 
-def _use_fused(call: AttentionCall, real: Tensor | None, method: Method) -> bool:
+def _here(
+    device: torch.device, real: Tensor | Padding | None, segments: Mapping[str, Tensor] | None
+) -> tuple[Padding | None, Mapping[str, Tensor]]:
+    """Bring what is known of the tokens to the device of a layer."""
+    padding = None if real is None else Padding.of(real).on(device)
+    return padding, {name: mark.to(device) for name, mark in (segments or {}).items()}
+
+
+def _beside(call: AttentionCall, device: torch.device) -> AttentionCall:
+    """Bring what a pattern is made of to a device."""
+    if call.query.device == device:
+        return call
+    mask = None if call.mask is None else call.mask.to(device)
+    return replace(call, query=call.query.to(device), key=call.key.to(device), mask=mask)
+
+
+def _use_fused(call: AttentionCall, padding: Padding | None, method: Method) -> bool:
     length = call.query.shape[2]
     windowed = call.window is not None and call.window < length
     linear = call.softcap is None and not windowed and call.key.shape[2] == length
     # a mask that is only padding leaves each document's real tokens one causal stretch
-    contiguous = (real is None and call.mask is None) or (real is not None and _is_contiguous(real))
+    contiguous = call.mask is None if padding is None else padding.contiguous
     if method == "fused" and not (linear and contiguous):
         raise ValueError(
             "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, or holes in its mask"
         )
     return method != "exact" and linear and contiguous
-
-
-def _is_contiguous(real: Tensor) -> bool:
-    edges = real[:, 1:] & ~real[:, :-1]
-    return bool((edges.sum(1) + real[:, 0] == 1).all())
 
 
 @dataclass(frozen=True)
@@ -143,32 +160,36 @@ class _Fused:
     cross: Tensor  # scale' · q'·(P K'): the other model's scores, averaged under this pattern
 
 
-def _fused(call: AttentionCall, other: AttentionCall | None, real: Tensor | None, segments: Mapping[str, Tensor]) -> _Fused:
+def _fused(call: AttentionCall, other: AttentionCall | None, padding: Padding | None, segments: Mapping[str, Tensor]) -> _Fused:
     """Use the identity: every statistic from one call of the fused kernel."""
     batch, heads, length, _ = call.query.shape
     device, dtype = call.query.device, statistics_dtype(call.query.dtype)
-    turn = _Turn.of(real, length)
-    query, key = turn.there(call.query).to(dtype), _centred(turn.there(call.key).to(dtype))
+    there, back = (_as_it_is, _as_it_is) if padding is None else (padding.there, padding.back)
+    query, key = there(call.query).to(dtype), _centred(there(call.key).to(dtype))
     positions = torch.arange(length, device=device, dtype=dtype)
-    marks = [positions.expand(batch, length), *(turn.there(mark[:, None].to(dtype))[:, 0] for mark in segments.values())]
+    marks = [positions.expand(batch, length), *(there(mark[:, None].to(dtype))[:, 0] for mark in segments.values())]
     values = [torch.stack(marks, dim=-1)[:, None], key]
     if other is not None:
-        values.append(_centred(turn.there(other.key).to(dtype)))
+        values.append(_centred(there(other.key).to(dtype)))
     (marked, mean_key, *mean_other), lse = averages(query, key, values, scaling=call.scaling)
     entropy = lse - call.scaling * (query * mean_key).sum(-1)
     cross = torch.zeros_like(lse)
     if other is not None:
-        cross = other.scaling * (turn.there(other.query).to(dtype) * mean_other[0]).sum(-1)
+        cross = other.scaling * (there(other.query).to(dtype) * mean_other[0]).sum(-1)
     first = key[:, :, 0].repeat_interleave(heads // key.shape[1], dim=1)
     sink = (call.scaling * torch.einsum("bhqd,bhd->bhq", query, first) - lse).exp()
     statistics = PatternStatistics(
-        entropy=turn.back(entropy),
-        relative_entropy=turn.back(_relative(entropy, positions + 1)),
-        distance=turn.back(positions - marked[..., 0]),
-        sink=turn.back(sink),
-        segments={name: turn.back(marked[..., index]) for index, name in enumerate(segments, start=1)},
+        entropy=back(entropy),
+        relative_entropy=back(_relative(entropy, positions + 1)),
+        distance=back(positions - marked[..., 0]),
+        sink=back(sink),
+        segments={name: back(marked[..., index]) for index, name in enumerate(segments, start=1)},
     )
-    return _Fused(statistics, turn.back(lse), turn.back(cross))
+    return _Fused(statistics, back(lse), back(cross))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _centred(key: Float[Tensor, "batch kv key d"]) -> Float[Tensor, "batch kv key d"]:
@@ -181,43 +202,14 @@ def _relative(entropy: Tensor, support: Tensor) -> Tensor:
     return entropy / torch.where(support > 1, support.log(), torch.nan)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Moves each document's real tokens to the left of the row, where padding behind them is invisible to a causal pattern, and back."""
-
-    shift: Tensor | None  # (batch, 1): index of the first real token; None where every row starts with one
-
-    @classmethod
-    def of(cls, real: Tensor | None, length: int) -> _Turn:
-        if real is None or bool(real[:, 0].all()):
-            return cls(None)
-        return cls(real.to(torch.uint8).argmax(dim=1, keepdim=True))
-
-    def there(self, x: Tensor) -> Tensor:
-        """Turn ``(batch, head, query, …)`` so that real tokens come first."""
-        return x if self.shift is None else self._roll(x, self.shift)
-
-    def back(self, x: Tensor) -> Tensor:
-        """Undo `there`."""
-        return x if self.shift is None else self._roll(x, -self.shift)
-
-    @staticmethod
-    def _roll(x: Tensor, shift: Tensor) -> Tensor:
-        length = x.shape[2]
-        index = (torch.arange(length, device=x.device) + shift) % length
-        index = index[:, None].reshape(x.shape[0], 1, length, *(1 for _ in x.shape[3:]))
-        return torch.take_along_dim(x, index, dim=2)
-
-
 def _exact(
-    call: AttentionCall, other: AttentionCall, real: Tensor | None, segments: Mapping[str, Tensor], gini: bool
+    call: AttentionCall, other: AttentionCall, padding: Padding | None, segments: Mapping[str, Tensor], gini: bool
 ) -> tuple[PatternStatistics, Tensor]:
     """Look at the pattern itself, a block of query rows at a time."""
     batch, _, length, _ = call.query.shape
     keys = call.key.shape[2]
     dtype = statistics_dtype(call.query.dtype)
-    if real is None:
-        real = torch.ones(batch, keys, dtype=torch.bool, device=call.query.device)
+    real = torch.ones(batch, keys, dtype=torch.bool, device=call.query.device) if padding is None else padding.real
     positions = (real.cumsum(1) - 1).to(dtype)
     start = real.to(torch.uint8).argmax(dim=1)
     first = torch.nn.functional.one_hot(start, keys)

@@ -23,6 +23,8 @@ from mechscope.subject.load import Subject
 class Readout:
     """How a model reads logits off its last residual stream, with the weights as they act now (an active adapter's change included).
 
+    The final norm and the unembedding may lie on different devices: what tokens and logits are made of is on the unembedding's, the rest where it was given.
+
     Attributes:
         norm: The final norm; None where there is none.
         weight: ``(vocab, d_model)``: W_U, one row per token; what the model itself holds, without the norm's gain.
@@ -71,15 +73,26 @@ class Readout:
         rows = self.weight[tokens.to(self.weight.device)] * self.multiplier
         if self.norm is None:
             return rows
-        rows = rows * self.norm.gain
+        rows = rows * self.norm.gain.to(rows.device)
         return rows - rows.mean(-1, keepdim=True) if self.norm.centred else rows
+
+    def folded(self, written: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
+        """Return vectors whose product with `weight` is what vectors in the residual stream add to every token's logit, at a frozen scale of one.
+
+        It is what `directions` gives, folded into a few vectors instead of into all tokens.
+        """
+        vectors = written * self.multiplier
+        if self.norm is None:
+            return vectors
+        vectors = vectors - vectors.mean(-1, keepdim=True) if self.norm.centred else vectors
+        return vectors * self.norm.gain.to(vectors)
 
     def constant(self, tokens: Int[Tensor, "*some"]) -> Float[Tensor, "*some"]:
         """Return the part of tokens' logits that nothing wrote: the unembedding's bias and the norm's shift."""
         tokens = tokens.to(self.weight.device)
         found = self.weight.new_zeros(tokens.shape)
         if self.norm is not None and self.norm.shift is not None:
-            found = found + self.weight[tokens] @ self.norm.shift
+            found = found + self.weight[tokens] @ self.norm.shift.to(self.weight.device)
         if self.bias is not None:
             found = found + self.bias[tokens]
         return found * self.multiplier
@@ -91,7 +104,7 @@ class Readout:
             hidden: Residual stream, or anything of that width.
             scale: The norm's factor, to freeze it at another residual stream's; by default that of `hidden`.
         """
-        rows = self.rows(hidden, scale)
+        rows = self.rows(hidden, scale).to(self.weight.device)
         logits = torch.nn.functional.linear(rows, self.weight, self.bias)
         return logits if self.multiplier == 1.0 else logits * self.multiplier
 
@@ -101,9 +114,9 @@ class Readout:
             return hidden
         standard, own = self.norm.normalised(hidden)
         if scale is not None:
-            standard = standard * (scale / own)
-        standard = standard * self.norm.gain
-        return standard if self.norm.shift is None else standard + self.norm.shift
+            standard = standard * (scale.to(own.device) / own)
+        standard = standard * self.norm.gain.to(standard.device)
+        return standard if self.norm.shift is None else standard + self.norm.shift.to(standard.device)
 
     def capped(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
         """Apply the family's soft cap: what the model gives out."""

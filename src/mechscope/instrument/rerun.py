@@ -18,12 +18,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument.attention import AttentionCall, attend, observed
@@ -31,6 +30,7 @@ from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate,
 from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.record import Recording, Site, record
+from mechscope.instrument.stand_ins import fused_activations, only_at, stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
@@ -318,55 +318,3 @@ def _is_norm(block: Block) -> bool:
     """Tell whether a norm stands between the MLP and the residual stream (Gemma 2/3)."""
     inside = {id(module) for module in block.mlp_write.modules()}
     return id(block.mlp_down) not in inside
-
-
-@contextlib.contextmanager
-def fused_activations(subject: Subject) -> Iterator[None]:
-    """Compute GPT-2's GELU by one kernel instead of the seven that transformers composes it of: the same function, equal to rounding.
-
-    It is a seventh of a sweep's time (12 layers, 4,096 tokens at once).
-    """
-    with contextlib.ExitStack() as stack:
-        for block in subject.anatomy.blocks:
-            for module in block.module.modules():
-                if type(module).__name__ == "NewGELUActivation" and "forward" not in vars(module):
-                    vars(module)["forward"] = partial(nn.functional.gelu, approximate="tanh")
-                    stack.callback(vars(module).pop, "forward")
-        yield
-
-
-@contextlib.contextmanager
-def stubbed(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module return a given output instead of running; its hooks still see it."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-@contextlib.contextmanager
-def only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> Iterator[None]:
-    """Run a chain of modules that work token by token only on some rows of the flattened batch; it writes zeros elsewhere."""
-    shape: list[torch.Size] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        shape[:] = [args[0].shape]
-        few = args[0].flatten(0, -2)[rows.to(args[0].device)]
-        return (few if args[0].ndim == 2 else few[None], *args[1:])
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        whole = output.new_zeros(*shape[0][:-1], output.shape[-1])
-        whole.flatten(0, -2)[rows.to(output.device)] = output.flatten(0, -2)
-        return whole
-
-    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after, prepend=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -86,7 +86,8 @@ def _seen(walk: Walk, layer: int, hidden: Tensor) -> tuple[Seen, Tensor]:
         given = args[0] if args else kwargs.get("hidden_states")
         output = output[0] if isinstance(output, tuple) else output
         if isinstance(given, Tensor) and isinstance(output, Tensor):
-            seen[module] = (given.reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1]))
+            # of a model over several devices, a block may be given what another device computed
+            seen[module] = (given.to(output.device).reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1]))
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in block.module.modules()]
     try:

@@ -247,4 +247,5 @@ def _decomposition(subject: Subject, recording: Recording, real: Tensor) -> floa
 def _walked(subject: Subject, ids: Tensor, real: Tensor, expected: Tensor) -> float:
     with observed(subject):
         walk = Walk(subject, ids, real)
-        return _error(walk.logits(walk.run()[real]), expected)
+        last = walk.run()
+        return _error(walk.logits(last[real.to(last.device)]), expected)

@@ -107,8 +107,8 @@ def next_token_losses(subject: Subject, hidden: Float[Tensor, "... d_model"], ta
     if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None:
         logits = unembed(subject, hidden)
         return logits.logsumexp(-1) - logits.gather(-1, targets[..., None].to(logits.device))[..., 0]
-    rows = _before_unembedding(subject, hidden)
-    weight, targets = linear.weight, targets.to(rows.device)
+    weight = linear.weight
+    rows, targets = _before_unembedding(subject, hidden).to(weight.device), targets.to(weight.device)
     top = rows.new_full(rows.shape[:-1], -torch.inf)
     total = torch.zeros_like(top)
     for piece in weight.split(_WORDS):

@@ -23,7 +23,7 @@ from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.wiring import Wiring
 from mechscope.lens.places import places_of
 from mechscope.lens.training import LensSettings, Trained, train
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 
 

@@ -20,7 +20,8 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.lens.decomposition import Decomposition, Part
 from mechscope.lens.question import Question
-from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -102,7 +103,7 @@ def attribute_logits(
         if not 0 <= layer < subject.anatomy.n_layers:
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
     taken_apart, gathered, done = Decomposition(subject), Gathered(pairs), 0
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         question = Question.of(metric, batch)
         found = taken_apart.of(batch, question, neurons=neurons)
         gathered.put("parts", batch, question.per_text(found.parts).T.numpy())

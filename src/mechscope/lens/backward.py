@@ -23,7 +23,6 @@ from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.readout import Readout
 from mechscope.lens.gradient_factors import Factors, Matrix, factors, matrices_of
 from mechscope.lens.question import ROWS
-from mechscope.lens.spelling import speller
 from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
@@ -56,13 +55,13 @@ def backward_lens(
         MechscopeError: Texts, matrices or layers do not fit the model, or it cannot be taken apart.
     """
     check_fits(subject, texts)
-    wanted, vocabulary, spelled = matrices_of(subject, matrices, layers), _Vocabulary(subject, k), speller(subject)
+    wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
     tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in texts}
     for batch in batches(texts, tokens_per_batch):
         found = factors(subject, batch, wanted)
         for row, pair in enumerate(batch.pairs):
             here = slice(batch.shift(row), batch.shift(row) + len(pair.clean))
-            tokens = np.array([spelled([token]) for token in pair.clean], dtype=object)
+            tokens = np.array(subject.spelling.tokens(pair.clean), dtype=object)
             for matrix in wanted:
                 of_matrix = found[matrix.name]
                 own = Factors(of_matrix.inputs[row : row + 1, here], of_matrix.gradients[row : row + 1, here])
@@ -163,23 +162,19 @@ class _Vocabulary:
     def __init__(self, subject: Subject, k: int) -> None:
         if not 1 <= k <= subject.anatomy.vocab_size:
             raise SettingsError(f"k is {k}: list at least 1 and at most the vocabulary's {subject.anatomy.vocab_size:,} tokens")
-        self._k, self._readout, self._spelled = k, Readout.of(subject), speller(subject)
-        with subject.active():
-            self._gain = None if self._readout.norm is None else self._readout.norm.gain
+        self._subject, self._k, self._readout = subject, k, Readout.of(subject)
 
     def columns(self, vectors: Float[Tensor, "rows d_model"]) -> dict[str, list[tuple[Any, ...]]]:
         """Return the columns of a table that say so."""
-        rows = vectors.to(self._readout.weight.device)
-        if self._readout.norm is not None and self._readout.norm.centred:
-            rows = rows - rows.mean(-1, keepdim=True)
-        rows = (rows if self._gain is None else rows * self._gain).to(self._readout.weight)
+        with self._subject.active():
+            rows = self._readout.folded(vectors).to(self._readout.weight)
         found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("top_ids", "top_tokens", "bottom_ids", "bottom_tokens")}
         for piece in rows.split(ROWS):
-            logits = piece @ self._readout.weight.T * self._readout.multiplier
+            logits = piece @ self._readout.weight.T
             for name, largest in (("top", True), ("bottom", False)):
                 for ids in logits.topk(self._k, largest=largest).indices.tolist():
                     found[f"{name}_ids"].append(tuple(ids))
-                    found[f"{name}_tokens"].append(tuple(self._spelled([token]) for token in ids))
+                    found[f"{name}_tokens"].append(tuple(self._subject.spelling.tokens(ids)))
         return found
 
 

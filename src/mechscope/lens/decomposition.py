@@ -199,7 +199,7 @@ class Decomposition:
         finally:
             for handle in handles:
                 handle.remove()
-        return walk, torch.stack([output.expand_as(walk.hidden) for output in seen]).sum(0) if seen else None
+        return walk, torch.stack([output.to(walk.hidden.device).expand_as(walk.hidden) for output in seen]).sum(0) if seen else None
 
     def _cap(self, hidden: Float[Tensor, "some d_model"], question: Question, rows: slice) -> Float[Tensor, " some"]:
         """Return what the soft cap changes in some rows' metric."""

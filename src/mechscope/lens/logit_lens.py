@@ -26,10 +26,10 @@ from mechscope.errors import SettingsError
 from mechscope.lens.places import LensPlace, Standing, places_of, real_rows
 from mechscope.lens.projection import Projection
 from mechscope.lens.reading import LensReading, TextReading
-from mechscope.lens.spelling import speller
 from mechscope.lens.translators import Translators
 from mechscope.lens.words import Projected
-from mechscope.scoring import Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 Norm = Literal["applied", "frozen"]
@@ -81,7 +81,7 @@ def read(
         found |= {id(pair): text for pair, text in zip(batch.pairs, lens.of(batch), strict=True)}
         if progress is not None:
             progress("lens", len(found), len(texts))
-    return LensReading(lens.places, tuple(found[id(pair)] for pair in texts), norm, speller(subject))
+    return LensReading(lens.places, tuple(found[id(pair)] for pair in texts), norm, subject.spelling)
 
 
 class _Lens:

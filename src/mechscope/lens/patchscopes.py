@@ -22,7 +22,6 @@ from torch import Tensor
 from mechscope.data.prompt import pad_id
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Edit, Walk, intervene, unembed
-from mechscope.lens.spelling import speller
 from mechscope.subject import Subject
 
 IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ?"
@@ -74,7 +73,7 @@ def patchscope(
     Returns:
         One row per source layer: `source_layer`, `target_layer`, `top_ids`, `top_tokens`, `probabilities` (tuples of k, likeliest first),
         `generated_ids`, `generated` (text; both empty if nothing was to be generated). Tokens are spelled by the inspecting model's tokenizer, or
-        as numbers without one.
+        as numbers (`#123`) without one.
 
     Raises:
         SettingsError: A layer or position does not exist, or the prompt leaves no room for what is to be generated.
@@ -103,7 +102,7 @@ def patchscope(
         last = Walk(inspection, rows).run()[:, -1]
     top = unembed(inspection, last).softmax(-1).topk(k)
     continued = _continued(inspection, rows, states, targets, place, generate) if generate else [()] * len(states)
-    spelled = speller(inspection)
+    spelling = inspection.spelling
     table = []
     for row, (layer, target) in enumerate(zip(chosen, targets, strict=True)):
         ids = tuple(top.indices[row].tolist())
@@ -111,10 +110,10 @@ def patchscope(
             "source_layer": layer,
             "target_layer": target,
             "top_ids": ids,
-            "top_tokens": tuple(spelled([x]) for x in ids),
+            "top_tokens": tuple(spelling.tokens(ids)),
         }
         found |= {"probabilities": tuple(top.values[row].tolist())}
-        table.append({**found, "generated_ids": continued[row], "generated": spelled(continued[row])})
+        table.append({**found, "generated_ids": continued[row], "generated": spelling.text(continued[row])})
     return pd.DataFrame(table)
 
 

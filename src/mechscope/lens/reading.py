@@ -6,7 +6,6 @@ compared text by text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.lens.places import LensPlace, places_table
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
+from mechscope.subject.spelling import Spelling
 
 Rows = Literal["all", "target"]
 MEASURES = ("log_probability", "reciprocal_rank", "agreement", "entropy", "kl")
@@ -80,13 +80,13 @@ class LensReading:
         places: What was read, in the order of the arrays.
         texts: The texts, in the order they were given.
         norm: `applied` or `frozen`.
-        spell: Turns token ids into text.
+        spelling: The tokens as text.
     """
 
     places: tuple[LensPlace, ...]
     texts: tuple[TextReading, ...]
     norm: str
-    spell: Callable[[Sequence[int]], str]
+    spelling: Spelling
 
     def table(self) -> pd.DataFrame:
         """Return one row per text, place and position.
@@ -95,25 +95,29 @@ class LensReading:
         without answers), `rank`, `probability` (of the target), `entropy` and `kl` (nats), and the likeliest tokens `top_1` … with their
         probabilities `p_1` ….
         """
-        names = _Names(self.spell)
-        tables = [self._text_table(text, names) for text in self.texts]
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat([self._text_table(text) for text in self.texts], ignore_index=True)
 
-    def _text_table(self, text: TextReading, names: _Names) -> pd.DataFrame:
+    def _text_table(self, text: TextReading) -> pd.DataFrame:
         places, length = len(self.places), len(text.tokens)
         columns: dict[str, Any] = {"text": text.id}
         for name in ("site", "layer", "head", "component"):
             columns[name] = np.repeat([getattr(place, name) for place in self.places], length)
         columns["position"] = np.tile(np.arange(length), places)
-        columns["token"] = np.tile(names.of(text.tokens), places)
-        columns["target"] = np.tile(names.of(text.targets), places)
+        columns["token"] = np.tile(self._named(text.tokens), places)
+        columns["target"] = np.tile(self._named(text.targets), places)
         columns |= {"rank": text.rank.ravel(), "probability": np.exp(text.log_probability).ravel()}
         columns |= {"entropy": text.entropy.ravel(), "kl": text.kl.ravel()}
         for at in range(text.top.shape[2]):
-            columns[f"top_{at + 1}"] = names.of(text.top[:, :, at].ravel())
+            columns[f"top_{at + 1}"] = self._named(text.top[:, :, at].ravel())
         for at in range(text.top.shape[2]):
             columns[f"p_{at + 1}"] = np.exp(text.top_log_probability[:, :, at]).ravel()
         return pd.DataFrame(columns)
+
+    def _named(self, ids: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Return tokens' names; None for −1."""
+        unique, places = np.unique(ids, return_inverse=True)
+        names = [None if token < 0 else self.spelling.token(token) for token in unique.tolist()]
+        return np.array(names, dtype=object)[places]
 
     def summary(self, *, rows: Rows = "all") -> pd.DataFrame:
         """Return one row per place: means over texts with 95 % intervals over texts.
@@ -179,19 +183,3 @@ def compare(base: LensReading, tuned: LensReading, *, rows: Rows = "all") -> pd.
         columns |= {f"{name}_change_high": change.high[:, at], f"{name}_change_p": change.p[:, at]}
         columns[f"{name}_change_q"] = benjamini_hochberg(change.p[:, at])
     return pd.concat([places_table(base.places), pd.DataFrame(columns, index=range(len(base.places)))], axis=1)
-
-
-class _Names:
-    """Tokens by name, each decoded once."""
-
-    def __init__(self, spell: Callable[[Sequence[int]], str]) -> None:
-        self._spell = spell
-        self._known: dict[int, str | None] = {-1: None}
-
-    def of(self, ids: Int[np.ndarray, " n"]) -> np.ndarray:
-        """Return tokens' names; None for −1."""
-        unique, places = np.unique(ids, return_inverse=True)
-        for token in unique.tolist():
-            if token not in self._known:
-                self._known[token] = self._spell([token])
-        return np.array([self._known[token] for token in unique.tolist()], dtype=object)[places]

@@ -28,7 +28,8 @@ from mechscope.instrument.readout import Readout
 from mechscope.instrument.walk import next_token_losses
 from mechscope.lens.places import LensPlace, Standing, places_of, places_table
 from mechscope.lens.reading import Rows
-from mechscope.scoring import Gathered, Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import Gathered, check_fits
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -137,7 +138,7 @@ def spectrum(
     using = _fitting(subject, using)
     standing, gathered = Standing(subject, places), Gathered(texts)
     done = 0
-    for batch in batches(texts, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         walk, streams = standing.run(batch)
         for place, values in standing.values(walk, streams, batch.real):
             of_texts = using.shares(values).split([len(pair.clean) for pair in batch.pairs])
@@ -184,7 +185,7 @@ def suppress(
     using = _fitting(subject, using)
     standing, gathered = Standing(subject, places), Gathered(texts)
     done = 0
-    for batch in batches(texts, tokens_per_batch):
+    for batch in gathered.batches(tokens_per_batch):
         marked = _predicting(batch, rows)
         walk, streams = standing.run(batch)
         gathered.put("loss", batch, _losses(subject, streams[-1], batch, marked))

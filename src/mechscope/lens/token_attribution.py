@@ -15,14 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.kernels import pattern_blocks
 from mechscope.lens.decomposition import Decomposition
 from mechscope.lens.question import Question
-from mechscope.lens.spelling import speller
 from mechscope.scoring import batches, check_fits
 from mechscope.subject import Components, Subject
+from mechscope.subject.components import chosen_heads
 
 
 def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target-logit", tokens_per_batch: int = 1024) -> pd.DataFrame:
@@ -42,7 +41,7 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
         MechscopeError: Texts or metric do not fit the model, or it cannot be taken apart.
     """
     check_fits(subject, pairs)
-    taken_apart, spelled = Decomposition(subject), speller(subject)
+    taken_apart = Decomposition(subject)
     names = pd.DataFrame([asdict(part) for part in taken_apart.parts])
     tables: dict[int, pd.DataFrame] = {}
     for batch in batches(pairs, tokens_per_batch):
@@ -52,7 +51,7 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
             rows, positions = _rows_of(batch, question, row)
             repeated = pd.DataFrame({name: np.tile(column, len(rows)) for name, column in names.items()})
             at = np.repeat(positions, len(names))
-            tokens = np.repeat([spelled([pair.clean[position]]) for position in positions], len(names))
+            tokens = np.repeat([subject.spelling.token(pair.clean[position]) for position in positions], len(names))
             tables[id(pair)] = repeated.assign(text=pair.id, position=at, token=tokens, effect=parts[rows].ravel())
     order = ["text", "position", "token", "component", "kind", "layer", "head", "effect"]
     return pd.concat([tables[id(pair)] for pair in pairs], ignore_index=True)[order]
@@ -80,11 +79,8 @@ def attribute_sources(
         MechscopeError: Texts, heads or metric do not fit the model, or it cannot be taken apart.
     """
     check_fits(subject, pairs)
-    selection = Components.parse(heads) if isinstance(heads, str) else heads
-    chosen = selection.validate(subject.anatomy).expand(subject.anatomy.n_heads).heads
-    if not chosen:
-        raise SettingsError(f"components {str(selection)!r} hold no heads: source tokens are those a head looks at, name heads like a3.h5")
-    taken_apart, spell = Decomposition(subject), speller(subject)
+    chosen = chosen_heads(subject.anatomy, heads)
+    taken_apart = Decomposition(subject)
     tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in pairs}
     for batch in batches(pairs, tokens_per_batch):
         question = Question.of(metric, batch)
@@ -94,7 +90,7 @@ def attribute_sources(
             begin = batch.shift(row)
             seen = [(index, slice(begin, begin + at + 1)) for index, at in zip(rows, positions, strict=True)]
             source = np.concatenate([np.arange(at + 1) for at in positions])
-            spelled = np.array([spell([token]) for token in pair.clean], dtype=object)
+            spelled = np.array(subject.spelling.tokens(pair.clean), dtype=object)
             where = {"text": pair.id, "query": np.repeat(positions, positions + 1), "source": source, "token": spelled[source]}
             for layer, head in chosen:
                 share, effect = (values.double().numpy() for values in found.of(layer, head))

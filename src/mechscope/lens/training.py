@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,8 @@ from mechscope.lens.places import LensPlace, Standing, places_of, places_table, 
 from mechscope.lens.projection import Final, Projection
 from mechscope.lens.reading import MEASURES
 from mechscope.lens.translators import Translator, Translators
-from mechscope.scoring import Progress, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import check_fits
 from mechscope.stats.inference import estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -164,8 +166,8 @@ def evaluate(subject: Subject, texts: Pairs, translators: Translators, *, tokens
     """
     layers = sorted({place.layer for place in translators.maps})
     sites = sorted({place.site for place in translators.maps})
-    options = {"sites": sites, "layers": layers, "k": 1, "tokens_per_batch": tokens_per_batch}
-    readings = [read(subject, texts, translators=chosen, **options) for chosen in (None, translators)]  # type: ignore[arg-type]
+    options: dict[str, Any] = {"sites": sites, "layers": layers, "k": 1, "tokens_per_batch": tokens_per_batch}
+    readings = [read(subject, texts, translators=chosen, **options) for chosen in (None, translators)]
     plain, tuned = (np.stack([text.means("all")[:, MEASURES.index("kl")] for text in reading.texts]) for reading in readings)
     columns: dict[str, object] = {"n": len(texts)}
     for name, values in (("kl_logit_lens", plain), ("kl_tuned", tuned)):

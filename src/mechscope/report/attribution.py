@@ -67,19 +67,16 @@ def _strongest(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Return the named components in order, then the sum of all others."""
     own = table.drop_duplicates("component").set_index("component")
     own = own.reindex([name for name in names if name in own.index]).reset_index()
-    rest = table[~table["component"].isin(names)]
-    steps = pd.DataFrame(
-        {
-            "part": [label(name) for name in own["component"]],
-            "effect": own["effect"],
-            "low": own.get("low"),
-            "high": own.get("high"),
-            "q": own.get("q"),
-        }
-    )
+    return _steps(own, table[~table["component"].isin(names)], "effect")
+
+
+def _steps(own: pd.DataFrame, rest: pd.DataFrame, effect: str) -> pd.DataFrame:
+    """Return components as steps of a walk, and after them the sum of the rest, whose interval cannot be told from its parts'."""
+    found = {"part": [label(name) for name in own["component"]], "effect": own[effect]}
+    steps = pd.DataFrame({**found, **{name: own.get(name) for name in ("low", "high", "q")}})
     if rest.empty:
-        return steps
-    return pd.concat([steps, pd.DataFrame({"part": [f"{len(rest)} others"], "effect": [rest["effect"].sum()]})], ignore_index=True)
+        return steps.reset_index(drop=True)
+    return pd.concat([steps, pd.DataFrame({"part": [f"{len(rest)} others"], "effect": [rest[effect].sum()]})], ignore_index=True)
 
 
 def _layers(table: pd.DataFrame) -> pd.DataFrame:
@@ -160,19 +157,7 @@ def _changed(change: pd.DataFrame) -> Figure:
     """Draw the way from the base model's total to the tuned model's."""
     base = float(change["base"].sum())
     own = strongest(change, "change", PARTS)
-    rest = change.drop(index=own.index)
-    steps = pd.DataFrame(
-        {
-            "part": [label(name) for name in own["component"]],
-            "effect": own["change"],
-            "low": own.get("low"),
-            "high": own.get("high"),
-            "q": own.get("q"),
-        }
-    )
-    if len(rest):
-        steps = pd.concat([steps, pd.DataFrame({"part": [f"{len(rest)} others"], "effect": [rest["change"].sum()]})], ignore_index=True)
-    walked = _walk(steps.reset_index(drop=True), base)
+    walked = _walk(_steps(own, change.drop(index=own.index), "change"), base)
     walked.loc[walked.index[-1], "part"] = "tuned, total"
     first = pd.DataFrame([{"part": "base, total", "effect": base, "start": 0.0, "end": base, "way": "total"}])
     walked = pd.concat([first, walked], ignore_index=True)

@@ -62,7 +62,8 @@ def _magnitude(numbers: pd.Series) -> Any:
     return alt.Scale(type="sqrt", domain=[0, largest if largest > 0 else 1e-6], clamp=True, interpolate="rgb")
 
 
-def _gradient(title: str, *, share: bool = False) -> Any:
+def gradient(title: str, *, share: bool = False) -> Any:
+    """Return the legend of a colour scale, above the map; `share` counts it in per cent."""
     words = {"format": ".0%"} if share else {}
     return alt.Legend(
         title=title, orient="top", direction="horizontal", gradientLength=230, gradientThickness=10, titleLimit=330, tickCount=5, **words
@@ -109,9 +110,7 @@ def head_heatmap(
         x=alt.X("head:O", title="head", axis=counted(n_heads)), y=alt.Y("layer:O", title="layer", axis=counted(n_layers)), tooltip=told
     )
     layers = [
-        base.mark_rect(cornerRadius=1).encode(
-            color=alt.Color(f"{value}:Q", scale=colours, legend=_gradient(legend, share=scale == "share"))
-        )
+        base.mark_rect(cornerRadius=1).encode(color=alt.Color(f"{value}:Q", scale=colours, legend=gradient(legend, share=scale == "share")))
     ]
     words = caption + clipped
     if significance is not None:
@@ -162,7 +161,7 @@ def position_heatmap(effects: pd.DataFrame, value: str, *, name: str, title: str
                 "positions:N", title="positions", sort=order, axis=alt.Axis(labelAngle=-40 if len(order) > 6 else 0, labelOverlap=True)
             ),
             y=alt.Y("layer:O", title="layer", axis=counted(layers)),
-            color=alt.Color(f"{value}:Q", scale=colours, legend=_gradient(legend)),
+            color=alt.Color(f"{value}:Q", scale=colours, legend=gradient(legend)),
             tooltip=tooltip,
         )
         .properties(height=layers * _cell(layers, 560, smallest=11, largest=30))
@@ -192,7 +191,7 @@ def matrix_heatmap(weights: pd.DataFrame, value: str, *, name: str, title: str, 
         .encode(
             x=alt.X("layer:O", title="layer", axis=counted(int(table["layer"].max()) + 1)),
             y=alt.Y("matrix:N", title=None, sort=order),
-            color=alt.Color(f"{value}:Q", scale=_magnitude(table[value]), legend=_gradient(legend)),
+            color=alt.Color(f"{value}:Q", scale=_magnitude(table[value]), legend=gradient(legend)),
             tooltip=tooltip,
         )
         .properties(height=24 * len(order))
@@ -222,7 +221,7 @@ def rule_heatmap(selection: pd.DataFrame, *, name: str, title: str, caption: str
         y=alt.Y("rule:N", title=None, sort=list(dict.fromkeys(table["rule"])), axis=alt.Axis(labelLimit=170)),
         tooltip=tooltip,
     )
-    legend = _gradient("chosen in … of resamples", share=True)
+    legend = gradient("chosen in … of resamples", share=True)
     cells = base.mark_rect(cornerRadius=1).encode(color=alt.Color("frequency:Q", scale=_SHARE, legend=legend))
     outline = base.mark_rect(style="outline", fillOpacity=0).transform_filter("datum.chosen")
     numbers = Numbers()

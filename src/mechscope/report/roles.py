@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mechscope.report.figure import Figure, Numbers, definition
-from mechscope.report.heatmaps import Q_SIGNIFICANT, diverging
+from mechscope.report.heatmaps import Q_SIGNIFICANT, diverging, gradient
 from mechscope.report.tabled import Shown, Table, strongest
 from mechscope.report.theme import name_of, number
 from mechscope.report.views import Cell
@@ -55,7 +55,7 @@ def _strengths(roles: pd.DataFrame, definitions: pd.DataFrame | None) -> np.ndar
 
 
 def _scores(roles: pd.DataFrame, *, name: str, title: str) -> Figure:
-    legend = _legend("from null to the largest score, √ scale", format=".0%")
+    legend = gradient("from null to the largest score, √ scale", share=True)
     scale = alt.Scale(type="sqrt", domain=[0, 1], clamp=True, interpolate="rgb")
     told = {"score": "score", "low": "95 % from", "high": "to", "null": "null", "excess": "score − null", "q": "q", "n": "texts"}
     table = roles.assign(has=roles["has_role"].fillna(False).astype(bool) if "has_role" in roles else False)
@@ -68,19 +68,13 @@ def _scores(roles: pd.DataFrame, *, name: str, title: str) -> Figure:
 
 def _changes(changes: pd.DataFrame) -> Figure:
     scale, words = diverging(changes["change"])
-    legend = _legend("change of the score")
+    legend = gradient("change of the score")
     told = {"base": "base", "tuned": "tuned", "change": "change", "low": "95 % from", "high": "to", "q": "q", "n": "texts"}
     table = changes.assign(surely=changes["q"] < Q_SIGNIFICANT)
     caption = f"Tuned minus base, in each role's own score. Outlined: q < {Q_SIGNIFICANT} (Benjamini–Hochberg).{words}"
     title = "Which roles fine-tuning strengthened"
     return _maps(
         table, "change", name="roles-change", title=title, caption=caption, scale=scale, legend=legend, told=told, mark="surely", dot=False
-    )
-
-
-def _legend(title: str, **words: str) -> Any:
-    return alt.Legend(
-        title=title, orient="top", direction="horizontal", gradientLength=230, gradientThickness=10, titleLimit=330, tickCount=5, **words
     )
 
 
@@ -154,10 +148,15 @@ def role_views(tables: Mapping[str, pd.DataFrame]) -> list[Shown]:
             found.append(Shown(f"Heads of each role{whose}", table.view(), words, folded=True))
     if definitions is not None:
         table = Table(definitions).mapped("role", "role").texts("definition", "definition")
-        table = table.cells("high", "range", lambda row: Cell(f"{number(row.get('low'))} to {number(row['high'])}"))
+        table = table.cells("high", "range", _range)
         table = table.texts("null", "null").numbers("threshold", "threshold").texts("source", "source")
         found.append(Shown("What each role means", table.view(), folded=True))
     return found + _card_views(tables.get("head_cards"))
+
+
+def _range(row: Mapping[Any, Any]) -> Cell:
+    low, high = row.get("low"), row["high"]
+    return Cell("any number" if pd.isna(low) and pd.isna(high) else f"{number(low)} to {number(high)}")
 
 
 def _card_views(cards: pd.DataFrame | None) -> list[Shown]:

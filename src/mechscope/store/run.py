@@ -7,7 +7,8 @@
 
 The same command on the same folder continues it; other settings are refused, field by field. `manifest.json` is the only record of what is
 finished, and every file is replaced by a rename (see `files`), so that at any moment the folder is a state from which to go on. A reader
-(`RunFolder.read`, `verify`) never writes.
+(`RunFolder.read`, `verify`) never writes. Of several ranks only the first writes; the others follow it (on several machines the folder must be on
+a file system that all of them see).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pandas as pd
 import torch
 import yaml
 
+from mechscope import ranks
 from mechscope.errors import RunError
 from mechscope.store.differences import describe, differences
 from mechscope.store.environment import environment
@@ -47,6 +49,7 @@ class RunFolder:
         path: the folder, as given.
         settings: the resolved settings, as they were when the run began.
         manifest: the content of `manifest.json`.
+        writes: whether this process writes the folder; False for a reader, and on every rank but the first.
     """
 
     OWN_FILES: ClassVar = frozenset({MANIFEST, SETTINGS, LOG, LOCK})
@@ -57,8 +60,10 @@ class RunFolder:
         self.settings = settings
         self.manifest = manifest
         self.code = ""
+        self.writes = False
         self._lock: FileIO | None = None
         self._log: RunLog | None = None
+        self._follows = False
 
     @classmethod
     def open(cls, path: str | Path, settings: Mapping[str, Any], *, kind: str, volatile: Sequence[str] = ("device",)) -> Self:
@@ -78,6 +83,22 @@ class RunFolder:
         """
         path = Path(path)
         resolved: dict[str, Any] = plain(dict(settings))
+        opened: list[Self] = []
+
+        def begin() -> tuple[dict[str, Any], dict[str, Any], str]:
+            run = cls._opened(path, resolved, kind, volatile)
+            opened.append(run)
+            return run.settings, run.manifest, run.code
+
+        kept, manifest, code = ranks.by_first(begin)
+        if opened:
+            return opened[0]
+        run = cls(path, kept, manifest)
+        run.code, run._follows = code, True
+        return run
+
+    @classmethod
+    def _opened(cls, path: Path, resolved: dict[str, Any], kind: str, volatile: Sequence[str]) -> Self:
         try:
             _require_ours_or_empty(path)
         except OSError as error:
@@ -116,14 +137,15 @@ class RunFolder:
         """The open diary; `RunError` where the run is open for reading only."""
         return self._require_writable()
 
-    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+    def stage(self, name: str, inputs: Mapping[str, Any], *, alone: bool = False) -> Stage:
         """Return the stage `name`, to be entered with `with`; see `Stage`.
 
         Args:
             name: letters, digits and `_.=+-`.
             inputs: JSON-able: fingerprints and values that decide the stage's result; other inputs run it again.
+            alone: of several ranks, only the first works on it.
         """
-        return Stage(self, name, plain(inputs))
+        return Stage(self, name, plain(inputs), alone=alone)
 
     def record(self, key: str, value: Any) -> None:
         """Note in the manifest what the result depends on: seeds, fingerprints of models and data.
@@ -132,7 +154,8 @@ class RunFolder:
             key: a name of its own at the manifest's top level (`models`, `data`, `seeds`).
             value: JSON-able.
         """
-        self._require_writable()
+        if not self._follows:
+            self._require_writable()
         if key in MANIFEST_FIELDS:
             raise ValueError(f"{key!r} is a field of the manifest itself: record under another name")
         value = plain(value)
@@ -160,6 +183,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write the manifest; called by the run's and its stages' own methods."""
+        if self._follows:
+            return
         self._require_writable()
         write_json(self.manifest, self.path / MANIFEST)
 
@@ -169,6 +194,7 @@ class RunFolder:
             if held is not None:
                 held.close()
         self._log = self._lock = None
+        self.writes = False
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +226,7 @@ class RunFolder:
             make_folder(self.path / folder)
         self._log = RunLog(self.path / LOG)
         self._log.attach()
+        self.writes = True
         today = environment()
         self.code = today["code"]
         if "environment" not in self.manifest:

@@ -5,6 +5,9 @@ same inputs, and its files as recorded, it is `done` and the caller skips the bo
 checkpoint and scratch files in `work/<stage>/<inputs>/`: the inputs' fingerprint in the path is what makes it impossible to continue from
 another input's state. They go when the stage ends, except files that were added as outputs.
 
+With several ranks all enter a stage together and leave it together. The body runs on each of them, so that they can share the work, and what it
+writes is written by rank 0; a stage that cannot be shared is `alone`: rank 0 runs the body while for the others it counts as done.
+
     with run.stage("difference", inputs={"base": base.fingerprint, "data": corpus.hash}) as stage:
         if not stage.done:
             state, position = stage.resume() or ({}, 0)
@@ -15,10 +18,11 @@ another input's state. They go when the stage ends, except files that were added
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 import torch
 
+from mechscope import ranks
 from mechscope.errors import RunError
 from mechscope.store.differences import describe, differences
 from mechscope.store.files import make_folder, write_bytes, write_json
@@ -50,7 +55,7 @@ class Stage:
         outputs: the files the stage wrote, by path relative to the run, with their sha256; complete once done or left.
     """
 
-    def __init__(self, run: RunFolder, name: str, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, run: RunFolder, name: str, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
         """Describe a stage of `run`; nothing happens before it is entered."""
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
             raise ValueError(f"a stage is also a folder, so {name!r} must be of letters, digits and _.=+- only")
@@ -61,55 +66,62 @@ class Stage:
         self._inputs = dict(inputs)
         self._inputs_hash = hash_json([name, self._inputs])
         self._work = run.path / WORK / name / short(self._inputs_hash)
+        self._alone = alone
+        self._context = contextlib.ExitStack()
         self._running = False
         self._started = 0.0
         self._seconds_before = 0.0
 
     def __enter__(self) -> Self:
+        self.done, self.outputs = ranks.by_first(self._begin)
+        self._running, self._started = not self.done, time.monotonic()
+        if self._running and self._alone:
+            if self._run.writes:
+                self._context.enter_context(ranks.alone())
+            else:
+                self.done = True
+        return self
+
+    def _begin(self) -> tuple[bool, dict[str, str]]:
         stages = self._run.log.stages
         record = self._run.manifest["stages"].get(self.name)
         reason = self._reason_to_run(record)
-        self.done = reason is None
         # refuses a work folder that is a link out of the run, where tidying up would delete what is not ours
         self._relative(self._work)
         # only now: after an error above, nobody would take the name off the stack again
         stages.append(self.name)
-        if self.done:
-            self.outputs = dict(record["outputs"])
+        if record is not None and reason is None:
             logger.info("stage %s is done already", self.name)
-        else:
-            self._running, self._started = True, time.monotonic()
-            logger.info("stage %s starts: %s", self.name, reason, extra={"data": {"inputs": self._inputs}})
-        return self
+            return True, dict(record["outputs"])
+        logger.info("stage %s starts: %s", self.name, reason, extra={"data": {"inputs": self._inputs}})
+        return False, {}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._context.close()
         try:
             if self._running and error is None:
-                self._finish()
+                record = ranks.by_first(self._finish)
+                self._run.manifest["stages"][self.name] = record
+                self.outputs = dict(record["outputs"])
             elif error is not None:
                 # INFO: whoever catches the error tells the user, the diary only notes where it struck
                 logger.info("stage %s stopped", self.name, extra={"data": {"exception": repr(error)}})
         finally:
             self._running = False
-            self._run.log.stages.pop()
+            if self._run.writes:
+                self._run.log.stages.pop()
 
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write `tables/<name>.parquet` and return its path; raises as `tables.write_table` does."""
-        path = self._claimed(f"tables/{name}.parquet")
-        write_table(table, path)
-        return self._recorded(path)
+        return self._written(f"tables/{name}.parquet", lambda path: write_table(table, path))
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> Path:
         """Write `tensors/<name>.safetensors` and return its path; raises as `tables.write_tensors` does."""
-        path = self._claimed(f"tensors/{name}.safetensors")
-        write_tensors(tensors, path, meta=meta)
-        return self._recorded(path)
+        return self._written(f"tensors/{name}.safetensors", lambda path: write_tensors(tensors, path, meta=meta))
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON-able value to the file `name`, relative to the run, and return its path."""
-        path = self._claimed(name)
-        write_json(value, path)
-        return self._recorded(path)
+        return self._written(name, lambda path: write_json(value, path))
 
     def write_text(self, name: str, text: str) -> Path:
         """Write text to the file `name`, relative to the run (`report.html`), and return its path."""
@@ -117,9 +129,7 @@ class Stage:
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write bytes to the file `name`, relative to the run (`figures/kl.png`), and return its path."""
-        path = self._claimed(name)
-        write_bytes(data, path)
-        return self._recorded(path)
+        return self._written(name, lambda path: write_bytes(data, path))
 
     def add(self, path: Path) -> None:
         """Make outputs of files that another library wrote into the run: a file, or all files of a folder (a saved model).
@@ -130,6 +140,8 @@ class Stage:
         Raises:
             RunError: `path` is outside the run, missing, or another stage's output.
         """
+        if not self._run.writes:
+            return
         if not path.exists():
             raise RunError(f"stage {self.name} has no {path} to add: write it first")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -140,8 +152,12 @@ class Stage:
         """Return a scratch folder of that name, made if missing; it outlives a kill and goes when the stage ends well."""
         self._require_running()
         folder = self._work / name
-        self._relative(folder)
-        make_folder(folder)
+
+        def make() -> None:
+            self._relative(folder)
+            make_folder(folder)
+
+        ranks.by_first(make)
         return folder
 
     def checkpoint(self, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
@@ -155,6 +171,8 @@ class Stage:
             RunError: the state could not be written; the earlier checkpoint is intact.
         """
         self._require_running()
+        if not self._run.writes:
+            return
         write_tensors(tensors, self._checkpoint_file, meta={"seconds": self._seconds(), "meta": meta})
 
     def resume(self) -> tuple[dict[str, torch.Tensor], Any] | None:
@@ -164,9 +182,10 @@ class Stage:
             RunError: the checkpoint is damaged.
         """
         self._require_running()
-        if not self._checkpoint_file.exists():
+        found = ranks.by_first(lambda: read_tensors(self._checkpoint_file) if self._checkpoint_file.exists() else None)
+        if found is None:
             return None
-        tensors, header = read_tensors(self._checkpoint_file)
+        tensors, header = found
         self._started, self._seconds_before = time.monotonic(), header["seconds"]
         logger.info("stage %s continues from its checkpoint", self.name)
         return tensors, header["meta"]
@@ -208,11 +227,18 @@ class Stage:
                 raise RunError(f"{name} is an output of stage {other}: stage {self.name} needs another name")
         return self._run.path / name
 
+    def _written(self, name: str, write: Callable[[Path], None]) -> Path:
+        path = self._claimed(name)
+        if self._run.writes:
+            write(path)
+            self._recorded(path)
+        return path
+
     def _recorded(self, path: Path) -> Path:
         self.outputs[self._relative(path)] = hash_file(path)
         return path
 
-    def _finish(self) -> None:
+    def _finish(self) -> dict[str, Any]:
         stages = self._run.manifest["stages"]
         # what an earlier run of the stage wrote and this one did not belongs to no inputs any more
         for name in set(stages.get(self.name, {}).get("outputs", {})) - set(self.outputs):
@@ -228,6 +254,7 @@ class Stage:
         self._run.save()
         self._discard_work()
         logger.info("stage %s finished", self.name, extra={"data": {"seconds": stages[self.name]["seconds"]}})
+        return dict(stages[self.name])
 
     def _discard_work(self) -> None:
         # also what other inputs left unfinished; deepest first, so that emptied folders can go too

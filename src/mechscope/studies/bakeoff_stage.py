@@ -8,6 +8,7 @@ from mechscope.adapt.arms import BakeOffSettings, Protocol, Strategy
 from mechscope.adapt.bakeoff import BakeOff, bake_off
 from mechscope.adapt.places import read_circuit
 from mechscope.data.template import Template
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies.corpora import Splits
 from mechscope.studies.settings import (
@@ -16,7 +17,7 @@ from mechscope.studies.settings import (
     LoraSettings,
     TrainingSettings,
 )
-from mechscope.studies.stages import Progress, decoding, fields_of, held_out, train_settings
+from mechscope.studies.stages import decoding, fields_of, held_out, train_settings
 from mechscope.subject import Components, Subject
 
 

@@ -21,10 +21,11 @@ from mechscope.causal import Effects, ablate_together, cross_patch, mean_of, ran
 from mechscope.data.pairs import Pairs, from_examples
 from mechscope.data.prompt import Encoded
 from mechscope.errors import SettingsError
+from mechscope.progress import Progress
 from mechscope.stats.inference import interval
 from mechscope.store.run import RunFolder
 from mechscope.studies.settings import CausalSettings
-from mechscope.studies.stages import Progress, fields_of
+from mechscope.studies.stages import fields_of
 from mechscope.subject import Components, Pair
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 # sets of as many layers as were selected, to compare with: all of them where there are no more
 _LAYER_SETS = 40
 _RESAMPLES = 2000
+# tokens of a batch where nobody asked for a number
+_TOKENS = 4096
 
 
 def causal_stage(
@@ -72,7 +75,7 @@ def causal_stage(
         if stage.done:
             return
         texts = from_examples(encoded, "held-out documents").first(settings.causal_documents)
-        size = settings.tokens_per_batch
+        size = settings.tokens_per_batch or _TOKENS
         sets = layer_sets(layers, pair.base.anatomy.n_layers, seed=seed)
         by_activations = cross_patch(
             pair, texts, levels=("layer", "attention", "mlp", "head"), sets=sets, tokens_per_batch=size, seed=seed, progress=progress
@@ -167,7 +170,7 @@ def ablation_table(pair: Pair, texts: Pairs, heads: Components, settings: Any, *
         controls = []
     source = mean_of(pair.tuned, texts, ("z",)) if settings.ablation == "mean" else settings.ablation
     found = ablate_together(
-        pair.tuned, texts, [heads, *controls], source=source, tokens_per_batch=settings.tokens_per_batch, seed=seed, progress=progress
+        pair.tuned, texts, [heads, *controls], source=source, tokens_per_batch=settings.tokens_per_batch or _TOKENS, seed=seed, progress=progress
     ).table  # fmt: skip
     found["kind"] = ["selected", *["random"] * len(controls)]
     found["p_random"] = np.nan

@@ -22,9 +22,10 @@ from mechscope.circuits.overlap import compare_seeds, robustness
 from mechscope.circuits.scores import Scores
 from mechscope.circuits.written import Source, Written
 from mechscope.data.pairs import Pairs
+from mechscope.progress import Progress
 from mechscope.studies.circuit_checks import check_discovery
 from mechscope.studies.pair_settings import DiscoverySettings
-from mechscope.studies.stages import Progress, fields_of
+from mechscope.studies.stages import fields_of
 from mechscope.subject import Subject
 
 log = logging.getLogger(__name__)

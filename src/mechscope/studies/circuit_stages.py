@@ -27,13 +27,13 @@ from mechscope.data.documents import Corpus
 from mechscope.data.salience import salience_pairs
 from mechscope.data.template import Template
 from mechscope.errors import DataError, SettingsError
+from mechscope.progress import Progress
 from mechscope.selection import default_number
 from mechscope.store.run import RunFolder
 from mechscope.studies.circuit_checks import check_size
 from mechscope.studies.circuit_judging import FALLBACK, FEWEST, Asked, judge, plain
 from mechscope.studies.pair_settings import DiscoverySettings
 from mechscope.studies.role_names import named_roles, scored_roles
-from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ OVERLAP_FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _FEW = 5
 # random pairs of circuits behind each null
 _DRAWS = 200
+# tokens of a batch where nobody asked for a number
+_TOKENS = 1024
 GAIN_FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -226,7 +228,7 @@ def summarization_circuit(
     options = DiscoverySettings(
         method=settings.circuit_method, circuit_fraction=settings.circuit_size, random_circuits=_FEW, criteria=False
     )
-    asked = Asked.of(texts, options, metric="loss", tokens_per_batch=settings.tokens_per_batch, seed=settings.seed)
+    asked = Asked.of(texts, options, metric="loss", tokens_per_batch=settings.tokens_per_batch or _TOKENS, seed=settings.seed)
     found = circuits_stage(run, {"base": pair.base, "tuned": pair.tuned}, asked, progress=progress)
     critical = change_stage(run, pair, found, asked, progress=progress)
     components, anatomy = found["tuned"][1].components(), pair.tuned.anatomy

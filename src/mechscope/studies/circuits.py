@@ -9,6 +9,7 @@ from typing import Any
 
 from mechscope.errors import SettingsError
 from mechscope.instrument import load, load_pair
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.circuit_checks import check_discovery
@@ -17,7 +18,6 @@ from mechscope.studies.circuit_stages import change_stage, circuits_stage
 from mechscope.studies.interventions import load_pairs
 from mechscope.studies.pair_settings import CircuitDiffSettings, CircuitSettings, PairsSettings
 from mechscope.studies.settings import VOLATILE
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
 

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mechscope.studies.stages import Progress as Report
+from mechscope import ranks
+from mechscope.progress import Progress as Report
 
 if TYPE_CHECKING:
     from mechscope.adapt.training import Tuned
@@ -43,13 +44,17 @@ def quiet_libraries() -> None:
 
 
 class _Warnings(logging.Handler):
-    """Shows mechscope's own warnings as yellow lines; the rest goes to the run's log only."""
+    """Shows mechscope's own warnings as yellow lines; the rest goes to the run's log only.
+
+    Ranks warn of the same things: of those after the first only what concerns them alone is shown.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(f"[yellow]warning:[/yellow] {escape(record.getMessage())}", highlight=False)
+        if ranks.is_first() or getattr(record, "own", False):
+            err.print(f"[yellow]warning{ranks.label()}:[/yellow] {escape(record.getMessage())}", highlight=False)
 
 
 @contextlib.contextmanager
@@ -70,6 +75,9 @@ def progress() -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _reporting() -> Iterator[Report]:
+    if not ranks.is_first():
+        yield lambda label, done, total: None
+        return
     if not err.is_terminal:
         seen: set[str] = set()
 

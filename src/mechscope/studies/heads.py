@@ -10,13 +10,13 @@ from typing import Any
 from mechscope.data.sources import is_file_source
 from mechscope.data.template import Template
 from mechscope.instrument import load, load_pair
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.corpora import encode_for, load_corpus
 from mechscope.studies.reading_settings import HeadsSettings, ReadModelsSettings
 from mechscope.studies.role_stages import Documents, attention_stage, chosen_heads, roles_stage
 from mechscope.studies.settings import VOLATILE, DocumentSettings
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
 

@@ -20,11 +20,11 @@ from mechscope.data.salience import salience_pairs
 from mechscope.data.tasks import TASKS, generate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import load
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.pair_settings import AblateSettings, PairSettings, PairsSettings, PatchSettings
 from mechscope.studies.settings import VOLATILE
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
 

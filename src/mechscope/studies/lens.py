@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mechscope.data.pairs import Pairs, PromptPair, from_examples
 from mechscope.errors import DataError, SettingsError
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.heads import read_documents, read_models, record_reading
@@ -16,7 +17,6 @@ from mechscope.studies.lens_stages import Asked, lens_stage, translators_stage
 from mechscope.studies.pair_settings import PairsSettings
 from mechscope.studies.reading_settings import LensSettings
 from mechscope.studies.settings import VOLATILE
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
 

@@ -13,9 +13,8 @@ from mechscope.lens import compare, read
 from mechscope.lens.attribution import attribute_logits, compare_attributions
 from mechscope.lens.training import LensSettings, train_tuned_lens
 from mechscope.lens.translators import Translators
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
-from mechscope.studies.role_stages import spelled
-from mechscope.studies.stages import Progress
 from mechscope.subject import Subject
 
 
@@ -152,7 +151,7 @@ def _tokens(subject: Subject, texts: Pairs) -> pd.DataFrame:
     """Return the texts' tokens: `text`, `position`, `token`, `target` (the next token) and `segment`."""
     tables = []
     for pair in texts:
-        tokens = spelled(subject, pair.clean)
+        tokens = subject.spelling.tokens(pair.clean)
         spans = {name: where for name, where in pair.segments.items() if name in ("document", "summary")}
         segments = [
             next((name for name, where in spans.items() if any(start <= at < stop for start, stop in where)), "text")

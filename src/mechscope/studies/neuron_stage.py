@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from mechscope.data.pairs import Pairs
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies.reading_settings import WeightsSettings
-from mechscope.studies.stages import Progress
 from mechscope.subject import Subject, pair
 from mechscope.weights import activity_change, memories, neuron_activity, neuron_tokens
 

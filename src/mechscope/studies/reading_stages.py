@@ -6,11 +6,11 @@ from typing import Any
 
 from mechscope.data.pairs import from_examples
 from mechscope.data.template import Template
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies.corpora import Splits
 from mechscope.studies.lens_stages import Asked, lens_stage
 from mechscope.studies.role_stages import Documents, attention_stage, cards_stage, roles_stage
-from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair
 
 # generated texts per role: the roles of a study are one section of many

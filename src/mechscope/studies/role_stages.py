@@ -22,9 +22,9 @@ from mechscope.errors import DataError
 from mechscope.heads import document_roles, entity_roles, head_roles, lead_spans, role_changes, roles_table, task_roles
 from mechscope.heads.roles import RoleScores
 from mechscope.heads.shown import attention_edges
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies.role_names import named_roles, scored_roles
-from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject
 
 log = logging.getLogger(__name__)
@@ -194,11 +194,4 @@ def tokens_of(subject: Subject, example: Example, most: int = SHOWN_TOKENS) -> p
     ids = example.input_ids[:most]
     inside = {"document": example.document, "summary": example.summary}
     segments = [next((name for name, (start, stop) in inside.items() if start <= at < stop), "text") for at in range(len(ids))]
-    return pd.DataFrame({"text": example.id, "position": range(len(ids)), "token": spelled(subject, ids), "segment": segments})
-
-
-def spelled(subject: Subject, ids: Sequence[int]) -> list[str]:
-    """Return tokens as text; their numbers where the model has no tokenizer."""
-    if subject.tokenizer is None:
-        return [f"#{token}" for token in ids]
-    return [str(subject.tokenizer.decode([token])) for token in ids]
+    return pd.DataFrame({"text": example.id, "position": range(len(ids)), "token": subject.spelling.tokens(ids), "segment": segments})

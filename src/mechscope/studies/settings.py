@@ -67,7 +67,9 @@ class SplitSettings(DataSettings):
 class MeasureSettings:
     """How the difference is measured."""
 
-    tokens_per_batch: int = setting(8192, "Tokens of a batch, padding included; decides the memory.")
+    tokens_per_batch: int | None = setting(
+        None, "Most tokens of a batch, padding included; by default what free memory allows. A batch that does not fit is halved once."
+    )
     gini: bool = setting(False, "Also measure the Gini sparsity of attention (several times slower on long documents).")
     replicates: int = setting(200, "Bootstrap replicates for the stability of selections.")
     geometry_documents: int = setting(300, "Most documents whose pooled states are kept for CKA and RSA.")

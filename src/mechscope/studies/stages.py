@@ -6,7 +6,7 @@ A stage's inputs are fingerprints of weights and documents and the settings that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
 from mechscope.difference import attention_patterns, difference
 from mechscope.errors import SettingsError
+from mechscope.progress import Progress
 from mechscope.report.page import render
 from mechscope.selection import RULES, selection_table
 from mechscope.stats.bootstrap import bootstrap_interval
@@ -36,8 +37,6 @@ from mechscope.studies.settings import (
     TrainingSettings,
 )
 from mechscope.subject import Components, Pair, Subject
-
-Progress = Callable[[str, int, int], None]
 
 RESAMPLED = ("kl_base_tuned", "entropy_change")
 
@@ -138,7 +137,7 @@ def selection_stage(run: RunFolder, settings: Any, *, seed: int) -> tuple[Compon
         "seed": seed,
         "difference": run.manifest["stages"]["difference"]["outputs"],
     }
-    with run.stage("selection", inputs) as stage:
+    with run.stage("selection", inputs, alone=True) as stage:
         if not stage.done:
             tensors, _ = run.tensors("replicates")
             replicates = {name: tensors[f"{name}.{settings.rows}"].numpy() for name in RESAMPLED}
@@ -288,7 +287,7 @@ def _score(model: str, written: list[str], references: list[str], *, seed: int) 
 def report_stage(run: RunFolder) -> Path:
     """Write `report.html` and the figures, and return the page's path."""
     inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name != "report"}
-    with run.stage("report", inputs) as stage:
+    with run.stage("report", inputs, alone=True) as stage:
         if not stage.done:
             page = render(run.path)
             stage.add(page)

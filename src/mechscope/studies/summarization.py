@@ -27,6 +27,7 @@ import pandas as pd
 
 from mechscope.data.sources import is_file_source
 from mechscope.instrument import load, load_pair
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.bakeoff_stage import bakeoff_stage, circuit_places
@@ -38,7 +39,6 @@ from mechscope.studies.corpora import Splits, encode_for, load_corpus, load_spli
 from mechscope.studies.pair_settings import DiscoverySettings
 from mechscope.studies.reading_stages import reading_stages
 from mechscope.studies.settings import VOLATILE, BakeOffSettings, DiffSettings, ModelSettings, StudySettings
-from mechscope.studies.stages import Progress
 from mechscope.subject import Components, Pair, Subject, pair
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def claims_stage(run: RunFolder, settings: Any) -> None:
     )
     needed = ("difference", "selection", "bakeoff", "causal", "circuit", "circuit-change")
     inputs = {name: record["outputs"] for name, record in run.manifest["stages"].items() if name in needed}
-    with run.stage("claims", {**inputs, "rows": settings.rows, "rule": settings.layer_rule}) as stage:
+    with run.stage("claims", {**inputs, "rows": settings.rows, "rule": settings.layer_rule}, alone=True) as stage:
         if stage.done:
             return
         trained = [run.table(name) if run.has_table(name) else None for name in names]

@@ -8,9 +8,10 @@ from mechscope.adapt.targets import place
 from mechscope.adapt.training import Tuned, tune
 from mechscope.errors import SettingsError
 from mechscope.instrument import load
+from mechscope.progress import Progress
 from mechscope.studies.corpora import load_splits
 from mechscope.studies.settings import TuneSettings
-from mechscope.studies.stages import Progress, train_settings
+from mechscope.studies.stages import train_settings
 from mechscope.subject import Components
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mechscope.data.pairs import from_examples
 from mechscope.errors import ModelError
+from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.store.stage import Stage
 from mechscope.studies import stages
@@ -19,7 +20,6 @@ from mechscope.studies.heads import read_documents, read_models, record_reading
 from mechscope.studies.neuron_stage import neurons_stage
 from mechscope.studies.reading_settings import WeightsSettings
 from mechscope.studies.settings import VOLATILE
-from mechscope.studies.stages import Progress
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Components, Pair, Subject, pair
 from mechscope.weights import composition, head_changes, ov_tokens, qk_tokens, singular_tokens, weight_heads

@@ -129,3 +129,17 @@ class Components:
                 if layer >= anatomy.n_layers:
                     raise SettingsError(f"component {name}{layer} does not exist: {size}")
         return self
+
+
+def chosen_heads(anatomy: Anatomy, heads: Components | str | None) -> tuple[tuple[int, int], ...]:
+    """Return (layer, head) of a selection or its text form, whole layers by their heads; all of the model for None.
+
+    Raises:
+        SettingsError: The selection does not fit the model, or holds no heads.
+    """
+    if heads is None:
+        return tuple(anatomy.heads())
+    chosen = (Components.parse(heads) if isinstance(heads, str) else heads).validate(anatomy).expand(anatomy.n_heads).heads
+    if not chosen:
+        raise SettingsError(f"components {str(heads)!r} hold no heads: name some, such as 'a3.h5', or whole layers")
+    return chosen

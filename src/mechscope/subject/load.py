@@ -25,6 +25,7 @@ from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
 from mechscope.subject.anatomy import Anatomy, discover
 from mechscope.subject.checkpoint import read_adapter, read_adapter_config, read_model, read_tokenizer
+from mechscope.subject.spelling import Spelling
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,11 @@ class Subject:
     def fingerprint(self) -> str:
         """The hash of all weights as they act (adapter included if active): what a result's manifest records."""
         return hash_state(dict(self.weights()))
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How its tokens are written as text."""
+        return Spelling(self.tokenizer)
 
     def __repr__(self) -> str:
         size = self.anatomy

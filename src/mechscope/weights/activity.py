@@ -22,7 +22,8 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.attention import observed
 from mechscope.instrument.walk import Walk
-from mechscope.scoring import Progress, batches, check_fits
+from mechscope.progress import Progress
+from mechscope.scoring import batches, check_fits
 from mechscope.stats.inference import estimate
 from mechscope.subject import Subject
 from mechscope.weights.layer_activity import LayerActivity, Tokens

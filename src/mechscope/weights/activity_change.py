@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from mechscope.data.pairs import Pairs
 from mechscope.errors import ModelError
-from mechscope.scoring import Progress, batches
+from mechscope.progress import Progress
+from mechscope.scoring import batches
 from mechscope.stats.inference import benjamini_hochberg, estimate
 from mechscope.stats.moments import Moments
 from mechscope.subject import Pair

@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechscope.subject.components import Components
+from mechscope.subject.components import Components, chosen_heads
 from mechscope.subject.pair import Pair
 from mechscope.weights.bilinear import Bilinear
-from mechscope.weights.forms import Forms, chosen_heads
+from mechscope.weights.forms import Forms
 from mechscope.weights.rotary import is_bilinear
 
 _SIZES = ("norm", "change", "relative", "place")
@@ -44,7 +44,7 @@ def head_changes(pair: Pair, *, heads: Components | str | None = None, offset: i
     base, tuned = Forms(pair.base), Forms(pair.tuned)
     rows: list[dict[str, Any]] = []
     bilinear: dict[int, bool] = {}
-    for layer, head in chosen_heads(pair.base, heads):
+    for layer, head in chosen_heads(pair.base.anatomy, heads):
         if layer not in bilinear:
             bilinear[layer] = is_bilinear(pair.base, layer) and is_bilinear(pair.tuned, layer)
         row = {"layer": layer, "head": head, "component": f"a{layer}.h{head}", **_sizes("ov", base.ov(layer, head), tuned.ov(layer, head))}

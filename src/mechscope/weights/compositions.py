@@ -12,7 +12,7 @@ nothing is sampled. Scores of real models are mostly above it: heads share direc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
+from mechscope.progress import Progress
 from mechscope.subject.load import Subject
 from mechscope.subject.pair import Pair
 from mechscope.weights.forms import Forms
@@ -31,9 +32,7 @@ COMPOSITION_COLUMNS = ("kind", "from", "to", "from_layer", "from_head", "to_laye
 
 
 @torch.no_grad()
-def composition(
-    subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int = 0, progress: Callable[[str, int, int], None] | None = None
-) -> pd.DataFrame:
+def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int = 0, progress: Progress | None = None) -> pd.DataFrame:
     """Score how much every head reads from every head of an earlier layer.
 
     Norms' gains and centring are folded into what reads; their scales, and MLPs between, are left out.

@@ -9,7 +9,7 @@ itself among the k whose logits it raises (or lowers) most?
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.subject.components import Components
+from mechscope.progress import Progress
+from mechscope.subject.components import Components, chosen_heads
 from mechscope.subject.load import Subject
-from mechscope.weights.forms import Forms, chosen_heads
+from mechscope.weights.forms import Forms
 from mechscope.weights.rotary import is_bilinear
 from mechscope.weights.vocabulary import Embedding, Vocabulary
 
@@ -77,7 +78,7 @@ def weight_heads(
     embedding: Embedding = "normalised",
     effective: bool = False,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Describe every head by its weights.
 
@@ -108,7 +109,7 @@ def weight_heads(
         order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(seed))
         tokens = order[:n_tokens].tolist()
     tokens = vocabulary.checked(tokens, "tokens")
-    chosen = list(chosen_heads(subject, heads))
+    chosen = chosen_heads(subject.anatomy, heads)
     bilinear = {layer: is_bilinear(subject, layer) for layer in {layer for layer, _ in chosen}}
     rows: list[dict[str, Any]] = []
     for layer, head in chosen:

@@ -60,7 +60,7 @@ def extremes(a: Float[Tensor, "m rank"], b: Float[Tensor, "n rank"], *, k: int) 
                 high.offer(block, top, left)
             if -smallest > low.least:
                 low.offer(block.neg_(), top, left)
-    return tuple(_exact(a, b, order_a, order_b, best, sign) for best, sign in ((high, 1), (low, -1)))  # type: ignore[return-value]
+    return _exact(a, b, order_a, order_b, high, 1), _exact(a, b, order_a, order_b, low, -1)
 
 
 def extremes_of_rows(

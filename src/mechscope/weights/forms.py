@@ -7,13 +7,9 @@ the change of the head and not that of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from mechscope.errors import SettingsError
 from mechscope.instrument.wiring import Wiring
-from mechscope.subject.components import Components
 from mechscope.subject.load import Subject
 from mechscope.subject.pair import Pair
 from mechscope.weights.bilinear import Bilinear
@@ -91,18 +87,3 @@ class ChangedForms:
 def forms_of(model: Model) -> Forms | ChangedForms:
     """Return a model's circuits, or how they changed for a pair."""
     return ChangedForms(model) if isinstance(model, Pair) else Forms(model)
-
-
-def chosen_heads(subject: Subject, heads: Components | str | None) -> Iterator[tuple[int, int]]:
-    """Yield (layer, head) of a selection, whole layers by their heads; all for None.
-
-    Raises:
-        SettingsError: The selection does not fit the model, or holds no heads.
-    """
-    anatomy = subject.anatomy
-    if heads is None:
-        return anatomy.heads()
-    chosen = (Components.parse(heads) if isinstance(heads, str) else heads).validate(anatomy).expand(anatomy.n_heads).heads
-    if not chosen:
-        raise SettingsError(f"components {str(heads)!r} hold no heads: name some, such as 'a3.h5', or whole layers")
-    return iter(chosen)

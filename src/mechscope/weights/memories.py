@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.stats.inference import share_interval
 from mechscope.subject import Subject
+from mechscope.subject.spelling import Spelling
 from mechscope.weights.activity import Activity
 from mechscope.weights.mlp import Mlps
 from mechscope.weights.neurons import names, written_tokens
@@ -101,7 +101,7 @@ def memories(
             "position": contexts.position,
             "token_id": contexts.token,
             "next_id": contexts.next,
-            "context": [reader.written(subject.tokenizer, *where, before=before) for where in contexts.where()],
+            "context": [reader.written(subject.spelling, *where, before=before) for where in contexts.where()],
             "promoted": promoted.tolist(),
             "agrees": pd.Series(_agrees(contexts, promoted), dtype=object),
         }
@@ -200,10 +200,10 @@ class _Reader:
         following = [self._following(*where) for where in zip(text.tolist(), position.tolist(), strict=True)]
         return _Contexts(neuron, place, top.activation[at], text, position, top.token[at], torch.tensor(following, dtype=torch.int64))
 
-    def written(self, tokenizer: Any, text: int, position: int, *, before: int) -> str:
+    def written(self, spelling: Spelling, text: int, position: int, *, before: int) -> str:
         tokens = self._tokens[text]
         head, own = tokens[max(0, position - before) : position], tokens[position]
-        return f"{tokenizer.decode(head) if head else ''}{MARKS[0]}{tokenizer.decode([own])}{MARKS[1]}"
+        return f"{spelling.text(head)}{MARKS[0]}{spelling.text([own])}{MARKS[1]}"
 
     def _following(self, text: int, position: int) -> int:
         tokens = self._tokens[text]
@@ -223,11 +223,9 @@ def _agrees(contexts: _Contexts, promoted: Int[Tensor, "n k"]) -> list[bool | No
 
 def _in_words(table: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
     """Write the columns of token ids as text."""
-    ids = {*table["token_id"], *table["next_id"], *(token for tokens in table["promoted"] for token in tokens)} - {_END}
-    words: dict[int, str | None] = dict(zip(sorted(ids), vocabulary.texts(sorted(ids)), strict=True))
-    words[_END] = None
+    spelling = vocabulary.subject.spelling
     return table.assign(
-        token=table["token_id"].map(words),
-        next=pd.Series([words[token] for token in table["next_id"]], dtype=object),
-        promoted=pd.Series([[words[token] for token in tokens] for tokens in table["promoted"]], dtype=object),
+        token=table["token_id"].map(spelling.token),
+        next=pd.Series([None if token == _END else spelling.token(token) for token in table["next_id"]], dtype=object),
+        promoted=pd.Series([spelling.tokens(tokens) for tokens in table["promoted"]], dtype=object),
     )[list(COLUMNS)]

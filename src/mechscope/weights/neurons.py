@@ -21,7 +21,7 @@ from torch import Tensor
 from mechscope.errors import SettingsError
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.readout import Readout
-from mechscope.scoring import Progress
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 from mechscope.weights.mlp import Mlp, Mlps, Reading
 from mechscope.weights.vocabulary import Vocabulary
@@ -86,7 +86,7 @@ def neuron_tokens(
     if progress is not None:
         progress("neurons", len(chosen), len(chosen))
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(token=token_texts(vocabulary, table["token_id"]))[list(TOKEN_COLUMNS)]
+    return table.assign(token=table["token_id"].map(vocabulary.subject.spelling.token))[list(TOKEN_COLUMNS)]
 
 
 @torch.no_grad()
@@ -145,12 +145,6 @@ def written_tokens(vocabulary: Vocabulary, down: Float[Tensor, "neuron d_model"]
             best = values.topk(k, dim=1, largest=largest)
             kept.append(TopTokens(best.indices, best.values))
     return _joined(found[0]), _joined(found[1])
-
-
-def token_texts(vocabulary: Vocabulary, tokens: pd.Series) -> pd.Series:
-    """Write tokens as text, each distinct one once."""
-    distinct = [int(token) for token in tokens.unique()]
-    return tokens.map(dict(zip(distinct, vocabulary.texts(distinct), strict=True)))
 
 
 def names(layer: int, neurons: np.ndarray) -> dict[str, object]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.subject.components import Components
+from mechscope.subject.components import Components, chosen_heads
 from mechscope.subject.load import Subject
 from mechscope.weights.bilinear import Bilinear
-from mechscope.weights.forms import Forms, chosen_heads
+from mechscope.weights.forms import Forms
 from mechscope.weights.rotary import score_matrices
 from mechscope.weights.vocabulary import Embedding, Vocabulary, position_rows
 
@@ -52,7 +52,7 @@ def position_scores(
     forms, vocabulary, learned = Forms(subject), Vocabulary(subject, embedding=embedding), position_rows(subject)
     rows: list[dict[str, Any]] = []
     turned: dict[int, Tensor] = {}
-    for layer, head in chosen_heads(subject, heads):
+    for layer, head in chosen_heads(subject.anatomy, heads):
         if layer not in turned:
             turned = {layer: score_matrices(subject, layer, range(offsets))}  # one layer's at a time
         if learned is not None:

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 
 from mechscope.errors import SettingsError
-from mechscope.subject.components import Components
+from mechscope.subject.components import Components, chosen_heads
 from mechscope.weights.bilinear import Bilinear
-from mechscope.weights.forms import Model, chosen_heads, forms_of
+from mechscope.weights.forms import Model, forms_of
 from mechscope.weights.vocabulary import Embedding, Vocabulary
 
 SIDES = {"ov": ("in", "out"), "qk": ("query", "key")}
@@ -62,7 +62,7 @@ def singular_tokens(
     forms = forms_of(model)
     vocabulary = Vocabulary(forms.subject, embedding=embedding, effective=effective)
     rows: list[dict[str, Any]] = []
-    for layer, head in chosen_heads(forms.subject, heads):
+    for layer, head in chosen_heads(forms.subject.anatomy, heads):
         form = forms.ov(layer, head) if matrix == "ov" else forms.qk(layer, head, offset=offset)
         rows += [
             {"layer": layer, "head": head, "component": f"a{layer}.h{head}", "matrix": matrix, **row}
@@ -92,4 +92,4 @@ def _of_form(form: Bilinear, vocabulary: Vocabulary, layer: int, matrix: str, n:
 
 
 def _joined(vocabulary: Vocabulary, tokens: list[int]) -> str:
-    return " ".join(map(repr, vocabulary.texts(tokens)))
+    return " ".join(map(repr, vocabulary.subject.spelling.tokens(tokens)))

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.subject.components import Components
+from mechscope.progress import Progress
+from mechscope.subject.components import Components, chosen_heads
 from mechscope.weights.extremes import extremes, extremes_of_rows
-from mechscope.weights.forms import Model, chosen_heads, forms_of
+from mechscope.weights.forms import Model, forms_of
 from mechscope.weights.vocabulary import Embedding, Vocabulary
-
-Progress = Callable[[str, int, int], None]
 
 OV_COLUMNS = ("layer", "head", "component", "sign", "place", "source", "target", "value", "source_id", "target_id")
 QK_COLUMNS = ("layer", "head", "component", "offset", "sign", "place", "query", "key", "value", "query_id", "key_id")
@@ -66,7 +65,7 @@ def ov_tokens(
         form = forms.ov(layer, head)
         return vocabulary.read(form, layer), vocabulary.written(form.right)
 
-    chosen = list(chosen_heads(forms.subject, heads))
+    chosen = chosen_heads(forms.subject.anatomy, heads)
     found = _entries(chosen, sides, rows, _positive(k), progress, "OV circuits")
     return _table(vocabulary, found, ("source", "target"), ("promoted", "suppressed"), OV_COLUMNS)
 
@@ -114,7 +113,7 @@ def qk_tokens(
         form = forms.qk(layer, head, offset=offset)
         return vocabulary.read(form, layer), vocabulary.read(form, layer, side="right")
 
-    chosen = list(chosen_heads(forms.subject, heads))
+    chosen = chosen_heads(forms.subject.anatomy, heads)
     found = _entries(chosen, sides, rows, _positive(k), progress, "QK circuits")
     return _table(vocabulary, found, ("query", "key"), ("attended", "avoided"), QK_COLUMNS, offset=offset)
 
@@ -170,6 +169,7 @@ def _table(
     order: tuple[str, ...],
     **same: int,
 ) -> pd.DataFrame:
+    spelling = vocabulary.subject.spelling
     parts = [
         pd.DataFrame(
             {
@@ -178,8 +178,8 @@ def _table(
                 "component": f"a{one.layer}.h{one.head}",
                 "sign": signs[0] if one.high else signs[1],
                 "place": one.places,
-                names[0]: vocabulary.texts(one.rows),
-                names[1]: vocabulary.texts(one.columns),
+                names[0]: spelling.tokens(one.rows),
+                names[1]: spelling.tokens(one.columns),
                 "value": one.values,
                 f"{names[0]}_id": one.rows,
                 f"{names[1]}_id": one.columns,

@@ -20,7 +20,7 @@ from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.parts import mlp_of
 from mechscope.instrument.readout import Readout
-from mechscope.instrument.rerun import stubbed
+from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject.load import Subject
@@ -33,7 +33,7 @@ _ROWS = 4096
 
 
 class Vocabulary:
-    """A model's tokens, projected through heads; it holds one copy of the embedding.
+    """A model's tokens, projected through heads; it holds one copy of the embedding, on whose device all it returns is.
 
     Attributes:
         subject: The model.
@@ -88,20 +88,11 @@ class Vocabulary:
 
     def written(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "vocab n"]:
         """Return what vectors in the residual stream add to every token's logit, less the mean over the vocabulary, at a final norm's scale of one."""
-        norm, weight = self._readout.norm, self._readout.weight
-        vectors = vectors * self._readout.multiplier
-        if norm is not None:  # folded into the few vectors instead of the many tokens
-            vectors = vectors - vectors.mean(-1, keepdim=True) if norm.centred else vectors
-            vectors = vectors * norm.gain.to(vectors)
+        weight = self._readout.weight
         kind = _working(weight.dtype)
-        across = vectors.T.to(weight.device, kind)
+        across = self._readout.folded(vectors).T.to(weight.device, kind)
         found = torch.cat([rows.to(kind) @ across for rows in weight.split(_ROWS)])
-        return found.sub_(found.mean(0))
-
-    def texts(self, tokens: Sequence[int]) -> list[str]:
-        """Write tokens as text; `#123` where the model came without a tokenizer, or with one that has no text for the row."""
-        tokenizer = self.subject.tokenizer
-        return [("" if tokenizer is None else str(tokenizer.decode([token]))) or f"#{token}" for token in tokens]
+        return found.sub_(found.mean(0)).to(self.subject.device)
 
     def checked(self, tokens: Sequence[int], what: str) -> list[int]:
         """Return token ids as they are.
@@ -143,7 +134,7 @@ def _embedded(subject: Subject, norm: Norm | None, *, effective: bool) -> Float[
         walk = Walk(subject, ids[:, None])
         rows = walk.hidden - start
         if effective:
-            rows = rows + mlp_of(walk, 0, rows)
+            rows = rows + mlp_of(walk, 0, rows).to(rows.device)
         found[ids.to(found.device)] = _normalised(rows[:, 0].to(found), norm)
     return found
 

@@ -1,0 +1,187 @@
+"""What the tests of several ranks let them do; each is one function that every rank runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mechscope import ranks
+from mechscope.adapt.generate import Decoding, summarize
+from mechscope.adapt.settings import TrainSettings
+from mechscope.adapt.targets import place
+from mechscope.adapt.training import tune
+from mechscope.causal.ablation import ablate
+from mechscope.causal.patching import patch
+from mechscope.circuits.attribution import attribute_edges
+from mechscope.circuits.evaluation import evaluate
+from mechscope.circuits.graph import Circuit
+from mechscope.data.pairs import Pairs
+from mechscope.data.prompt import Encoded
+from mechscope.difference import Difference, difference
+from mechscope.errors import DataError, MechscopeError
+from mechscope.instrument import load
+from mechscope.store.run import RunFolder
+from mechscope.studies.circuits import circuit_run
+from mechscope.studies.pair_settings import CircuitSettings
+from mechscope.studies.settings import StudySettings
+from mechscope.studies.summarization import study
+from mechscope.subject import Components, Subject
+from tests import families
+from tests.causal.pairs import random_pairs
+from tests.difference import oracle
+
+# eleven documents in six batches: neither two nor three ranks get as many batches each
+LENGTHS = (23, 12, 17, 9, 20, 31, 14, 26, 11, 19, 22)
+TOKENS = 50
+
+
+def encoded() -> Encoded:
+    """Return documents of different length."""
+    return Encoded(oracle.examples(lengths=LENGTHS), {})
+
+
+def measured(
+    family: str = "gpt2", *, folder: Path | None = None, kill_at: tuple[int, int] | None = None, tokens: int = TOKENS
+) -> Difference:
+    """Measure a difference, kept in a run folder if there is one.
+
+    Args:
+        family: Which models.
+        folder: Of the run.
+        kill_at: A rank, and the round in which it is killed.
+        tokens: Of a batch.
+    """
+    both = oracle.models(family, torch.float32)
+    options: dict[str, Any] = {"tokens_per_batch": tokens, "replicates": 20}
+    rounds = 0
+
+    def kill(label: str, done: int, total: int) -> None:
+        nonlocal rounds
+        rounds += 1
+        if kill_at == (ranks.rank(), rounds):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if folder is None:
+        return difference(both, encoded(), progress=kill, **options)
+    with RunFolder.open(folder, {"seed": 0}, kind="test") as run, run.stage("difference", {"documents": encoded().hash}) as stage:
+        return difference(both, encoded(), stage=stage, checkpoint_seconds=0, progress=kill, **options)
+
+
+def resumed(folder: Path) -> tuple[Difference, bool]:
+    """Go on with a difference; tell whether something was there to go on with."""
+    found = measured(folder=folder)
+    return found, any("continues from its checkpoint" in event["message"] for event in RunFolder.read(folder).events())
+
+
+def model() -> tuple[Subject, Pairs]:
+    """Return a model and pairs of different length."""
+    torch.manual_seed(0)
+    subject = load(families.build("llama", torch.float64), check=False)
+    return subject, random_pairs(7, lengths=(9, 12, 7, 10, 8))
+
+
+def swept() -> dict[str, np.ndarray]:
+    """Run what is shared among ranks over pairs, and return the numbers of every text."""
+    subject, pairs = model()
+    scores = attribute_edges(subject, pairs, method="eap-ig", steps=2, tokens_per_batch=16)
+    graph = scores.graph
+    half = Circuit(graph, np.random.default_rng(0).random(len(graph)) < 0.5)
+    judged = evaluate(subject, pairs, [half, Circuit(graph, np.ones(len(graph), dtype=bool))], tokens_per_batch=16)
+    assert scores.per_text is not None
+    return {
+        "edges": scores.per_text,
+        "mean": scores.mean,
+        "circuits": judged.values,
+        "patched": patch(subject, pairs, site="head", tokens_per_batch=16).values,
+        "resampled": ablate(subject, pairs, sites=("head",), source="resample", tokens_per_batch=32).values,
+    }
+
+
+def trained(folder: Path) -> pd.DataFrame:
+    """Fine-tune by LoRA in all heads of a layer and return the learning curve."""
+    torch.manual_seed(0)
+    # without dropout, whose draws depend on how a batch is divided
+    subject = load(families.build("llama", torch.float32), check=False)
+    placed = place(subject, Components.parse("layers:1"), rank=2)
+    settings = TrainSettings(batch_size=6, max_steps=4, eval_every=2, learning_rate_lora=1e-2, patience=None)
+    examples = encoded().examples
+    return tune(subject, examples[:6], examples[6:], folder, method="lora", placed=placed, settings=settings).curve
+
+
+def written(source: str) -> list[str]:
+    """Let the shipped model continue some prompts."""
+    subject = load(source, check=False)
+    prompts = [example.input_ids[:12] for example in encoded().examples]
+    return summarize(subject.model, subject.tokenizer, prompts, decoding=Decoding(max_new_tokens=4), tokens_per_batch=30)
+
+
+def studied(settings: dict[str, Any], folder: Path) -> None:
+    """Run a whole study."""
+    study(StudySettings(**settings), folder)
+
+
+def found_circuit(settings: dict[str, Any], folder: Path) -> None:
+    """Run `mechscope circuit`."""
+    circuit_run(CircuitSettings(**settings), folder)
+
+
+def refused(folder: Path) -> str:
+    """Open a folder that is somebody else's, and return the error's kind and text."""
+    try:
+        RunFolder.open(folder, {}, kind="test")
+    except MechscopeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "opened"
+
+
+def stages(folder: Path) -> list[Any]:
+    """Go through a shared stage, one that rank 0 works on alone, and both again; return what this rank saw of them."""
+    seen: list[Any] = []
+    with RunFolder.open(folder, {}, kind="test") as run:
+        for _ in range(2):
+            with run.stage("shared", {}) as stage:
+                seen.append(stage.done)
+                if not stage.done:
+                    scratch = stage.path("scratch")
+                    seen.append(scratch.is_dir())
+                    stage.write_table("numbers", pd.DataFrame({"rank": ranks.exchange(ranks.rank())}))
+                    stage.checkpoint({"x": torch.tensor([ranks.rank()])}, {})
+            with run.stage("alone", {}, alone=True) as stage:
+                seen.append(stage.done)
+                if not stage.done:
+                    # without the others: this would wait for ever if it asked them
+                    seen.append((ranks.exchange("me"), ranks.size()))
+                    stage.write_json("note.json", "written alone")
+            seen.append((sorted(run.manifest["stages"]), run.table("numbers")["rank"].tolist()))
+        run.record("seeds", {"study": 0})
+    return seen
+
+
+def exchanged() -> dict[str, Any]:
+    """Use every way of bringing parts together."""
+    mine = ranks.rank()
+
+    def fail() -> None:
+        raise DataError("rank 0 met this")
+
+    try:
+        ranks.by_first(fail)
+        error = "none"
+    except MechscopeError as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return {
+        "rank": mine,
+        "own": list(ranks.own(range(7))),
+        "exchange": ranks.exchange(mine * 10),
+        "collect": ranks.collect(mine * 10),
+        "agreed": ranks.agreed(f"from {mine}"),
+        "by_first": ranks.by_first(lambda: f"done by {mine}, {ranks.size()} in sight"),
+        "error": error,
+        "label": ranks.label(),
+    }
