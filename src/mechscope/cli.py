@@ -207,7 +207,7 @@ def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 def inspect_model(
     model: Annotated[str, typer.Argument(help="Hub id, directory, or adapter.")],
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:N, spread.")] = "auto",
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Also accept pickled checkpoints.")] = False,
 ) -> None:
     """Show a model's parts and what the load-time checks say of them; exit code 1 if one fails."""

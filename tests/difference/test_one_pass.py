@@ -16,7 +16,8 @@ from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
 from mechscope.data.prompt import Encoded
-from mechscope.difference import Difference, difference
+from mechscope.data import memory
+from mechscope.difference import Difference, difference, one_pass
 from mechscope.errors import DataError
 from mechscope.stats.geometry import cka, rsa
 from mechscope.store.run import RunFolder
@@ -206,6 +207,21 @@ def test_replicates_resample_documents():
     # the spread of bootstrap means estimates the standard error, (n − 1)/n of its variance
     ratio = np.nanstd(replicates, axis=0).ravel() / table["kl_base_tuned_se"].to_numpy()
     assert np.median(ratio) == pytest.approx(np.sqrt(4 / 5), rel=0.25)
+
+
+def test_left_to_itself_it_makes_batches_that_fit_into_memory_and_enough_of_them_to_share(monkeypatch: pytest.MonkeyPatch):
+    both = oracle.models("gpt2", torch.float32)
+    documents = oracle.encoded(lengths=[30] * 2400)
+
+    def tokens(free: int) -> int:
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        return one_pass.chosen(both, documents)
+
+    assert tokens(2**40) == 2048, "72,000 tokens make 32 batches of 2,250"
+    assert tokens(2**29 + 2**24) == 1024, "what fits is less"
+    assert tokens(0) == memory.FEWEST
+    assert one_pass.chosen(both, oracle.encoded()) == memory.FEWEST, "few documents are one batch"
+    assert_equal_tables(difference(both, oracle.encoded(), replicates=20), run(both, tokens_per_batch=512))
 
 
 def test_progress_ends_with_everything_done():

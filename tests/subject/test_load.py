@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mechscope.errors import ModelError
-from mechscope.subject.load import load
+from mechscope.subject.load import devices_of, load
 from tests import families
 from tests.subject.saved import IDS, logits, save, truncate
 
@@ -185,3 +185,19 @@ def test_cuda_asked_for_on_a_machine_without_is_refused(tmp_path: Path, monkeypa
 def test_a_module_that_is_not_from_transformers_is_refused() -> None:
     with pytest.raises(ModelError, match="Linear is not a Hugging Face PreTrainedModel"):
         load(nn.Linear(2, 2))
+
+
+def test_spread_gives_the_same_model_where_there_is_one_device(tmp_path: Path):
+    folder = save(tmp_path, "llama")
+    plain, spread = load(folder, device="cpu"), load(folder, device="spread")
+    assert spread.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(("ranks", "devices", "shares"), [(1, 3, [[0, 1, 2]]), (2, 5, [[0, 1], [2, 3]]), (3, 3, [[0], [1], [2]])])
+def test_ranks_divide_a_machines_devices(ranks: int, devices: int, shares: list[list[int]]):
+    assert [list(devices_of(rank, ranks, devices)) for rank in range(ranks)] == shares
+
+
+def test_a_model_cannot_be_spread_over_fewer_devices_than_ranks():
+    with pytest.raises(ModelError, match="3 ranks cannot spread a model over 2 devices"):
+        devices_of(0, 3, 2)

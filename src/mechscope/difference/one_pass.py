@@ -108,7 +108,7 @@ def difference(
             seed=seed,
         )
 
-    share = Share(encoded.examples, nothing, tokens_per_batch or _chosen(pair, encoded))
+    share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pair, encoded))
     if stage is not None:
         share = share.resume(stage)
     before, sent = share.done, 0
@@ -139,14 +139,16 @@ def difference(
             every = ranks.agreed(max(1, round(every * checkpoint_seconds / max(time.monotonic() - saved, 1e-3))))
             saved = time.monotonic()
     take(0)
+    if progress is not None and before + sent * ranks.size() != len(encoded):
+        progress("comparing documents", len(encoded), len(encoded))
     accumulated = share.together()
     label = None if progress is None else lambda at, of: progress("comparing weights", at, of)
     weights = compare_weights(pair, progress=label)
     return assemble(accumulated, weights, encoded.problems)
 
 
-def _chosen(pair: Pair, encoded: Encoded) -> int:
-    """Return the tokens of a batch: what memory allows, but no less than 32 batches for ranks to share where documents allow that."""
+def chosen(pair: Pair, encoded: Encoded) -> int:
+    """Return the tokens of a batch where nobody says: what memory allows, but for ranks to share at least 32 batches, unless documents are few."""
     shared = max(1, sum(map(len, encoded.examples)) // 32)
     return ranks.agreed(min(tokens_that_fit(pair.base), max(FEWEST, 2 ** (shared.bit_length() - 1))))
 

@@ -24,7 +24,7 @@ class ModelSettings:
     """How models are loaded."""
 
     dtype: str = setting("float32", "Type of the weights: float32, bfloat16, float16, float64, or auto for the stored one.")
-    device: str = setting("auto", "Where to run: auto, cpu, cuda, cuda:N.")
+    device: str = setting("auto", "Where to run: auto, cpu, cuda, cuda:N, or spread (over all devices, for models too large for one).")
     unsafe: bool = setting(False, "Also accept pickled checkpoints (.bin), read with weights_only.")
 
 

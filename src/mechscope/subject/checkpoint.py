@@ -34,7 +34,9 @@ def read_adapter_config(source: str) -> dict[str, Any] | None:
     return dict(json.loads(Path(found).read_text(encoding="utf-8")))
 
 
-def read_model(source: str, *, dtype: torch.dtype | str, device_map: Any, unsafe: bool) -> PreTrainedModel:
+def read_model(
+    source: str, *, dtype: torch.dtype | str, device_map: Any = None, max_memory: dict[int | str, int] | None = None, unsafe: bool = False
+) -> PreTrainedModel:
     """Read a whole model from a directory or the hub.
 
     Raises:
@@ -61,6 +63,7 @@ def read_model(source: str, *, dtype: torch.dtype | str, device_map: Any, unsafe
             config=config,
             dtype=dtype,
             device_map=device_map,
+            max_memory=max_memory,
             use_safetensors=None if unsafe else True,
             trust_remote_code=False,
             output_loading_info=True,

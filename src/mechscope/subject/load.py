@@ -21,10 +21,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mechscope import ranks
 from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
 from mechscope.subject.anatomy import Anatomy, discover
 from mechscope.subject.checkpoint import read_adapter, read_adapter_config, read_model, read_tokenizer
+from mechscope.subject.placement import fetched, place_of, require_in_memory, warn_if_emulated
 from mechscope.subject.spelling import Spelling
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where the embeddings live, so where token ids go."""
-        return next(self.anatomy.embedding.parameters()).device
+        return place_of(self.anatomy.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,21 +104,30 @@ class Subject:
                 layer.enable_adapters(not self.adapted)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter by its name in the plain model, with the active adapter's change added in."""
-        seen: set[int] = set()
+        """Yield every parameter by its name in the plain model, with the active adapter's change added in; offloaded ones are fetched module by module."""
+        # the parameters themselves, not their ids: fetched ones are replaced, and an id may be given out again
+        seen: set[Tensor] = set()
+        shared = getattr(self.anatomy.unembedding, "weight", None)
+        if shared is not None and shared.is_meta and self.plain.config.get_text_config().tie_word_embeddings:
+            seen.add(shared)  # offloaded, it is an empty tensor of its own, yet the embedding's
+        inside = ""  # the adapter layer whose parts come next
         for name, module in self.plain.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                yield from self._adapted_weights(name, module)
-                seen.update(id(parameter) for parameter in module.parameters())
-            elif isinstance(module, ModulesToSaveWrapper):
-                inner = module.modules_to_save[module.active_adapters[0]] if self.adapted else module.original_module
-                yield from ((f"{name}.{key}", parameter.detach()) for key, parameter in inner.named_parameters())
-                seen.update(id(parameter) for parameter in module.parameters())
-            else:
-                for key, parameter in module.named_parameters(recurse=False):
-                    if id(parameter) not in seen:
-                        seen.add(id(parameter))
-                        yield (f"{name}.{key}" if name else key), parameter.detach()
+            if inside and name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+                inside = f"{name}."
+                seen.update(module.parameters())
+                with fetched(module):
+                    yield from self._adapted_weights(name, module) if isinstance(module, BaseTunerLayer) else self._saved_weights(name, module)
+                continue
+            new = [key for key, parameter in module.named_parameters(recurse=False) if parameter not in seen]
+            seen.update(module.parameters(recurse=False))
+            with fetched(module, recurse=False):
+                yield from ((f"{name}.{key}" if name else key, getattr(module, key).detach()) for key in new)
+
+    def _saved_weights(self, name: str, wrapper: Any) -> Iterator[tuple[str, Tensor]]:
+        inner = wrapper.modules_to_save[wrapper.active_adapters[0]] if self.adapted else wrapper.original_module
+        yield from ((f"{name}.{key}", parameter.detach()) for key, parameter in inner.named_parameters())
 
     def _adapted_weights(self, name: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
         for key, parameter in layer.get_base_layer().named_parameters():
@@ -133,10 +144,14 @@ class Subject:
                     value = value + layer.get_delta_weight(adapter).detach().to(value.dtype)
             yield f"{name}.{key}", value
 
+    def require_in_memory(self, purpose: str) -> None:
+        """Refuse a model with offloaded weights, for what reads them itself; raises ModelError that names the purpose."""
+        require_in_memory(self.source, self.plain, purpose)
+
     @cached_property
     def fingerprint(self) -> str:
         """The hash of all weights as they act (adapter included if active): what a result's manifest records."""
-        return hash_state(dict(self.weights()))
+        return hash_state(self.weights())
 
     @cached_property
     def spelling(self) -> Spelling:
@@ -168,8 +183,9 @@ def load(
         source: Hub id, local directory, PEFT adapter (directory or hub id), or a model in memory.
         tokenizer: Tokenizer or its source; by default the one saved with the model.
         dtype: `float32` (default), `bfloat16`, `float16`, `float64`, or `auto` for the stored one.
-        device: `auto` (CUDA where there is one), or a torch device.
-        device_map: Passed to transformers to spread a large model over devices; then `device` is not used.
+        device: `auto` (CUDA where there is one; of several ranks each has its own), `spread` (over the machine's devices, for a model too large for
+            one; of several ranks each has its share of them), or a torch device.
+        device_map: Passed to transformers to place parts by hand; then `device` is not used.
         base: For an adapter, the base model to put it on instead of the one its configuration names.
         unsafe: Also accept pickled checkpoints (`.bin`), read with `weights_only`.
 
@@ -179,6 +195,8 @@ def load(
     if isinstance(source, nn.Module):
         return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
     options = {"dtype": _dtype(dtype), "device_map": device_map, "unsafe": unsafe}
+    if device == "spread" and device_map is None:
+        options |= {"device_map": "auto", "max_memory": _memory_of_rank()}
     adapter, beneath = read_adapter_config(str(source)), ""
     if adapter is None:
         model = read_model(str(source), **options)
@@ -188,7 +206,7 @@ def load(
         if base is not None and recorded not in (None, beneath):
             log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
         model = read_adapter(str(source), beneath, **options)
-    if device_map is None:
+    if options["device_map"] is None:
         model = model.to(_device(device))
     return _wrap(model, read_tokenizer(tokenizer, [str(source), *([beneath] if beneath else [])]), str(source))
 
@@ -216,6 +234,7 @@ def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
         )
     model.eval()
     _require_finite(plain, source)
+    warn_if_emulated(plain)
     return Subject(model, tokenizer, discover(plain), source, adapted)
 
 
@@ -229,14 +248,34 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:N") from error
+        raise ModelError(f"device {device!r} is not known: use auto, cpu, cuda, cuda:N or spread") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(device)!r} was asked for, but this machine has no usable CUDA device: use device='cpu' or 'auto'")
     return chosen
+
+
+def _memory_of_rank() -> dict[int | str, int] | None:
+    """Return the free bytes of the devices that are this rank's, or None for all of them."""
+    if ranks.local_size() == 1 or not torch.cuda.is_available():
+        return None
+    own = devices_of(ranks.local_rank(), ranks.local_size(), torch.cuda.device_count())
+    return {device: torch.cuda.mem_get_info(device)[0] for device in own}
+
+
+def devices_of(rank: int, n_ranks: int, n_devices: int) -> range:
+    """Return the devices of one of a machine's ranks, each of which gets as many.
+
+    Raises:
+        ModelError: There are fewer devices than ranks.
+    """
+    each = n_devices // n_ranks
+    if not each:
+        raise ModelError(f"{n_ranks} ranks cannot spread a model over {n_devices} devices: start at most {n_devices} of them")
+    return range(rank * each, (rank + 1) * each)
 
 
 def _require_finite(model: nn.Module, source: str) -> None:

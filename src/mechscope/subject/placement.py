@@ -1,0 +1,79 @@
+"""Where a model's weights lie and its modules compute.
+
+A model may be spread over several devices, and accelerate may keep weights of it on the CPU or on a disk until their module runs (offloading): until
+then their parameters are empty. Whatever only runs such a model works as it is, because accelerate's hooks stand around every module. What reads weights itself
+must fetch them, or refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from mechscope.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Return where a module computes: where its first parameter lies, or where accelerate puts it when the module runs."""
+    first = next(module.parameters())
+    if not first.is_meta:
+        return first.device
+    owner = next(part for part in module.modules() if any(own is first for own in part.parameters(recurse=False)))
+    hook: Any = getattr(owner, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+@contextlib.contextmanager
+def fetched(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
+    """Hold a module's offloaded weights in memory for the duration; a no-op for weights that are there."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules() if recurse else (module,):
+            if any(own.is_meta for own in part.parameters(recurse=False)):
+                stack.enter_context(align_module_device(part))
+        yield
+
+
+def require_in_memory(source: str, module: nn.Module, purpose: str) -> None:
+    """Refuse a model whose weights are offloaded, for what reads them itself.
+
+    Args:
+        source: How the model is called.
+        module: The part that is read.
+        purpose: What needs the weights.
+
+    Raises:
+        ModelError: Some are not in memory.
+    """
+    away = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if away:
+        raise ModelError(
+            f"model {source!r}: {len(away)} weights ({away[0]}, …) are offloaded to the CPU's memory or a disk, and {purpose} reads them: load the "
+            "model without offloading (more devices, or dtype='bfloat16'); recording, statistics, differences, patching and generation work as it is"
+        )
+
+
+def warn_if_emulated(model: nn.Module) -> None:
+    """Say once that a processor has no bfloat16 arithmetic of its own, where a model is to run in it."""
+    if any(parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters()):
+        _warn_once()
+
+
+@cache
+def _warn_once() -> None:
+    if platform.machine().lower() in ("x86_64", "amd64") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        log.warning(
+            "bfloat16 on this processor is emulated (it has neither AVX512-BF16 nor AMX): half the memory, but slower than float32, and numbers "
+            "with three digits"
+        )
