@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
@@ -32,5 +32,15 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# about half an hour on two quiet cores, the peers' jobs half as much again; what is measured goes into docs/benchmarks.md
+bench: .venv/ready
+	$(BIN)/python -m benchmarks run --out benchmarks/results/small.json
+	$(BIN)/python -m benchmarks table benchmarks/results/small.json
+
+# the peers' packages in an environment of their own, one by one: what cannot be installed is named and then left out
+bench-peers:
+	$(PYTHON) -m venv .venv-bench
+	$(PYTHON) -m benchmarks.install .venv-bench/bin/python
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

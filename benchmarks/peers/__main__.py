@@ -1,0 +1,35 @@
+"""Say, as a line of JSON, which peers this Python has: by package, its `version`, or why it is `absent`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+
+from benchmarks.peers import NAMES
+
+
+def look(package: str) -> dict[str, str]:
+    """Say whether a package is here."""
+    if importlib.util.find_spec(package) is None:
+        return {"absent": "not installed"}
+    if package == "eap":
+        return _eap()
+    return {"version": importlib.metadata.version(package)}
+
+
+def _eap() -> dict[str, str]:
+    """EAP-IG's code is often a folder on the path, without a version, and needs an older TransformerLens."""
+    if importlib.util.find_spec("transformer_lens") is None:
+        return {"absent": "it needs transformer_lens before 4.0, which is not installed beside it"}
+    beneath = importlib.metadata.version("transformer_lens")
+    if int(beneath.partition(".")[0]) >= 4:
+        return {"absent": f"it needs transformer_lens before 4.0, beside it is {beneath}"}
+    try:
+        return {"version": importlib.metadata.version("eap")}
+    except importlib.metadata.PackageNotFoundError:
+        return {"version": f"on transformer_lens {beneath}"}
+
+
+if __name__ == "__main__":
+    print(json.dumps({package: look(package) for package in NAMES}))

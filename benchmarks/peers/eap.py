@@ -1,0 +1,115 @@
+"""EAP and EAP-IG by their authors' code (Hanna et al. 2024), on a copy of the model in the kind of model it runs, TransformerLens before 4.0.
+
+It is on no package index as `eap`: put the repository's `src` on PYTHONPATH of a Python that has the older TransformerLens, and name that Python with
+`--peers`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.harness import Job
+from benchmarks.models import logit_difference
+from benchmarks.peers.cases import PeerCase, builder, forward
+from benchmarks.shapes import Size
+
+BY = "EAP-IG's code"
+STEPS = 5
+
+
+class OnDevice(TorchFunctionMode):
+    """Creates on the model's device what the authors' code asks to be created on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        asked = kwargs or {}
+        return func(*args, **(asked | {"device": self.device} if asked.get("device") == "cuda" else asked))
+
+
+def hooked(model: Any) -> tuple[Any, Any]:
+    """Copy the weights, as they are, into the kind of model the authors' code runs, and make its graph."""
+    peer = importlib.import_module("transformer_lens")
+    convert = importlib.import_module("transformer_lens.pretrained.weight_conversions").convert_gpt2_weights
+    config = model.config
+    made = peer.HookedTransformer(
+        peer.HookedTransformerConfig(
+            n_layers=config.n_layer,
+            n_heads=config.n_head,
+            d_model=config.n_embd,
+            d_head=config.n_embd // config.n_head,
+            d_mlp=4 * config.n_embd,
+            d_vocab=config.vocab_size,
+            n_ctx=config.n_positions,
+            act_fn="gelu_new",
+            normalization_type="LN",
+            eps=config.layer_norm_epsilon,
+            dtype=model.dtype,
+            device=str(model.device),
+            use_attn_result=True,
+            use_split_qkv_input=True,
+            use_hook_mlp_in=True,
+        )
+    )
+    as_is = dict.fromkeys(("fold_ln", "fold_value_biases", "center_writing_weights", "center_unembed"), False)
+    made.load_and_process_state_dict(convert(model, made.cfg), **as_is)
+    return made, importlib.import_module("eap.graph").Graph.from_model(made)
+
+
+def _scored(case: PeerCase, method: str) -> np.ndarray:
+    """Return the authors' scores, ``(sender, receiver)``; their order of nodes is mechscope's."""
+    peer: Any = importlib.import_module("eap.attribute")
+    model, graph = case.wrapped
+
+    def tokens(_: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
+
+    def metric(logits: Tensor, *_: Any) -> Tensor:
+        return logit_difference(logits).sum()
+
+    peer.tokenize_plus = tokens  # the texts are token ids already
+    with OnDevice(str(case.model.device)):
+        peer.attribute(model, graph, [(case.ids, case.corrupt, None)], metric, method, ig_steps=STEPS, quiet=True)
+    return graph.scores.detach().cpu().numpy()
+
+
+def eap(case: PeerCase) -> np.ndarray:
+    """Score every edge by attribution patching."""
+    return _scored(case, "EAP")
+
+
+def eap_ig(case: PeerCase) -> np.ndarray:
+    """Score every edge by attribution patching with gradients integrated over inputs."""
+    return _scored(case, "EAP-IG-inputs")
+
+
+def _edges(found: np.ndarray) -> np.ndarray:
+    return found.ravel()
+
+
+JOBS = tuple(
+    Job(
+        name=name,
+        what="the same by the authors' code",
+        build=builder(hooked),
+        run=run,
+        sizes={"small": Size(16, 16)},
+        forward=forward,
+        numbers=_edges,
+        by=BY,
+        package="eap",
+        rounds=1,
+        slow=True,
+        seconds=seconds,
+    )
+    for name, run, seconds in (("eap", eap, 70), ("eap_ig", eap_ig, 170))
+)

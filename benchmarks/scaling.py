@@ -1,0 +1,270 @@
+"""How the cost of a difference grows: one factor at a time around a small model, each point in a process of its own, and a line through the logarithms.
+
+A slope of 1 means proportional growth, 0 none. What large models need follows by arithmetic from these constants and the size of the model; how fast
+a device runs plain forward passes is the one number that is assumed there, because it was not measured here.
+
+    python -m benchmarks scale --out benchmarks/results/scaling.json      measure, and write docs/scaling.md
+    python -m benchmarks.scaling '{"layers": 4, …}'                       one point, started by the command above
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.processes import ROOT, last_line
+from benchmarks.settings import BenchmarkError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Point:
+    """One difference of two random models over random documents.
+
+    Attributes:
+        factor: What is varied.
+        layers: Blocks of either model.
+        heads: Heads of width 64.
+        vocabulary: Words.
+        documents: How many.
+        tokens: Of each document.
+        per_batch: Documents in a batch.
+        ranks: Processes, of one thread each.
+    """
+
+    factor: str = "base"
+    layers: int = 4
+    heads: int = 8
+    vocabulary: int = 5000
+    documents: int = 16
+    tokens: int = 256
+    per_batch: int = 4
+    ranks: int = 1
+
+
+FACTORS: dict[str, tuple[str, Sequence[int]]] = {
+    "tokens": ("tokens of a document", (128, 256, 512, 1024, 2048)),
+    "layers": ("layers", (2, 4, 8, 16)),
+    "heads": ("heads, and width with them", (4, 8, 16)),
+    "documents": ("documents", (16, 32, 64, 128)),
+    "ranks": ("ranks", (1, 2)),
+}
+
+
+def points(smallest: bool = False) -> list[Point]:
+    """Return what is measured.
+
+    Args:
+        smallest: Only two tiny points of every factor, to see that it works.
+    """
+    base = Point(layers=1, heads=1, vocabulary=50, documents=4, tokens=16, per_batch=2) if smallest else Point()
+    found = []
+    for name, (_, values) in FACTORS.items():
+        for value in values[:2] if smallest else values:
+            value = value // 64 if smallest and name == "tokens" else value
+            special: dict[str, Any] = {}
+            if not smallest and name == "tokens":
+                special = {"documents": 8, "per_batch": 1}
+            if not smallest and name == "ranks":
+                special = {"documents": 64}
+            found.append(replace(base, **{"factor": name, name: value, **special}))
+    return found
+
+
+def measured(point: Point) -> dict[str, Any]:
+    """Measure a point, in this process or as one of its ranks: seconds of the difference and of both models' plain passes, and memory."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from benchmarks.watch import Watch
+    from mechscope import ranks
+    from mechscope.data.prompt import Encoded, Example, batches
+    from mechscope.difference import difference
+    from mechscope.subject.load import load
+    from mechscope.subject.pair import pair
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=point.layers, n_head=point.heads, n_embd=64 * point.heads, vocab_size=point.vocabulary, n_positions=max(16, point.tokens)
+    )
+    both = pair(*(load(GPT2LMHeadModel(config)) for _ in range(2)))
+    length = point.tokens
+    ids = torch.randint(point.vocabulary, (point.documents, length)).tolist()
+    examples = tuple(Example(str(n), tuple(text), (1, length // 2), (length // 2, length), False) for n, text in enumerate(ids))
+    options: dict[str, Any] = {"tokens_per_batch": point.per_batch * length, "replicates": 50}
+    with ranks.alone():
+        difference(both, Encoded(examples[:1], {}), **options)  # warms up
+    ranks.exchange(None)
+    with Watch(memory=True) as own:
+        difference(both, Encoded(examples, {}), **options)
+        ranks.exchange(None)
+    with Watch() as plain, torch.inference_mode():
+        for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0) if ranks.size() == 1 else ():
+            for subject in (both.base, both.tuned):
+                subject.plain(batch.input_ids, use_cache=False)
+    return {**asdict(point), "seconds": own.seconds, "plain_seconds": plain.seconds, "memory_gib": own.peak / GIB}
+
+
+def measure_apart(point: Point) -> dict[str, Any]:
+    """Measure a point in processes of its own.
+
+    Raises:
+        BenchmarkError: One of them failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(point.ranks):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": point.ranks, "LOCAL_WORLD_SIZE": point.ranks}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {name: str(number) for name, number in numbers.items()}
+        command = [sys.executable, "-m", "benchmarks.scaling", json.dumps(asdict(point))]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate() for process in started]
+    for process, (_, error) in zip(started, said, strict=True):
+        if process.returncode:
+            raise BenchmarkError(f"scaling, {point.factor}: {last_line(error) or f'a process ended with code {process.returncode}'}")
+    records = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return {**records[0], "memory_gib": max(record["memory_gib"] for record in records)}
+
+
+def run(wanted: Sequence[Point], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure points one after another."""
+    records = []
+    for point in wanted:
+        start = time.perf_counter()
+        record = measure_apart(point)
+        records.append(record)
+        say(
+            f"{point.factor:<12}{getattr(point, point.factor):>6,}{record['seconds']:>12.2f} s{record['memory_gib']:>9.3f} GiB"
+            f"   ({time.perf_counter() - start:.0f} s with loading)"
+        )
+    return records
+
+
+def slope(records: Sequence[dict[str, Any]], factor: str, measure: str) -> float:
+    """Return the exponent of growth: the slope of a line through the logarithms."""
+    x = np.log([record[factor] for record in records])
+    y = np.log([max(record[measure], 1e-9) for record in records])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def blocks(head: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the blocks of the page: what was measured, and the arithmetic that rests on it."""
+    machine = head["machine"]
+    where = (
+        f"Measured on {head['date']} with `{head['command']}` on {machine['cpu']}, {machine['cores']} cores (load {machine['load']} at the start); "
+        f"{', '.join(f'{name} {version}' for name, version in head['versions'].items())}."
+    )
+    return {"scaling": f"\n{where}\n{growth(records)}\n", "large": arithmetic(*constants(records)) + "\n"}
+
+
+def growth(records: Sequence[dict[str, Any]]) -> str:
+    """Return the points and exponents as markdown."""
+    lines = ["", "| factor | measured at | seconds | beside both plain passes | GiB above the models | exponent of time | of memory |"]
+    lines.append("|" + "---|" * 7)
+    for name, (what, _) in FACTORS.items():
+        chosen = [record for record in records if record["factor"] == name]
+        if len(chosen) < 2:
+            continue
+        ratios = [record["seconds"] / record["plain_seconds"] if record["plain_seconds"] else None for record in chosen]
+        cells = [
+            what,
+            ", ".join(f"{record[name]:,}" for record in chosen),
+            ", ".join(f"{record['seconds']:.2f}" for record in chosen),
+            ", ".join(
+                "–" if ratio is None or record["ranks"] > 1 else f"{ratio:.2f}" for ratio, record in zip(ratios, chosen, strict=True)
+            ),
+            ", ".join(f"{record['memory_gib']:.3f}" for record in chosen),
+            f"{slope(chosen, name, 'seconds'):.2f}",
+            f"{slope(chosen, name, 'memory_gib'):.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+@dataclass(frozen=True)
+class Large:
+    """A large model's shape, for the arithmetic.
+
+    Attributes:
+        name: What it is called.
+        parameters: Of one model.
+        layers: Blocks.
+        heads: Query heads of a block.
+        width: Of the residual stream.
+    """
+
+    name: str
+    parameters: float
+    layers: int
+    heads: int
+    width: int
+
+
+LARGE = (Large("7B", 6.7e9, 32, 32, 4096), Large("70B", 69e9, 80, 64, 8192))
+# assumed, not measured: a third of a current accelerator's dense bfloat16 peak, in operations per second, and its memory
+_RATE, _DEVICE_GIB = 3.3e14, 80
+_DOCUMENTS, _TOKENS, _BATCH = 100_000, 1024, 16_384
+
+
+def arithmetic(ratio: float, per_width: float) -> str:
+    """Return what large models need for 100,000 documents, as markdown.
+
+    Args:
+        ratio: Time of a difference in both models' plain passes.
+        per_width: Bytes above the models per token of a batch and unit of width.
+    """
+    columns = (
+        "model",
+        "weights of both, bfloat16",
+        "a batch of 16,384 tokens",
+        "statistics kept",
+        "devices",
+        "device-hours",
+        "one machine of 8",
+    )
+    lines = ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for model in LARGE:
+        weights = 2 * 2 * model.parameters / GIB
+        batch = per_width * _BATCH * model.width / GIB
+        # moments (3 arrays) of 13 measures and 200 replicates of 2 (2 arrays), of 3 kinds of rows, in float64; pooled states of 300 documents
+        kept = (8 * 3 * model.layers * model.heads * (3 * 13 + 2 * 2 * 200) + 4 * 300 * 2 * 3 * model.layers * model.width) / GIB
+        devices = int(np.ceil((weights + batch) / (0.9 * _DEVICE_GIB)))
+        hours = 2 * 2 * model.parameters * _TOKENS * _DOCUMENTS * ratio / _RATE / 3600
+        ranks = max(1, 8 // devices)
+        cells = (model.name, f"{weights:.0f} GiB", f"{batch:.1f} GiB", f"{kept:.1f} GiB", f"{devices} a rank", f"{hours:.1f}")
+        lines.append("| " + " | ".join((*cells, f"{ranks} ranks, {hours / ranks:.1f} h")) + " |")
+    lines += [
+        "",
+        f"{_DOCUMENTS:,} documents of {_TOKENS:,} tokens. Operations: 2 per parameter and token, two models, times {ratio:.2f} (a difference in plain passes,"
+        f" measured above). Assumed, not measured: {_RATE:.1e} operations per second and {_DEVICE_GIB} GiB per device. Parts of a model that lie on several"
+        " devices (`--device spread`) work one after the other, so a rank is as fast as one device.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def constants(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Return a difference's time in plain passes at the longest documents measured but one, and its bytes per token of a batch and unit of width."""
+    by_tokens = [record for record in records if record["factor"] == "tokens"]
+    at = by_tokens[-2]
+    amounts = [record["per_batch"] * record["tokens"] * 64 * record["heads"] for record in by_tokens]
+    taken = [record["memory_gib"] * GIB for record in by_tokens]
+    return at["seconds"] / at["plain_seconds"], float(np.polyfit(amounts, taken, 1)[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(Point(**json.loads(sys.argv[1])))))
