@@ -105,10 +105,10 @@ def measured(point: Point) -> dict[str, Any]:
     options: dict[str, Any] = {"tokens_per_batch": point.per_batch * length, "replicates": 50}
     with ranks.alone():
         difference(both, Encoded(examples[:1], {}), **options)  # warms up
-    ranks.exchange(None)
+    ranks.wait()
     with Watch(memory=True) as own:
         difference(both, Encoded(examples, {}), **options)
-        ranks.exchange(None)
+        ranks.wait()
     with Watch() as plain, torch.inference_mode():
         for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0) if ranks.size() == 1 else ():
             for subject in (both.base, both.tuned):

@@ -114,6 +114,11 @@ def exchange(value: T) -> list[T]:
     return found
 
 
+def wait() -> None:
+    """Wait until all ranks are here."""
+    exchange(None)
+
+
 def collect(value: T) -> list[T]:
     """Give rank 0 what each rank brings; the others get an empty list."""
     if size() == 1:

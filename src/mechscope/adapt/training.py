@@ -150,6 +150,7 @@ def tune(
             if ranks.is_first():
                 shutil.rmtree(work, ignore_errors=True)  # a diverged training would diverge again
             raise
+        ranks.wait()  # each rank keeps its random generators' state in the folder that goes now
         ranks.by_first(lambda: _publish(work, out, request, request_hash, subject.tokenizer, settings, model_facts))
     except (OSError, SafetensorError) as error:
         raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
