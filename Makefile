@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench bench-peers clean
+.PHONY: demo test test-all test-gpu lint format bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
@@ -27,6 +27,10 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not gpu'
+
+# on a machine with a CUDA device
+test-gpu: .venv/ready
+	$(BIN)/pytest -m gpu
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ Every technique that changes a model and reads a metric goes through here; table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,16 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope import ranks
+from mechscope.data.memory import Halving
 from mechscope.data.metrics import Loss, Metric, pair_metric, read_at
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Prefix, Reading, unembed
 from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
 from mechscope.instrument.walk import next_token_losses
+from mechscope.progress import Progress
 from mechscope.subject import Subject
 
 # rows of logits held at once: 256 × 50,257 × 4 bytes are 49 MiB
 _ROWS = 256
+
+# what is done with a batch: by name, values whose last axis is its texts
+Work = Callable[[PairBatch], Mapping[str, np.ndarray]]
 
 
 def batches(pairs: Pairs, tokens_per_batch: int) -> Iterator[PairBatch]:
@@ -129,7 +134,7 @@ def metric_of(name: str, batch: PairBatch, reference: Prefix | None) -> Metric:
 
 
 class Gathered:
-    """Per-text results of batches, put back into the order of the pairs; several ranks share the batches that `batches` yields."""
+    """Per-text results of batches, put back into the order of the pairs; several ranks share the batches that `run` works on."""
 
     def __init__(self, pairs: Pairs) -> None:
         """Remember the order."""
@@ -139,20 +144,57 @@ class Gathered:
         self._own: list[int] = []
         self._dealt = False
         self._whole: set[str] = set()
+        self._step: Callable[[int], None]
 
-    def batches(self, tokens_per_batch: int) -> Iterator[PairBatch]:
-        """Yield this rank's share of the batches.
+    def run(self, work: Work, tokens_per_batch: int, *, label: str = "", progress: Progress | None = None, units: int = 1) -> None:
+        """Work on this rank's share of the batches and put what is found; a batch that does not fit into memory is halved, see `Halving`.
 
         Args:
+            work: Returns, by name, values whose last axis is a batch's texts. Where memory runs out it is begun again with half of the batch, so
+                until it returns it may leave nothing behind.
             tokens_per_batch: Most tokens of a batch, padding included.
+            label: What progress is called.
+            progress: Called with the label, what is done and how much there is: units × texts, of all ranks about.
+            units: How many things are done to each text; work may tell of them one by one (`step`).
 
         Raises:
             SettingsError: There are no pairs.
+            RunError: Not even half of a batch, or a single text, fits into memory.
         """
-        self._dealt = True
+        self._dealt, halving = True, Halving()
+        done, told, total = 0, 0, units * len(self._pairs)
+
+        def tell(at: int) -> None:
+            nonlocal told
+            at = min(at * ranks.size(), total)  # the others have done about as much
+            # less than before where work was begun again
+            if progress is not None and at > told:
+                told = at
+                progress(label, at, total)
+
+        def attempt(batch: PairBatch) -> tuple[PairBatch, Mapping[str, np.ndarray]]:
+            at = done
+
+            def step(number: int) -> None:
+                nonlocal at
+                at += number * len(batch)
+                tell(at)
+
+            self._step = step
+            return batch, work(batch)
+
         for batch in ranks.own(batches(self._pairs, tokens_per_batch)):
-            self._own += [self._place[id(pair)] for pair in batch.pairs]
-            yield batch
+            for part, found in halving.run(attempt, batch):
+                for name, values in found.items():
+                    self.put(name, part, values)
+                self._own += [self._place[id(pair)] for pair in part.pairs]
+                done += units * len(part)
+                tell(done)
+        tell(total)  # a rank's own share may be the smaller one
+
+    def step(self, number: int) -> None:
+        """Tell, from within work, that so many more of its units are done."""
+        self._step(number)
 
     def put(self, name: str, batch: PairBatch, values: np.ndarray) -> None:
         """Keep values whose last axis is a batch's texts."""

@@ -28,8 +28,7 @@ def arrange(padding: str) -> list[tuple[Example, ...]]:
 def measured(family: str, dtype: torch.dtype, padding: str, method: Any = "auto") -> Measured:
     side: Any = "left" if padding == "left" else "right"
     parts = [
-        measure(oracle.models(family, dtype), collate(documents, pad_id=0, padding=side), method=method)
-        for documents in arrange(padding)
+        measure(oracle.models(family, dtype), collate(documents, pad_id=0, padding=side), method=method) for documents in arrange(padding)
     ]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("heads", "layers", "outputs", "pooled")}
     return Measured(tuple(name for part in parts for name in part.ids), **joined)

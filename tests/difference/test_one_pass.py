@@ -15,8 +15,8 @@ import torch
 from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
-from mechscope.data.prompt import Encoded
 from mechscope.data import memory
+from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, difference, one_pass
 from mechscope.errors import DataError
 from mechscope.stats.geometry import cka, rsa

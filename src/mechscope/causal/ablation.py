@@ -146,20 +146,14 @@ def _ablated(
     check_fits(subject, pairs)
     taken = source_named(source)
     sites = {place.site for chosen in sets for place in chosen}
-    gathered, done = Gathered(pairs), 0
-    total = len(sets) * len(pairs)
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def ablated(batch: PairBatch) -> dict[str, np.ndarray]:
         clean = Prefix(subject, batch.clean, batch.real, sites=sites)
         runs = Runs(clean, metric_of(metric, batch, clean))
         value = taken.bind(subject, batch, sites, {"clean": clean})
         units = [edits_of(chosen, value) for chosen in sets]
+        return {"unchanged": runs.unchanged(), "ablated": runs.of(units, progress=gathered.step)}
 
-        def tell(number: int, batch: PairBatch = batch) -> None:
-            nonlocal done
-            done += number * len(batch.pairs)
-            if progress is not None:
-                progress("ablating", done, total)
-
-        gathered.put("unchanged", batch, runs.unchanged())
-        gathered.put("ablated", batch, runs.of(units, progress=tell))
+    gathered.run(ablated, tokens_per_batch, label="ablating", progress=progress, units=len(sets))
     return gathered["ablated"], gathered["unchanged"]

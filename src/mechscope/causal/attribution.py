@@ -28,13 +28,14 @@ from mechscope.causal.patching import Direction, Positions, position_labels, pos
 from mechscope.causal.places import Place, places
 from mechscope.causal.sources import source_named
 from mechscope.data.metrics import Metric
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients, unembed
 from mechscope.instrument.edits import HEAD_SITES
 from mechscope.progress import Progress
 from mechscope.scoring import Gathered, Runs, check_fits, metric_of, score
 from mechscope.subject import Components, Subject
+from mechscope.subject.placement import sent
 
 # rows of logits differentiated at once: 256 × 50,257 × 4 bytes are 49 MiB
 _ROWS = 256
@@ -91,10 +92,11 @@ def attribute(
         raise SettingsError("grad_drop leaves out one layer at a time, and this model has only one: leave grad_drop out")
     check_fits(subject, pairs)
     labels = position_labels(positions, pairs)
-    gathered, done = Gathered(pairs), 0
+    gathered = Gathered(pairs)
     checked = _drawn(len(where) * len(labels), check, seed)
     given, changed = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
-    for batch in gathered.batches(tokens_per_batch):
+
+    def estimated(batch: PairBatch) -> dict[str, np.ndarray]:
         kept = {where[0].site} if checked else set()
         runs = {given: Prefix(subject, getattr(batch, given), batch.real, sites={where[0].site})}
         if metric == "kl" or checked:
@@ -114,9 +116,7 @@ def attribute(
         estimate = _estimates(found, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
         values = estimate + unchanged
         values[np.stack([absent for _, _, absent in sets] * len(where))] = np.nan
-        gathered.put(changed, batch, unchanged)
-        gathered.put(given, batch, Runs(runs[given], judged).unchanged())
-        gathered.put("estimate", batch, values)
+        measured = {changed: unchanged, given: Runs(runs[given], judged).unchanged(), "estimate": values}
         if checked:
             value = source_named(given).bind(subject, batch, kept, runs)
             base = runs[changed] if changed in runs else Prefix(subject, getattr(batch, changed), batch.real, sites=kept)
@@ -126,10 +126,10 @@ def attribute(
             whole = Runs(base, judged)  # its own unchanged run: the differentiated one may round differently
             exact = whole.of([(unit,) for unit in units]) - whole.unchanged()
             exact[np.stack([sets[at % len(sets)][2] for at in checked])] = np.nan  # no such position: nothing was patched
-            gathered.put("exact", batch, exact)
-        done += len(batch.pairs)
-        if progress is not None:
-            progress(f"attributing {where[0].site}", done, len(pairs))
+            measured["exact"] = exact
+        return measured
+
+    gathered.run(estimated, tokens_per_batch, label=f"attributing {where[0].site}", progress=progress)
     rows = [place_columns(place, label) for place in where for label in labels]
     result = effects(
         rows,
@@ -200,7 +200,7 @@ def _by_token(source: Prefix, site: str, layer: int, value: Tensor, gradient: Te
 
 def _pooled(part: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Sum over each set of tokens: ``(mask, batch, component)``."""
-    where = torch.stack(list(masks)).to(part)
+    where = sent(torch.stack(list(masks)), part.device).to(part)
     # padding may hold anything; zero times infinity is not zero
     return torch.einsum("mbt,btc->mbc", where, torch.where(where.any(0)[..., None], part, 0.0))
 
@@ -221,7 +221,7 @@ def _by_softmax(found: Gradients, source: Prefix, site: str, layer: int, mask: T
     given = source.recording[site, layer].transpose(1, 2)
     given = given.repeat_interleave(call.query.shape[1] // given.shape[1], dim=1)
     own = own.repeat_interleave(call.query.shape[1] // own.shape[1], dim=1)
-    mixed: dict[str, Any] = {site: torch.where(mask.to(own.device)[:, None, :, None], given, own)}
+    mixed: dict[str, Any] = {site: torch.where(sent(mask, own.device)[:, None, :, None], given, own)}
     change = attend(replace(call, **mixed)) - z
     each = torch.stack([(change * gradient).sum((1, 3)) for gradient in passes])
     return each[0] if len(passes) == 1 else _averaged(each, site)

@@ -75,23 +75,21 @@ def cross_patch(
         raise SettingsError("nothing to exchange: name levels or sets of components")
     sites = {place.site for part in parts for place in part.places}
     receivers: dict[Into, Subject] = {"into_base": pair.base, "into_tuned": pair.tuned}
-    gathered, done, total = Gathered(texts), 0, 2 * len(parts) * len(texts)
+    gathered = Gathered(texts)
 
-    def tell(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress is not None:
-            progress(f"exchanging {by}", done, total)
-
-    for batch in gathered.batches(tokens_per_batch):
+    def exchanged(batch: PairBatch) -> dict[str, np.ndarray]:
         kept = sites if by == "activations" else ()
         runs = {into: Prefix(receiver, batch.clean, batch.real, sites=kept) for into, receiver in receivers.items()}
         judged = metric_of(metric, batch, runs["into_base"])
+        values: dict[str, np.ndarray] = {}
         for into in receivers:
             run, giver = Runs(runs[into], judged), runs[_other(into)]
-            gathered.put(f"{into}.unchanged", batch, run.unchanged())
+            values[f"{into}.unchanged"] = run.unchanged()
             exchange = _activations if by == "activations" else _weights
-            gathered.put(into, batch, exchange(run, giver, parts, batch, tell))
+            values[into] = exchange(run, giver, parts, gathered.step)
+        return values
+
+    gathered.run(exchanged, tokens_per_batch, label=f"exchanging {by}", progress=progress, units=2 * len(parts))
     found: dict[Into, Effects] = {}
     for into in receivers:
         found[into] = effects(
@@ -111,23 +109,23 @@ def _other(into: Into) -> Into:
     return "into_tuned" if into == "into_base" else "into_base"
 
 
-def _activations(run: Runs, giver: Prefix, parts: Sequence[Part], batch: PairBatch, tell: Callable[[int], None]) -> np.ndarray:
+def _activations(run: Runs, giver: Prefix, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
     def value(site: str, layer: int) -> Tensor:
         return giver.recording[site, layer]
 
     units = [edits_of(part.places, value) for part in parts]
-    return run.of(units, progress=lambda number: tell(number * len(batch.pairs)))
+    return run.of(units, progress=step)
 
 
 @torch.no_grad()
-def _weights(run: Runs, giver: Prefix, parts: Sequence[Part], batch: PairBatch, tell: Callable[[int], None]) -> np.ndarray:
+def _weights(run: Runs, giver: Prefix, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
     receiver = run.prefix.subject
     given, own = dict(giver.subject.weights()), dict(receiver.weights())
     found = []
     for part in parts:
         with swapped(receiver, {name: _mixed(own[name], given[name], where) for name, where in part.weights.items()}, own):
             found.append(run.resumed(part.start))
-        tell(len(batch.pairs))
+        step(1)
     return np.stack(found)
 
 
@@ -140,6 +138,7 @@ def swapped(subject: Subject, weights: Mapping[str, Tensor], own: Mapping[str, T
         weights: By name in the plain model, as they are to act (an active adapter's change included).
         own: The weights as they act now, if they are at hand.
     """
+    subject.require_in_memory("exchanging weights")
     own = dict(subject.weights()) if own is None else own
     before: list[tuple[Tensor, Tensor]] = []
     try:

@@ -162,24 +162,19 @@ def _cut_off(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric of every cut of every pair of positions, pairs of positions outermost, and of the whole model."""
     check_fits(subject, pairs)
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def cut_off(batch: PairBatch) -> dict[str, np.ndarray]:
         clean = Prefix(subject, batch.clean, batch.real, sites={"mask"})
         runs = Runs(clean, metric_of(metric, batch, clean))
-
-        def tell(number: int, batch: PairBatch = batch) -> None:
-            nonlocal done
-            done += number * len(batch.pairs)
-            if progress is not None:
-                progress("knocking out attention", done, len(asked) * len(cuts) * len(pairs))
-
         masks = [(batch.positions(queries), batch.positions(keys)) for queries, keys in asked]
         units = [[Knockout(layer, at, unseen, heads) for layer, heads in cut.items()] for at, unseen in masks for cut in cuts]
-        found = runs.of(units, progress=tell)
+        found = runs.of(units, progress=gathered.step)
         untouched = np.stack([_nothing_to_cut(batch, queries, keys).numpy() for queries, keys in asked])
         found[untouched.repeat(len(cuts), axis=0)] = np.nan
-        gathered.put("unchanged", batch, runs.unchanged())
-        gathered.put("cut", batch, found)
+        return {"unchanged": runs.unchanged(), "cut": found}
+
+    gathered.run(cut_off, tokens_per_batch, label="knocking out attention", progress=progress, units=len(asked) * len(cuts))
     return gathered["cut"], gathered["unchanged"]
 
 

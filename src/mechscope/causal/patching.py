@@ -70,12 +70,12 @@ def patch(
     kept = {where[0].site}
     taken = source_named(source if source is not None else ("clean" if direction == "denoise" else "corrupt"))
     labels = position_labels(positions, pairs)
-    gathered, done, total = Gathered(pairs), 0, 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def patched(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
-        for name, prefix in runs.items():
-            gathered.put(name, batch, Runs(prefix, by).unchanged())
+        unchanged = {name: Runs(prefix, by).unchanged() for name, prefix in runs.items()}
         value = taken.bind(subject, batch, kept, runs)
         base = Runs(runs["corrupt" if direction == "denoise" else "clean"], by)
         units, missing = [], []
@@ -83,17 +83,11 @@ def patch(
             for _, mask, absent in position_masks(positions, batch, pairs):
                 units.append((place.edit(value(place.site, place.layer), mask),))
                 missing.append(absent)
-        total = len(units) * len(pairs) // max(1, len(batch.pairs))
-
-        def tell(number: int, batch: PairBatch = batch, total: int = total) -> None:
-            nonlocal done
-            done += number
-            if progress is not None:
-                progress(f"patching {where[0].site}", min(done, total), total)
-
-        found = base.of(units, progress=tell)
+        found = base.of(units, progress=gathered.step)
         found[np.stack(missing)] = np.nan
-        gathered.put("patched", batch, found)
+        return {**unchanged, "patched": found}
+
+    gathered.run(patched, tokens_per_batch, label=f"patching {where[0].site}", progress=progress, units=len(where) * len(labels))
     rows = [place_columns(place, label) for place in where for label in labels]
     unchanged = gathered["corrupt" if direction == "denoise" else "clean"]
     return effects(

@@ -21,7 +21,7 @@ from torch import Tensor
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction
 from mechscope.causal.places import Place, places_of
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
 from mechscope.instrument.stand_ins import stubbed
@@ -121,12 +121,12 @@ def patch_paths(
     sets = [tuple(each)] if together else [(place,) for place in each]
     check_fits(subject, pairs)
     kept = {"z", "attention_output", "mlp_output", "query", "key", "value"}
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def patched(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
-        for name, prefix in runs.items():
-            gathered.put(name, batch, Runs(prefix, by).unchanged())
+        unchanged = {name: Runs(prefix, by).unchanged() for name, prefix in runs.items()}
         base, source = (runs["clean"], runs["corrupt"]) if direction == "noise" else (runs["corrupt"], runs["clean"])
         paths = _Paths(base, source, wanted, through_mlps=through_mlps)
         changed = Runs(base, by)
@@ -143,10 +143,10 @@ def patch_paths(
                     found[index] = score(subject, read, by)[0].double().cpu().numpy()
             else:
                 found[index] = changed.of([_edits(noted)])[0]
-            done += len(batch.pairs)
-            if progress is not None:
-                progress("patching paths", done, len(sets) * len(pairs))
-        gathered.put("patched", batch, found)
+            gathered.step(1)
+        return {**unchanged, "patched": found}
+
+    gathered.run(patched, tokens_per_batch, label="patching paths", progress=progress, units=len(sets))
     rows = [place_columns(place) for place in each]
     if together:
         rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"}]

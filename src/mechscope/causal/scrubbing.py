@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, places_of
-from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix
 from mechscope.instrument.edits import EditSite
@@ -106,17 +106,18 @@ def scrub(
     drawn, free = (_draw(of, samples, random) for of in (labels, everywhere))
     store = _recorded(subject, pairs, tokens_per_batch)
     index = {id(pair): at for at, pair in enumerate(pairs)}
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def scrubbed(batch: PairBatch) -> dict[str, np.ndarray]:
         rows = np.array([index[id(pair)] for pair in batch.pairs])
         prefix = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output"))
         runs = Runs(prefix, metric_of(metric, batch, prefix))
-        gathered.put("full", batch, runs.unchanged())
+        found = {"full": runs.unchanged()}
         for name, partners in (("scrubbed", drawn), ("everything", free)):
-            gathered.put(name, batch, runs.of([_unit(store, partners, sample, rows) for sample in range(samples)]))
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("scrubbing", done, len(pairs))
+            found[name] = runs.of([_unit(store, partners, sample, rows) for sample in range(samples)])
+        return found
+
+    gathered.run(scrubbed, tokens_per_batch, label="scrubbing", progress=progress)
     table, summary = _tables(gathered, metric, seed)
     alone = {str(place): sum(of.count(label) == 1 for label in of) for place, of in labels.items()}
     return Scrubbed(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, site_named
-from mechscope.data.pairs import Pairs, Where
+from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, Prefix, intervene, model_inputs, record
 from mechscope.instrument.edits import EditSite, Value, validate
@@ -299,9 +299,11 @@ def _metrics(
     """Return the metric of every changed run, (units, texts), and of the unchanged one."""
     check_fits(subject, texts)
     gathered = Gathered(texts)
-    for batch in gathered.batches(tokens_per_batch):
+
+    def steered(batch: PairBatch) -> dict[str, np.ndarray]:
         prefix = Prefix(subject, batch.clean, batch.real, sites={site})
         runs = Runs(prefix, metric_of(metric, batch, prefix))
-        gathered.put("unchanged", batch, runs.unchanged())
-        gathered.put("changed", batch, runs.of(units))
+        return {"unchanged": runs.unchanged(), "changed": runs.of(units)}
+
+    gathered.run(steered, tokens_per_batch)
     return gathered["changed"], gathered["unchanged"]

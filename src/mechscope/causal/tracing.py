@@ -7,7 +7,7 @@ texts of different length are compared by their role: first, middle and last sub
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,25 +78,21 @@ def trace(
             f"a window of {window} layers does not fit a model of {subject.anatomy.n_layers}: choose 1 to {subject.anatomy.n_layers}"
         )
     check_fits(subject, pairs)
-    gathered, done = Gathered(pairs), 0
+    gathered = Gathered(pairs)
     spread = noise * _spread(subject, pairs)
-    # each text has noise of its own, however texts are batched
-    generators = {id(pair): _generator(seed, index) for index, pair in enumerate(pairs)}
-    for batch in gathered.batches(tokens_per_batch):
+    index = {id(pair): at for at, pair in enumerate(pairs)}
+
+    def traced(batch: PairBatch) -> dict[str, np.ndarray]:
+        # each text has noise of its own, however texts are batched
+        generators = [_generator(seed, index[id(pair)]) for pair in batch.pairs]
         clean = Prefix(subject, batch.clean, batch.real, sites={where[0].site})
         by = metric_of(metric, batch, clean)
-        gathered.put("clean", batch, Runs(clean, by).unchanged())
+        unchanged = Runs(clean, by).unchanged()
         corrupted, restored = [], []
         masks = list(_roles(batch, segment))
         absent = np.stack([missing for _, missing in masks])
 
-        def tell(number: int, batch: PairBatch = batch) -> None:
-            nonlocal done
-            done += number * len(batch.pairs)
-            if progress is not None:
-                progress("tracing", done, len(where) * len(ROLES) * samples * len(pairs))
-
-        def value(at: str, layer: int, clean: Prefix = clean) -> Tensor:
+        def value(at: str, layer: int) -> Tensor:
             return clean.recording[at, layer]
 
         units: list[list[Edit]] = []
@@ -106,11 +102,12 @@ def trace(
         for _ in range(samples):
             runs = Runs(_corrupted(clean, batch, segment, spread, generators, where[0].site), by)
             corrupted.append(runs.unchanged())
-            restored.append(runs.of(units, progress=tell))
+            restored.append(runs.of(units, progress=gathered.step))
         mean = np.mean(restored, axis=0).reshape(len(where), len(masks), -1)
         mean[:, absent] = np.nan
-        gathered.put("corrupt", batch, np.mean(corrupted, axis=0))
-        gathered.put("restored", batch, mean.reshape(-1, mean.shape[-1]))
+        return {"clean": unchanged, "corrupt": np.mean(corrupted, axis=0), "restored": mean.reshape(-1, mean.shape[-1])}
+
+    gathered.run(traced, tokens_per_batch, label="tracing", progress=progress, units=len(where) * len(ROLES) * samples)
     rows = [
         {"component": str(place), "site": place.site, "layer": place.layer, "head": -1, "feature": -1, "positions": role}
         for place in where
@@ -149,15 +146,13 @@ def _generator(seed: int, text: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, text)).generate_state(1)[0]))
 
 
-def _corrupted(
-    clean: Prefix, batch: PairBatch, segment: str, spread: float, generators: Mapping[int, torch.Generator], site: str
-) -> Prefix:
+def _corrupted(clean: Prefix, batch: PairBatch, segment: str, spread: float, generators: Sequence[torch.Generator], site: str) -> Prefix:
     """Run the texts with noise on the embeddings of a segment."""
     embedding = clean.recording["embedding"]
     drawn = torch.zeros(embedding.shape, dtype=torch.float64)
     for row, pair in enumerate(batch.pairs):
         first, length = batch.shift(row), len(pair.clean)
-        drawn[row, first : first + length] = torch.randn(length, embedding.shape[-1], generator=generators[id(pair)], dtype=torch.float64)
+        drawn[row, first : first + length] = torch.randn(length, embedding.shape[-1], generator=generators[row], dtype=torch.float64)
     drawn[~batch.positions(segment)] = 0.0
     noisy = embedding + (spread * drawn).to(embedding)
     with intervene(clean.subject, Edit("embedding", 0, noisy)):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from mechscope.causal.effects import Effects, effects
 from mechscope.causal.places import edits_of, places_of
 from mechscope.causal.sources import Source, Which, source_named
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
 from mechscope.scoring import Gathered, Runs, check_fits, metric_of
@@ -62,16 +64,18 @@ def run_worlds(
     check_fits(subject, pairs)
     sites = {place.site for parts in declared.values() for where, _ in parts for place in where}
     gathered = Gathered(pairs)
-    for batch in gathered.batches(tokens_per_batch):
+
+    def in_worlds(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=sites) for name in ("clean", "corrupt")}
         judged = metric_of(metric, batch, runs["clean"])
-        for name, prefix in runs.items():
-            gathered.put(name, batch, Runs(prefix, judged).unchanged())
+        unchanged = {name: Runs(prefix, judged).unchanged() for name, prefix in runs.items()}
         units = [
             [edit for where, source in parts for edit in edits_of(where, source.bind(subject, batch, sites, runs))]
             for parts in declared.values()
         ]
-        gathered.put("world", batch, Runs(runs[base], judged).of(units))
+        return {**unchanged, "world": Runs(runs[base], judged).of(units)}
+
+    gathered.run(in_worlds, tokens_per_batch)
     rows = [{"component": name, "site": "world", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for name in declared]
     clean, corrupt = gathered["clean"], gathered["corrupt"]
     return effects(rows, gathered["world"], gathered[base], metric=metric, clean=clean, corrupt=corrupt, seed=seed, base=base)

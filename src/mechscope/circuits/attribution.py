@@ -87,20 +87,20 @@ def attribute_edges(
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
     gathered, keep = Gathered(pairs), len(pairs) * len(graph) <= _KEPT
-    total, done = np.zeros(len(graph)), 0
-    for batch in gathered.batches(tokens_per_batch):
+    total = np.zeros(len(graph))
+
+    def scores(batch: PairBatch) -> dict[str, np.ndarray]:
+        nonlocal total
         scored = _Scored(subject, wiring, graph, batch, metric, source)
         if method == "eap-ig-activations":
             scored.along_activations(_fractions(steps, points))
         else:
             scored.along_inputs({"eap": [1.0], "clean-corrupted": [1.0, 0.0]}.get(method) or _fractions(steps, points))
         found = graph.flat(scored.scores.float().cpu().numpy() if subject.dtype != torch.float64 else scored.scores.cpu().numpy())
-        total += found.sum(0, dtype=np.float64)
-        if keep:
-            gathered.put("scores", batch, found.T)
-        done += len(batch.pairs)
-        if progress is not None:
-            progress(f"scoring edges by {method}", done, len(pairs))
+        total += found.sum(0, dtype=np.float64)  # nothing can fail after this
+        return {"scores": found.T} if keep else {}
+
+    gathered.run(scores, tokens_per_batch, label=f"scoring edges by {method}", progress=progress)
     per_text = gathered["scores"].T if keep else None
     total = np.sum(ranks.exchange(total), axis=0)
     integrated = {"steps": steps, "points": points} if method in _INTEGRATED else {}

@@ -27,7 +27,7 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_like
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.progress import Progress
 from mechscope.scoring import Gathered, check_fits
@@ -168,18 +168,18 @@ def evaluate(
     packed = np.stack([np.packbits(circuit.edges) for circuit in circuits])
     _, first, place = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     distinct = np.stack([circuits[index].edges for index in first])
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def evaluated(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = CircuitRuns(subject, batch, metric, source=source)
         found = []
         for edges in torch.from_numpy(distinct).split(_AT_ONCE):
             found.append(runs.run(edges).double().cpu().numpy())
-            done += len(edges) * len(batch.pairs)
-            if progress is not None:
-                progress("evaluating circuits", done, len(distinct) * len(pairs))
-        gathered.put("values", batch, np.concatenate(found))
-        gathered.put("clean", batch, runs.clean.double().cpu().numpy())
-        gathered.put("empty", batch, runs.corrupt.double().cpu().numpy())
+            gathered.step(len(edges))
+        clean, empty = (values.double().cpu().numpy() for values in (runs.clean, runs.corrupt))
+        return {"values": np.concatenate(found), "clean": clean, "empty": empty}
+
+    gathered.run(evaluated, tokens_per_batch, label="evaluating circuits", progress=progress, units=len(distinct))
     clean, empty = gathered["clean"], gathered["empty"]
     if not (np.isfinite(clean).all() and np.isfinite(empty).all()):
         raise ModelError("the model gave values that are NaN or infinite: its type is too narrow for it, try dtype float32")

@@ -18,7 +18,7 @@ from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.progress import Progress
 from mechscope.scoring import Gathered, check_fits
 from mechscope.subject import Subject
@@ -60,8 +60,9 @@ def exact_effects(
     chosen = np.flatnonzero(_chosen(graph, edges))
     # edges into one receiver stand together: they begin at the same place
     chosen = chosen[np.argsort(graph.edges[chosen, 1], kind="stable")]
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def effects(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = CircuitRuns(subject, batch, metric, source=source)
         found = np.full((len(graph), len(batch.pairs)), np.nan)
         for start in range(0, len(chosen), _AT_ONCE):
@@ -69,10 +70,10 @@ def exact_effects(
             sets = torch.ones(len(part), len(graph), dtype=torch.bool)
             sets[torch.arange(len(part)), torch.from_numpy(part)] = False
             found[part] = (runs.run(sets) - runs.clean).double().cpu().numpy()
-            done += len(part) * len(batch.pairs)
-            if progress is not None:
-                progress("closing edges", done, len(chosen) * len(pairs))
-        gathered.put("effects", batch, found)
+            gathered.step(len(part))
+        return {"effects": found}
+
+    gathered.run(effects, tokens_per_batch, label="closing edges", progress=progress, units=len(chosen))
     per_text = gathered["effects"].T
     depth = np.array(graph.layer_of(graph.receivers))[graph.edges[chosen, 1]]
     passes = 2 + float((1 - depth / graph.n_layers).sum())

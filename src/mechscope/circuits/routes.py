@@ -17,7 +17,7 @@ from torch import Tensor
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import SITES, Written, differences
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.instrument import Prefix
 from mechscope.instrument.wiring import Wiring
 from mechscope.progress import Progress
@@ -44,8 +44,9 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
     check_fits(subject, pairs)
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
-    gathered, done = Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    gathered = Gathered(pairs)
+
+    def shares(batch: PairBatch) -> dict[str, np.ndarray]:
         run = Prefix(subject, batch.clean, batch.real, sites=SITES)
         clean = Written.by(run, wiring)
         written = differences(graph, clean, Written.nothing(clean))
@@ -60,10 +61,9 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
             mlp = _shares(read, written[: graph.before_mlp(layer)], real)
             scores[:, : mlp.shape[1], graph.mlp_reader(layer)] = mlp
         scores[:, :, -1] = _shares(run.recording["residual", graph.n_layers - 1], written, real)
-        gathered.put("shares", batch, graph.flat(scores.double().cpu().numpy()).T)
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("following the flow", done, len(pairs))
+        return {"shares": graph.flat(scores.double().cpu().numpy()).T}
+
+    gathered.run(shares, tokens_per_batch, label="following the flow", progress=progress)
     per_text: Float[np.ndarray, "text edge"] = gathered["shares"].T
     return Scores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none", "texts": pairs.hash})
 

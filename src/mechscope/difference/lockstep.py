@@ -220,15 +220,17 @@ def _outputs(
 ) -> Float[Tensor, "batch rows measure"]:
     """Compare next-token distributions: at the position before each real token, counted to the kind of row of the token predicted."""
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-    # found on the CPU, where nothing is waited for
+    # found on the CPU and sent at once: an index from the CPU for every chunk would wait for the device every time
     at = predicted.nonzero()
+    targets = _sent(batch.input_ids[at[:, 0], at[:, 1] + 1], base.device)
+    places = (_sent(at, base.device), _sent(at, tuned.device))
     step = max(1, _LOGITS // max(pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size))
     parts = []
-    for chosen in at.split(step):
-        row, token = chosen.unbind(1)
-        parts.append(_compare_logits(pair, base[row, token], tuned[row, token], batch.input_ids[row, token + 1]))
+    for one, other, wanted in zip(*(each.split(step) for each in (*places, targets)), strict=True):
+        parts.append(_compare_logits(pair, base[one[:, 0], one[:, 1]], tuned[other[:, 0], other[:, 1]], wanted))
     by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
-    by_token[:, at[:, 0], at[:, 1]] = torch.cat(parts, dim=1).to(rows.device)
+    row, token = places[0].to(rows.device).unbind(1)
+    by_token[:, row, token] = torch.cat(parts, dim=1).to(rows.device)
     return _row_means(by_token.transpose(0, 1), rows[:, :, 1:])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.instrument import AttentionCall, model_inputs, observed
-from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
+from mechscope.instrument.kernels import PatternBlock, averages, is_fusable, pattern_blocks, statistics_dtype
 from mechscope.progress import Progress
 from mechscope.scoring import Gathered, batches
 from mechscope.subject import Subject
@@ -43,7 +43,7 @@ def masses_at(
     """Return the attention of every query row to each of some keys; arguments as for `mass_at`."""
     length, columns = call.query.shape[2], call.key.shape[2]
     windowed = call.window is not None and call.window < columns
-    plain = call.mask is None and call.softcap is None and not windowed and length == columns
+    plain = call.mask is None and call.softcap is None and not windowed and length == columns and is_fusable(call.query)
     found = _fused(call, keys) if plain else _exact(call, keys)
     rows = real[:, columns - length :, None]
     there = real.gather(1, keys.clamp(min=0).flatten(1)).view(keys.shape)
@@ -114,11 +114,12 @@ def run_probes(
         layers: dict[int, Tensor] = {}
 
         def tap(call: AttentionCall, batch: PairBatch = batch, layers: dict[int, Tensor] = layers) -> None:
-            layers[call.layer] = reduce(call, batch).double().cpu()
+            layers[call.layer] = reduce(call, batch).double()
 
         with observed(subject, tap):
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
-        values = torch.stack([layers[layer] for layer in range(subject.anatomy.n_layers)])
+        # fetched when all layers are on their way: no device is waited for in between
+        values = torch.stack([layers[layer].cpu() for layer in range(subject.anatomy.n_layers)])
         gathered.put("found", batch, values.movedim(1, -1).numpy())
         done += len(batch.pairs)
         if progress is not None:

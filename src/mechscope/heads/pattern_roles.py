@@ -170,7 +170,7 @@ def _control(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head
     keys = torch.cat([keys, before[..., None]], dim=-1)
     evenly = uniform(call)
     own, chance = masses_at(call, keys, real), masses_at(evenly, keys, real)
-    seen, seen_evenly = describe(call, real), describe(evenly, real)
+    seen, seen_evenly = describe(call, batch.real), describe(evenly, batch.real)
     # a row that sees one key has no choice
     inner = real & (real.cumsum(1) > 1)
     heads = own.shape[1]

@@ -38,9 +38,7 @@ def masses(
     call: AttentionCall, batch: PairBatch, segments: Mapping[str, Bool[Tensor, "batch token"]]
 ) -> tuple[dict[str, Float[Tensor, "batch head token"]], dict[str, Float[Tensor, "batch 1 token"]]]:
     """Return every row's mass on each segment, and the same for a head that looks at all keys alike."""
-    device = call.query.device
-    real, there = batch.real.to(device), {name: mark.to(device) for name, mark in segments.items()}
-    found, chance = describe(call, real, segments=there), describe(uniform(call), real, segments=there)
+    found, chance = (describe(one, batch.real, segments=segments) for one in (call, uniform(call)))
     return dict(found.segments), dict(chance.segments)
 
 

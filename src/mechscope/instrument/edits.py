@@ -18,6 +18,7 @@ from torch import Tensor
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionInputs
 from mechscope.subject.anatomy import Anatomy
+from mechscope.subject.placement import sent
 
 EditSite = Literal["embedding", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "mlp_output", "residual"]
 # in the order in which a block reaches them; `embedding` is what the first block reads
@@ -150,7 +151,7 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
     """Change the rows an edit is about: ``(row, token, head, d_head)`` or ``(row, token, features)``."""
     heads = edit.site in HEAD_SITES
     if callable(edit.value):
-        value = edit.value(part)
+        value = edit.value(part).to(part.device)
     else:
         value = torch.as_tensor(edit.value, dtype=part.dtype, device=part.device)
         if heads and value.ndim >= 2 and value.shape[-2] not in (1, part.shape[-2]):
@@ -162,7 +163,7 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
     if edit.features is not None:
         keep = keep & _chosen(edit.features, part.shape[-1], part.device)
     if edit.positions is not None:
-        where = edit.positions.to(part.device)
+        where = sent(edit.positions, part.device)
         if where.shape[-1] != part.shape[1] or where.shape[0] not in (1, part.shape[0]):
             raise SettingsError(
                 f"positions of shape {tuple(where.shape)} do not fit {part.shape[0]} rows of {part.shape[1]} tokens at {edit.site} of layer {edit.layer}"
@@ -177,9 +178,9 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
 
 
 def _chosen(indices: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    mark = torch.zeros(size, dtype=torch.bool, device=device)
+    mark = torch.zeros(size, dtype=torch.bool)
     mark[list(indices)] = True
-    return mark
+    return sent(mark, device)
 
 
 def rewritten(inputs: AttentionInputs, changes: Sequence[Change]) -> AttentionInputs:
@@ -214,7 +215,7 @@ def _cut(inputs: AttentionInputs, cuts: Sequence[Knockout]) -> Bool[Tensor, "bat
                 "the text grows, so attention cannot be cut by position there"
             )
         rows = slice(None) if cut.rows is None else cut.rows
-        pairs = cut.queries.to(mask.device)[:, None, -queries:, None] & cut.keys.to(mask.device)[:, None, None, :]
+        pairs = sent(cut.queries, mask.device)[:, None, -queries:, None] & sent(cut.keys, mask.device)[:, None, None, :]
         if cut.heads is not None:
             pairs = pairs & _chosen(cut.heads, heads, mask.device)[:, None, None]
         mask[rows] = mask[rows] & ~pairs
@@ -242,7 +243,7 @@ def with_patterns(edits: Sequence[Edit], value: Tensor, z: Tensor, current: Call
         p = p.expand(*z[rows].shape[:1], z.shape[2], z.shape[1], value.shape[2])[:, chosen]
         new = (p @ value[rows][:, chosen]).transpose(1, 2)
         if edit.positions is not None:
-            new = torch.where(edit.positions.to(z.device)[..., None, None], new, changed[rows][:, :, chosen])
+            new = torch.where(sent(edit.positions, z.device)[..., None, None], new, changed[rows][:, :, chosen])
         part = changed[rows]
         part[:, :, chosen] = new
         changed[rows] = part

@@ -88,9 +88,15 @@ def _for_heads(x: Tensor, heads: int, chosen: slice) -> Tensor:
     return x[:, chosen] if group == 1 else x[:, index]
 
 
+def is_fusable(query: Float[Tensor, "batch head query d"]) -> bool:
+    """Tell whether the fused kernel takes such queries: CUDA's has no float64, in which statistics of a float64 model are computed."""
+    return query.device.type == "cpu" or statistics_dtype(query.dtype) == torch.float32
+
+
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Run the fused causal kernel that also returns the logsumexp."""
     if query.device.type == "cuda":
+        key = key.expand(-1, query.shape[1], -1, -1)  # a view: this kernel does not share keys among heads by itself
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scaling)
         return out, lse[..., : query.shape[2]]  # the kernel pads the logsumexp to a multiple of its block
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)

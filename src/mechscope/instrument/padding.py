@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechscope.subject.placement import sent
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -43,8 +45,8 @@ class Padding:
         if device == self.real.device:
             return self
         if device not in self._elsewhere:
-            shift = None if self.shift is None else self.shift.to(device)
-            self._elsewhere[device] = Padding(self.real.to(device), self.contiguous, shift)
+            shift = None if self.shift is None else sent(self.shift, device)
+            self._elsewhere[device] = Padding(sent(self.real, device), self.contiguous, shift)
         return self._elsewhere[device]
 
     def there(self, x: Tensor) -> Tensor:

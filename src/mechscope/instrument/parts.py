@@ -19,6 +19,7 @@ from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.load import Subject
+from mechscope.subject.placement import place_of
 
 PARTS = ("query", "key", "value")
 
@@ -41,7 +42,9 @@ def attention_inputs(
     """
     block = walk.subject.anatomy.blocks[layer]
     group = walk.subject.anatomy.n_heads // walk.subject.anatomy.n_kv_heads
-    query, key, value = (x.to(_device(block)) for x in (query, key, value))
+    # of a model over several devices: stand-ins for modules do not move what they are given, as accelerate's hooks do
+    place = place_of(block.module)
+    query, key, value = (x.to(place) for x in (query, key, value))
     found = []
     for member in range(group):  # of each group of query heads, one brings its key and value
         given = {"query": query, "key": key[:, :, member::group], "value": value[:, :, member::group]}
@@ -55,11 +58,6 @@ def attention_inputs(
 def attention_of(walk: Walk, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "batch token head d"]:
     """Return the heads' z from their projections; arguments as for `attention_inputs`."""
     return attend(attention_inputs(walk, layer, query, key, value))
-
-
-def _device(block: Block) -> torch.device:
-    """Return where a block computes: in models over several devices what it is given may lie elsewhere, and stand-ins for its modules do not move it."""
-    return next(block.module.parameters()).device
 
 
 class _Caught(Exception):
@@ -126,7 +124,7 @@ def without_attention(subject: Subject, layer: int, like: Tensor) -> Iterator[No
 def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
     """Return what a layer's MLP adds when it reads a given residual stream."""
     block, kept = walk.subject.anatomy.blocks[layer], []
-    hidden = hidden.to(_device(block))
+    hidden = hidden.to(place_of(block.module))
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
         kept.append(output)

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.instrument.attention import AttentionCall
-from mechscope.instrument.kernels import PatternBlock, averages, pattern_blocks, statistics_dtype
+from mechscope.instrument.kernels import PatternBlock, averages, is_fusable, pattern_blocks, statistics_dtype
 from mechscope.instrument.padding import Padding
+from mechscope.subject.placement import sent
 
 Method = Literal["auto", "fused", "exact"]
 
@@ -127,7 +128,7 @@ def _here(
 ) -> tuple[Padding | None, Mapping[str, Tensor]]:
     """Bring what is known of the tokens to the device of a layer."""
     padding = None if real is None else Padding.of(real).on(device)
-    return padding, {name: mark.to(device) for name, mark in (segments or {}).items()}
+    return padding, {name: sent(mark, device) for name, mark in (segments or {}).items()}
 
 
 def _beside(call: AttentionCall, device: torch.device) -> AttentionCall:
@@ -144,11 +145,12 @@ def _use_fused(call: AttentionCall, padding: Padding | None, method: Method) -> 
     linear = call.softcap is None and not windowed and call.key.shape[2] == length
     # a mask that is only padding leaves each document's real tokens one causal stretch
     contiguous = call.mask is None if padding is None else padding.contiguous
-    if method == "fused" and not (linear and contiguous):
+    possible = linear and contiguous and is_fusable(call.query)
+    if method == "fused" and not possible:
         raise ValueError(
-            "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, or holes in its mask"
+            "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, holes in its mask, or float64 on CUDA"
         )
-    return method != "exact" and linear and contiguous
+    return method != "exact" and possible
 
 
 @dataclass(frozen=True)

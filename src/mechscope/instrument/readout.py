@@ -44,8 +44,9 @@ class Readout:
         """Take a model's apart.
 
         Raises:
-            ModelError: The final norm is none that is known here, or the map before the unembedding has a bias.
+            ModelError: The final norm is none that is known here, the map before the unembedding has a bias, or weights are offloaded.
         """
+        subject.require_in_memory("taking logits apart")
         anatomy = subject.anatomy
         weight, bias = _linear(subject, anatomy.unembedding)
         if anatomy.projection_out is not None:

@@ -21,6 +21,7 @@ from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.patterns import pattern
 from mechscope.subject.load import Subject
+from mechscope.subject.placement import require_in_memory
 
 Site = Literal[
     "embedding",
@@ -119,6 +120,7 @@ def _seen(subject: Subject, call: AttentionCall, site: str) -> Tensor:
 def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch token head d_model"]:
     """Return what each head writes: its z times its slice of W_O, without the projection's bias."""
     output = subject.anatomy.blocks[call.layer].output
+    require_in_memory(subject.source, output.module, "recording head outputs")
     weight = torch.stack([output.weight(head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
     return torch.einsum("bthd,hmd->bthm", call.z, weight)
 

@@ -34,6 +34,7 @@ from mechscope.instrument.stand_ins import fused_activations, only_at, stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
+from mechscope.subject.placement import sent
 
 Unit = Sequence[Change]
 # where in a block a change begins
@@ -72,7 +73,7 @@ class Reading:
 
     def take(self, hidden: Float[Tensor, "units batch token d"]) -> Float[Tensor, "units read d"]:
         """Gather the rows out of several runs of the batch."""
-        return hidden[:, self.example.to(hidden.device), self.position.to(hidden.device)]
+        return hidden[:, sent(self.example, hidden.device), sent(self.position, hidden.device)]
 
 
 class Prefix:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mechscope.subject.load import Subject
+from mechscope.subject.placement import sent
 
 
 @contextlib.contextmanager
@@ -53,12 +54,12 @@ def only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> It
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
         shape[:] = [args[0].shape]
-        few = args[0].flatten(0, -2)[rows.to(args[0].device)]
+        few = args[0].flatten(0, -2)[sent(rows, args[0].device)]
         return (few if args[0].ndim == 2 else few[None], *args[1:])
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         whole = output.new_zeros(*shape[0][:-1], output.shape[-1])
-        whole.flatten(0, -2)[rows.to(output.device)] = output.flatten(0, -2)
+        whole.flatten(0, -2)[sent(rows, output.device)] = output.flatten(0, -2)
         return whole
 
     handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after, prepend=True)]

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechscope.subject.load import Subject
+from mechscope.subject.placement import sent
 
 # words whose logits `next_token_losses` holds at once
 _WORDS = 2048
@@ -45,7 +46,7 @@ class Walk:
         self.subject = subject
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with subject.active(), _stand_ins([block.module for block in subject.anatomy.blocks], self._note):
-            subject.anatomy.backbone(**model_inputs(input_ids.to(subject.device), real), use_cache=False)
+            subject.anatomy.backbone(**model_inputs(sent(input_ids, subject.device), real), use_cache=False)
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -101,10 +102,10 @@ def next_token_losses(subject: Subject, hidden: Float[Tensor, "... d_model"], ta
     """Return −log p of each row's next token without ever holding its logits: the vocabulary is walked in pieces that stay near the processor.
 
     A third faster than logits and their logsumexp on a CPU (504 rows × 50,257 words: 0.33 against 0.40 s, of which the product alone is 0.28). Not
-    for a backward pass, which would hold all pieces; an unembedding that is no plain linear map goes through `unembed`.
+    for a backward pass, which would hold all pieces; an unembedding that is no plain linear map, or is offloaded, goes through `unembed`.
     """
     linear = subject.anatomy.unembedding
-    if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None:
+    if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None or linear.weight.is_meta:
         logits = unembed(subject, hidden)
         return logits.logsumexp(-1) - logits.gather(-1, targets[..., None].to(logits.device))[..., 0]
     weight = linear.weight
@@ -132,7 +133,7 @@ def model_inputs(input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batc
     if real is None or (not bool((real[:, 1:] & ~real[:, :-1]).any()) and bool(real[:, 0].all())):
         positions = torch.arange(length, device=input_ids.device).expand(batch, length)
         return {"input_ids": input_ids, "attention_mask": None, "position_ids": positions}
-    real = real.to(input_ids.device)
+    real = sent(real, input_ids.device)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": real.to(torch.int64), "position_ids": positions}
 

@@ -49,8 +49,9 @@ class Wiring:
         """Find out what stands where; once per model.
 
         Raises:
-            ModelError: Heads or MLPs read the residual stream in a way that is not supported; the message names it.
+            ModelError: Heads or MLPs read the residual stream in a way that is not supported, or weights are offloaded; the message names it.
         """
+        subject.require_in_memory("taking heads and MLPs apart")
         self.subject = subject
         known = _KNOWN.setdefault(subject.plain, {})
         if subject.adapted not in known:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechscope.data.pairs import Pairs
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.lens.decomposition import Decomposition, Part
 from mechscope.lens.question import Question
@@ -102,18 +102,19 @@ def attribute_logits(
     for layer in neurons:
         if not 0 <= layer < subject.anatomy.n_layers:
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
-    taken_apart, gathered, done = Decomposition(subject), Gathered(pairs), 0
-    for batch in gathered.batches(tokens_per_batch):
+    taken_apart, gathered = Decomposition(subject), Gathered(pairs)
+
+    def attributed(batch: PairBatch) -> dict[str, np.ndarray]:
         question = Question.of(metric, batch)
         found = taken_apart.of(batch, question, neurons=neurons)
-        gathered.put("parts", batch, question.per_text(found.parts).T.numpy())
-        gathered.put("cap", batch, question.per_text(found.cap).numpy())
-        gathered.put("metric", batch, question.per_text(found.metric).numpy())
-        for layer, each in found.neurons.items():
-            gathered.put(f"m{layer}", batch, question.per_text(each).T.numpy())
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("logit attribution", done, len(pairs))
+        return {
+            "parts": question.per_text(found.parts).T.numpy(),
+            "cap": question.per_text(found.cap).numpy(),
+            "metric": question.per_text(found.metric).numpy(),
+            **{f"m{layer}": question.per_text(each).T.numpy() for layer, each in found.neurons.items()},
+        }
+
+    gathered.run(attributed, tokens_per_batch, label="logit attribution", progress=progress)
     effects, parts = [gathered["parts"]], list(taken_apart.parts)
     if taken_apart.readout.softcap is not None:
         effects.append(gathered["cap"][None])

@@ -137,15 +137,16 @@ def spectrum(
     check_fits(subject, texts)
     using = _fitting(subject, using)
     standing, gathered = Standing(subject, places), Gathered(texts)
-    done = 0
-    for batch in gathered.batches(tokens_per_batch):
+
+    def shares(batch: PairBatch) -> dict[str, np.ndarray]:
         walk, streams = standing.run(batch)
+        found = {}
         for place, values in standing.values(walk, streams, batch.real):
             of_texts = using.shares(values).split([len(pair.clean) for pair in batch.pairs])
-            gathered.put(place.component, batch, torch.stack([shares.nanmean(0) for shares in of_texts], dim=-1).cpu().numpy())
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("spectroscopy", done, len(texts))
+            found[place.component] = torch.stack([rows.nanmean(0) for rows in of_texts], dim=-1).cpu().numpy()
+        return found
+
+    gathered.run(shares, tokens_per_batch, label="spectroscopy", progress=progress)
     return pd.concat([_spectrum_table(place, gathered[place.component].T, using) for place in places], ignore_index=True)
 
 
@@ -184,18 +185,18 @@ def suppress(
     check_fits(subject, texts)
     using = _fitting(subject, using)
     standing, gathered = Standing(subject, places), Gathered(texts)
-    done = 0
-    for batch in gathered.batches(tokens_per_batch):
+
+    def losses(batch: PairBatch) -> dict[str, np.ndarray]:
         marked = _predicting(batch, rows)
         walk, streams = standing.run(batch)
-        gathered.put("loss", batch, _losses(subject, streams[-1], batch, marked))
+        found = {"loss": _losses(subject, streams[-1], batch, marked)}
         for place in places:
             with subject.active(), observed(subject):
                 hidden = walk.run(using.filtered(streams[place.layer + 1], suppressed), start=place.layer + 1)
-            gathered.put(place.component, batch, _losses(subject, hidden, batch, marked))
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("spectroscopy", done, len(texts))
+            found[place.component] = _losses(subject, hidden, batch, marked)
+        return found
+
+    gathered.run(losses, tokens_per_batch, label="spectroscopy", progress=progress)
     return _suppression_table(places, gathered, rows)
 
 

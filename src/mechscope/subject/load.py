@@ -117,8 +117,9 @@ class Subject:
             if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
                 inside = f"{name}."
                 seen.update(module.parameters())
+                acting = self._adapted_weights if isinstance(module, BaseTunerLayer) else self._saved_weights
                 with fetched(module):
-                    yield from self._adapted_weights(name, module) if isinstance(module, BaseTunerLayer) else self._saved_weights(name, module)
+                    yield from acting(name, module)
                 continue
             new = [key for key, parameter in module.named_parameters(recurse=False) if parameter not in seen]
             seen.update(module.parameters(recurse=False))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 
@@ -31,6 +31,12 @@ def place_of(module: nn.Module) -> torch.device:
     owner = next(part for part in module.modules() if any(own is first for own in part.parameters(recurse=False)))
     hook: Any = getattr(owner, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; from the CPU without waiting for the work that is queued there, as a plain copy would."""
+    # the other way the host would read before the copy has arrived
+    return x.to(device, non_blocking=x.device.type == "cpu")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,104 @@
+"""Every intervention on a model over two devices gives what it gives on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mechscope import causal
+from mechscope.data.pairs import Pairs
+from tests.devices import FAMILIES, Both, assert_same, both, prompts
+from tests.pretend import pretended
+
+PROMPTS = prompts()
+OF_ONE_LENGTH = Pairs(tuple(pair for pair in PROMPTS if len(pair.clean) == 9), "of one length")
+OTHERS = prompts(seed=1, lengths=(9, 9))
+
+# each is run on the base and tuned model on one device and over two
+Technique = Callable[[Any], Any]
+
+
+def patching(site: str) -> Technique:
+    return lambda models: causal.patch(models.base, PROMPTS, site=site).table
+
+
+SWEEPS: dict[str, Technique] = {
+    **{f"patch {site}": patching(site) for site in ("head", "key", "pattern", "attention", "mlp")},
+    "patch neurons": lambda models: causal.patch(models.base, PROMPTS, site="neuron", components="m1").table,
+    "patch positions": lambda models: causal.patch(models.base, PROMPTS, positions="each", metric="loss", direction="noise").table,
+    "patch by kl": lambda models: causal.patch(models.base, PROMPTS, site="residual", metric="kl").table,
+    "attribute heads": lambda models: causal.attribute(models.base, PROMPTS, grad_drop=True, check=3).table,
+    "attribute by kl": lambda models: causal.attribute(models.base, PROMPTS, site="mlp", metric="kl").table,
+    "attribute queries": lambda models: causal.attribute(models.base, PROMPTS, site="query", softmax=True).table,
+    "attribute residual": lambda models: causal.attribute(models.base, PROMPTS, site="residual", metric="loss").table,
+    "ablate to zero": lambda models: causal.ablate(models.base, PROMPTS, source="zero").table,
+    "ablate to means": lambda models: (
+        causal.ablate(models.base, PROMPTS, source=causal.mean_of(models.base, PROMPTS, ("z", "mlp_output")), mode="keep").table
+    ),
+    "path to logits": lambda models: causal.patch_paths(models.base, PROMPTS, "a0.h0,m0,a1.h3", ["logits", "a2.h1<q>"]).table,
+    "path through MLPs": lambda models: (
+        causal.patch_paths(
+            models.base, PROMPTS, "a0.h0,a1.h1", ["a2.h0<k>", "a2.h2<v>", "m2"], through_mlps=True, direction="denoise"
+        ).table
+    ),
+    "knock out": lambda models: causal.knock_out(models.base, PROMPTS, keys="subject", each_head=True).table,
+}
+
+OTHER: dict[str, Technique] = {
+    **{f"patch {site}": patching(site) for site in ("query", "value", "residual", "embedding")},
+    "resample": lambda models: causal.ablate(models.base, PROMPTS, source="resample", metric="logit-diff").table,
+    "mean per position": lambda models: (
+        causal.ablate(
+            models.base, OF_ONE_LENGTH, source=causal.mean_of(models.base, OTHERS, ("z",), per_position=True), sites=("head",)
+        ).table
+    ),
+    "ablate together": lambda models: causal.ablate_together(models.base, PROMPTS, ["a0.h1,a2.h0", "m1", "layers:1"]).table,
+    "cross activations": lambda models: [found.table for found in causal.cross_patch(models, PROMPTS).values()],
+    "cross weights": lambda models: [
+        found.table for found in causal.cross_patch(models, PROMPTS, by="weights", levels=("layer", "head")).values()
+    ],
+    "worlds": lambda models: (
+        causal.run_worlds(
+            models.base, PROMPTS, {"mixed": {"a0.h1": "corrupt", "m1": causal.Text("clean", model=models.tuned), "a2.h3": "zero"}}
+        ).table
+    ),
+    "flow": lambda models: causal.flow(models.base, PROMPTS, ["subject", "last"]).table,
+    "trace": lambda models: causal.trace(models.base, PROMPTS, site="mlp", samples=2).table,
+    "scrub": lambda models: causal.scrub(models.base, OF_ONE_LENGTH, {"a1.h0,m2": None}, samples=2).table,
+    "das": lambda models: causal.das(
+        models.base, OF_ONE_LENGTH, _renamed(OTHERS), layers=[0, 2], dimensions=2, epochs=2, controls=1, among="answers"
+    ),
+    "steer": lambda models: causal.sweep_strength(
+        models.base,
+        causal.difference_of_means(models.base, PROMPTS, PROMPTS.swapped(), layer=1),
+        PROMPTS,
+        PROMPTS,
+        strengths=[0.5, 1.0],
+    ),
+}
+
+
+def _renamed(pairs: Pairs) -> Pairs:
+    return Pairs(tuple(replace(pair, id=f"test {pair.id}") for pair in pairs), pairs.source)
+
+
+def check(technique: Technique, pairs: Both) -> None:
+    expected = technique(pairs.single)
+    with pretended():
+        found = technique(pairs.spread)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweeps_are_equal(family: str, name: str) -> None:
+    check(SWEEPS[name], both(family))
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_techniques_are_equal(family: str, name: str) -> None:
+    check(OTHER[name], both(family))

@@ -1,0 +1,69 @@
+"""Differences of models over two devices, cut at different layers, equal those on one; the host waits a fixed number of times per batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mechscope.difference import attention_patterns, compare_weights, difference, measure
+from mechscope.subject.load import load
+from mechscope.subject.pair import pair
+from tests import families
+from tests.devices import FAMILIES, assert_same, batch, both, encoded, spread
+from tests.pretend import Traffic, pretended, traffic
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_measures_the_same(family: str, padding: str) -> None:
+    pairs = both(family)
+    expected = measure(pairs.single, batch(padding))
+    with pretended():
+        assert_same(measure(pairs.spread, batch(padding)), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_exact_path_measures_the_same(family: str) -> None:
+    pairs = both(family)
+    expected = measure(pairs.single, batch(), gini=True)
+    with pretended():
+        assert_same(measure(pairs.spread, batch(), gini=True), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_whole_difference_is_the_same(family: str) -> None:
+    def tables(models: Any) -> list[Any]:
+        found = difference(models, encoded(), tokens_per_batch=30, replicates=10)
+        return [found.heads, found.layers, found.weights, found.outputs]
+
+    pairs = both(family)
+    expected = tables(pairs.single)
+    with pretended():
+        assert_same(tables(pairs.spread), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_patterns_are_compared_over_devices(family: str) -> None:
+    pairs = both(family)
+    expected = [compare_weights(pairs.single), attention_patterns(pairs.single, encoded().examples[0])]
+    with pretended():
+        assert_same([compare_weights(pairs.spread), attention_patterns(pairs.spread, encoded().examples[0])], expected)
+
+
+def waited(layers: int, padding: str) -> Traffic:
+    with pretended():
+        models = [load(spread(families.build("llama", seed=seed, num_hidden_layers=layers), first=seed + 1)) for seed in (0, 1)]
+        compared = pair(*models)
+        with traffic() as counted:
+            measure(compared, batch(padding))
+    return counted
+
+
+@pytest.mark.parametrize(("padding", "most"), [("right", 12), ("left", 14)])
+def test_the_host_waits_no_oftener_for_more_layers(padding: str, most: int) -> None:
+    few, many = waited(3, padding), waited(6, padding)
+    # 6 fetch the results, transformers asks for 2 or 4 numbers to build its masks, and 4 bring the rows to be measured (unpinned, as here)
+    assert few.waits == many.waits <= most, many.places
+    kinds = ("to host", "to device", "scalar", "mask", "equal")
+    assert [few.events[kind] for kind in kinds] == [many.events[kind] for kind in kinds]

@@ -1,0 +1,129 @@
+"""Models with offloaded weights: what runs them works as it is, what reads weights fetches them or refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mechscope import causal, circuits, lens, weights
+from mechscope.difference import compare_weights, measure
+from mechscope.errors import ModelError
+from mechscope.instrument import check_subject, record
+from mechscope.instrument.walk import Walk, next_token_losses, unembed
+from mechscope.subject import placement
+from mechscope.subject.load import Subject, load
+from mechscope.subject.pair import pair
+from tests import families
+from tests.devices import assert_same, batch, device_map, prompts
+
+PROMPTS = prompts()
+WAYS = ("one layer on disk", "everything on the CPU", "everything on disk")
+
+
+def offloaded(family: str, way: str, folder: Path, seed: int = 0) -> Subject:
+    model = families.build(family, seed=seed)
+    match way:
+        case "everything on the CPU":
+            model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        case "everything on disk":
+            model = accelerate.disk_offload(model, str(folder / f"weights{seed}"), execution_device=torch.device("cpu"))
+        case _:
+            stored = folder / f"model{seed}"
+            model.save_pretrained(stored)
+            places = dict.fromkeys(device_map(model), "cpu")
+            places[next(name for name in places if name.endswith(".1"))] = "disk"
+            model = AutoModelForCausalLM.from_pretrained(stored, device_map=places, offload_folder=str(folder / f"weights{seed}"))
+    assert any(parameter.is_meta for parameter in model.parameters())
+    return load(model, tokenizer=families.tokenizer())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_an_offloaded_model_is_measured_as_if_it_were_in_memory(family: str, way: str, tmp_path: Path) -> None:
+    away = [offloaded(family, way, tmp_path, seed) for seed in (0, 1)]
+    here = [load(families.build(family, seed=seed), tokenizer=families.tokenizer()) for seed in (0, 1)]
+    assert str(away[0].device) == "cpu"
+    assert [check.name for check in check_subject(away[0]) if not check.passed] == []
+    assert away[0].fingerprint == here[0].fingerprint
+    assert {name: tuple(value.shape) for name, value in away[0].weights()} == {
+        name: tuple(value.shape) for name, value in here[0].weights()
+    }
+    assert_same(measure(pair(*away), batch()), measure(pair(*here), batch()))
+    assert_same(compare_weights(pair(*away)), compare_weights(pair(*here)))
+    for technique in (
+        lambda subject: causal.patch(subject, PROMPTS).values,
+        lambda subject: causal.ablate(subject, PROMPTS, metric="loss").values,
+        lambda subject: causal.attribute(subject, PROMPTS).values,
+    ):
+        assert_same(technique(away[0]), technique(here[0]), tolerance=1e-5)
+
+
+def test_weights_are_given_back_after_they_were_fetched(tmp_path: Path) -> None:
+    subject = offloaded("gpt2", "everything on disk", tmp_path)
+    for _, value in subject.weights():
+        assert not value.is_meta
+    assert all(parameter.is_meta for parameter in subject.plain.parameters())
+
+
+READERS: dict[str, Callable[[Subject], Any]] = {
+    "circuits": lambda subject: circuits.attribute_edges(subject, PROMPTS),
+    "logit lens": lambda subject: lens.read(subject, PROMPTS),
+    "logit attribution": lambda subject: lens.attribute_logits(subject, PROMPTS),
+    "heads' weights": lambda subject: weights.ov_tokens(subject),
+    "neurons": lambda subject: weights.neuron_tokens(subject),
+    "exchange of weights": lambda subject: causal.cross_patch(pair(subject, subject), PROMPTS, by="weights"),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_what_reads_weights_itself_refuses_by_name(what: str, tmp_path: Path) -> None:
+    subject = offloaded("gpt2", "one layer on disk", tmp_path)
+    with pytest.raises(
+        ModelError, match=r"12 weights \(transformer\.h\.1\.ln_1\.weight, …\) are offloaded .* load the model without offloading"
+    ):
+        READERS[what](subject)
+
+
+def test_head_outputs_of_an_offloaded_model_are_refused(tmp_path: Path) -> None:
+    subject = offloaded("gpt2", "one layer on disk", tmp_path)
+    with pytest.raises(ModelError, match="recording head outputs reads them"), record(subject, "head_output"):
+        subject.model(torch.arange(4)[None])
+
+
+def test_losses_through_an_offloaded_unembedding(tmp_path: Path) -> None:
+    subject = offloaded("llama", "everything on the CPU", tmp_path)
+    with torch.no_grad():
+        hidden = Walk(subject, torch.arange(3, 9)[None]).run()
+        logits = unembed(subject, hidden)
+        found = next_token_losses(subject, hidden, torch.arange(4, 10)[None])
+    torch.testing.assert_close(found, -logits.log_softmax(-1).gather(-1, torch.arange(4, 10)[None, :, None])[..., 0], rtol=0, atol=1e-5)
+
+
+def test_emulated_bfloat16_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    placement._warn_once.cache_clear()
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        load(families.build("gpt2"))
+        assert not caplog.records
+        load(families.build("gpt2", torch.bfloat16))
+        load(families.build("gpt2", torch.bfloat16))
+    assert [record.message.startswith("bfloat16 on this processor is emulated") for record in caplog.records] == [True]
+    placement._warn_once.cache_clear()
+
+
+def test_bfloat16_in_hardware_needs_no_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    placement._warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        load(families.build("gpt2", torch.bfloat16))
+    assert not caplog.records
+    placement._warn_once.cache_clear()

@@ -1,0 +1,195 @@
+"""Batches of a sweep: each text once and in its place, halved where they do not fit, and told of as they are done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mechscope import ranks
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.errors import RunError, SettingsError
+from mechscope.scoring import Gathered
+from tests.causal.pairs import random_pairs
+from tests.sweeps import SUBJECT, SWEEPS, TOKENS
+
+Told = list[tuple[str, int, int]]
+
+# batches of three, three and one text
+SEVEN, THIRTY = random_pairs(7, lengths=(9, 10)), 30
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+
+class Work:
+    """Says of each text what its first token is and what twice its length is, unless there are more than `most` texts."""
+
+    def __init__(self, most: int, error: Callable[[], Exception] = out_of_memory) -> None:
+        self.most, self.error = most, error
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: PairBatch) -> dict[str, np.ndarray]:
+        self.sizes.append(len(batch))
+        if len(batch) > self.most:
+            raise self.error()
+        return {
+            "first": batch.clean[:, 0].double().numpy(),
+            "lengths": np.stack([batch.real.sum(1).numpy(), 2 * batch.real.sum(1).numpy()]),
+        }
+
+
+def assert_right(gathered: Gathered, pairs: Pairs) -> None:
+    np.testing.assert_array_equal(gathered["first"], [pair.clean[0] for pair in pairs])
+    np.testing.assert_array_equal(gathered["lengths"], np.array([[1], [2]]) * [len(pair.clean) for pair in pairs])
+
+
+def test_values_stand_in_the_order_of_the_pairs_whatever_the_batches():
+    for tokens in (1, THIRTY, 10_000):
+        gathered, work = Gathered(SEVEN), Work(7)
+        gathered.run(work, tokens)
+        assert sum(work.sizes) == len(SEVEN)
+        assert_right(gathered, SEVEN)
+    with pytest.raises(SettingsError, match="no pairs"):
+        Gathered(Pairs((), "nothing")).run(Work(7), THIRTY)
+
+
+def test_from_the_first_batch_that_does_not_fit_on_all_are_halved(caplog: pytest.LogCaptureFixture):
+    gathered, work = Gathered(SEVEN), Work(2)
+    with caplog.at_level(logging.WARNING, "mechscope"):
+        gathered.run(work, THIRTY)
+    assert work.sizes == [3, 2, 1, 2, 1, 1], "one batch of three failed, what it held and all after it was run as halves"
+    assert_right(gathered, SEVEN)
+    assert [record.message for record in caplog.records] == ["out of memory with a batch of 3 texts: going on with half of it"]
+
+
+def test_what_an_attempt_found_before_it_failed_is_forgotten():
+    gathered, fits = Gathered(SEVEN), Work(7)
+
+    def work(batch: PairBatch) -> dict[str, np.ndarray]:
+        found = fits(batch)
+        if len(batch) > 2:
+            raise out_of_memory()
+        return found
+
+    gathered.run(work, THIRTY)
+    assert_right(gathered, SEVEN)
+
+
+def test_what_does_not_fit_by_halves_ends_with_advice():
+    with pytest.raises(RunError, match="out of memory even with 2 texts at a time"):
+        Gathered(SEVEN).run(Work(1), THIRTY)
+
+
+def test_other_errors_are_raised_as_they_are():
+    work = Work(2, lambda: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Gathered(SEVEN).run(work, THIRTY)
+    assert work.sizes == [3], "it was not tried again"
+
+
+def told_of(work: Callable[[PairBatch], dict[str, np.ndarray]], gathered: Gathered, **options: Any) -> Told:
+    told: Told = []
+    gathered.run(work, THIRTY, label="counting", progress=lambda *at: told.append(at), **options)
+    return told
+
+
+def test_progress_is_told_batch_by_batch():
+    assert told_of(Work(7), Gathered(SEVEN)) == [("counting", done, 7) for done in (3, 6, 7)]
+    assert told_of(Work(7), Gathered(SEVEN), units=4) == [("counting", done, 28) for done in (12, 24, 28)]
+    assert told_of(Work(2), Gathered(SEVEN)) == [("counting", done, 7) for done in (2, 3, 5, 6, 7)]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(7, (3, 9, 12, 18, 19, 21)), (2, (3, 6, 7, 9, 11, 15, 16, 18, 19, 21))])
+def test_work_may_tell_of_its_steps_and_what_failed_counts_once(most: int, expected: tuple[int, ...]):
+    gathered = Gathered(SEVEN)
+
+    def work(batch: PairBatch) -> dict[str, np.ndarray]:
+        gathered.step(1)
+        if len(batch) > most:
+            raise out_of_memory()
+        gathered.step(2)
+        return {}
+
+    assert told_of(work, gathered, units=3) == [("counting", done, 21) for done in expected]
+
+
+def test_among_ranks_the_others_count_as_far_as_this_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    for rank, expected in ((0, (6, 7)), (1, (6, 7))):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        work = Work(7)
+        assert told_of(work, Gathered(SEVEN)) == [("counting", done, 7) for done in expected]
+        assert sum(work.sizes) == (4, 3)[rank]
+
+
+def test_what_was_found_in_halves_reaches_the_other_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    brought: list[Any] = []
+
+    def of_rank(rank: int) -> Gathered:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        gathered = Gathered(SEVEN)
+        gathered.run(Work(2), THIRTY)
+        return gathered
+
+    def note(own: Any) -> list[Any]:
+        brought.append(own)
+        return [own]
+
+    monkeypatch.setattr(ranks, "exchange", note)
+    for rank in (0, 1):
+        alone = of_rank(rank)["lengths"]
+        assert np.isnan(alone[0]).sum() == (3, 4)[rank]
+    monkeypatch.setattr(ranks, "exchange", lambda own: brought)
+    np.testing.assert_array_equal(of_rank(0)["lengths"], np.array([[1], [2]]) * [len(pair.clean) for pair in SEVEN])
+
+
+@contextmanager
+def failing(call: int) -> Iterator[list[int]]:
+    """Let memory run out at one call of the last block's MLP; tell how often it was called."""
+    calls = [0]
+
+    def hook(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise out_of_memory()
+
+    block = SUBJECT.anatomy.blocks[-1]
+    handle = block.mlp_write.register_forward_hook(hook)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_that_runs_out_of_memory_finds_the_same_and_leaves_the_model_as_it_was(name: str, caplog: pytest.LogCaptureFixture):
+    sweep, told = SWEEPS[name], []
+    options: dict[str, Any] = {"tokens_per_batch": TOKENS, "progress": lambda *at: told.append(at)}
+    with failing(0) as calls:
+        expected = sweep(options)
+    quiet = list(told)
+    before = {key: value.clone() for key, value in SUBJECT.model.state_dict().items()}
+    first = {"scrub": 4}.get(name, 1)  # it begins with a recording of all texts, which is not halved
+    for call in sorted({first + (calls[0] - first) * part // 8 for part in (2, 7)}):
+        told.clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mechscope"), failing(call):
+            found = sweep(options)
+        assert len(caplog.records) == 1
+        assert found.keys() == expected.keys()
+        for key, values in expected.items():
+            np.testing.assert_allclose(found[key], values, rtol=1e-9, atol=1e-9, err_msg=f"{key}, failed at call {call} of {calls[0]}")
+        assert [*dict.fromkeys(at[0::2] for at in told)] == [*dict.fromkeys(at[0::2] for at in quiet)], "label and total"
+        assert told == sorted(set(told))
+        assert told[-1:] == quiet[-1:]
+        assert all(done == total for _, done, total in told[-1:])
+    for key, value in SUBJECT.model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
