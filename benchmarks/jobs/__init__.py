@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.harness import Job
-from benchmarks.jobs import adapters, attention, circuits, documents, heads, interventions, lens, weights
+from benchmarks.jobs import adapters, attention, circuits, documents, heads, interventions, lens, lockstep, weights
 
 TOPICS: dict[str, tuple[Job, ...]] = {
     "attention": attention.JOBS,
+    "lockstep": lockstep.JOBS,
     "interventions": interventions.JOBS,
     "circuits": circuits.JOBS,
     "lens": lens.JOBS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.harness import measure
-from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lens, weights
+from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lens, lockstep, weights
 from benchmarks.jobs.cases import build, build_two
 from benchmarks.models import make_model
 from benchmarks.settings import Settings
@@ -17,6 +17,7 @@ from benchmarks.shapes import SHAPES, Shape, Size
 from benchmarks import watch
 from mechscope.circuits.graph import Graph
 from mechscope.data.prompt import Batch, Encoded
+from mechscope.difference.lockstep import HEAD_MEASURES, models_of
 from mechscope.heads.pattern_roles import repeated_texts
 from mechscope.subject.load import Subject
 
@@ -209,3 +210,10 @@ def test_documents_of_a_file_are_read_and_cut(tmp_path: Path, tiny: Settings) ->
     case = documents.build(replace(tiny, data=str(file), max_tokens=60), Size(1, 1))
     assert (case.texts, max(map(len, case.encoded.examples))) == (3, 60)
     assert case.pair.base.anatomy.vocab_size >= len(case.pair.tokenizer)
+
+
+def test_three_pairs_have_three_models(tiny: Settings) -> None:
+    case = lockstep.build_of(3)(tiny, Size(2, 9))
+    found = lockstep.measure(case)
+    assert (len(found), len(models_of(case.pairs)), case.texts, case.tokens, case.small().tokens) == (3, 3, 2, 18, 16)
+    assert [each.heads[..., HEAD_MEASURES.index("kl_base_tuned"), :, :].min() > 0 for each in found] == [True] * 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -86,11 +86,11 @@ def test_a_difference_that_runs_out_of_memory_ends_with_the_same_tables(monkeypa
     expected = one_pass.difference(both, documents, **options)
     calls: list[int] = []
 
-    def narrow(pair: Pair, batch: Batch, **rest: Any) -> Pending:
+    def narrow(pairs: Sequence[Pair], batch: Batch, **rest: Any) -> list[Pending]:
         calls.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-        return launch(pair, batch, **rest)
+        return launch(pairs, batch, **rest)
 
     monkeypatch.setattr(one_pass, "launch", narrow)
     found = one_pass.difference(both, documents, **options)
@@ -119,3 +119,8 @@ def test_ranks_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_memory(torch.device("cpu")) == 4_000_000
+
+
+def test_more_models_in_lock_step_get_fewer_tokens():
+    subject, free = families.subject("gpt2"), 2**29 + 2**24
+    assert tokens_that_fit(subject, models=4, free=free) == tokens_that_fit(subject, free=free) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,19 +17,20 @@ from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
 from mechscope.data import memory
-from mechscope.data.prompt import Encoded
-from mechscope.difference import Difference, difference, one_pass
+from mechscope.data.prompt import Encoded, packs
+from mechscope.difference import Difference, difference, differences, lockstep, one_pass
 from mechscope.errors import DataError
+from mechscope.instrument import Walk
 from mechscope.stats.geometry import cka, rsa
 from mechscope.store.run import RunFolder
-from mechscope.subject import Pair, pair
+from mechscope.subject import Pair, Subject, pair
 from mechscope.subject.load import load
 from tests import families
 from tests.difference import oracle
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma3", "qwen3")
 # batches of one to three documents of different length, so that there is padding and more than one batch
-SMALL = {"tokens_per_batch": 46, "replicates": 20}
+SMALL: dict[str, Any] = {"tokens_per_batch": 46, "replicates": 20}
 TABLES = ("heads", "layers", "weights", "outputs")
 
 
@@ -162,6 +164,51 @@ def test_an_adapter_differs_from_its_base_as_the_merged_model_does(family_name: 
     assert_equal_tables(as_adapter, as_models, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("family_name", ["gpt2", "gpt_neox", "llama", "gemma3"])
+def test_several_pairs_at_once_give_what_each_gives_alone_and_run_a_shared_model_once(family_name: str, monkeypatch: pytest.MonkeyPatch):
+    base, tuned, adapter = (
+        load(model, device="cpu")
+        for model in (families.build(family_name, torch.float64), oracle.models(family_name).tuned.model, adapted(family_name))
+    )
+    pairs = {
+        "base–tuned": pair(base, tuned),
+        "base–LoRA": pair(base, adapter),
+        "tuned–LoRA": pair(tuned, adapter),
+        "LoRA off–on": pair(adapter.without_adapter(), adapter),
+    }
+    expected = {name: run(each) for name, each in pairs.items()}
+    walked: list[Subject] = []
+
+    class Counted(Walk):
+        def __init__(self, subject: Subject, *args: Any) -> None:
+            walked.append(subject)
+            super().__init__(subject, *args)
+
+    monkeypatch.setattr(lockstep, "Walk", Counted)
+    found = differences(pairs, oracle.encoded(), **SMALL)
+    batches = len(list(packs(oracle.examples(), tokens_per_batch=SMALL["tokens_per_batch"])))
+    # the adapter's two views are two models, the others one each
+    assert [walked.count(subject) for subject in (base, tuned, adapter)] == [batches] * 3
+    assert len(walked) == 4 * batches
+    assert list(found) == list(expected)
+    for name, each in expected.items():
+        assert_equal_tables(found[name], each)
+
+
+def test_pairs_whose_vocabularies_differ_are_compared_over_what_each_shares():
+    base, tuned = oracle.models("llama").base, oracle.models("llama").tuned
+    wide = copy.deepcopy(base.model)
+    torch.manual_seed(0)
+    wide.resize_token_embeddings(families.VOCABULARY + 5)
+    larger = load(wide, device="cpu")
+    pairs = {"same": pair(base, tuned), "cut": pair(larger, tuned, resize="truncate")}
+    found = differences(pairs, oracle.encoded(), **SMALL)
+    for name, each in pairs.items():
+        assert_equal_tables(found[name], run(each))
+    # the copy's own words beyond the shared ones count for nothing, and its first ones are the base's
+    assert_frame_equal(found["same"].outputs, found["cut"].outputs, rtol=1e-9, atol=1e-12)
+
+
 def test_the_adapter_is_left_on():
     model = adapted("gpt2")
     ids = torch.tensor([oracle.examples()[0].input_ids])
@@ -215,12 +262,12 @@ def test_left_to_itself_it_makes_batches_that_fit_into_memory_and_enough_of_them
 
     def tokens(free: int) -> int:
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
-        return one_pass.chosen(both, documents)
+        return one_pass.chosen({"pair": both}, documents)
 
     assert tokens(2**40) == 2048, "72,000 tokens make 32 batches of 2,250"
     assert tokens(2**29 + 2**24) == 1024, "what fits is less"
     assert tokens(0) == memory.FEWEST
-    assert one_pass.chosen(both, oracle.encoded()) == memory.FEWEST, "few documents are one batch"
+    assert one_pass.chosen({"pair": both}, oracle.encoded()) == memory.FEWEST, "few documents are one batch"
     assert_equal_tables(difference(both, oracle.encoded(), replicates=20), run(both, tokens_per_batch=512))
 
 

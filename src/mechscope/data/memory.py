@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 MOST_ON_CPU, MOST_ON_GPU = 8192, 65536
 # fewer are never chosen: a batch of one document runs in any case
 FEWEST = 512
-# what a token costs in both models' lock-step, in numbers of four bytes per unit of a layer's width: 33 measured (GPT-2 small, 512-token documents)
-_PER_WIDTH = 48
+# what a token costs each model of a lock-step, in numbers of four bytes per unit of a layer's width: 16.5 measured (GPT-2 small, 512-token documents)
+_PER_WIDTH = 24
 # what does not grow with the tokens: rows of logits, workspaces
 _FIXED = 2**29
 _SHARE = 0.5
@@ -55,17 +55,18 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // ranks.local_size()
 
 
-def tokens_that_fit(subject: Subject, *, free: int | None = None) -> int:
-    """Return how many tokens of two such models in lock-step fit into memory at once: a power of two.
+def tokens_that_fit(subject: Subject, *, models: int = 2, free: int | None = None) -> int:
+    """Return how many tokens of some such models in lock-step fit into memory at once: a power of two.
 
     Args:
-        subject: The larger of the models.
+        subject: One of the models.
+        models: How many there are.
         free: Bytes that are free; by default what the machine says.
     """
     anatomy = subject.anatomy
     width = max(anatomy.d_model, anatomy.n_heads * anatomy.d_head)
     free = free_memory(subject.device) if free is None else free
-    fit = max(1, int((free - _FIXED) * _SHARE / (4 * _PER_WIDTH * width)))
+    fit = max(1, int((free - _FIXED) * _SHARE / (4 * _PER_WIDTH * models * width)))
     most = MOST_ON_GPU if subject.device.type == "cuda" else MOST_ON_CPU
     return max(FEWEST, min(most, 2 ** (fit.bit_length() - 1)))
 

@@ -2,8 +2,18 @@
 
 from mechscope.difference.accumulate import Accumulated
 from mechscope.difference.lockstep import Measured, measure
-from mechscope.difference.one_pass import Difference, difference
+from mechscope.difference.one_pass import Difference, difference, differences
 from mechscope.difference.patterns import attention_patterns
 from mechscope.difference.weights import WeightDifference, compare_weights
 
-__all__ = ["Accumulated", "Difference", "Measured", "WeightDifference", "attention_patterns", "compare_weights", "difference", "measure"]
+__all__ = [
+    "Accumulated",
+    "Difference",
+    "Measured",
+    "WeightDifference",
+    "attention_patterns",
+    "compare_weights",
+    "difference",
+    "differences",
+    "measure",
+]

@@ -1,17 +1,18 @@
-"""Two models over one batch of documents, in lock-step.
+"""Models over one batch of documents, in lock-step: the two of a pair, or those of several pairs, each walked once however many pairs it is in.
 
-Both models are walked block by block side by side, so that one layer of each is held at a time and every comparison is made while both sides are
+The models are walked block by block side by side, so that one layer of each is held at a time and every comparison is made while both sides are
 at hand: patterns by the identity of idea 2, heads' outputs, residual streams. Logits are made a few rows at a time and never held whole. Every
 row-level value is averaged over the query rows of each document at once: what leaves this module is one number per document, head and measure.
 
-    1. both models' embeddings;
-    2. layer by layer: one block of each, compare the patterns, z and the residual stream after the block;
+    1. all models' embeddings;
+    2. layer by layer: one block of each; for each pair, compare the patterns, z and the residual stream after the block;
     3. next-token distributions and losses, in chunks of rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -111,50 +112,74 @@ class Pending:
 
 def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
     """Run both models over a batch and return every document's means; arguments and errors as for `launch` and `Pending.fetch`."""
-    return launch(pair, batch, gini=gini, method=method).fetch()
+    return launch([pair], batch, gini=gini, method=method)[0].fetch()
 
 
 @torch.no_grad()
-def launch(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Pending:
-    """Run both models over a batch; on a GPU this returns before the work is done.
+def launch(pairs: Sequence[Pair], batch: Batch, *, gini: bool = False, method: Method = "auto") -> list[Pending]:
+    """Run all models of some pairs over a batch; on a GPU this returns before the work is done.
 
     Args:
-        pair: The base and the tuned model.
+        pairs: The base and the tuned models; a model (the same `Subject`) that several pairs have in common is run once.
         batch: Documents, padded on either side.
         gini: Also measure the Gini coefficient of every pattern (takes the exact path, several times slower on long documents).
         method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
+
+    Returns:
+        Each pair's numbers, in their order.
     """
-    base, tuned = pair.base, pair.tuned
+    subjects = models_of(pairs)
+    place = {id(subject): at for at, subject in enumerate(subjects)}
+    places = [(place[id(pair.base)], place[id(pair.tuned)]) for pair in pairs]
     # looked at on the CPU: where the padding stands is known without waiting for a device
     padding = Padding.of(batch.attention_mask)
-    real = padding.on(base.device).real
-    rows = _sent(torch.stack([batch.rows(which) for which in ROWS], dim=1), base.device)
+    real = padding.on(subjects[0].device).real
+    rows = _sent(torch.stack([batch.rows(which) for which in ROWS], dim=1), real.device)
     calls: list[AttentionCall] = []
-    heads, layers, pooled = [], [], []
+    heads: list[list[Tensor]] = [[] for _ in pairs]
+    layers: list[list[Tensor]] = [[] for _ in pairs]
+    pooled: list[list[Tensor]] = [[] for _ in subjects]
     with contextlib.ExitStack() as stack:
-        for side in (base, tuned) if tuned.plain is not base.plain else (base,):
+        # an adapter's views with and without it are one module: watched once
+        for side in {id(subject.plain): subject for subject in subjects}.values():
             stack.enter_context(observed(side, calls.append))
             stack.enter_context(fused_activations(side))
         # the mask as it stands on the CPU: whether it is needed is decided without waiting for a device
-        walks = tuple(Walk(side, batch.input_ids, batch.attention_mask) for side in (base, tuned))
+        walks = [Walk(subject, batch.input_ids, batch.attention_mask) for subject in subjects]
         hidden = [walk.hidden for walk in walks]
-        for layer in range(base.anatomy.n_layers):
+        for layer in range(subjects[0].anatomy.n_layers):
             hidden = [walk.step(layer, stream) for walk, stream in zip(walks, hidden, strict=True)]
-            here = rows.to(hidden[0].device)
-            of_heads = _attention(calls[0], calls[1], padding, here, gini=gini, method=method)
+            for number, (base, tuned) in enumerate(places):
+                here = rows.to(hidden[base].device)
+                of_heads = _attention(calls[base], calls[tuned], padding, here, gini=gini, method=method)
+                of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[base], hidden[tuned].to(here.device), here)], dim=2)
+                heads[number].append(of_heads.to(real.device))
+                layers[number].append(of_layer.to(real.device))
+            for states, stream in zip(pooled, hidden, strict=True):
+                states.append(_row_means(stream.transpose(1, 2), rows).to(real.device))
             calls.clear()
-            heads.append(of_heads.to(real.device))
-            of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[0], hidden[1].to(here.device), here)], dim=2)
-            layers.append(of_layer.to(real.device))
-            pooled.append(torch.stack([_row_means(stream.transpose(1, 2), here).to(real.device) for stream in hidden], dim=1))
-    values = {
-        "heads": torch.stack(heads, dim=3),
-        "layers": torch.stack(layers, dim=3),
-        "outputs": _outputs(pair, batch, hidden[0], hidden[1], rows),
-        "pooled": torch.stack(pooled, dim=3).float(),
-        "finite": torch.stack([(stream.isfinite().all(-1).to(real.device) | ~real).all(1) for stream in hidden], dim=1),
-    }
-    return Pending(pair, batch, values)
+    outputs = _outputs(pairs, subjects, places, batch, hidden, rows)
+    finite = [(stream.isfinite().all(-1).to(real.device) | ~real).all(1) for stream in hidden]
+    means = [torch.stack(states, dim=2).float() for states in pooled]
+    return [
+        Pending(
+            pair,
+            batch,
+            {
+                "heads": torch.stack(heads[number], dim=3),
+                "layers": torch.stack(layers[number], dim=3),
+                "outputs": outputs[number],
+                "pooled": torch.stack([means[side] for side in places[number]], dim=1),
+                "finite": torch.stack([finite[side] for side in places[number]], dim=1),
+            },
+        )
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def models_of(pairs: Sequence[Pair]) -> list[Subject]:
+    """Return the models of some pairs, each once."""
+    return list({id(side): side for pair in pairs for side in (pair.base, pair.tuned)}.values())
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
@@ -212,40 +237,50 @@ def _row_means(x: Float[Tensor, "batch some token"], rows: Bool[Tensor, "batch r
 
 
 def _outputs(
-    pair: Pair,
+    pairs: Sequence[Pair],
+    subjects: Sequence[Subject],
+    places: Sequence[tuple[int, int]],
     batch: Batch,
-    base: Float[Tensor, "batch token d"],
-    tuned: Float[Tensor, "batch token d"],
+    hidden: Sequence[Float[Tensor, "batch token d"]],
     rows: Bool[Tensor, "batch rows token"],
-) -> Float[Tensor, "batch rows measure"]:
+) -> list[Float[Tensor, "batch rows measure"]]:
     """Compare next-token distributions: at the position before each real token, counted to the kind of row of the token predicted."""
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
     # found on the CPU and sent at once: an index from the CPU for every chunk would wait for the device every time
     at = predicted.nonzero()
-    targets = _sent(batch.input_ids[at[:, 0], at[:, 1] + 1], base.device)
-    places = (_sent(at, base.device), _sent(at, tuned.device))
-    step = max(1, _LOGITS // max(pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size))
-    parts = []
-    for one, other, wanted in zip(*(each.split(step) for each in (*places, targets)), strict=True):
-        parts.append(_compare_logits(pair, base[one[:, 0], one[:, 1]], tuned[other[:, 0], other[:, 1]], wanted))
-    by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
-    row, token = places[0].to(rows.device).unbind(1)
-    by_token[:, row, token] = torch.cat(parts, dim=1).to(rows.device)
-    return _row_means(by_token.transpose(0, 1), rows[:, :, 1:])
+    targets = _sent(batch.input_ids[at[:, 0], at[:, 1] + 1], rows.device)
+    sites = [_sent(at, stream.device) for stream in hidden]
+    step = max(1, _LOGITS // max(subject.anatomy.vocab_size for subject in subjects))
+    parts: list[list[Tensor]] = [[] for _ in pairs]
+    for wanted, *chunks in zip(*(each.split(step) for each in (targets, *sites)), strict=True):
+        logs: dict[tuple[int, int], Tensor] = {}
+        for number, (pair, sides) in enumerate(zip(pairs, places, strict=True)):
+            size = pair.vocab_size
+            for side in sides:
+                if (side, size) not in logs:
+                    chosen = hidden[side][chunks[side][:, 0], chunks[side][:, 1]]
+                    logs[side, size] = _log_probabilities(subjects[side], chosen, size)
+            parts[number].append(_compare_logits(logs[sides[0], size], logs[sides[1], size], wanted))
+    row, token = sites[0].to(rows.device).unbind(1)
+    found = []
+    for values in parts:
+        by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
+        by_token[:, row, token] = torch.cat(values, dim=1).to(rows.device)
+        found.append(_row_means(by_token.transpose(0, 1), rows[:, :, 1:]))
+    return found
 
 
-def _compare_logits(pair: Pair, base: Float[Tensor, "n d"], tuned: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, "measure n"]:
-    """Return `OUTPUT_MEASURES` of some rows. Tokens outside a truncated shared vocabulary have no loss (NaN)."""
-    size = pair.vocab_size
-    logs = [
-        torch.log_softmax(unembed(side, x)[:, :size], -1, dtype=statistics_dtype(x.dtype))
-        for side, x in ((pair.base, base), (pair.tuned, tuned))
-    ]
-    p, q = logs[0], logs[1].to(logs[0].device)
-    targets = targets.to(p.device)
-    inside = targets < size
-    index = targets.clamp(max=size - 1)[:, None]
+def _log_probabilities(subject: Subject, hidden: Float[Tensor, "n d"], size: int) -> Float[Tensor, "n vocab"]:
+    """Return the log-probabilities of the first `size` tokens among themselves."""
+    return torch.log_softmax(unembed(subject, hidden)[:, :size], -1, dtype=statistics_dtype(hidden.dtype))
+
+
+def _compare_logits(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"], targets: Tensor) -> Float[Tensor, "measure n"]:
+    """Return `OUTPUT_MEASURES` of some rows, from log-probabilities. Tokens outside a truncated shared vocabulary have no loss (NaN)."""
+    q, targets = q.to(p.device), targets.to(p.device)
+    inside = targets < p.shape[1]
+    index = targets.clamp(max=p.shape[1] - 1)[:, None]
     losses = [-log.gather(1, index)[:, 0].masked_fill(~inside, torch.nan) for log in (p, q)]
     difference = p - q
-    forward, backward = (p.exp_() * difference).sum(-1), -(q.exp_() * difference).sum(-1)
+    forward, backward = p.exp().mul_(difference).sum(-1), -q.exp().mul_(difference).sum(-1)
     return torch.stack([forward, backward, *losses, losses[1] - losses[0]]).double()

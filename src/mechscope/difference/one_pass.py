@@ -1,8 +1,8 @@
-"""The difference between a model and its fine-tuned version, in one pass over documents.
+"""The difference between a model and its fine-tuned version, or between the models of several pairs, in one pass over documents.
 
-    1. compare the weights;
-    2. batch by batch, walk both models in lock-step and reduce to per-document means (`measure`);
-    3. add these to constant-size statistics (`accumulate`), saving them now and then;
+    1. batch by batch, walk the models in lock-step and reduce to per-document means (`lockstep`);
+    2. add these to constant-size statistics (`accumulate`), saving them now and then (`share`);
+    3. compare the weights (`weights`);
     4. turn the statistics into tables (`tables`).
 
 The unit of statistics is the document. Results do not depend on padding; batching changes them only by rounding.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from mechscope import ranks
 from mechscope.data.memory import FEWEST, Halving, tokens_that_fit
 from mechscope.data.prompt import Encoded
 from mechscope.difference.accumulate import Accumulated
-from mechscope.difference.lockstep import Pending, launch
+from mechscope.difference.lockstep import Pending, launch, models_of
 from mechscope.difference.share import Share
 from mechscope.difference.tables import heads_table, layers_table, outputs_table
 from mechscope.difference.weights import WeightDifference, compare_weights
@@ -73,14 +74,42 @@ def difference(
     checkpoint_seconds: float = 30.0,
     progress: Progress | None = None,
 ) -> Difference:
-    """Measure the difference between two models over documents.
+    """Measure the difference between two models over documents; arguments and errors as for `differences`."""
+    return differences(
+        {"pair": pair},
+        encoded,
+        tokens_per_batch=tokens_per_batch,
+        gini=gini,
+        replicates=replicates,
+        geometry_documents=geometry_documents,
+        seed=seed,
+        stage=stage,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )["pair"]
+
+
+def differences(
+    pairs: Mapping[str, Pair],
+    encoded: Encoded,
+    *,
+    tokens_per_batch: int | None = None,
+    gini: bool = False,
+    replicates: int = 200,
+    geometry_documents: int = 300,
+    seed: int = 0,
+    stage: Stage | None = None,
+    checkpoint_seconds: float = 30.0,
+    progress: Progress | None = None,
+) -> dict[str, Difference]:
+    """Measure the differences of several pairs of models over documents, running a model that they have in common once.
 
     Several ranks share the documents; each gets the whole result, equal to a single process's up to rounding.
 
     Args:
-        pair: The base and the tuned model.
+        pairs: The base and the tuned model of each, by name.
         encoded: The documents as tokens.
-        tokens_per_batch: Tokens of both models' batches, padding included; decides the memory. By default what free memory allows.
+        tokens_per_batch: Tokens of every model's batches, padding included; decides the memory. By default what free memory allows.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
@@ -94,35 +123,39 @@ def difference(
         RunError: Not even one document at a time fits into memory.
     """
     longest = max((len(example) for example in encoded.examples), default=0)
-    if longest > pair.max_positions:
-        raise DataError(f"a document has {longest:,} tokens, the models read at most {pair.max_positions:,}: lower max_tokens")
-    anatomy = pair.base.anatomy
+    room = min(pair.max_positions for pair in pairs.values())
+    if longest > room:
+        raise DataError(f"a document has {longest:,} tokens, the models read at most {room:,}: lower max_tokens")
 
-    def nothing() -> Accumulated:
-        return Accumulated(
-            n_layers=anatomy.n_layers,
-            n_heads=anatomy.n_heads,
-            gini=gini,
-            replicates=replicates,
-            geometry_documents=geometry_documents,
-            seed=seed,
-        )
+    def nothing() -> list[Accumulated]:
+        return [
+            Accumulated(
+                n_layers=pair.base.anatomy.n_layers,
+                n_heads=pair.base.anatomy.n_heads,
+                gini=gini,
+                replicates=replicates,
+                geometry_documents=geometry_documents,
+                seed=seed,
+            )
+            for pair in pairs.values()
+        ]
 
-    share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pair, encoded))
+    share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pairs, encoded))
     if stage is not None:
         share = share.resume(stage)
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
-    measured = partial(launch, pair, gini=gini)
-    waiting: deque[tuple[int, list[Pending]]] = deque()
+    measured = partial(launch, tuple(pairs.values()), gini=gini)
+    waiting: deque[tuple[int, list[list[Pending]]]] = deque()
 
     def take(most: int) -> None:
         """Wait for the numbers of all but the newest batches."""
         while len(waiting) > most:
             number, parts = waiting.popleft()
-            for pending in parts:
-                share.accumulated.update(pending.fetch())
+            for part in parts:
+                for accumulated, pending in zip(share.accumulated, part, strict=True):
+                    accumulated.update(pending.fetch())
             share.finish(number)
 
     for turn, (number, batch) in enumerate(share.rounds(), start=1):
@@ -141,16 +174,18 @@ def difference(
     take(0)
     if progress is not None and before + sent * ranks.size() != len(encoded):
         progress("comparing documents", len(encoded), len(encoded))
-    accumulated = share.together()
     label = None if progress is None else lambda at, of: progress("comparing weights", at, of)
-    weights = compare_weights(pair, progress=label)
-    return assemble(accumulated, weights, encoded.problems)
+    return {
+        name: assemble(accumulated, compare_weights(pair, progress=label), encoded.problems)
+        for (name, pair), accumulated in zip(pairs.items(), share.together(), strict=True)
+    }
 
 
-def chosen(pair: Pair, encoded: Encoded) -> int:
+def chosen(pairs: Mapping[str, Pair], encoded: Encoded) -> int:
     """Return the tokens of a batch where nobody says: what memory allows, but for ranks to share at least 32 batches, unless documents are few."""
     shared = max(1, sum(map(len, encoded.examples)) // 32)
-    return ranks.agreed(min(tokens_that_fit(pair.base), max(FEWEST, 2 ** (shared.bit_length() - 1))))
+    models = models_of(tuple(pairs.values()))
+    return ranks.agreed(min(tokens_that_fit(models[0], models=len(models)), max(FEWEST, 2 ** (shared.bit_length() - 1))))
 
 
 def assemble(accumulated: Accumulated, weights: WeightDifference, problems: dict[str, int]) -> Difference:

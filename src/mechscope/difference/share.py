@@ -26,16 +26,16 @@ class Share:
     """The batches of one rank, and the statistics over those that are done.
 
     Attributes:
-        accumulated: The statistics.
+        accumulated: The statistics, one of each pair of models.
         tokens_per_batch: Most tokens of a batch.
     """
 
-    def __init__(self, examples: Sequence[Example], nothing: Callable[[], Accumulated], tokens_per_batch: int) -> None:
+    def __init__(self, examples: Sequence[Example], nothing: Callable[[], list[Accumulated]], tokens_per_batch: int) -> None:
         """Deal out all batches.
 
         Args:
             examples: All documents.
-            nothing: Makes statistics over no documents.
+            nothing: Makes statistics over no documents, of each pair.
             tokens_per_batch: Most tokens of a batch.
         """
         self.accumulated = nothing()
@@ -59,15 +59,15 @@ class Share:
         self._done = state["done"].numpy().astype(bool)
         if meta["ranks"] == ranks.size():
             self._owner = state["owner"].numpy()
-            self.accumulated.load_state(_of_rank(state, ranks.rank()))
+            _load(self.accumulated, state, ranks.rank())
             return
         left = np.flatnonzero(~self._done)
         self._owner[left] = np.arange(len(left)) % ranks.size()
         if ranks.is_first():
             for number in range(meta["ranks"]):
                 part = self._nothing()
-                part.load_state(_of_rank(state, number))
-                self.accumulated.merge(part)
+                _load(part, state, number)
+                _merge(self.accumulated, part)
 
     @property
     def done(self) -> int:
@@ -91,22 +91,37 @@ class Share:
 
     def save(self, stage: Stage) -> None:
         """Write the state of all ranks as the stage's checkpoint; every rank calls this."""
-        parts = ranks.collect((self.accumulated.state(), self._done))
+        parts = ranks.collect(([each.state() for each in self.accumulated], self._done))
         if not parts:
             return
-        tensors = {f"rank{number}.{name}": value for number, (state, _) in enumerate(parts) for name, value in state.items()}
+        tensors = {
+            f"{_prefix(rank, number)}{name}": value
+            for rank, (states, _) in enumerate(parts)
+            for number, state in enumerate(states)
+            for name, value in state.items()
+        }
         tensors["owner"] = torch.from_numpy(self._owner)
         tensors["done"] = torch.from_numpy(np.logical_or.reduce([done for _, done in parts])).to(torch.uint8)
         stage.checkpoint(tensors, {"ranks": len(parts), "tokens_per_batch": self.tokens_per_batch})
 
-    def together(self) -> Accumulated:
+    def together(self) -> list[Accumulated]:
         """Return the statistics over all documents of all ranks; every rank calls this."""
         first, *others = ranks.exchange(self.accumulated)
         for other in others:
-            first.merge(other)
+            _merge(first, other)
         return first
 
 
-def _of_rank(state: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    prefix = f"rank{number}."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def _merge(into: list[Accumulated], others: list[Accumulated]) -> None:
+    for one, other in zip(into, others, strict=True):
+        one.merge(other)
+
+
+def _load(accumulated: list[Accumulated], state: dict[str, Tensor], rank: int) -> None:
+    for number, each in enumerate(accumulated):
+        prefix = _prefix(rank, number)
+        each.load_state({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+
+
+def _prefix(rank: int, number: int) -> str:
+    return f"rank{rank}.pair{number}."

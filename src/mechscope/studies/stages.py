@@ -21,7 +21,7 @@ from mechscope.data.documents import Document
 from mechscope.data.prompt import Encoded
 from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
-from mechscope.difference import attention_patterns, difference
+from mechscope.difference import attention_patterns, differences
 from mechscope.errors import SettingsError
 from mechscope.progress import Progress
 from mechscope.report.page import render
@@ -54,15 +54,22 @@ def difference_stage(
     *,
     seed: int,
     progress: Progress | None,
+    further: Mapping[str, Pair] | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> None:
-    """Write the tables `heads`, `layers`, `weights`, `outputs` and the bootstrap replicates of the heads."""
+    """Write the tables `heads`, `layers`, `weights`, `outputs` and the bootstrap replicates of the heads.
+
+    Of further pairs of models, such as tuned–LoRA and base–LoRA in paper 1, their layers go into the table `pairs`. Models that pairs share are run once.
+    """
+    pairs = {"": pair, **(further or {})}
     inputs = {**_of_pair(pair, encoded), **fields_of(settings, MeasureSettings, "rows"), "seed": seed}
+    if further:
+        inputs["further"] = {name: _of_pair(other, encoded) for name, other in further.items()}
     with run.stage("difference", inputs) as stage:
         if stage.done:
             return
-        found = difference(
-            pair,
+        all_found = differences(
+            pairs,
             encoded,
             tokens_per_batch=settings.tokens_per_batch,
             gini=settings.gini,
@@ -73,6 +80,9 @@ def difference_stage(
             checkpoint_seconds=checkpoint_seconds,
             progress=progress,
         )
+        found = all_found.pop("")
+        if all_found:
+            stage.write_table("pairs", pd.concat([other.layers.assign(pair=name) for name, other in all_found.items()], ignore_index=True))
         for name in ("heads", "layers", "weights", "outputs"):
             stage.write_table(name, getattr(found, name))
         replicates = {
@@ -89,22 +99,6 @@ def difference_stage(
                 for side, tensor in attention_patterns(pair, example).items()
             }
             stage.write_tensors("patterns", maps, meta={"ids": [example.id for example in shown]})
-
-
-def pairs_stage(
-    run: RunFolder, pairs: Mapping[str, Pair], encoded: Encoded, settings: MeasureSettings, *, seed: int, progress: Progress | None
-) -> None:
-    """Write the table `pairs`: the layers table of further pairs of models, such as tuned–LoRA and base–LoRA in paper 1."""
-    inputs = {name: _of_pair(pair, encoded) for name, pair in pairs.items()} | {"tokens_per_batch": settings.tokens_per_batch}
-    with run.stage("pairs", inputs) as stage:
-        if stage.done:
-            return
-        tables = []
-        for name, pair in pairs.items():
-            # a pair's own checkpoint would need its own stage; these runs are as long as one difference each
-            found = difference(pair, encoded, tokens_per_batch=settings.tokens_per_batch, replicates=1, seed=seed, progress=progress)
-            tables.append(found.layers.assign(pair=name))
-        stage.write_table("pairs", pd.concat(tables, ignore_index=True))
 
 
 def _of_pair(pair: Pair, encoded: Encoded) -> dict[str, Any]:

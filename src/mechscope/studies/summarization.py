@@ -128,13 +128,10 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
         circuit = circuit_places(models["base"], settings)
         compared = pair(models["base"], models["tuned"], resize=settings.resize)
         _record(run, models, splits, settings)
-        stages.difference_stage(run, compared, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
+        further = {}
         if "lora" in models:
-            further = {
-                "base–LoRA": pair(models["lora"].without_adapter(), models["lora"]),
-                "tuned–LoRA": pair(models["tuned"], models["lora"]),
-            }
-            stages.pairs_stage(run, further, splits.encoded["test"], settings, seed=settings.seed, progress=progress)
+            further = {f"{name}–LoRA": pair(models[name], models["lora"], resize=settings.resize) for name in ("base", "tuned")}
+        stages.difference_stage(run, compared, splits.encoded["test"], settings, further=further, seed=settings.seed, progress=progress)
         layers, heads = stages.selection_stage(run, settings, seed=settings.seed)
         reading_stages(run, compared, splits, settings, heads, progress=progress)
         if settings.causal:
