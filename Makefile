@@ -36,7 +36,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# about half an hour on two quiet cores, the peers' jobs half as much again; what is measured goes into docs/benchmarks.md
+# about an hour on two quiet cores, a third of it for peers; what is measured goes into docs/benchmarks.md
 bench: .venv/ready
 	$(BIN)/python -m benchmarks run --out benchmarks/results/small.json
 	$(BIN)/python -m benchmarks table benchmarks/results/small.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mechscope.data.newsroom import newsroom_model_path
+from mechscope.report import page
 
 # what every test study is asked, as small as it can be and still go through every stage
 TINY: dict[str, Any] = {
@@ -31,6 +33,14 @@ TINY: dict[str, Any] = {
 }
 # a whole study of it; the circuit has tests of its own
 TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False, "role_documents": 4, "lens_documents": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pixels() -> Iterator[None]:
+    """Leave figures as SVG: turning sixty of them into PNG takes a fifth of a small study, and is tested with the report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "png", lambda svg: b"\x89PNG")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -144,10 +144,10 @@ def test_other_settings_on_the_same_folder_are_refused(undisturbed, tiny_model):
 @pytest.mark.parametrize(
     ("after", "delay"),
     [
-        ("stage tune_tuned starts", 1.0),
-        ("stage tune_lora starts", 0.5),
+        pytest.param("stage tune_tuned starts", 1.0, marks=pytest.mark.slow),
+        pytest.param("stage tune_lora starts", 0.5, marks=pytest.mark.slow),
         ("stage difference starts", 0.1),
-        ("bake-off arm equal_rank, standard, seed 0", 1.0),
+        pytest.param("bake-off arm equal_rank, standard, seed 0", 1.0, marks=pytest.mark.slow),
         ("bake-off arm equal_parameters, more_rank, seed 1", 0.2),
     ],
 )
