@@ -53,10 +53,10 @@ class Point:
 
 
 FACTORS: dict[str, tuple[str, Sequence[int]]] = {
-    "tokens": ("tokens of a document", (128, 256, 512, 1024, 2048)),
-    "layers": ("layers", (2, 4, 8, 16)),
-    "heads": ("heads, and width with them", (4, 8, 16)),
-    "documents": ("documents", (16, 32, 64, 128)),
+    "tokens": ("tokens of a document", (128, 256, 512, 1024)),
+    "layers": ("layers", (2, 4, 8)),
+    "heads": ("heads, and width with them", (4, 8)),
+    "documents": ("documents", (16, 32, 64)),
     "ranks": ("ranks", (1, 2)),
 }
 
