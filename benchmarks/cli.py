@@ -74,6 +74,11 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--alone", action="store_true", help="run each job once, with nothing beside it: for what takes long or fills the memory"
     )
+    run.add_argument(
+        "--in-use",
+        action="store_true",
+        help="count memory in use only: freed arrays go back to the system at once, which takes time (Linux)",
+    )
     run.add_argument("--device", default=defaults.device)
     model = run.add_argument_group("other models and texts, instead of the shape's own")
     for name, text in (("layers", "blocks"), ("heads", "heads of width 64"), ("vocabulary", "words"), ("positions", "longest text")):
@@ -126,6 +131,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         "threads",
         "repeats",
         "alone",
+        "in_use",
         "device",
         "texts",
         "tokens",

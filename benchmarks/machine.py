@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import torch
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "mechscope")

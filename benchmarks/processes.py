@@ -48,7 +48,9 @@ def find_peers(pythons: Sequence[str]) -> Peers:
     found = Peers()
     for python in pythons:
         try:
-            done = subprocess.run([python, "-m", "benchmarks.peers"], env=_environment(1), capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [python, "-m", "benchmarks.peers"], env=environment(Settings(threads=1)), capture_output=True, text=True, check=True
+            )
         except FileNotFoundError as error:
             raise BenchmarkError(f"--peers {python}: there is no such program: make it with `make bench-peers`, or name another") from error
         except (OSError, subprocess.CalledProcessError) as error:
@@ -75,7 +77,7 @@ def measure_apart(python: str, job: Job, settings: Settings) -> Measured:
         (folder / "settings.json").write_text(json.dumps(settings.to_json()), encoding="utf-8")
         with (folder / "stderr").open("w", encoding="utf-8") as stderr:
             command = [python, "-m", "benchmarks.worker", job.name, job.by, name]
-            code = subprocess.run(command, env=_environment(settings.threads), stderr=stderr, check=False).returncode
+            code = subprocess.run(command, env=environment(settings), stderr=stderr, check=False).returncode
         if code:
             said = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
             raise BenchmarkError(last_line(said) or f"its process ended with code {code}")
@@ -153,7 +155,12 @@ def last_line(text: str) -> str:
     return said
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the environment of a job's process."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    threads = str(settings.threads)
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if settings.in_use:
+        # glibc's default, once set, stays: otherwise it rises to 32 MiB with the arrays that are freed, and smaller ones leave holes in a heap
+        own["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
+    return {**os.environ, **own, "PYTHONPATH": path}

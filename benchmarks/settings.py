@@ -26,6 +26,7 @@ class Settings:
         threads: Threads of a job's process.
         repeats: Timed rounds of every job; None: 5, fewer for slow jobs.
         alone: Run the job once with nothing beside it and no warm-up, for what takes long or fills the memory.
+        in_use: Count memory that is in use only, not what the allocator keeps of freed arrays; slower.
         device: Torch device.
         texts: Texts of every job instead of its own number.
         tokens: Tokens of each text, likewise.
@@ -44,6 +45,7 @@ class Settings:
     threads: int = 2
     repeats: int | None = None
     alone: bool = False
+    in_use: bool = False
     device: str = "cpu"
     texts: int | None = None
     tokens: int | None = None

@@ -13,7 +13,7 @@ import threading
 import time
 from types import TracebackType
 
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import torch
 
 # a forward pass of the smallest job takes a hundred times as long

@@ -80,27 +80,20 @@ def forward(case: LockstepCase) -> torch.Tensor:
     return base.plain(case.batch.input_ids.to(base.device), use_cache=False).logits
 
 
-_SIZES = {"small": Size(4, 512), "long": Size(1, 4096)}
+def _job(name: str, what: str, *, models: int, seconds: int) -> Job:
+    return Job(
+        name=name,
+        what=what,
+        build=build_of(models),
+        run=measure,
+        sizes={"small": Size(4, 512), "long": Size(1, 4096)},
+        forward=forward,
+        beside=Beside(FORWARD, forward, models),
+        seconds=seconds,
+    )
+
 
 JOBS = (
-    Job(
-        name="lockstep",
-        what="one batch of a difference: all statistics of two models",
-        build=build_of(2),
-        run=measure,
-        sizes=_SIZES,
-        forward=forward,
-        beside=Beside(FORWARD, forward, 2),
-        seconds=100,
-    ),
-    Job(
-        name="lockstep_three",
-        what="the same of three models and their three pairs",
-        build=build_of(3),
-        run=measure,
-        sizes=_SIZES,
-        forward=forward,
-        beside=Beside(FORWARD, forward, 3),
-        seconds=140,
-    ),
+    _job("lockstep", "one batch of a difference: all statistics of two models", models=2, seconds=100),
+    _job("lockstep_three", "the same of three models and their three pairs", models=3, seconds=140),
 )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy

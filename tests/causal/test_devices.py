@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-
-import pytest
 
 from mechscope import causal
 from mechscope.data.pairs import Pairs
-from tests.devices import FAMILIES, Both, assert_same, both, prompts
-from tests.pretend import pretended
+from tests.devices import Technique, assert_equal_over_devices, cases, prompts
 
 PROMPTS = prompts()
 OF_ONE_LENGTH = Pairs(tuple(pair for pair in PROMPTS if len(pair.clean) == 9), "of one length")
 OTHERS = prompts(seed=1, lengths=(9, 9))
-
-# each is run on the base and tuned model on one device and over two
-Technique = Callable[[Any], Any]
 
 
 def patching(site: str) -> Technique:
@@ -85,20 +77,6 @@ def _renamed(pairs: Pairs) -> Pairs:
     return Pairs(tuple(replace(pair, id=f"test {pair.id}") for pair in pairs), pairs.source)
 
 
-def check(technique: Technique, pairs: Both) -> None:
-    expected = technique(pairs.single)
-    with pretended():
-        found = technique(pairs.spread)
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sweeps_are_equal(family: str, name: str) -> None:
-    check(SWEEPS[name], both(family))
-
-
-@pytest.mark.parametrize("name", OTHER)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_techniques_are_equal(family: str, name: str) -> None:
-    check(OTHER[name], both(family))
+@cases(SWEEPS, OTHER)
+def test_interventions_are_equal(technique: Technique, family: str) -> None:
+    assert_equal_over_devices(technique, family)

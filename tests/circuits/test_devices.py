@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 from mechscope import circuits
 from mechscope.circuits import Circuit, Graph
-from tests.devices import FAMILIES, assert_same, both, prompts
-from tests.pretend import pretended
+from tests.devices import Technique, assert_equal_over_devices, cases, prompts
 
 PROMPTS = prompts()
 SOME_EDGES = ("a0.h0->m1", "a0.h1->a2.h1<q>", "a1.h0->a2.h2<k>", "m0->a1.h2<v>", "m1->logits", "input->logits", "input->a0.h0<q>")
@@ -23,7 +19,7 @@ def halves(subject: Any) -> list[Circuit]:
     return [Circuit.of(graph, [name for name, inside in zip(graph.names, mask, strict=True) if inside]) for mask in masks]
 
 
-TECHNIQUES: dict[str, Callable[[Any], Any]] = {
+TECHNIQUES: dict[str, Technique] = {
     "eap": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap").mean,
     "eap-ig": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap-ig", steps=3).mean,
     "eap from the other model": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap", source=models.tuned).mean,
@@ -33,7 +29,7 @@ TECHNIQUES: dict[str, Callable[[Any], Any]] = {
     "flow routes": lambda models: circuits.flow_routes(models.base, PROMPTS).mean,
 }
 
-FEWER: dict[str, Callable[[Any], Any]] = {
+FEWER: dict[str, Technique] = {
     "eap-ig-activations": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap-ig-activations", steps=2).mean,
     "evaluate with means": lambda models: (
         circuits.evaluate(models.base, PROMPTS, halves(models.base), source=circuits.Written.mean_over(models.base, PROMPTS)).values
@@ -45,21 +41,6 @@ FEWER: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check(technique: Callable[[Any], Any], family: str) -> None:
-    pairs = both(family)
-    expected = technique(pairs.single)
-    with pretended():
-        found = technique(pairs.spread)
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_equal(family: str, name: str) -> None:
-    check(TECHNIQUES[name], family)
-
-
-@pytest.mark.parametrize("name", FEWER)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_results_are_equal(family: str, name: str) -> None:
-    check(FEWER[name], family)
+@cases(TECHNIQUES, FEWER)
+def test_circuits_are_equal(technique: Technique, family: str) -> None:
+    assert_equal_over_devices(technique, family)

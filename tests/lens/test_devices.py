@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import pytest
-
 from mechscope import lens
-from tests.devices import FAMILIES, assert_same, both, prompts
-from tests.pretend import pretended
+from tests.devices import Technique, assert_equal_over_devices, cases, prompts
 
 PROMPTS = prompts()
 SHORT = lens.LensSettings(steps=2)
 
-TECHNIQUES: dict[str, Callable[[Any], Any]] = {
+TECHNIQUES: dict[str, Technique] = {
     "logit lens": lambda models: lens.read(models.base, PROMPTS, sites=lens.SITES).table(),
     "logit attribution": lambda models: vars(lens.attribute_logits(models.base, PROMPTS, neurons=[0, 2])),
     "attribution to sources": lambda models: lens.attribute_sources(models.base, PROMPTS, "a0.h1,a2.h2"),
 }
 
-FEWER: dict[str, Callable[[Any], Any]] = {
+FEWER: dict[str, Technique] = {
     "attribution to positions": lambda models: lens.attribute_positions(models.base, PROMPTS, metric="logit-diff"),
     "backward lens": lambda models: lens.backward_lens(models.base, PROMPTS),
     "gradient directions": lambda models: lens.gradient_directions(models.base, PROMPTS),
@@ -38,21 +32,6 @@ FEWER: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check(technique: Callable[[Any], Any], family: str) -> None:
-    pairs = both(family)
-    expected = technique(pairs.single)
-    with pretended():
-        found = technique(pairs.spread)
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_readings_are_equal(family: str, name: str) -> None:
-    check(TECHNIQUES[name], family)
-
-
-@pytest.mark.parametrize("name", FEWER)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_readings_are_equal(family: str, name: str) -> None:
-    check(FEWER[name], family)
+@cases(TECHNIQUES, FEWER)
+def test_readings_are_equal(technique: Technique, family: str) -> None:
+    assert_equal_over_devices(technique, family)

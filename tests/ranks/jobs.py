@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as patched  # patching is the name of a technique here
 
 import numpy as np
 import pandas as pd
@@ -23,9 +24,10 @@ from mechscope.circuits.evaluation import evaluate
 from mechscope.circuits.graph import Circuit
 from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Encoded
-from mechscope.difference import Difference, difference
+from mechscope.difference import Difference, compare_weights, difference
 from mechscope.errors import DataError, MechscopeError
 from mechscope.instrument import load
+from mechscope.stats.spectra import weight_change
 from mechscope.store.run import RunFolder
 from mechscope.studies.circuits import circuit_run
 from mechscope.studies.pair_settings import CircuitSettings
@@ -77,6 +79,13 @@ def resumed(folder: Path) -> tuple[Difference, bool]:
     """Go on with a difference; tell whether something was there to go on with."""
     found = measured(folder=folder)
     return found, any("continues from its checkpoint" in event["message"] for event in RunFolder.read(folder).events())
+
+
+def matrices() -> int:
+    """Compare the weights of two models; return how many parameters this rank looked at itself."""
+    with patched("mechscope.difference.weights.weight_change", wraps=weight_change) as looked:
+        compare_weights(oracle.models("llama"))
+    return looked.call_count
 
 
 def model() -> tuple[Subject, Pairs]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
-from mechscope.difference import Difference
+from mechscope.difference import Difference, compare_weights
 from mechscope.store.run import RunFolder, verify
+from tests.difference import oracle
 from tests.ranks import jobs
 from tests.ranks.launch import ended, files, together
 from tests.studies.conftest import tiny_model
@@ -59,6 +60,12 @@ def test_a_difference_is_that_of_one_process(size: int, alone: Difference):
     for found in together(size, jobs.measured):
         assert_equal_results(found, alone)
         assert set(found.heads["n"]) == {len(jobs.LENGTHS)}
+
+
+def test_ranks_share_the_comparison_of_weights():
+    counts = together(2, jobs.matrices)
+    assert sum(counts) == len(compare_weights(oracle.models("llama")).table)
+    assert max(counts) - min(counts) <= 1
 
 
 def test_a_rank_without_documents_gets_the_result_too():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from mechscope import heads, weights
-from tests.devices import FAMILIES, assert_same, both, encoded, prompts
-from tests.pretend import pretended
+from tests.devices import Technique, assert_equal_over_devices, cases, encoded, prompts
 
 PROMPTS = prompts()
 
@@ -19,7 +15,7 @@ def activity(models: Any) -> list[Any]:
     return [found.table(), weights.agreement(models.base, found, PROMPTS), weights.memories(models.base, found, PROMPTS, before=3, k=2)]
 
 
-TECHNIQUES: dict[str, Callable[[Any], Any]] = {
+TECHNIQUES: dict[str, Technique] = {
     "OV in tokens": lambda models: weights.ov_tokens(models.base, k=3, effective=True),
     "values composing": lambda models: weights.composition(models.base, kinds=("v",)),
     "head weights": lambda models: weights.weight_heads(models.base, n_tokens=16),
@@ -29,7 +25,7 @@ TECHNIQUES: dict[str, Callable[[Any], Any]] = {
 }
 
 # query and key circuits need families without norms of queries and keys
-FEWER: dict[str, Callable[[Any], Any]] = {
+FEWER: dict[str, Technique] = {
     "change of OV in tokens": lambda models: weights.ov_tokens(models, k=3),
     "QK in tokens": lambda models: weights.qk_tokens(models.base, queries=[4, 5], k=3),
     "composition": lambda models: weights.composition(models.base),
@@ -43,21 +39,6 @@ FEWER: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check(technique: Callable[[Any], Any], family: str) -> None:
-    pairs = both(family)
-    expected = technique(pairs.single)
-    with pretended():
-        found = technique(pairs.spread)
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_equal(family: str, name: str) -> None:
-    check(TECHNIQUES[name], family)
-
-
-@pytest.mark.parametrize("name", FEWER)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_results_are_equal(family: str, name: str) -> None:
-    check(FEWER[name], family)
+@cases(TECHNIQUES, FEWER)
+def test_results_are_equal(technique: Technique, family: str) -> None:
+    assert_equal_over_devices(technique, family)

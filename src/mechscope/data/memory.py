@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self, TypeVar
 
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 

@@ -2,7 +2,7 @@
 
 Query, key and value are separate matrices here whatever the family's storage (GPT-2 and GPT-NeoX keep them in one map): they are cut out by the
 anatomy's slices. All changes are Frobenius norms; `relative` ones are divided by the base's norm. A PEFT adapter's change is added to the weight
-it adapts, so that an adapter and a merged model give the same table.
+it adapts, so that an adapter and a merged model give the same table. Several ranks share the matrices.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.errors import ModelError
 from mechscope.stats.spectra import weight_change
 from mechscope.subject import Pair, Subject
@@ -43,7 +45,7 @@ class WeightDifference:
 
 @torch.no_grad()
 def compare_weights(pair: Pair, *, progress: Callable[[int, int], None] | None = None) -> WeightDifference:
-    """Compare the weights of two models.
+    """Compare the weights of two models; every rank calls this and gets the whole result.
 
     Args:
         pair: The base and the tuned model.
@@ -53,42 +55,52 @@ def compare_weights(pair: Pair, *, progress: Callable[[int, int], None] | None =
         ModelError: The models do not have the same parameters.
     """
     base, tuned = dict(pair.base.weights()), dict(pair.tuned.weights())
-    _require_same_names(pair, base, tuned)
-    rows = []
-    for done, name in enumerate(base):
+    _require_alike(pair, base, tuned)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    # the largest first, so that all ranks are dealt about as much
+    for done, name in enumerate(ranks.own(sorted(base, key=lambda name: -base[name].numel()))):
         if progress is not None:
-            progress(done, len(base))
-        for part, first, second in _parts(pair, name, base[name], tuned[name]):
-            layer, kind = _place(pair.base, name, part)
-            change = weight_change(first, second, top=SINGULAR_VALUES)
-            rows.append(
-                {
-                    "name": f"{name}[{part}]" if part else name,
-                    "layer": layer,
-                    "kind": kind,
-                    "rows": first.shape[0],
-                    "columns": first.shape[1] if first.ndim == 2 else 1,
-                    "norm_base": change.norm_base,
-                    "change": change.change,
-                    "relative_change": change.relative_change,
-                    "effective_rank": change.effective_rank,
-                    "stable_rank": change.stable_rank,
-                    **{f"sv{index}": value for index, value in enumerate(change.singular_values, start=1)},
-                    "intruders": change.intruders,
-                }
-            )
-    table = pd.DataFrame(rows)
+            progress(done * ranks.size(), len(base))
+        rows[name] = [_row(pair, name, *part) for part in _parts(pair, name, base[name], tuned[name])]
+    for others in ranks.exchange(rows):
+        rows |= others
+    table = pd.DataFrame([row for name in base for row in rows[name]])
     if progress is not None:
         progress(len(base), len(base))
     return WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
 
 
-def _require_same_names(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> None:
+def _row(pair: Pair, name: str, part: str, base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    layer, kind = _place(pair.base, name, part)
+    change = weight_change(base, tuned, top=SINGULAR_VALUES)
+    return {
+        "name": f"{name}[{part}]" if part else name,
+        "layer": layer,
+        "kind": kind,
+        "rows": base.shape[0],
+        "columns": base.shape[1] if base.ndim == 2 else 1,
+        "norm_base": change.norm_base,
+        "change": change.change,
+        "relative_change": change.relative_change,
+        "effective_rank": change.effective_rank,
+        "stable_rank": change.stable_rank,
+        **{f"sv{index}": value for index, value in enumerate(change.singular_values, start=1)},
+        "intruders": change.intruders,
+    }
+
+
+def _require_alike(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> None:
+    """See that the models have the same parameters, up to tokens that one does not have; before ranks go their own ways."""
     if missing := sorted(base.keys() ^ tuned.keys()):
         raise ModelError(
             f"models {pair.base.source!r} and {pair.tuned.source!r} do not have the same parameters: {', '.join(missing[:3])} "
             f"({len(missing)} in all) are in one only; were the input and output embeddings untied?"
         )
+    vocabularies = (pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size)
+    for name, first in base.items():
+        second = tuned[name]
+        if first.shape != second.shape and (first.shape[1:] != second.shape[1:] or (first.shape[0], second.shape[0]) != vocabularies):
+            raise ModelError(f"parameter {name} has shape {tuple(second.shape)} in the tuned model and {tuple(first.shape)} in the base")
 
 
 def _readers(subject: Subject) -> Iterator[tuple[int, str, Slice]]:
@@ -101,9 +113,6 @@ def _parts(pair: Pair, name: str, base: Tensor, tuned: Tensor) -> list[tuple[str
     """Cut a parameter into the matrices it stores, oriented (out, in); embeddings of different length to their shared tokens."""
     module_name, _, key = name.rpartition(".")
     if base.shape != tuned.shape:
-        by_token = (base.shape[0], tuned.shape[0]) == (pair.base.anatomy.vocab_size, pair.tuned.anatomy.vocab_size)
-        if not by_token or base.shape[1:] != tuned.shape[1:]:
-            raise ModelError(f"parameter {name} has shape {tuple(tuned.shape)} in the tuned model and {tuple(base.shape)} in the base")
         base, tuned = base[: pair.vocab_size], tuned[: pair.vocab_size]
     tuned = tuned.to(base.device)
     if key == "weight" and base.ndim == 2 and is_conv1d(pair.base.plain.get_submodule(module_name)):
