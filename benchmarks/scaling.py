@@ -1,6 +1,7 @@
 """How the cost of a difference grows: one factor at a time around a small model, each point in a process of its own, and a line through the logarithms.
 
-A slope of 1 means proportional growth, 0 none. What large models need follows by arithmetic from these constants and the size of the model; how fast
+A slope of 1 means proportional growth, 0 none. The time of a difference has two parts, which are kept apart: what documents take, and the comparison of
+weights (with the making of tables), which is done once. What large models need follows by arithmetic from these constants and the size of the model; how fast
 a device runs plain forward passes is the one number that is assumed there, because it was not measured here.
 
     python -m benchmarks scale --out benchmarks/results/scaling.json      measure, and write docs/scaling.md
@@ -82,7 +83,7 @@ def points(smallest: bool = False) -> list[Point]:
 
 
 def measured(point: Point) -> dict[str, Any]:
-    """Measure a point, in this process or as one of its ranks: seconds of the difference and of both models' plain passes, and memory."""
+    """Measure a point, in this process or as one of its ranks: seconds of both parts of a difference and of both models' plain passes, and memory."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -106,14 +107,27 @@ def measured(point: Point) -> dict[str, Any]:
     with ranks.alone():
         difference(both, Encoded(examples[:1], {}), **options)  # warms up
     ranks.wait()
-    with Watch(memory=True) as own:
-        difference(both, Encoded(examples, {}), **options)
+    own, after = Watch(memory=True), Watch()
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label == "comparing weights" and not after.started:
+            after.start()
+
+    with own:
+        difference(both, Encoded(examples, {}), progress=progress, **options)
         ranks.wait()
+    after.stop()
     with Watch() as plain, torch.inference_mode():
         for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0) if ranks.size() == 1 else ():
             for subject in (both.base, both.tuned):
                 subject.plain(batch.input_ids, use_cache=False)
-    return {**asdict(point), "seconds": own.seconds, "plain_seconds": plain.seconds, "memory_gib": own.peak / GIB}
+    return {
+        **asdict(point),
+        "seconds": own.seconds - after.seconds,
+        "weights_seconds": after.seconds,
+        "plain_seconds": plain.seconds,
+        "memory_gib": own.peak / GIB,
+    }
 
 
 def measure_apart(point: Point) -> dict[str, Any]:
@@ -148,8 +162,8 @@ def run(wanted: Sequence[Point], say: Callable[[str], None]) -> list[dict[str, A
         record = measure_apart(point)
         records.append(record)
         say(
-            f"{point.factor:<12}{getattr(point, point.factor):>6,}{record['seconds']:>12.2f} s{record['memory_gib']:>9.3f} GiB"
-            f"   ({time.perf_counter() - start:.0f} s with loading)"
+            f"{point.factor:<12}{getattr(point, point.factor):>6,}{record['seconds']:>12.2f} s, weights {record['weights_seconds']:.2f} s"
+            f"{record['memory_gib']:>9.3f} GiB   ({time.perf_counter() - start:.0f} s with loading)"
         )
     return records
 
@@ -173,8 +187,11 @@ def blocks(head: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[s
 
 def growth(records: Sequence[dict[str, Any]]) -> str:
     """Return the points and exponents as markdown."""
-    lines = ["", "| factor | measured at | seconds | beside both plain passes | GiB above the models | exponent of time | of memory |"]
-    lines.append("|" + "---|" * 7)
+    lines = [
+        "",
+        "| factor | measured at | seconds | beside both plain passes | weights, seconds | GiB above the models | exponent of time | of memory |",
+    ]
+    lines.append("|" + "---|" * 8)
     for name, (what, _) in FACTORS.items():
         chosen = [record for record in records if record["factor"] == name]
         if len(chosen) < 2:
@@ -187,6 +204,7 @@ def growth(records: Sequence[dict[str, Any]]) -> str:
             ", ".join(
                 "–" if ratio is None or record["ranks"] > 1 else f"{ratio:.2f}" for ratio, record in zip(ratios, chosen, strict=True)
             ),
+            ", ".join(f"{record['weights_seconds']:.2f}" for record in chosen),
             ", ".join(f"{record['memory_gib']:.3f}" for record in chosen),
             f"{slope(chosen, name, 'seconds'):.2f}",
             f"{slope(chosen, name, 'memory_gib'):.2f}",
@@ -220,12 +238,13 @@ _RATE, _DEVICE_GIB = 3.3e14, 80
 _DOCUMENTS, _TOKENS, _BATCH = 100_000, 1024, 16_384
 
 
-def arithmetic(ratio: float, per_width: float) -> str:
+def arithmetic(ratio: float, per_width: float, per_weight: float) -> str:
     """Return what large models need for 100,000 documents, as markdown.
 
     Args:
-        ratio: Time of a difference in both models' plain passes.
+        ratio: Time of a difference over documents in both models' plain passes.
         per_width: Bytes above the models per token of a batch and unit of width.
+        per_weight: Seconds of comparing weights per parameter and unit of width.
     """
     columns = (
         "model",
@@ -235,6 +254,7 @@ def arithmetic(ratio: float, per_width: float) -> str:
         "devices",
         "device-hours",
         "one machine of 8",
+        "weights, hours of one core",
     )
     lines = ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for model in LARGE:
@@ -245,25 +265,35 @@ def arithmetic(ratio: float, per_width: float) -> str:
         devices = int(np.ceil((weights + batch) / (0.9 * _DEVICE_GIB)))
         hours = 2 * 2 * model.parameters * _TOKENS * _DOCUMENTS * ratio / _RATE / 3600
         ranks = max(1, 8 // devices)
+        compared = per_weight * model.parameters * model.width / 3600
         cells = (model.name, f"{weights:.0f} GiB", f"{batch:.1f} GiB", f"{kept:.1f} GiB", f"{devices} a rank", f"{hours:.1f}")
-        lines.append("| " + " | ".join((*cells, f"{ranks} ranks, {hours / ranks:.1f} h")) + " |")
+        lines.append("| " + " | ".join((*cells, f"{ranks} ranks, {hours / ranks:.1f} h", f"{compared:.1f}")) + " |")
     lines += [
         "",
-        f"{_DOCUMENTS:,} documents of {_TOKENS:,} tokens. Operations: 2 per parameter and token, two models, times {ratio:.2f} (a difference in plain passes,"
-        f" measured above). Assumed, not measured: {_RATE:.1e} operations per second and {_DEVICE_GIB} GiB per device. Parts of a model that lie on several"
-        " devices (`--device spread`) work one after the other, so a rank is as fast as one device.",
+        f"{_DOCUMENTS:,} documents of {_TOKENS:,} tokens. Operations: 2 per parameter and token, two models, times {ratio:.2f} (documents' time in plain"
+        f" passes, measured above). Assumed, not measured: {_RATE:.1e} operations per second and {_DEVICE_GIB} GiB per device. Parts of a model that lie"
+        " on several devices (`--device spread`) work one after the other, so a rank is as fast as one device. Weights are compared once, in float64, at a"
+        " cost of parameters times width (products and eigenvalues of matrices): these are this CPU's hours, shared among ranks; a GPU's were not"
+        " measured.",
         "",
     ]
     return "\n".join(lines)
 
 
-def constants(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return a difference's time in plain passes at the longest documents measured but one, and its bytes per token of a batch and unit of width."""
+def constants(records: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """Return the arguments of `arithmetic`: the ratio at the longest documents measured but one, the weights' seconds at the most layers."""
     by_tokens = [record for record in records if record["factor"] == "tokens"]
     at = by_tokens[-2]
     amounts = [record["per_batch"] * record["tokens"] * 64 * record["heads"] for record in by_tokens]
     taken = [record["memory_gib"] * GIB for record in by_tokens]
-    return at["seconds"] / at["plain_seconds"], float(np.polyfit(amounts, taken, 1)[0])
+    deepest = [record for record in records if record["factor"] == "layers"][-1]
+    width = 64 * deepest["heads"]
+    parameters = width * (12 * width * deepest["layers"] + deepest["vocabulary"])
+    return (
+        at["seconds"] / at["plain_seconds"],
+        float(np.polyfit(amounts, taken, 1)[0]),
+        deepest["weights_seconds"] / (parameters * width),
+    )
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ class Watch:
         seconds: Wall time.
         cpu_seconds: CPU time of all the process's threads.
         peak: Most memory above that at the watch's making, in bytes; 0 if it was not to be watched.
+        started: Whether it ever was.
     """
 
     def __init__(self, *, device: str = "cpu", memory: bool = False) -> None:
         """Make a watch, stopped, at zero."""
         self.seconds = self.cpu_seconds = 0.0
         self.peak = 0
+        self.started = False
         self._on_gpu = torch.device(device).type == "cuda"
         self._memory = memory
         if memory:
@@ -56,6 +58,7 @@ class Watch:
 
     def start(self) -> None:
         """Start or go on."""
+        self.started = True
         self._synchronize()
         if self._memory and self._on_gpu:
             torch.cuda.reset_peak_memory_stats()

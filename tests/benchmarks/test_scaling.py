@@ -17,7 +17,7 @@ def record(point: Point) -> dict[str, object]:
     """Return a record of a cost that grows with the square of the tokens and of memory that does not grow."""
     seconds = 2.0 * point.tokens**2 * point.documents / point.ranks
     memory = 0.5 + 3 * point.per_batch * point.tokens * 64 * point.heads / scaling.GIB
-    return {**vars(point), "seconds": seconds, "plain_seconds": seconds / 4, "memory_gib": memory}
+    return {**vars(point), "seconds": seconds, "weights_seconds": 5.0, "plain_seconds": seconds / 4, "memory_gib": memory}
 
 
 def test_every_factor_is_varied_alone():
@@ -37,25 +37,28 @@ def test_an_exponent_is_that_of_a_known_growth():
 
 
 def test_the_constants_are_read_off_the_points():
-    ratio, per_width = constants([record(point) for point in points()])
+    ratio, per_width, per_weight = constants([record(point) for point in points()])
     assert ratio == pytest.approx(4)
     assert per_width == pytest.approx(3)
+    assert per_weight == pytest.approx(5 / ((8 * 12 * 512**2 + 5000 * 512) * 512))
 
 
 def test_the_arithmetic_follows_from_the_constants():
-    row = next(line for line in arithmetic(2.0, 100.0).splitlines() if line.startswith("| 7B"))
+    row = next(line for line in arithmetic(2.0, 100.0, 1e-9).splitlines() if line.startswith("| 7B"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "25 GiB"  # 2 models × 2 bytes × 6.7e9
     assert cells[2] == "6.2 GiB"  # 100 bytes × 16,384 tokens × 4,096
     hours = 2 * 2 * 6.7e9 * 1024 * 1e5 * 2.0 / 3.3e14 / 3600
     assert cells[5] == f"{hours:.1f}"
     assert cells[6].startswith("8 ranks")
+    assert cells[7] == f"{1e-9 * 6.7e9 * 4096 / 3600:.1f}"
 
 
 def test_a_point_measures_a_real_difference_alone_and_by_two_ranks():
     tiny = Point(layers=1, heads=1, vocabulary=50, documents=4, tokens=16, per_batch=2)
     found = scaling.measured(tiny)
     assert found["seconds"] > 0
+    assert found["weights_seconds"] > 0
     assert found["plain_seconds"] > 0
     two = scaling.measure_apart(Point(**{**vars(tiny), "ranks": 2}))
     assert two["ranks"] == 2
