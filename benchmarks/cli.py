@@ -179,6 +179,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
     head = {
         **_head(given),
         "settings": {name: shown([value], ROOT)[0] if isinstance(value, str) else value for name, value in settings.to_json().items()},
+        "jobs": [job.name for job in jobs],
         "peers": peers.versions,
         "absent": {NAMES[package]: why for package, why in peers.absent.items()},
     }
@@ -222,8 +223,9 @@ def _scale(options: argparse.Namespace, given: list[str]) -> int:
     head = _head(given)
     results = Results(head, path=options.out)
     results.write()
-    results.records = scaling.run(scaling.points(), _say)
-    results.write()
+    for record in scaling.run(scaling.points(), _say):
+        results.records.append(record)
+        results.write()
     write_blocks(options.page, scaling.blocks(head, results.records))
     return 0
 

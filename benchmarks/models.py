@@ -53,6 +53,11 @@ def make_texts(shape: Shape, size: Size) -> tuple[Tensor, Tensor]:
     return torch.randint(shape.vocabulary, shapes, generator=generator), torch.randint(shape.vocabulary, shapes, generator=generator)
 
 
+def half_of(senders: int, receivers: int) -> Tensor:
+    """Draw which edges a circuit has, ``(sender, receiver)``: half of all."""
+    return torch.rand(senders, receivers, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
 def logit_difference(logits: Tensor) -> Tensor:
     """Return right answer minus wrong answer at the last token, ``(text)``."""
     return logits[:, -1, ANSWER] - logits[:, -1, WRONG]

@@ -2,6 +2,7 @@
 
 format, date, command, settings   what was asked for
 machine, versions                 where
+jobs                              their names, in order
 peers                             by package: its version, or null and why under `absent`
 records                           one per job and who did it: rounds, medians, memory, ratios, targets, agreement
 failures                          jobs that failed, with the error's last line
@@ -19,7 +20,7 @@ import numpy as np
 
 from benchmarks.settings import BenchmarkError
 
-FORMAT = 1
+FORMAT = 2
 # a peer does the same work if its numbers differ by no more than this part of the largest
 TOLERANCE = 1e-3
 

@@ -11,19 +11,17 @@ a device runs plain forward passes is the one number that is assumed there, beca
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import ROOT, last_line
-from benchmarks.settings import BenchmarkError
+from benchmarks.processes import ROOT, environment, last_line
+from benchmarks.settings import BenchmarkError, Settings
 
 GIB = 2**30
 
@@ -56,7 +54,7 @@ class Point:
 FACTORS: dict[str, tuple[str, Sequence[int]]] = {
     "tokens": ("tokens of a document", (128, 256, 512, 1024)),
     "layers": ("layers", (2, 4, 8)),
-    "heads": ("heads, and width with them", (4, 8)),
+    "heads": ("heads, and width with them", (2, 4, 8)),
     "documents": ("documents", (16, 32, 64)),
     "ranks": ("ranks", (1, 2)),
 }
@@ -126,7 +124,7 @@ def measured(point: Point) -> dict[str, Any]:
         "seconds": own.seconds - after.seconds,
         "weights_seconds": after.seconds,
         "plain_seconds": plain.seconds,
-        "memory_gib": own.peak / GIB,
+        "memory_gib": max(ranks.exchange(own.peak)) / GIB,
     }
 
 
@@ -136,36 +134,25 @@ def measure_apart(point: Point) -> dict[str, Any]:
     Raises:
         BenchmarkError: One of them failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(point.ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": point.ranks, "LOCAL_WORLD_SIZE": point.ranks}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment |= {name: str(number) for name, number in numbers.items()}
-        command = [sys.executable, "-m", "benchmarks.scaling", json.dumps(asdict(point))]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate() for process in started]
-    for process, (_, error) in zip(started, said, strict=True):
-        if process.returncode:
-            raise BenchmarkError(f"scaling, {point.factor}: {last_line(error) or f'a process ended with code {process.returncode}'}")
-    records = [json.loads(out.splitlines()[-1]) for out, _ in said]
-    return {**records[0], "memory_gib": max(record["memory_gib"] for record in records)}
+    # torchrun ends the others where one rank dies
+    launcher = [] if point.ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={point.ranks}", "-m"]
+    command = [sys.executable, "-m", *launcher, "benchmarks.scaling", json.dumps(asdict(point))]
+    done = subprocess.run(command, cwd=ROOT, env=environment(Settings(threads=1)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"scaling, {point.factor}: {last_line(done.stderr) or f'a process ended with code {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(wanted: Sequence[Point], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure points one after another."""
-    records = []
+def run(wanted: Iterable[Point], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Measure points one after another, yielding each as it is done."""
     for point in wanted:
         start = time.perf_counter()
         record = measure_apart(point)
-        records.append(record)
         say(
             f"{point.factor:<12}{getattr(point, point.factor):>6,}{record['seconds']:>12.2f} s, weights {record['weights_seconds']:.2f} s"
             f"{record['memory_gib']:>9.3f} GiB   ({time.perf_counter() - start:.0f} s with loading)"
         )
-    return records
+        yield record
 
 
 def slope(records: Sequence[dict[str, Any]], factor: str, measure: str) -> float:
@@ -187,11 +174,18 @@ def blocks(head: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[s
 
 def growth(records: Sequence[dict[str, Any]]) -> str:
     """Return the points and exponents as markdown."""
-    lines = [
-        "",
-        "| factor | measured at | seconds | beside both plain passes | weights, seconds | GiB above the models | exponent of time | of memory |",
-    ]
-    lines.append("|" + "---|" * 8)
+    columns = (
+        "factor",
+        "measured at",
+        "seconds of documents",
+        "beside both plain passes",
+        "seconds of weights",
+        "GiB above the models",
+        "exponent of documents' time",
+        "of weights' time",
+        "of memory",
+    )
+    lines = ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, (what, _) in FACTORS.items():
         chosen = [record for record in records if record["factor"] == name]
         if len(chosen) < 2:
@@ -201,15 +195,18 @@ def growth(records: Sequence[dict[str, Any]]) -> str:
             what,
             ", ".join(f"{record[name]:,}" for record in chosen),
             ", ".join(f"{record['seconds']:.2f}" for record in chosen),
-            ", ".join(
-                "–" if ratio is None or record["ranks"] > 1 else f"{ratio:.2f}" for ratio, record in zip(ratios, chosen, strict=True)
-            ),
+            ", ".join("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             ", ".join(f"{record['weights_seconds']:.2f}" for record in chosen),
             ", ".join(f"{record['memory_gib']:.3f}" for record in chosen),
-            f"{slope(chosen, name, 'seconds'):.2f}",
-            f"{slope(chosen, name, 'memory_gib'):.2f}",
+            *(f"{slope(chosen, name, measure):.2f}" for measure in ("seconds", "weights_seconds", "memory_gib")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    whole = {record["ranks"]: record["seconds"] + record["weights_seconds"] for record in records if record["factor"] == "ranks"}
+    for number in sorted(whole)[1:]:
+        lines += [
+            "",
+            f"The whole difference, weights included, by {number} ranks is {whole[1] / whole[number]:.2f} times as fast as by one.",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -263,10 +260,11 @@ def arithmetic(ratio: float, per_width: float, per_weight: float) -> str:
         # moments (3 arrays) of 13 measures and 200 replicates of 2 (2 arrays), of 3 kinds of rows, in float64; pooled states of 300 documents
         kept = (8 * 3 * model.layers * model.heads * (3 * 13 + 2 * 2 * 200) + 4 * 300 * 2 * 3 * model.layers * model.width) / GIB
         devices = int(np.ceil((weights + batch) / (0.9 * _DEVICE_GIB)))
+        # the parts of a model work one after the other, so a rank is as fast as one of its devices
         hours = 2 * 2 * model.parameters * _TOKENS * _DOCUMENTS * ratio / _RATE / 3600
         ranks = max(1, 8 // devices)
         compared = per_weight * model.parameters * model.width / 3600
-        cells = (model.name, f"{weights:.0f} GiB", f"{batch:.1f} GiB", f"{kept:.1f} GiB", f"{devices} a rank", f"{hours:.1f}")
+        cells = (model.name, f"{weights:.0f} GiB", f"{batch:.1f} GiB", f"{kept:.1f} GiB", f"{devices} a rank", f"{hours * devices:.0f}")
         lines.append("| " + " | ".join((*cells, f"{ranks} ranks, {hours / ranks:.1f} h", f"{compared:.1f}")) + " |")
     lines += [
         "",
@@ -281,9 +279,9 @@ def arithmetic(ratio: float, per_width: float, per_weight: float) -> str:
 
 
 def constants(records: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """Return the arguments of `arithmetic`: the ratio at the longest documents measured but one, the weights' seconds at the most layers."""
+    """Return the arguments of `arithmetic`: the ratio at documents of the length it is about, the weights' seconds at the most layers."""
     by_tokens = [record for record in records if record["factor"] == "tokens"]
-    at = by_tokens[-2]
+    at = next(record for record in by_tokens if record["tokens"] == _TOKENS)
     amounts = [record["per_batch"] * record["tokens"] * 64 * record["heads"] for record in by_tokens]
     taken = [record["memory_gib"] * GIB for record in by_tokens]
     deepest = [record for record in records if record["factor"] == "layers"][-1]
@@ -297,4 +295,8 @@ def constants(records: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(Point(**json.loads(sys.argv[1])))))
+    found = measured(Point(**json.loads(sys.argv[1])))
+    from mechscope import ranks
+
+    if ranks.is_first():
+        print(json.dumps(found))

@@ -68,6 +68,9 @@ def table(results: Results) -> str:
     lines.append("")
     for failure in results.failures:
         lines.append(f"Failed: `{failure['job']}` by {failure['by']}: {failure['error']}")
+    named = {entry["job"] for entry in (*results.records, *results.failures)}
+    if left := [name for name in results.head["jobs"] if name not in named]:
+        lines += ["Not finished: " + ", ".join(f"`{name}`" for name in left) + "."]
     if absent := results.head["absent"]:
         lines += ["Absent, so not measured: " + "; ".join(f"{name} ({why})" for name, why in sorted(absent.items())) + "."]
     return "\n".join(lines).rstrip() + "\n\n"

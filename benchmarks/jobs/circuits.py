@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Job
 from benchmarks.jobs.cases import PairsCase, build, forward
+from benchmarks.models import half_of
 from benchmarks.shapes import Size
 from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.forward import CircuitRuns
@@ -49,9 +50,14 @@ def _prepared(case: PairsCase) -> CircuitRuns:
 
 @lru_cache(maxsize=1)
 def _half(case: PairsCase) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
     graph = Graph(case.subject.anatomy.n_layers, case.subject.anatomy.n_heads)
-    return torch.rand(1, len(graph), generator=generator) < 0.5
+    senders, receivers = torch.from_numpy(graph.edges).T
+    return half_of(len(graph.senders), len(graph.receivers))[senders, receivers][None]
+
+
+def per_text(found: Tensor) -> np.ndarray:
+    """Return the only circuit's metric of every text."""
+    return found[0].cpu().numpy()
 
 
 def by_nodes(found: Scores) -> np.ndarray:
@@ -111,6 +117,7 @@ JOBS = (
         run=prepare_and_evaluate,
         sizes={"small": Size(16, 16)},
         forward=forward,
+        numbers=per_text,
         seconds=30,
     ),
 )

@@ -1,7 +1,7 @@
-"""EAP and EAP-IG by their authors' code (Hanna et al. 2024), on a copy of the model in the kind of model it runs, TransformerLens before 4.0.
+"""EAP, EAP-IG and the evaluation of circuits by their authors' code (Hanna et al. 2024), on a copy of the model in the kind of model it runs.
 
-It is on no package index as `eap`: put the repository's `src` on PYTHONPATH of a Python that has the older TransformerLens, and name that Python with
-`--peers`.
+That is TransformerLens before 4.0. The code is on no package index as `eap`: put the repository's `src` on PYTHONPATH of a Python that has the older
+TransformerLens, and name that Python with `--peers`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.harness import Job
-from benchmarks.models import logit_difference
+from benchmarks.models import half_of, logit_difference
 from benchmarks.peers.cases import PeerCase, builder, forward
 from benchmarks.shapes import Size
 
@@ -65,20 +65,25 @@ def hooked(model: Any) -> tuple[Any, Any]:
     return made, importlib.import_module("eap.graph").Graph.from_model(made)
 
 
+def _tokens(_: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
+
+
+def _module(name: str) -> Any:
+    found: Any = importlib.import_module(f"eap.{name}")
+    found.tokenize_plus = _tokens  # the texts are token ids already
+    return found
+
+
 def _scored(case: PeerCase, method: str) -> np.ndarray:
     """Return the authors' scores, ``(sender, receiver)``; their order of nodes is mechscope's."""
-    peer: Any = importlib.import_module("eap.attribute")
     model, graph = case.wrapped
-
-    def tokens(_: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
 
     def metric(logits: Tensor, *_: Any) -> Tensor:
         return logit_difference(logits).sum()
 
-    peer.tokenize_plus = tokens  # the texts are token ids already
     with OnDevice(str(case.model.device)):
-        peer.attribute(model, graph, [(case.ids, case.corrupt, None)], metric, method, ig_steps=STEPS, quiet=True)
+        _module("attribute").attribute(model, graph, [(case.ids, case.corrupt, None)], metric, method, ig_steps=STEPS, quiet=True)
     return graph.scores.detach().cpu().numpy()
 
 
@@ -92,7 +97,21 @@ def eap_ig(case: PeerCase) -> np.ndarray:
     return _scored(case, "EAP-IG-inputs")
 
 
-def _edges(found: np.ndarray) -> np.ndarray:
+def evaluate(case: PeerCase) -> np.ndarray:
+    """Run the model with a random half of the edges, the corrupt run included; there is no way to keep that run for further circuits."""
+    model, graph = case.wrapped
+    graph.in_graph[:] = half_of(*graph.in_graph.shape).to(graph.in_graph.device) & graph.real_edge_mask
+    graph.nodes_in_graph[:] = True
+
+    def metric(logits: Tensor, *_: Any) -> Tensor:
+        return logit_difference(logits)
+
+    with OnDevice(str(case.model.device)):
+        found = _module("evaluate").evaluate_graph(model, graph, [(case.ids, case.corrupt, None)], metric, quiet=True)
+    return found.cpu().numpy()
+
+
+def _flat(found: np.ndarray) -> np.ndarray:
     return found.ravel()
 
 
@@ -104,12 +123,12 @@ JOBS = tuple(
         run=run,
         sizes={"small": Size(16, 16)},
         forward=forward,
-        numbers=_edges,
+        numbers=_flat,
         by=BY,
         package="eap",
         rounds=1,
         slow=True,
         seconds=seconds,
     )
-    for name, run, seconds in (("eap", eap, 70), ("eap_ig", eap_ig, 170))
+    for name, run, seconds in (("eap", eap, 70), ("eap_ig", eap_ig, 170), ("prepare_and_evaluate", evaluate, 60))
 )

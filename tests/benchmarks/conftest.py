@@ -62,6 +62,7 @@ def results(*records: dict[str, Any], path: Path | None = None, **head: Any) -> 
         "date": "2026-01-02 03:04 UTC",
         "command": "python -m benchmarks run --out benchmarks/results/small.json",
         "settings": TINY.to_json(),
+        "jobs": sorted({made["job"] for made in records}),
         "machine": {"cpu": "Some CPU", "cores": 2, "memory_gib": 23.5, "system": "Linux x86_64", "accelerators": [], "load": 0.1},
         "versions": {"python": "3.11", "torch": "2.13.0"},
         "peers": {"nnsight": "0.8.1"},

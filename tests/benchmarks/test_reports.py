@@ -126,7 +126,7 @@ def test_an_expected_error_is_one_line_and_exit_code_2(arguments: list[str], sai
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"format": 99}), encoding="utf-8")
-    with pytest.raises(BenchmarkError, match="format 1"):
+    with pytest.raises(BenchmarkError, match="format 2"):
         Results.read(path)
 
 
@@ -158,6 +158,11 @@ def test_paths_are_published_from_the_project_s_root_or_not_at_all() -> None:
     root = Path("/home/someone/project")
     given = ["run", "--out", "/home/someone/project/benchmarks/results/a.json", "--data", "/home/someone/shared/d.jsonl", "/opt/x/python"]
     assert shown(given, root) == ["run", "--out", "benchmarks/results/a.json", "--data", "../shared/d.jsonl", "python"]
+
+
+def test_a_table_names_jobs_that_a_run_did_not_come_to() -> None:
+    assert "Not finished" not in table(results(record()))
+    assert "Not finished: `eap`, `recording`." in table(results(record(), jobs=["eap", "lens", "recording"]))
 
 
 def test_every_block_of_the_page_is_a_run_s_that_wrote_a_file_of_its_name() -> None:
