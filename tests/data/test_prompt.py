@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from mechscope.data import pieces
 from mechscope.data.documents import Corpus, Document
 from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.data.prompt import Batch, Encoded, Example, Padding, batches, collate, encode, encode_prompt, pad_id
@@ -169,6 +170,19 @@ def test_nothing_left_to_encode_says_why() -> None:
 def test_a_template_without_its_fields_is_refused(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Template(text)
+
+
+def test_texts_are_tokenized_a_part_at_a_time_and_share_the_tokens_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = newsroom_tokenizer()
+    texts = corpus(*[TEXTS[0]] * 3, TEXTS[3], TEXTS[0])
+    whole = encode(texts, tokenizer, max_tokens=1000)
+    monkeypatch.setattr(pieces, "AT_ONCE", 2)
+    found = encode(texts, tokenizer, max_tokens=1000)
+    assert found.hash == whole.hash
+    # Python makes a new object for every number above 256, even an equal one
+    first, last = (found.examples[at].input_ids for at in (0, -1))
+    assert max(first) > 256
+    assert all(one is other for one, other in zip(first, last, strict=True))
 
 
 def test_equal_hashes_mean_equal_tokens() -> None:

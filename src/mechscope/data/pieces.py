@@ -18,6 +18,8 @@ from mechscope.errors import DataError
 
 ANCHOR = "\n"
 PROBE = "a"
+# texts that a tokenizer is given at once
+AT_ONCE = 1024
 
 
 def _bare(text: str) -> str:
@@ -30,6 +32,7 @@ class Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._ids: dict[int, int] = {}
 
     @cached_property
     def start_ids(self) -> tuple[int, ...]:
@@ -101,7 +104,13 @@ class Pieces:
         return found
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(ids) for ids in self._call(texts)["input_ids"]] if texts else []
+        found: list[list[int]] = []
+        # a part at a time: what the tokenizer notes of every token is many times its id
+        for start in range(0, len(texts), AT_ONCE):
+            parts = self._call(texts[start : start + AT_ONCE])["input_ids"]
+            # one object per word of the vocabulary, not per token of the corpus: 8 bytes for each of these instead of 36
+            found += [[self._ids.setdefault(token, token) for token in ids] for ids in parts]
+        return found
 
     def _call(self, texts: Sequence[str], **options: bool) -> dict[str, list]:
         # split_special_tokens: "<|endoftext|>" written in an article is text and must not end the prompt
