@@ -14,6 +14,7 @@ import torch
 from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import RunError, SettingsError
+from mechscope.instrument import edits
 from mechscope.scoring import Gathered
 from tests.causal.pairs import random_pairs
 from tests.sweeps import SUBJECT, SWEEPS, TOKENS
@@ -177,8 +178,8 @@ def test_a_sweep_that_runs_out_of_memory_finds_the_same_and_leaves_the_model_as_
         expected = sweep(options)
     quiet = list(told)
     before = {key: value.clone() for key, value in SUBJECT.model.state_dict().items()}
-    first = {"scrub": 4}.get(name, 1)  # it begins with a recording of all texts, which is not halved
-    for call in sorted({first + (calls[0] - first) * part // 8 for part in (2, 7)}):
+    first = 2 if "activity" in name else 1  # it begins with a look at how neurons are wired, on one short text
+    for call in sorted({first + (calls[0] - first) * part // 8 for part in (0, 2, 7)}):
         told.clear()
         caplog.clear()
         with caplog.at_level(logging.WARNING, "mechscope"), failing(call):
@@ -193,3 +194,36 @@ def test_a_sweep_that_runs_out_of_memory_finds_the_same_and_leaves_the_model_as_
         assert all(done == total for _, done, total in told[-1:])
     for key, value in SUBJECT.model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+CPU_ALLOCATOR = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
+
+
+@pytest.mark.parametrize("error", [out_of_memory(), CPU_ALLOCATOR], ids=["GPU", "CPU"])
+def test_memory_that_runs_out_within_an_edit_halves_the_batch(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    class Allocating:
+        """PyTorch, whose `where` runs out of memory the tenth time."""
+
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def where(self, *args: Any) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 10:
+                raise error
+            return torch.where(*args)
+
+    sweep, options = SWEEPS["patch"], {"tokens_per_batch": TOKENS}
+    expected = sweep(options)
+    monkeypatch.setattr(edits, "torch", Allocating())
+    with caplog.at_level(logging.WARNING, "mechscope"):
+        found = sweep(options)
+    assert [record.message for record in caplog.records] == ["out of memory with a batch of 2 texts: going on with half of it"]
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-9, atol=1e-9, err_msg=name)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope import ranks
-from mechscope.data.memory import Halving
+from mechscope.data.memory import each
 from mechscope.data.metrics import Loss, Metric, pair_metric, read_at
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
@@ -22,6 +22,7 @@ from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
 from mechscope.instrument.walk import next_token_losses
 from mechscope.progress import Progress
 from mechscope.subject import Subject
+from mechscope.subject.placement import index_for, sent
 
 # rows of logits held at once: 256 × 50,257 × 4 bytes are 49 MiB
 _ROWS = 256
@@ -64,7 +65,7 @@ def score(subject: Subject, hidden: Float[Tensor, "units read d_model"], metric:
     """Return a metric from rows of the last residual stream; logits are held a few rows at a time."""
     units, read, _ = hidden.shape
     if isinstance(metric, Loss) and not (torch.is_grad_enabled() and hidden.requires_grad):
-        return metric.mean(next_token_losses(subject, hidden, metric.target.expand(units, read)))
+        return metric.mean(next_token_losses(subject, hidden, sent(metric.target, hidden.device).expand(units, read)))
     per_row = hidden.new_empty(units, read)
     at_once = max(1, _ROWS // read)
     for first in range(0, units, at_once):
@@ -99,22 +100,48 @@ class Runs:
         self, units: Sequence[Unit], *, tokens_per_pass: int = TOKENS_PER_PASS, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Return the metric of every unit's run, (units, batch)."""
-        found = np.full((len(units), self.prefix.batch), np.nan)
-        for indices, hidden in self.prefix.rerun(units, self.reading, tokens_per_pass=tokens_per_pass):
-            found[indices] = _array(score(self.prefix.subject, hidden, self.metric))
-            if progress is not None:
-                progress(len(indices))
-        if not np.isfinite(found).all():
-            raise ModelError("a changed run gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32")
-        return found
+        return fetched(self.launch(units, tokens_per_pass=tokens_per_pass, progress=progress))
 
     @torch.no_grad()
-    def resumed(self, layer: int) -> np.ndarray:
+    def launch(
+        self, units: Sequence[Unit], *, tokens_per_pass: int = TOKENS_PER_PASS, progress: Callable[[int], None] | None = None
+    ) -> Float[Tensor, "units batch"]:
+        """Return the metric of every unit's run while a device may still work on it, for `fetched`."""
+        order: list[int] = []
+        found = []
+        for indices, hidden in self.prefix.rerun(units, self.reading, tokens_per_pass=tokens_per_pass):
+            found.append(score(self.prefix.subject, hidden, self.metric))
+            order += indices
+            if progress is not None:
+                progress(len(indices))
+        if not found:
+            return torch.empty(0, self.prefix.batch)
+        whole = torch.cat(found)
+        return whole[index_for(np.argsort(order).tolist(), whole)]
+
+    @torch.no_grad()
+    def resumed(self, layer: int) -> Float[Tensor, " batch"]:
         """Return the metric when the model runs from a layer on as it is now: −1 for the embedding, the number of blocks for what follows them.
 
-        For weights that were changed from that layer on.
+        For weights that were changed from that layer on. A device may still work on it.
         """
-        return _array(score(self.prefix.subject, self.prefix.resume(layer, self.reading)[None], self.metric)[0])
+        return score(self.prefix.subject, self.prefix.resume(layer, self.reading)[None], self.metric)[0]
+
+
+def fetched(values: Float[Tensor, "*shape"], *, of: str = "a changed run") -> Float[np.ndarray, "*shape"]:
+    """Wait for the metric of runs; once for all that were launched, as every wait leaves the device without work.
+
+    Args:
+        values: What was launched.
+        of: What gave them, for the error.
+
+    Raises:
+        ModelError: Values are not finite.
+    """
+    found = _array(values)
+    if not np.isfinite(found).all():
+        raise ModelError(f"{of} gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32")
+    return found
 
 
 @torch.no_grad()
@@ -147,7 +174,7 @@ class Gathered:
         self._step: Callable[[int], None]
 
     def run(self, work: Work, tokens_per_batch: int, *, label: str = "", progress: Progress | None = None, units: int = 1) -> None:
-        """Work on this rank's share of the batches and put what is found; a batch that does not fit into memory is halved, see `Halving`.
+        """Work on this rank's share of the batches and put what is found; a batch that does not fit into memory is halved, see `each`.
 
         Args:
             work: Returns, by name, values whose last axis is a batch's texts. Where memory runs out it is begun again with half of the batch, so
@@ -161,7 +188,7 @@ class Gathered:
             SettingsError: There are no pairs.
             RunError: Not even half of a batch, or a single text, fits into memory.
         """
-        self._dealt, halving = True, Halving()
+        self._dealt = True
         done, told, total = 0, 0, units * len(self._pairs)
 
         def tell(at: int) -> None:
@@ -183,13 +210,12 @@ class Gathered:
             self._step = step
             return batch, work(batch)
 
-        for batch in ranks.own(batches(self._pairs, tokens_per_batch)):
-            for part, found in halving.run(attempt, batch):
-                for name, values in found.items():
-                    self.put(name, part, values)
-                self._own += [self._place[id(pair)] for pair in part.pairs]
-                done += units * len(part)
-                tell(done)
+        for part, found in each(attempt, ranks.own(batches(self._pairs, tokens_per_batch))):
+            for name, values in found.items():
+                self.put(name, part, values)
+            self._own += [self._place[id(pair)] for pair in part.pairs]
+            done += units * len(part)
+            tell(done)
         tell(total)  # a rank's own share may be the smaller one
 
     def step(self, number: int) -> None:

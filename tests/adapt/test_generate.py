@@ -69,6 +69,28 @@ def test_no_bigram_is_repeated_when_repeats_are_forbidden(make_subject, tokenize
     assert max(map(repeats, strict)) == 0
 
 
+def test_padding_is_not_taken_for_a_repeat_where_memory_runs_out(make_subject, tokenizer, monkeypatch):
+    model = make_subject("gpt2", tie_word_embeddings=False).model
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[0], model.lm_head.weight[9] = 1.0, 0.5  # twice 0, which halves are padded with, then another token
+    decoding = Decoding(max_new_tokens=5, no_repeat_ngram=2)
+    expected = summarize(model, tokenizer, PROMPTS, decoding=decoding)
+    assert all(text.startswith("<s> <s> w5") for text in expected)
+    generate, sizes = model.generate, []
+
+    def narrow(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", narrow)
+    assert summarize(model, tokenizer, PROMPTS, decoding=decoding) == expected
+    assert sizes == [6, 3, 3]
+
+
 def test_writing_stops_at_the_end_token(make_subject, tokenizer):
     model = make_subject("gpt2").model
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
-from mechscope.data.memory import FEWEST, MOST_ON_CPU, Halving, free_memory, tokens_that_fit
+from mechscope.data.memory import FEWEST, MOST_ON_CPU, Halving, each, free_memory, tokens_that_fit
 from mechscope.data.prompt import Batch, collate
 from mechscope.difference import one_pass
 from mechscope.difference.lockstep import Pending, launch
@@ -52,6 +52,12 @@ def test_a_batch_that_does_not_fit_is_run_as_two_halves_and_so_are_those_after_i
         assert list(halving.run(work(3, ERRORS[kind]), five)) == [["doc0", "doc1", "doc2"], ["doc3", "doc4"]]
         assert list(halving.run(work(3), two)) == [["doc0"], ["doc1"]]
     assert [record.message for record in caplog.records] == ["out of memory with a batch of 5 texts: going on with half of it"]
+
+
+def test_each_batch_is_worked_on_in_turn_and_halved_from_the_first_that_does_not_fit():
+    given = [batch(9, 8), batch(23, 12, 17), batch(9, 8)]
+    assert list(each(work(2), given)) == [["doc0", "doc1"], ["doc0", "doc1"], ["doc2"], ["doc0"], ["doc1"]]
+    assert len(list(each(work(3), given))) == 3, "every call begins with whole batches"
 
 
 def test_it_is_halved_once_and_not_again():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from mechscope.difference import attention_patterns, compare_weights, difference, measure
+from mechscope.difference.weights import _heads
 from mechscope.subject.load import load
 from mechscope.subject.pair import pair
 from tests import families
@@ -60,10 +62,20 @@ def waited(layers: int, padding: str) -> Traffic:
     return counted
 
 
-@pytest.mark.parametrize(("padding", "most"), [("right", 12), ("left", 14)])
+@pytest.mark.parametrize(("padding", "most"), [("right", 8), ("left", 10)])
 def test_the_host_waits_no_oftener_for_more_layers(padding: str, most: int) -> None:
     few, many = waited(3, padding), waited(6, padding)
-    # 6 fetch the results, transformers asks for 2 or 4 numbers to build its masks, and 4 bring the rows to be measured (unpinned, as here)
+    # 6 fetch the results, and transformers asks for 2 or 4 numbers to build its masks
     assert few.waits == many.waits <= most, many.places
     kinds = ("to host", "to device", "scalar", "mask", "equal")
     assert [few.events[kind] for kind in kinds] == [many.events[kind] for kind in kinds]
+
+
+@torch.no_grad()
+def test_the_change_of_all_heads_is_fetched_once() -> None:
+    with pretended():
+        models = [load(spread(families.build("llama", seed=seed), first=seed + 1)) for seed in (0, 1)]
+        base, tuned = (dict(model.weights()) for model in models)
+        with traffic() as counted:
+            _heads(pair(*models), base, tuned)
+    assert counted.waits == 1, counted.places

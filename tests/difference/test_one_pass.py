@@ -209,6 +209,15 @@ def test_pairs_whose_vocabularies_differ_are_compared_over_what_each_shares():
     assert_frame_equal(found["same"].outputs, found["cut"].outputs, rtol=1e-9, atol=1e-12)
 
 
+def test_pairs_of_which_less_is_asked_have_the_same_layers_without_gini_and_replicates():
+    base, tuned = oracle.models("llama").base, oracle.models("llama").tuned
+    found = differences({"one": pair(base, tuned), "other": pair(tuned, base)}, oracle.encoded(), in_full=["one"], gini=True, **SMALL)
+    assert_equal_tables(found["one"], run(pair(base, tuned), gini=True))
+    assert_frame_equal(found["other"].layers, run(pair(tuned, base)).layers)
+    assert "gini_base" not in found["other"].heads
+    assert len(found["other"].replicates("kl_base_tuned")) == 0
+
+
 def test_the_adapter_is_left_on():
     model = adapted("gpt2")
     ids = torch.tensor([oracle.examples()[0].input_ids])

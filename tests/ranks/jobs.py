@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched  # patching is the name of a technique here
@@ -19,13 +20,16 @@ from mechscope.adapt.targets import place
 from mechscope.adapt.training import tune
 from mechscope.causal.ablation import ablate
 from mechscope.causal.patching import patch
+from mechscope.circuits.acdc import acdc
 from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.evaluation import evaluate
-from mechscope.circuits.graph import Circuit
+from mechscope.circuits.graph import Circuit, Graph
+from mechscope.circuits.pruning import prune_edges
 from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, compare_weights, difference
 from mechscope.errors import DataError, MechscopeError
+from mechscope.heads.task_roles import roles_on
 from mechscope.instrument import load
 from mechscope.stats.spectra import weight_change
 from mechscope.store.run import RunFolder
@@ -110,6 +114,31 @@ def swept() -> dict[str, np.ndarray]:
         "patched": patch(subject, pairs, site="head", tokens_per_batch=16).values,
         "resampled": ablate(subject, pairs, sites=("head",), source="resample", tokens_per_batch=32).values,
     }
+
+
+def searched(tokens: int) -> dict[str, np.ndarray]:
+    """Search for circuits by what needs all texts at every step, and return the circuits and all numbers."""
+    subject, pairs = model()
+    graph = Graph.of(subject)
+    greedy = acdc(subject, pairs, thresholds=(0.003, 0.03), edges=graph.names[::15], tokens_per_batch=tokens)
+    learned = prune_edges(subject, pairs, n_edges=len(graph) // 2, steps=12, tokens_per_batch=tokens)
+    return {
+        "circuits": np.stack([circuit.edges for circuit in greedy.circuits]),
+        "values": greedy.values,
+        "clean": np.array(greedy.clean),
+        "scores": greedy.scores.mean,
+        "learned circuit": learned.circuit.edges,
+        "learned scores": learned.scores.mean,
+        "history": learned.history.to_numpy(),
+    }
+
+
+def roles() -> np.ndarray:
+    """Score heads' jobs in texts with names, ``(role, text, layer, head)``."""
+    subject, pairs = model()
+    names = {"io": ((1, 2),), "s1": ((0, 1),), "s2": ((3, 4),)}
+    texts = Pairs(tuple(replace(pair, segments=names) for pair in pairs), "names")
+    return np.stack([role.score for role in roles_on(subject, texts, tokens_per_batch=16)])
 
 
 def trained(folder: Path) -> pd.DataFrame:

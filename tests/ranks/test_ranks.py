@@ -111,6 +111,24 @@ def test_sweeps_over_pairs_are_those_of_one_process(size: int):
             np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize(("size", "tokens"), [(2, 16), (3, 16), (2, 10_000)])
+def test_searches_that_need_all_texts_at_every_step_are_those_of_one_process_to_the_last_bit(size: int, tokens: int):
+    alone = jobs.searched(tokens)
+    inside = alone["circuits"].sum(1)
+    assert inside[0] > inside[1], "thresholds are told apart"
+    for found in together(size, jobs.searched, tokens):
+        assert found.keys() == alone.keys()
+        for name, values in alone.items():
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_roles_of_heads_are_those_of_one_process():
+    alone = jobs.roles()
+    assert np.isfinite(alone).all()
+    for found in together(2, jobs.roles):
+        np.testing.assert_allclose(found, alone, rtol=1e-12, atol=1e-12)
+
+
 def test_ranks_train_together(tmp_path: Path):
     alone = jobs.trained(tmp_path / "one")
     first, second = together(2, jobs.trained, tmp_path / "two")

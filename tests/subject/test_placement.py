@@ -10,6 +10,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForCausalLM
 
 from mechscope import causal, circuits, lens, weights
@@ -22,6 +23,7 @@ from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import pair
 from tests import families
 from tests.devices import assert_same, batch, device_map, prompts
+from tests.pretend import pretended, traffic
 
 PROMPTS = prompts()
 WAYS = ("one layer on disk", "everything on the CPU", "everything on disk")
@@ -63,6 +65,36 @@ def test_an_offloaded_model_is_measured_as_if_it_were_in_memory(family: str, way
         lambda subject: causal.attribute(subject, PROMPTS).values,
     ):
         assert_same(technique(away[0]), technique(here[0]), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("said", "expected"), [(0, "cuda:0"), (1, "cuda:1"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), (None, "cpu")])
+def test_offloaded_weights_compute_where_accelerate_says_by_name_or_number(said: int | str | None, expected: str) -> None:
+    module = torch.nn.Linear(2, 2, device="meta")
+    vars(module)["_hf_hook"] = AlignDevicesHook(execution_device=said)
+    assert str(placement.place_of(module)) == expected
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_and_arrives_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x)
+        return x
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    ids = torch.arange(3).expand(2, 3)
+    with pretended():
+        with traffic() as counted:
+            there = placement.sent(ids, torch.device("cuda:1"))
+        assert (str(there.device), there.tolist()) == ("cuda:1", ids.tolist())
+        assert placement.index_for((), there).tolist() == []
+        assert dict(counted.events) == {"sent": 1}
+        back = placement.sent(there, torch.device("cpu"))
+        placement.sent(ids, torch.device("cpu"))
+    assert back.tolist() == ids.tolist()
+    assert [x.shape for x in pinned] == [(2, 3), (0,)], "only what goes to a GPU"
+    assert pinned[0].is_contiguous(), "an expanded tensor cannot be pinned"
 
 
 def test_weights_are_given_back_after_they_were_fetched(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_batching_and_the_side_of_the_padding_do_not_matter(family: str) -> None
     for pad_id in (0, 50):
         left = Activity(mlps, texts)
         for some in (texts.pairs[3:], texts.pairs[:3]):
-            left.update(mlps, collate_pairs(some, pad_id=pad_id, padding="left"))
+            left.add(left.of(mlps, collate_pairs(some, pad_id=pad_id, padding="left"))[0])
         others.append(left)
     for other in others:
         pd.testing.assert_frame_equal(other.table(), expected.table(), **close)
@@ -158,7 +158,7 @@ def test_equal_activations_are_kept_in_the_order_of_texts() -> None:
         assert torch.equal(top.text[:, alive], torch.arange(3)[:, None].expand(3, int(alive.sum())))
     mlps, shuffled = Mlps(subject), Activity(Mlps(subject), texts, contexts=3)
     for some in ([6, 1, 4], [5, 0], [3, 2]):
-        shuffled.update(mlps, collate_pairs([texts.pairs[at] for at in some]))
+        shuffled.add(shuffled.of(mlps, collate_pairs([texts.pairs[at] for at in some]))[0])
     assert torch.equal(shuffled.layers[0].contexts.place, top.place)
 
 

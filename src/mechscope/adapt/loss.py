@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechscope import ranks
+from mechscope.data.memory import each
 from mechscope.data.prompt import Batch, Example, batches, collate
 
 LossOn = Literal["summary", "all"]
@@ -77,10 +78,14 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collat
     """
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in ranks.own(batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id)):
+
+    def summed(batch: Batch) -> tuple[float, int]:
         loss, tokens = summed_loss(model, {name: tensor.to(device) for name, tensor in collator.inputs(batch).items()})
-        total += float(loss)
+        return float(loss), tokens
+
+    total, count = 0.0, 0
+    for loss, tokens in each(summed, ranks.own(batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id))):
+        total += loss
         count += tokens
     parts = ranks.exchange((total, count))
     return sum(part for part, _ in parts) / sum(part for _, part in parts)

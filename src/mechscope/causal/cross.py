@@ -27,7 +27,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix
 from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of
+from mechscope.scoring import Gathered, Runs, check_fits, fetched, metric_of
 from mechscope.subject import Components, Pair, Subject
 from mechscope.subject.anatomy import base_layer
 
@@ -126,7 +126,7 @@ def _weights(run: Runs, giver: Prefix, parts: Sequence[Part], step: Callable[[in
         with swapped(receiver, {name: _mixed(own[name], given[name], where) for name, where in part.weights.items()}, own):
             found.append(run.resumed(part.start))
         step(1)
-    return np.stack(found)
+    return fetched(torch.stack(found))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechscope.causal.interchange import Among, Interchange, Position, exchange_edit, interchanges, judged_by
+from mechscope.causal.interchange import Among, Interchange, Position, exchange_edit, interchanges, judged_by, judgements
 from mechscope.causal.places import Place
 from mechscope.causal.steering import features_at, vector_site
 from mechscope.causal.subspace import Subspace, exchanged, precision, random_rotation
@@ -89,8 +89,12 @@ class Alignment:
         """
         self._check(subject)
         with observed(subject):
-            texts = interchanges(subject, judged_by(pairs, among), Place(self.site, self.layer, self.head), self.position, tokens_per_batch)
-            return sum(_correct(subject, text, self, among) for text in texts) / len(pairs)
+            place, judged = Place(self.site, self.layer, self.head), judged_by(pairs, among)
+
+            def correct(text: Interchange) -> int:
+                return _correct(subject, text, self, among)
+
+            return sum(judgements(correct, subject, judged, place, self.position, tokens_per_batch)) / len(pairs)
 
     def save(self, path: Path | str) -> None:
         """Write it to a safetensors file."""
@@ -312,10 +316,12 @@ def das(
             ("full", -1, control(learned.rotation.shape[0])),
             ("none", -1, control(0)),
         ]
-        correct = [0] * len(judged)
+
+        def counts(text: Interchange, judged: list[tuple[str, int, Alignment]] = judged) -> list[int]:
+            return [_correct(subject, text, one, among) for _, _, one in judged]
+
         with observed(subject):
-            for text in interchanges(subject, test_pairs, place, position, tokens_per_batch):
-                correct = [so_far + _correct(subject, text, one, among) for so_far, (_, _, one) in zip(correct, judged, strict=True)]
+            correct = np.sum([*judgements(counts, subject, test_pairs, place, position, tokens_per_batch)], axis=0).tolist()
         for (method, draw, one), count in zip(judged, correct, strict=True):
             low, high = share_interval(count, len(test_pairs))
             where = {"component": str(place), "site": place.site, "layer": layer, "head": -1 if head is None else head}

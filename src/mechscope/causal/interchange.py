@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechscope.causal.places import Place
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Walk, intervene, record, unembed
@@ -24,6 +25,7 @@ from mechscope.subject import Subject
 
 Position = str | int | Sequence[int]
 Among = Literal["vocabulary", "answers"]
+R = TypeVar("R")
 
 
 def exchange_edit(
@@ -109,11 +111,24 @@ def _interchange(subject: Subject, batch: PairBatch, place: Place, position: Pos
 
 
 def interchanges(subject: Subject, pairs: Pairs, place: Place, position: Position, tokens_per_batch: int) -> Iterator[Interchange]:
+    """Yield the batches to learn from: never halved, as a batch is a step."""
+    _check(subject, pairs)
+    for batch in batches(pairs, tokens_per_batch):
+        yield _interchange(subject, batch, place, position)
+
+
+def judgements(
+    judge: Callable[[Interchange], R], subject: Subject, pairs: Pairs, place: Place, position: Position, tokens_per_batch: int
+) -> Iterator[R]:
+    """Yield what is said of every batch, or of its halves where it does not fit into memory."""
+    _check(subject, pairs)
+    yield from each(lambda batch: judge(_interchange(subject, batch, place, position)), batches(pairs, tokens_per_batch))
+
+
+def _check(subject: Subject, pairs: Pairs) -> None:
     check_fits(subject, pairs)
     for pair in pairs:
         if not pair.answers:
             raise DataError(
                 f"pair {pair.id!r} names no answer: give what is right after the base text when the variable has the source's value"
             )
-    for batch in batches(pairs, tokens_per_batch):
-        yield _interchange(subject, batch, place, position)

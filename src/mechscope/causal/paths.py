@@ -27,9 +27,10 @@ from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
 from mechscope.instrument.stand_ins import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of, score
+from mechscope.scoring import Gathered, Runs, check_fits, fetched, metric_of, score
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
+from mechscope.subject.placement import index_for
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)<([qkv])>")
 _MLP = re.compile(r"m(\d+)")
@@ -130,21 +131,20 @@ def patch_paths(
         base, source = (runs["clean"], runs["corrupt"]) if direction == "noise" else (runs["corrupt"], runs["clean"])
         paths = _Paths(base, source, wanted, through_mlps=through_mlps)
         changed = Runs(base, by)
-        found = np.empty((len(sets), len(batch.pairs)))
-        for index, senders_at_once in enumerate(sets):
+        found = []
+        for senders_at_once in sets:
             noted = paths.send(senders_at_once)
             logits = noted.pop("logits", None)
             if logits is not None and noted:
                 # both at once: what the other receivers add behind them meets Δ in the last residual stream
-                found[index] = _with_direct(changed, noted, logits - base.recording["residual", anatomy.n_layers - 1])
+                found.append(_with_direct(changed, noted, logits - base.recording["residual", anatomy.n_layers - 1]))
             elif logits is not None:
                 with torch.no_grad():
-                    read = changed.reading.take(logits[None])
-                    found[index] = score(subject, read, by)[0].double().cpu().numpy()
+                    found.append(score(subject, changed.reading.take(logits[None]), by))
             else:
-                found[index] = changed.of([_edits(noted)])[0]
+                found.append(changed.launch([_edits(noted)]))
             gathered.step(1)
-        return {**unchanged, "patched": found}
+        return {**unchanged, "patched": fetched(torch.cat(found))}
 
     gathered.run(patched, tokens_per_batch, label="patching paths", progress=progress, units=len(sets))
     rows = [place_columns(place) for place in each]
@@ -176,11 +176,11 @@ def _edits(noted: Noted) -> list[Edit]:
     ]
 
 
-def _with_direct(runs: Runs, noted: Noted, delta: Tensor) -> np.ndarray:
+def _with_direct(runs: Runs, noted: Noted, delta: Tensor) -> Tensor:
     """Read the metric where some receivers' inputs are changed and Δ also reaches the logits directly."""
     last = runs.prefix.subject.anatomy.n_layers - 1
     added = Edit("residual", last, lambda hidden: hidden + delta.to(hidden.device))
-    return runs.of([[*_edits(noted), added]])[0]
+    return runs.launch([[*_edits(noted), added]])
 
 
 class _Paths:
@@ -260,7 +260,7 @@ class _Paths:
         if not heads:
             return written
         z = self.base.recording["z", layer].clone()
-        chosen = [place.head for place in heads]
+        chosen = index_for([place.head for place in heads if place.head is not None], z)
         z[:, :, chosen] = self.source.recording["z", layer][:, :, chosen]
         block = self.anatomy.blocks[layer]
         projected = block.output.module(z.flatten(2))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, places_of
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Prefix
@@ -184,14 +185,17 @@ def _recorded(subject: Subject, pairs: Pairs, tokens_per_batch: int) -> dict[tup
     place = {id(pair): at for at, pair in enumerate(pairs)}
     order: list[int] = []
     parts: dict[tuple[str, int], list[Tensor]] = {}
-    for batch in batches(pairs, tokens_per_batch):
+
+    def recorded(batch: PairBatch) -> tuple[PairBatch, dict[tuple[str, int], Tensor]]:
         recording = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output")).recording
+        return batch, {key: value for key, value in recording.values.items() if key[0] in ("z", "mlp_output")}
+
+    for batch, values in each(recorded, batches(pairs, tokens_per_batch)):
         order += [place[id(pair)] for pair in batch.pairs]
-        for (site, layer), value in recording.values.items():
-            if site in ("z", "mlp_output"):
-                parts.setdefault((site, layer), []).append(value)
+        for key, value in values.items():
+            parts.setdefault(key, []).append(value)
     back = torch.tensor(order).argsort()
-    return {key: torch.cat(values)[back.to(values[0].device)] for key, values in parts.items()}
+    return {key: torch.cat(of_batches)[back.to(of_batches[0].device)] for key, of_batches in parts.items()}
 
 
 def _unit(store: Mapping[tuple[str, int], Tensor], partners: Partners, sample: int, rows: np.ndarray) -> tuple[Edit, ...]:

@@ -20,12 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, model_inputs, record
 from mechscope.instrument.record import Site
 from mechscope.scoring import batches
 from mechscope.subject import Subject
+from mechscope.subject.placement import sent
 
 Which = Literal["clean", "corrupt"]
 Bound = Callable[[str, int], Tensor | float]
@@ -114,7 +116,7 @@ class Resample(Source):
             found = values(site, layer)
             if not isinstance(found, Tensor) or site == "pattern":
                 raise SettingsError("attention patterns cannot be resampled: texts differ in their tokens; resample 'z' instead")
-            return found[other.to(found.device)[:, None], token.to(found.device)]
+            return found[sent(other, found.device)[:, None], sent(token, found.device)]
 
         return value
 
@@ -180,13 +182,19 @@ def mean_of(
     count = 0
     names: list[Site] = [site for site in sites if site != "embedding"]  # type: ignore[misc]  # checked by record
     with_embedding: list[Site] = ["embedding"] if "embedding" in sites else []
-    for batch in batches(reference, tokens_per_batch):
+
+    def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor]]:
         with record(subject, *names, *with_embedding) as recording, subject.active():
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
-        count += len(batch.pairs) if per_position else int(batch.real.sum())
+        totals: dict[tuple[str, int], Tensor] = {}
         for key, value in recording.values.items():
             real = value.double()[batch.real.to(value.device)]
-            total = real.unflatten(0, (len(batch.pairs), -1)).sum(0) if per_position else real.sum(0)
+            totals[key] = real.unflatten(0, (len(batch), -1)).sum(0) if per_position else real.sum(0)
+        return len(batch) if per_position else int(batch.real.sum()), totals
+
+    for number, totals in each(summed, batches(reference, tokens_per_batch)):
+        count += number
+        for key, total in totals.items():
             sums[key] = sums[key] + total if key in sums else total
     means = {key: (total / count).to(subject.dtype) for key, total in sums.items()}
     return Mean(means, lengths.pop() if per_position else None)

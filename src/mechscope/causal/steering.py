@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, site_named
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, Prefix, intervene, model_inputs, record
@@ -151,18 +152,22 @@ def difference_of_means(
     """
     found = vector_site(site, head)
     validate([Place(found, layer, head).edit(0.0)], subject.anatomy)
+
+    def summed(batch: PairBatch) -> Float[Tensor, " features"]:
+        with subject.active(), record(subject, cast(Any, found), layers=[layer]) as recording:
+            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+        value = recording[found, layer].to(subject.device, torch.float64)
+        value = value if head is None else value[:, :, head]
+        weight = batch.positions(positions).to(value)
+        weight = weight / weight.sum(1, keepdim=True)
+        return torch.einsum("bt,btf->f", weight, torch.where(weight[..., None] > 0, value, 0.0))
+
     means = []
     for texts in (positive, negative):
         check_fits(subject, texts)
         total = torch.zeros(features_at(subject, found, layer), dtype=torch.float64, device=subject.device)
-        for batch in batches(texts, tokens_per_batch):
-            with subject.active(), record(subject, cast(Any, found), layers=[layer]) as recording:
-                subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
-            value = recording[found, layer].to(total)
-            value = value if head is None else value[:, :, head]
-            weight = batch.positions(positions).to(total)
-            weight = weight / weight.sum(1, keepdim=True)
-            total += torch.einsum("bt,btf->f", weight, torch.where(weight[..., None] > 0, value, 0.0))
+        for part in each(summed, batches(texts, tokens_per_batch)):
+            total += part
         means.append(total / len(texts))
     name = f"{positive.source} − {negative.source}"
     return Direction((means[0] - means[1]).to(subject.dtype), found, layer, head, name)

@@ -16,17 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
+from mechscope import ranks
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
-from mechscope.data.pairs import Pairs
+from mechscope.data.memory import each
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.progress import Progress
 from mechscope.scoring import batches, check_fits
@@ -84,8 +88,9 @@ def acdc(
     that changes nothing at all leaves at every threshold above 0; rounding lets it change about 1e-16 in float64 and 1e-7 in float32, so choose
     thresholds well above that.
 
-    What every head and MLP writes is held for all texts throughout (senders × tokens × d_model numbers), since every decision needs all texts;
-    reruns go batch by batch.
+    What every head and MLP writes is held for all texts throughout (senders × tokens × d_model numbers), since every decision needs all texts: memory
+    grows with them. Several ranks share them, batch by batch, so each holds its share only. Reruns go batch by batch, and a batch that does not fit is
+    run in halves from then on.
 
     Args:
         subject: The model.
@@ -106,13 +111,13 @@ def acdc(
     candidates = _candidates(graph, edges)
     check_fits(subject, pairs)
     require_source(pairs, source)
-    runs = [CircuitRuns(subject, batch, metric, source=source) for batch in batches(pairs, tokens_per_batch)]
+    texts = _Texts(pairs, lambda batch: CircuitRuns(subject, batch, metric, source=source), tokens_per_batch)
 
     def measure(sets: Bool[np.ndarray, "units edge"]) -> Float[np.ndarray, " units"]:
         wanted = torch.from_numpy(sets)
-        return np.sum([run.run(wanted).double().sum(-1).cpu().numpy() for run in runs], axis=0) / len(pairs)
+        return texts.mean(lambda runs: runs.run(wanted), units=len(sets))
 
-    clean = sum(run.clean.double().sum().item() for run in runs) / len(pairs)
+    clean = float(texts.mean(lambda runs: runs.clean[None], units=1)[0])
     search = _Search(graph, candidates, levels, clean, rises_only=metric == "kl")
     found = search.run(measure, progress)
     survived = np.where(found, levels[:, None], 0.0).max(0)
@@ -122,6 +127,47 @@ def acdc(
     cost = Cost(forward=2 + search.passes, backward=0)
     scores = Scores(graph, np.where(candidates, survived, np.nan), None, "acdc", cost, notes)
     return AcdcResult(tuple(levels.tolist()), tuple(Circuit(graph, one) for one in found), search.values, clean, scores)
+
+
+class _Ready:
+    """A batch and its runs, which are prepared when they are first needed: so what does not fit into memory can still be halved."""
+
+    def __init__(self, batch: PairBatch, prepare: Callable[[PairBatch], CircuitRuns]) -> None:
+        self._batch, self._prepare = batch, prepare
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    @cached_property
+    def runs(self) -> CircuitRuns:
+        return self._prepare(self._batch)
+
+    def halves(self) -> tuple[_Ready, _Ready]:
+        # the whole makes room for its halves
+        self.__dict__.pop("runs", None)
+        first, second = self._batch.halves()
+        return _Ready(first, self._prepare), _Ready(second, self._prepare)
+
+
+class _Texts:
+    """All texts: this rank's batches are kept ready, what is measured is put together with what the others measure."""
+
+    def __init__(self, pairs: Pairs, prepare: Callable[[PairBatch], CircuitRuns], tokens_per_batch: int) -> None:
+        every = list(batches(pairs, tokens_per_batch))
+        places = np.split(np.arange(len(pairs)), np.cumsum([len(batch) for batch in every])[:-1])
+        self._ready = [_Ready(batch, prepare) for batch in ranks.own(every)]
+        # where what the ranks bring belongs: halves stand where their batch stood
+        self._order: Int[np.ndarray, " text"] = np.concatenate([place for own in ranks.exchange([*ranks.own(places)]) for place in own])
+
+    def mean(self, of: Callable[[CircuitRuns], Float[Tensor, "units batch"]], *, units: int) -> Float[np.ndarray, " units"]:
+        """Return the mean over all texts, the same on every rank and, to the last bit, for every number of ranks."""
+        found = list(each(lambda ready: (ready, of(ready.runs).double().cpu().numpy()), self._ready))
+        self._ready = [ready for ready, _ in found]
+        # a rank may have no batch
+        own = np.concatenate([np.empty((units, 0)), *(values for _, values in found)], axis=1)
+        whole = np.empty((units, len(self._order)))
+        whole[:, self._order] = np.concatenate(ranks.exchange(own), axis=1)
+        return whole.mean(1)
 
 
 def _candidates(graph: Graph, edges: Sequence[str] | Circuit | None) -> Bool[np.ndarray, " edge"]:

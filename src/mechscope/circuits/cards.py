@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.written import SITES, Source, Written, differences, require_source, written_in
+from mechscope.data.memory import each
 from mechscope.data.metrics import read_at
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
@@ -29,6 +30,8 @@ from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 _SHOWN = 5
+# a head's attention by the token it goes to, summed over the rows that are read
+Looked = dict[str, dict[int, float]]
 
 
 @torch.no_grad()
@@ -57,18 +60,24 @@ def component_cards(
     if circuit.graph != graph:
         raise SettingsError(f"a circuit of {circuit.graph} does not belong to this model, which is {graph}")
     wanted = [(place, name) for place, name in enumerate(graph.senders) if circuit.nodes[place] and name != "input"]
-    looked: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    raised: Tensor | None = None
-    read = 0
-    for batch in batches(pairs, tokens_per_batch):
+
+    def seen(batch: PairBatch) -> tuple[int, Tensor, Looked]:
         reading = Reading.of(read_at(metric, batch))
-        run, rows = _watched(subject, batch, graph, circuit, reading, looked)
+        run, rows, looked = _watched(subject, batch, graph, circuit, reading)
         clean = Written.by(run, wiring)
         apart = differences(graph, clean, written_in(source, batch, clean))
         change = reading.take(apart)[[place for place, _ in wanted]]  # (component, read, d_model)
-        total = (change * readout.scale(rows).to(change.device)).sum(1)
+        return len(reading), (change * readout.scale(rows).to(change.device)).sum(1), looked
+
+    looked: Looked = defaultdict(lambda: defaultdict(float))
+    raised: Tensor | None = None
+    read = 0
+    for number, total, here in each(seen, batches(pairs, tokens_per_batch)):
         raised = total if raised is None else raised + total
-        read += len(reading)
+        read += number
+        for name, shares in here.items():
+            for token, share in shares.items():
+                looked[name][token] += share
     table = []
     for number, (_, name) in enumerate(wanted):
         assert raised is not None  # there is at least one batch
@@ -84,11 +93,10 @@ def component_cards(
     return pd.DataFrame(table, columns=["component", "layer", "attends_to", "top_tokens"])
 
 
-def _watched(
-    subject: Subject, batch: PairBatch, graph: Graph, circuit: Circuit, reading: Reading, looked: dict[str, dict[int, float]]
-) -> tuple[Prefix, Tensor]:
+def _watched(subject: Subject, batch: PairBatch, graph: Graph, circuit: Circuit, reading: Reading) -> tuple[Prefix, Tensor, Looked]:
     """Run the clean texts and add up each wanted head's attention by the token it goes to, however often the token occurs."""
     tokens, place = batch.clean[reading.example].unique(return_inverse=True)  # place: (read, key)
+    looked: Looked = {}
 
     def tap(call: AttentionCall) -> None:
         heads = graph.heads_of(call.layer)
@@ -99,13 +107,11 @@ def _watched(
         for head in chosen:
             own = shares[:, head].flatten().float()
             sums = own.new_zeros(len(tokens)).index_add(0, place.flatten().to(own.device), own)
-            found = looked[f"a{call.layer}.h{head}"]
-            for token, share in zip(tokens.tolist(), sums.tolist(), strict=True):
-                found[token] += share
+            looked[f"a{call.layer}.h{head}"] = dict(zip(tokens.tolist(), sums.tolist(), strict=True))
 
     with observed(subject, tap):
         run = Prefix(subject, batch.clean, batch.real, sites=SITES)
-    return run, run.read(reading)
+    return run, run.read(reading), looked
 
 
 def _quoted(subject: Subject, token: int) -> str:

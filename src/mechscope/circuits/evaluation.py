@@ -22,7 +22,7 @@ from jaxtyping import Float
 from sklearn.metrics import roc_auc_score
 
 from mechscope.circuits.choosing import MIB_FRACTIONS, fractions_curve
-from mechscope.circuits.forward import CircuitRuns
+from mechscope.circuits.forward import RUN, CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_like
 from mechscope.circuits.scores import Cost, Scores
@@ -30,7 +30,7 @@ from mechscope.circuits.written import Source
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits
+from mechscope.scoring import Gathered, check_fits, fetched
 from mechscope.stats.inference import paired_difference
 from mechscope.subject import Subject
 
@@ -174,10 +174,10 @@ def evaluate(
         runs = CircuitRuns(subject, batch, metric, source=source)
         found = []
         for edges in torch.from_numpy(distinct).split(_AT_ONCE):
-            found.append(runs.run(edges).double().cpu().numpy())
+            found.append(runs.launch(edges))
             gathered.step(len(edges))
         clean, empty = (values.double().cpu().numpy() for values in (runs.clean, runs.corrupt))
-        return {"values": np.concatenate(found), "clean": clean, "empty": empty}
+        return {"values": fetched(torch.cat(found), of=RUN), "clean": clean, "empty": empty}
 
     gathered.run(evaluated, tokens_per_batch, label="evaluating circuits", progress=progress, units=len(distinct))
     clean, empty = gathered["clean"], gathered["empty"]

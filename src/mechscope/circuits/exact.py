@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from mechscope.circuits.forward import CircuitRuns
+from mechscope.circuits.forward import RUN, CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
 from mechscope.circuits.written import Source, require_source, source_name
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits
+from mechscope.scoring import Gathered, check_fits, fetched
 from mechscope.subject import Subject
 
 # edges of one call: their sets are matrices of this many times all edges
@@ -64,13 +64,16 @@ def exact_effects(
 
     def effects(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = CircuitRuns(subject, batch, metric, source=source)
-        found = np.full((len(graph), len(batch.pairs)), np.nan)
+        launched = []
         for start in range(0, len(chosen), _AT_ONCE):
             part = chosen[start : start + _AT_ONCE]
             sets = torch.ones(len(part), len(graph), dtype=torch.bool)
             sets[torch.arange(len(part)), torch.from_numpy(part)] = False
-            found[part] = (runs.run(sets) - runs.clean).double().cpu().numpy()
+            launched.append(runs.launch(sets) - runs.clean)
             gathered.step(len(part))
+        found = np.full((len(graph), len(batch.pairs)), np.nan)
+        if launched:
+            found[chosen] = fetched(torch.cat(launched), of=RUN)
         return {"effects": found}
 
     gathered.run(effects, tokens_per_batch, label="closing edges", progress=progress, units=len(chosen))

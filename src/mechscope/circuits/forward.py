@@ -22,17 +22,20 @@ from mechscope.circuits.graph import Graph
 from mechscope.circuits.mixer import Mixer, Other
 from mechscope.circuits.written import SITES, Source, Written, differences, expanded, scaled, written_in
 from mechscope.data.pairs import PairBatch
-from mechscope.errors import ModelError, SettingsError
+from mechscope.errors import SettingsError
 from mechscope.instrument import Prefix, Reading, observed
 from mechscope.instrument.parts import attention_of, mlp_of
 from mechscope.instrument.stand_ins import fused_activations
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import metric_of, score
+from mechscope.scoring import fetched, metric_of, score
 from mechscope.subject import Subject
+from mechscope.subject.placement import sent
 
 # numbers that edge sets side by side may hold at once: 256 MiB in float32
 _NUMBERS = 2**26
+# what errors call a run of some edges
+RUN = "a circuit's run"
 
 
 class CircuitRuns:
@@ -94,12 +97,18 @@ class CircuitRuns:
             SettingsError: There is not one value for each edge.
             ModelError: The result is not finite.
         """
+        whole = self.launch(edges)
+        fetched(whole, of=RUN)
+        return whole
+
+    def launch(self, edges: Tensor) -> Float[Tensor, "units batch"]:
+        """Return what `run` does while a device may still work on it, so that it may not be finite; for `fetched`."""
         if edges.ndim != 2 or edges.shape[1] != len(self.graph):
             raise SettingsError(f"edge sets have shape {tuple(edges.shape)}, this model needs (sets, {len(self.graph):,} edges)")
         learning = torch.is_grad_enabled() and edges.requires_grad
         # what is run is decided on the CPU, so that no device is waited for in between
         closed = edges.detach().cpu() != 1
-        edges = edges.to(self._device)
+        edges = sent(edges, self._device)
         end = 2 * self.graph.n_layers + 1
         first = torch.where(closed, self._place, end).amin(1)
         last = torch.where(closed, self._place, -1).amax(1)
@@ -113,16 +122,11 @@ class CircuitRuns:
                 chunk = order[start : start + at_once]
                 # sets that begin further up wait for their own pass, unless it is this place
                 same = chunk if learning else chunk[first[chunk] // 2 == begin // 2]
-                here = edges if len(same) == len(edges) and learning else edges[same.to(edges.device)]
+                here = edges if len(same) == len(edges) and learning else edges[sent(same, edges.device)]
                 found.append(self._run(here, closed[same], begin, end if learning else int(last[same].amax()), learning=learning))
                 start += len(same)
         whole = torch.cat(found)
-        whole = whole[order.argsort().to(whole.device)]
-        if not torch.isfinite(whole.detach()).all():
-            raise ModelError(
-                "a circuit's run gave values that are NaN or infinite: the model's type is too narrow for it, try dtype float32"
-            )
-        return whole
+        return whole[sent(order.argsort(), whole.device)]
 
     def _at_once(self, begin: int, last: int) -> int:
         """Return how many edge sets fit side by side."""

@@ -11,7 +11,7 @@ from mechscope.circuits.written import Written
 from mechscope.instrument import Reading
 from mechscope.instrument.parts import PARTS
 from mechscope.instrument.wiring import Wiring
-from mechscope.subject.placement import sent
+from mechscope.subject.placement import index_for
 
 
 class Other:
@@ -123,7 +123,7 @@ class Mixer:
 
     def _mix(self, stream: Tensor, receivers: list[int], shared: Tensor, own: Tensor) -> Tensor:
         units, few = len(self.weights), len(receivers)
-        weights = self.weights[:, :, _places(receivers, self.weights)].transpose(1, 2)  # (unit, receiver, sender)
+        weights = self.weights[:, :, index_for(receivers, self.weights)].transpose(1, 2)  # (unit, receiver, sender)
         alike = weights[..., : len(shared)].flatten(0, 1)
         mixed = torch.addmm(stream.reshape(1, -1), alike, shared.flatten(1)).unflatten(0, (units, few))
         if own.shape[1]:
@@ -168,23 +168,18 @@ class Mixer:
                 stored = [head // group for head in chosen]
                 read = self.mixed(stream, own)
                 read = (read if norm is None else norm.module(read)).to(reader.weight.device)
-                weight = reader.weight if stored == list(range(len(reader.weight))) else reader.weight[_places(stored, reader.weight)]
+                weight = reader.weight if stored == list(range(len(reader.weight))) else reader.weight[index_for(stored, reader.weight)]
                 # (unit, head, batch · token, d_head)
                 mine = torch.matmul(read.flatten(2, 3), weight.transpose(1, 2))
                 if reader.bias is not None:
-                    mine = mine + reader.bias[_places(stored, reader.bias)][:, None]
+                    mine = mine + reader.bias[index_for(stored, reader.bias)][:, None]
                 mine = mine.unflatten(2, read.shape[2:4]).permute(0, 2, 3, 1, 4)
                 if projected is None:
                     projected = mine
                 else:
                     projected = projected.contiguous()
-                    projected[:, :, :, _places(chosen, projected)] = mine
+                    projected[:, :, :, index_for(chosen, projected)] = mine
             assert projected is not None  # every head is either partial or not
             found.append(projected.flatten(0, 1))
         query, key, value = found
         return query, key, value
-
-
-def _places(indices: list[int], of: Tensor) -> Tensor:
-    """Return an index beside what it is to be used on: a list would be copied there with a wait for the device."""
-    return sent(torch.tensor(indices), of.device)

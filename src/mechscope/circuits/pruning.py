@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, Scores
@@ -44,6 +46,8 @@ _START, _SPREAD = 2.0, 0.01
 _LOWEST, _HIGHEST = -8.0, 3.0
 # share of the steps in which the wanted sparsity rises; the authors' 2,500 of 3,000
 _RISE = 5 / 6
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ def prune_edges(
     """Learn which edges keep the model's behaviour.
 
     A step is one forward and one backward pass of one batch with all edges gated. What every head and MLP writes is held for all texts throughout
-    (senders × tokens × d_model numbers).
+    (senders × tokens × d_model numbers): memory grows with them. Several ranks share it: each holds some of the batches and takes their steps for all,
+    so that the gates are those of one process to the last bit; but steps come one after the other, so it takes no less time. As a batch is a step, it is
+    not halved where memory runs out.
 
     Args:
         subject: The model; its weights are not changed.
@@ -111,8 +117,10 @@ def prune_edges(
             raise SettingsError(f"{name} is {rate}: give a number above 0, such as 0.3")
     check_fits(subject, pairs)
     require_source(pairs, source)
-    runs = [CircuitRuns(subject, batch, metric, source=source) for batch in batches(pairs, tokens_per_batch)]
-    empty = sum(_distance(run, run.corrupt).sum().item() for run in runs) / len(pairs)
+    every = list(batches(pairs, tokens_per_batch))
+    runs = {at: CircuitRuns(subject, batch, metric, source=source) for at, batch in ranks.own(enumerate(every))}
+    distances = _together({at: _distance(run, run.corrupt).sum().item() for at, run in runs.items()})
+    empty = sum(distances[at] for at in range(len(every))) / len(pairs)
     if empty == 0:
         raise DataError(
             f"metric {metric!r} is the same with all edges and with none, so there is nothing to keep: choose other pairs or metric"
@@ -125,30 +133,25 @@ def prune_edges(
         [{"params": [log_alpha], "lr": learning_rate}, {"params": [multipliers], "lr": multiplier_rate, "maximize": True}]
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    end, order = 1 - n_edges / len(graph), _in_turn(len(runs), generator)
+    end, order = 1 - n_edges / len(graph), _in_turn(len(every), generator)
     rows: list[dict[str, float]] = []
     texts = 0
     for step in range(steps):
-        run = runs[next(order)]
+        at = next(order)
         target = end * min(1.0, (step + 1) / (steps * _RISE))
-        with torch.enable_grad():
-            drawn = sampled(log_alpha, torch.rand(len(graph), generator=generator))
-            distance = _distance(run, run.run(drawn[None])[0]).mean().cpu()
-            sparsity = 1 - open_probability(log_alpha).mean()
-            short = target - sparsity
-            loss = distance / empty + multipliers[0] * short + multipliers[1] * short**2
-            gradients = torch.autograd.grad(loss, [log_alpha, multipliers])
+        uniform = torch.rand(len(graph), generator=generator)
+        own = {at: _gradients(runs[at], log_alpha, multipliers, uniform, target, empty)} if at in runs else {}
+        held, gradients = _together(own)[at]
         if not all(torch.isfinite(gradient).all() for gradient in gradients):
             raise ModelError(f"step {step} of edge pruning gave a gradient that is NaN or infinite: load the model in float32")
-        held = {"distance": distance.item(), "sparsity": sparsity.item(), "target": target}
-        rows.append({"step": step, **held, "linear": multipliers[0].item(), "quadratic": multipliers[1].item()})
+        rows.append({"step": step, **held, "target": target, "linear": multipliers[0].item(), "quadratic": multipliers[1].item()})
         for parameter, gradient in zip((log_alpha, multipliers), gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             log_alpha.clamp_(_LOWEST, _HIGHEST)
-        texts += len(run.batch.pairs)
+        texts += len(every[at])
         if progress is not None:
             progress("learning gates", step + 1, steps)
     learned = log_alpha.detach().double().numpy()
@@ -162,6 +165,24 @@ def prune_edges(
     probability = open_probability(torch.from_numpy(learned)).numpy()
     scores = Scores(graph, probability, None, "edge-pruning", Cost(forward=2 + passes, backward=passes), notes)
     return Pruned(scores, Circuit(graph, kept), pd.DataFrame(rows))
+
+
+def _gradients(
+    run: CircuitRuns, log_alpha: Tensor, multipliers: Tensor, uniform: Tensor, target: float, empty: float
+) -> tuple[dict[str, float], tuple[Tensor, ...]]:
+    """Return what a step's batch says of the gates, and the loss's gradients by log α and by the multipliers."""
+    with torch.enable_grad():
+        distance = _distance(run, run.run(sampled(log_alpha, uniform)[None])[0]).mean().cpu()
+        sparsity = 1 - open_probability(log_alpha).mean()
+        short = target - sparsity
+        loss = distance / empty + multipliers[0] * short + multipliers[1] * short**2
+        gradients = torch.autograd.grad(loss, [log_alpha, multipliers])
+    return {"distance": distance.item(), "sparsity": sparsity.item()}, gradients
+
+
+def _together(own: dict[int, T]) -> dict[int, T]:
+    """Return by batch what the ranks found on their own batches."""
+    return {at: found for part in ranks.exchange(own) for at, found in part.items()}
 
 
 def open_probability(log_alpha: Float[Tensor, "*gates"]) -> Float[Tensor, "*gates"]:

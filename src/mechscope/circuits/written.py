@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Prefix
@@ -72,13 +73,18 @@ class Written:
             MechscopeError: There are no texts, or they do not fit the model.
         """
         check_fits(subject, texts)
-        wiring, total, tokens = Wiring(subject), None, 0
-        for batch in batches(texts, tokens_per_batch):
+        wiring = Wiring(subject)
+
+        def summed(batch: PairBatch) -> tuple[int, list[Tensor]]:
             run = Prefix(subject, batch.clean, batch.real, sites=SITES)
             here, mask = cls.by(run, wiring), batch.real
             sums = [(x * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)).sum((0, 1), keepdim=True) for x in here.parts]
+            return int(mask.sum()), sums
+
+        total, tokens = None, 0
+        for number, sums in each(summed, batches(texts, tokens_per_batch)):
             total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
-            tokens += int(mask.sum())
+            tokens += number
         assert total is not None  # `batches` refuses an empty set
         return cls.of_parts([x / tokens for x in total], wiring)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, Self, TypeVar
 
 import psutil
@@ -103,6 +103,21 @@ class Halving:
                 texts = "1 text" if len(part) == 1 else f"{len(part)} texts"
                 raise RunError(f"out of memory even with {texts} at a time: lower tokens_per_batch or max_tokens, or free memory")
             yield found[0]
+
+
+def each(work: Callable[[B], R], batches: Iterable[B]) -> Iterator[R]:
+    """Yield what `work` makes of every batch; from the first that does not fit into memory on, of its halves.
+
+    Args:
+        work: Where memory runs out it is begun again with half of the batch, so until it returns it may leave nothing behind.
+        batches: What it is given, one after the other.
+
+    Raises:
+        RunError: Not even half of a batch, or a single text, fits.
+    """
+    halving = Halving()
+    for batch in batches:
+        yield from halving.run(work, batch)
 
 
 def _attempt(work: Callable[[B], R], batch: B) -> tuple[R] | None:

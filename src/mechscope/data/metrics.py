@@ -22,6 +22,7 @@ from torch.nn.functional import kl_div
 
 from mechscope.data.pairs import PairBatch
 from mechscope.errors import DataError
+from mechscope.subject.placement import sent
 
 METRICS = ("logit-diff", "probability", "loss", "kl")
 
@@ -54,8 +55,8 @@ class Metric(ABC):
     def mean(self, scores: Float[Tensor, "*units read"]) -> Float[Tensor, "*units batch"]:
         """Average the rows of each text."""
         batch = len(self.where)
-        total = scores.new_zeros(*scores.shape[:-1], batch).index_add(-1, self.example.to(scores.device), scores)
-        return total / self.where.sum(1).to(total)
+        total = scores.new_zeros(*scores.shape[:-1], batch).index_add(-1, sent(self.example, scores.device), scores)
+        return total / sent(self.where.sum(1), total.device).to(total.dtype)
 
     def __call__(self, logits: Float[Tensor, "*units batch token vocab"]) -> Float[Tensor, "*units batch"]:
         """Compute the metric from whole logits."""
@@ -71,7 +72,7 @@ class _Answers(Metric):
         self.answers, self.wrong = _table(answers), _table(wrong)
 
     def _pooled(self, values: Tensor, answers: tuple[Tensor, Tensor], rows: slice, *, mean: bool) -> Tensor:
-        ids, weight = (x[self.example[rows]].to(values.device) for x in answers)
+        ids, weight = (sent(x[self.example[rows]], values.device) for x in answers)
         taken = values.gather(-1, ids.expand(*values.shape[:-1], -1)) * weight.to(values.dtype)
         return taken.sum(-1) / weight.sum(-1).clamp(min=1) if mean else taken.sum(-1)
 
@@ -109,7 +110,7 @@ class Loss(Metric):
 
     def score(self, logits: Tensor, rows: slice) -> Tensor:
         """Take logsumexp − the target's logit."""
-        target = self.target[rows].to(logits.device)
+        target = sent(self.target[rows], logits.device)
         return logits.logsumexp(-1) - logits.gather(-1, target[:, None].expand(*logits.shape[:-1], 1))[..., 0]
 
 

@@ -12,7 +12,7 @@ row-level value is averaged over the query rows of each document at once: what l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -30,6 +30,7 @@ from mechscope.instrument.padding import Padding
 from mechscope.instrument.patterns import Method
 from mechscope.instrument.stand_ins import fused_activations
 from mechscope.subject import Pair, Subject
+from mechscope.subject.placement import sent
 
 ROWS: tuple[Rows, ...] = get_args(Rows)
 PATTERN_MEASURES = ("entropy", "relative_entropy", "distance", "sink")
@@ -112,17 +113,18 @@ class Pending:
 
 def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
     """Run both models over a batch and return every document's means; arguments and errors as for `launch` and `Pending.fetch`."""
-    return launch([pair], batch, gini=gini, method=method)[0].fetch()
+    return launch([pair], batch, gini=(0,) if gini else (), method=method)[0].fetch()
 
 
 @torch.no_grad()
-def launch(pairs: Sequence[Pair], batch: Batch, *, gini: bool = False, method: Method = "auto") -> list[Pending]:
+def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), method: Method = "auto") -> list[Pending]:
     """Run all models of some pairs over a batch; on a GPU this returns before the work is done.
 
     Args:
         pairs: The base and the tuned models; a model (the same `Subject`) that several pairs have in common is run once.
         batch: Documents, padded on either side.
-        gini: Also measure the Gini coefficient of every pattern (takes the exact path, several times slower on long documents).
+        gini: Numbers of the pairs of which the Gini coefficient of every pattern is measured too (takes the exact path, several times slower on long
+            documents).
         method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
 
     Returns:
@@ -134,7 +136,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: bool = False, method: M
     # looked at on the CPU: where the padding stands is known without waiting for a device
     padding = Padding.of(batch.attention_mask)
     real = padding.on(subjects[0].device).real
-    rows = _sent(torch.stack([batch.rows(which) for which in ROWS], dim=1), real.device)
+    rows = sent(torch.stack([batch.rows(which) for which in ROWS], dim=1), real.device)
     calls: list[AttentionCall] = []
     heads: list[list[Tensor]] = [[] for _ in pairs]
     layers: list[list[Tensor]] = [[] for _ in pairs]
@@ -151,7 +153,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: bool = False, method: M
             hidden = [walk.step(layer, stream) for walk, stream in zip(walks, hidden, strict=True)]
             for number, (base, tuned) in enumerate(places):
                 here = rows.to(hidden[base].device)
-                of_heads = _attention(calls[base], calls[tuned], padding, here, gini=gini, method=method)
+                of_heads = _attention(calls[base], calls[tuned], padding, here, gini=number in gini, method=method)
                 of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[base], hidden[tuned].to(here.device), here)], dim=2)
                 heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
@@ -180,11 +182,6 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: bool = False, method: M
 def models_of(pairs: Sequence[Pair]) -> list[Subject]:
     """Return the models of some pairs, each once."""
     return list({id(side): side for pair in pairs for side in (pair.base, pair.tuned)}.values())
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to where a model begins, without waiting for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and torch.cuda.is_available() else x.to(device)
 
 
 def _attention(
@@ -248,8 +245,8 @@ def _outputs(
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
     # found on the CPU and sent at once: an index from the CPU for every chunk would wait for the device every time
     at = predicted.nonzero()
-    targets = _sent(batch.input_ids[at[:, 0], at[:, 1] + 1], rows.device)
-    sites = [_sent(at, stream.device) for stream in hidden]
+    targets = sent(batch.input_ids[at[:, 0], at[:, 1] + 1], rows.device)
+    sites = [sent(at, stream.device) for stream in hidden]
     step = max(1, _LOGITS // max(subject.anatomy.vocab_size for subject in subjects))
     parts: list[list[Tensor]] = [[] for _ in pairs]
     for wanted, *chunks in zip(*(each.split(step) for each in (targets, *sites)), strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -93,6 +93,7 @@ def differences(
     pairs: Mapping[str, Pair],
     encoded: Encoded,
     *,
+    in_full: Collection[str] | None = None,
     tokens_per_batch: int | None = None,
     gini: bool = False,
     replicates: int = 200,
@@ -109,6 +110,7 @@ def differences(
     Args:
         pairs: The base and the tuned model of each, by name.
         encoded: The documents as tokens.
+        in_full: Names of the pairs that get Gini coefficients and bootstrap replicates, if they are asked for; all by default. The others have neither.
         tokens_per_batch: Tokens of every model's batches, padding included; decides the memory. By default what free memory allows.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
@@ -127,17 +129,19 @@ def differences(
     if longest > room:
         raise DataError(f"a document has {longest:,} tokens, the models read at most {room:,}: lower max_tokens")
 
+    whole = pairs.keys() if in_full is None else in_full
+
     def nothing() -> list[Accumulated]:
         return [
             Accumulated(
                 n_layers=pair.base.anatomy.n_layers,
                 n_heads=pair.base.anatomy.n_heads,
-                gini=gini,
-                replicates=replicates,
+                gini=gini and name in whole,
+                replicates=replicates if name in whole else 0,
                 geometry_documents=geometry_documents,
                 seed=seed,
             )
-            for pair in pairs.values()
+            for name, pair in pairs.items()
         ]
 
     share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pairs, encoded))
@@ -146,7 +150,7 @@ def differences(
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
-    measured = partial(launch, tuple(pairs.values()), gini=gini)
+    measured = partial(launch, tuple(pairs.values()), gini=[at for at, name in enumerate(pairs) if gini and name in whole])
     waiting: deque[tuple[int, list[list[Pending]]]] = deque()
 
     def take(most: int) -> None:

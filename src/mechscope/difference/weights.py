@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechscope import ranks
@@ -22,6 +23,7 @@ from mechscope.errors import ModelError
 from mechscope.stats.spectra import weight_change
 from mechscope.subject import Pair, Subject
 from mechscope.subject.anatomy import Slice, is_conv1d
+from mechscope.subject.placement import index_for, sent
 
 log = logging.getLogger(__name__)
 
@@ -143,16 +145,25 @@ def _place(subject: Subject, name: str, part: str) -> tuple[int, str]:
 def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.ndarray:
     """Return the relative change of every head's own slices; a shared key/value slice counts for each head that reads it."""
     anatomy = pair.base.anatomy
-    squares = np.zeros((2, anatomy.n_layers, anatomy.n_heads))
+    squares: list[list[Tensor]] = [[] for _ in range(anatomy.n_layers)]
     for layer, _, where in _readers(pair.base):
-        transposed = is_conv1d(where.module)
         first, second = (weights[f"{where.name}.weight"] for weights in (base, tuned))
-        first, second = (weight.T if transposed else weight for weight in (first, second.to(first.device)))
-        for head in range(anatomy.n_heads):
-            own, new = where.take(first, head).double(), where.take(second, head).double()
-            squares[0, layer, head] += float((new - own).square().sum())
-            squares[1, layer, head] += float(own.square().sum())
-    return np.sqrt(squares[0] / squares[1])
+        own, new = (_by_stored_head(where, weight) for weight in (first, second.to(first.device)))
+        of_stored = torch.stack([(new - own).square().sum((1, 2)), own.square().sum((1, 2))])
+        stored = list(dict.fromkeys(where.starts))
+        of_heads = of_stored[:, index_for([stored.index(start) for start in where.starts], of_stored)]
+        squares[layer].append(of_heads.to(pair.base.device))
+    # fetched once: a wait for every head's number would leave the device without work
+    change, size = torch.stack([torch.stack(parts).sum(0) for parts in squares], dim=1).cpu().numpy()
+    found: np.ndarray = np.sqrt(change / size)
+    return found
+
+
+def _by_stored_head(where: Slice, weight: Tensor) -> Float[Tensor, "stored width d_model"]:
+    """Cut a map into the slices it stores, in float64: one for each head, or for each group that shares a key and a value."""
+    oriented = weight.T if is_conv1d(where.module) else weight
+    features = oriented if where.side == "output" else oriented.T
+    return features[sent(where.all_features, weight.device)].double().unflatten(0, (-1, where.width))
 
 
 def _layers(pair: Pair, table: pd.DataFrame) -> np.ndarray:

@@ -17,7 +17,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.instrument import AttentionCall, model_inputs, observed
 from mechscope.instrument.kernels import PatternBlock, averages, is_fusable, pattern_blocks, statistics_dtype
 from mechscope.progress import Progress
-from mechscope.scoring import Gathered, batches
+from mechscope.scoring import Gathered
 from mechscope.subject import Subject
 
 Reduce = Callable[[AttentionCall, PairBatch], Tensor]
@@ -93,12 +93,12 @@ def _blocks(call: AttentionCall) -> Iterator[PatternBlock]:
 def run_probes(
     subject: Subject, texts: Pairs, reduce: Reduce, *, tokens_per_batch: int = 4096, progress: Progress | None = None
 ) -> Float[np.ndarray, "text layer head ..."]:
-    """Run the clean texts once and reduce every layer's attention to some numbers per head.
+    """Run the clean texts once and reduce every layer's attention to some numbers per head; several ranks share the texts.
 
     Args:
         subject: The model.
         texts: Texts that fit it.
-        reduce: Makes ``(batch, head, …)`` of an attention call and the batch that it belongs to.
+        reduce: Makes ``(batch, head, …)`` of an attention call and the batch that it belongs to. Where memory runs out a batch is begun again as two.
         tokens_per_batch: Most tokens of a batch.
         progress: Called with what is done, of how much.
 
@@ -108,20 +108,19 @@ def run_probes(
     Raises:
         SettingsError: There are no texts.
     """
-    gathered = Gathered(texts)
-    done = 0
-    for batch in batches(texts, tokens_per_batch):
+
+    def reduced(batch: PairBatch) -> dict[str, np.ndarray]:
         layers: dict[int, Tensor] = {}
 
-        def tap(call: AttentionCall, batch: PairBatch = batch, layers: dict[int, Tensor] = layers) -> None:
+        def tap(call: AttentionCall) -> None:
             layers[call.layer] = reduce(call, batch).double()
 
         with observed(subject, tap):
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
         # fetched when all layers are on their way: no device is waited for in between
         values = torch.stack([layers[layer].cpu() for layer in range(subject.anatomy.n_layers)])
-        gathered.put("found", batch, values.movedim(1, -1).numpy())
-        done += len(batch.pairs)
-        if progress is not None:
-            progress("attention", done, len(texts))
+        return {"found": values.movedim(1, -1).numpy()}
+
+    gathered = Gathered(texts)
+    gathered.run(reduced, tokens_per_batch, label="attention", progress=progress)
     return np.moveaxis(gathered["found"], -1, 0)

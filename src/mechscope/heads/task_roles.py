@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.data.tasks import ioi
 from mechscope.errors import DataError
@@ -141,7 +142,9 @@ class _Jobs:
         """Score all texts in one pass."""
         with self._final_scales():
             found = run_probes(self.subject, pairs, self, tokens_per_batch=tokens_per_batch, progress=progress)
-        found[..., -1] *= np.array([self.scale[id(pair)] for pair in pairs])[:, None, None]
+        # every text ran on one of the ranks
+        scales = np.sum(ranks.exchange([self.scale.get(id(pair), 0.0) for pair in pairs]), axis=0)
+        found[..., -1] *= scales[:, None, None]
         return found
 
     def __call__(self, call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head role"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionInputs
 from mechscope.subject.anatomy import Anatomy
-from mechscope.subject.placement import sent
+from mechscope.subject.placement import index_for, sent
 
 EditSite = Literal["embedding", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "mlp_output", "residual"]
 # in the order in which a block reaches them; `embedding` is what the first block reads
@@ -143,7 +143,8 @@ def apply(edits: Sequence[Edit], current: Tensor) -> Tensor:
             changed = _edited(edit, changed)
         else:
             changed = changed.clone() if changed is current else changed
-            changed[edit.rows] = _edited(edit, changed[edit.rows])
+            rows = _rows(edit, changed)
+            changed[rows] = _edited(edit, changed[rows])
     return changed
 
 
@@ -151,9 +152,9 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
     """Change the rows an edit is about: ``(row, token, head, d_head)`` or ``(row, token, features)``."""
     heads = edit.site in HEAD_SITES
     if callable(edit.value):
-        value = edit.value(part).to(part.device)
+        value = sent(edit.value(part), part.device)
     else:
-        value = torch.as_tensor(edit.value, dtype=part.dtype, device=part.device)
+        value = sent(torch.as_tensor(edit.value, dtype=part.dtype), part.device)
         if heads and value.ndim >= 2 and value.shape[-2] not in (1, part.shape[-2]):
             # key and value of key/value heads, for one query head of the group
             value = value.repeat_interleave(part.shape[-2] // value.shape[-2], dim=-2)
@@ -169,12 +170,27 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
                 f"positions of shape {tuple(where.shape)} do not fit {part.shape[0]} rows of {part.shape[1]} tokens at {edit.site} of layer {edit.layer}"
             )
         keep = keep & (where[..., None, None] if heads else where[..., None])
+    _require_fit(edit, value, part)
+    return torch.where(keep, value, part)
+
+
+def _require_fit(edit: Edit, value: Tensor, part: Tensor) -> None:
+    # before anything is computed: there the same type of error also says that memory ran out
     try:
-        return torch.where(keep, value, part)
-    except RuntimeError as error:
+        fits = torch.broadcast_shapes(value.shape, part.shape) == part.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
         raise SettingsError(
             f"a value of shape {tuple(value.shape)} does not fit {edit.site} of layer {edit.layer}, which has shape {tuple(part.shape)}"
-        ) from error
+        )
+
+
+def _rows(change: Change, of: Tensor) -> slice | Tensor:
+    """Return an index of the rows a change is about."""
+    if change.rows is None:
+        return slice(None)
+    return change.rows if isinstance(change.rows, slice) else index_for(change.rows, of)
 
 
 def _chosen(indices: tuple[int, ...], size: int, device: torch.device) -> Tensor:
@@ -214,7 +230,7 @@ def _cut(inputs: AttentionInputs, cuts: Sequence[Knockout]) -> Bool[Tensor, "bat
                 f"a knockout over {cut.keys.shape[-1]} tokens does not fit a pass with {queries} queries and {keys} keys: during generation "
                 "the text grows, so attention cannot be cut by position there"
             )
-        rows = slice(None) if cut.rows is None else cut.rows
+        rows = _rows(cut, mask)
         pairs = sent(cut.queries, mask.device)[:, None, -queries:, None] & sent(cut.keys, mask.device)[:, None, None, :]
         if cut.heads is not None:
             pairs = pairs & _chosen(cut.heads, heads, mask.device)[:, None, None]
@@ -234,12 +250,12 @@ def with_patterns(edits: Sequence[Edit], value: Tensor, z: Tensor, current: Call
     value = value.repeat_interleave(z.shape[2] // value.shape[1], dim=1)
     changed = z.clone()
     for edit in edits:
-        rows = slice(None) if edit.rows is None else edit.rows
-        chosen = list(range(z.shape[2])) if edit.heads is None else list(edit.heads)
+        rows = _rows(edit, z)
+        chosen = slice(None) if edit.heads is None else index_for(edit.heads, z)
         if callable(edit.value):
             p = edit.value(current()[rows])
         else:
-            p = torch.as_tensor(edit.value, dtype=z.dtype, device=z.device)
+            p = sent(torch.as_tensor(edit.value, dtype=z.dtype), z.device)
         p = p.expand(*z[rows].shape[:1], z.shape[2], z.shape[1], value.shape[2])[:, chosen]
         new = (p @ value[rows][:, chosen]).transpose(1, 2)
         if edit.positions is not None:

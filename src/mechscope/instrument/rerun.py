@@ -34,7 +34,7 @@ from mechscope.instrument.stand_ins import fused_activations, only_at, stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
-from mechscope.subject.placement import sent
+from mechscope.subject.placement import index_for, sent
 
 Unit = Sequence[Change]
 # where in a block a change begins
@@ -82,7 +82,7 @@ class Prefix:
     Attributes:
         subject: The model.
         input_ids: ``(batch, token)``.
-        real: ``(batch, token)``, True where a token is real; None if all are.
+        real: ``(batch, token)`` on the CPU, True where a token is real; None if all are.
         recording: What was asked for besides.
     """
 
@@ -103,8 +103,10 @@ class Prefix:
             sites: What changes begin at and sources are taken from; residual streams are always kept.
         """
         self.subject = subject
-        self.input_ids = input_ids.to(subject.device)
-        self.real = None if real is None or bool(real.all()) else real.to(subject.device)
+        self.input_ids = sent(input_ids, subject.device)
+        # on the CPU: every walk asks where the padding stands, and must not wait for a device to know
+        real = None if real is None else real.cpu()
+        self.real = None if real is None or bool(real.all()) else real
         self._walks: dict[int, Walk] = {}
         self._calls: dict[int, AttentionCall] = {}
         kept = {site for site in sites if site not in ("mask", "pattern")}
@@ -256,7 +258,7 @@ class Prefix:
         if inside:
             heads = sorted({head for change in inside for head in (range(z.shape[2]) if change.heads is None else change.heads)})
             z = z.clone()
-            z[:, :, heads] = attend(_of_heads(inputs, heads))
+            z[:, :, index_for(heads, z)] = attend(_of_heads(inputs, heads))
         if at := _edits(changes, "pattern"):
             z = with_patterns(at, inputs.value, z, lambda: pattern(AttentionCall(**{**vars(inputs), "z": z}), dtype=z.dtype))
         return apply(_edits(changes, "z"), z)
@@ -287,12 +289,16 @@ class Prefix:
             ) from None
 
     def _walk(self, units: int) -> Walk:
-        """Return the pass of `units` copies of the batch; only the first and the latest are kept."""
-        if units not in self._walks:
-            self._walks = {number: walk for number, walk in self._walks.items() if number == 1}
+        """Return the pass of `units` copies of the batch; the single one is kept, and the latest two: a layer's full passes and its rest."""
+        walk = self._walks.pop(units, None)
+        if walk is None:
+            others = [number for number in self._walks if number != 1]
+            for number in others[:-1]:
+                del self._walks[number]
             real = None if self.real is None else self.real.repeat(units, 1)
-            self._walks[units] = Walk(self.subject, self.input_ids.repeat(units, 1), real)
-        return self._walks[units]
+            walk = Walk(self.subject, self.input_ids.repeat(units, 1), real)
+        self._walks[units] = walk
+        return walk
 
 
 def _edits(changes: Sequence[Change], site: str) -> list[Edit]:
@@ -305,14 +311,10 @@ def _of_heads(inputs: Any, heads: list[int]) -> Any:
     if len(heads) == n_heads:
         return inputs
     groups = {name: n_heads // getattr(inputs, name).shape[1] for name in ("key", "value")}
-    mask = inputs.mask if inputs.mask is None or inputs.mask.shape[1] == 1 else inputs.mask[:, heads]
-    return replace(
-        inputs,
-        query=inputs.query[:, heads],
-        key=inputs.key[:, [head // groups["key"] for head in heads]],
-        value=inputs.value[:, [head // groups["value"] for head in heads]],
-        mask=mask,
-    )
+    own = index_for(heads, inputs.query)
+    mask = inputs.mask if inputs.mask is None or inputs.mask.shape[1] == 1 else inputs.mask[:, own]
+    key, value = (getattr(inputs, name)[:, own // group] for name, group in groups.items())
+    return replace(inputs, query=inputs.query[:, own], key=key, value=value, mask=mask)
 
 
 def _is_norm(block: Block) -> bool:

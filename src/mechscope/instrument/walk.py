@@ -107,9 +107,9 @@ def next_token_losses(subject: Subject, hidden: Float[Tensor, "... d_model"], ta
     linear = subject.anatomy.unembedding
     if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None or linear.weight.is_meta:
         logits = unembed(subject, hidden)
-        return logits.logsumexp(-1) - logits.gather(-1, targets[..., None].to(logits.device))[..., 0]
+        return logits.logsumexp(-1) - logits.gather(-1, sent(targets, logits.device)[..., None])[..., 0]
     weight = linear.weight
-    rows, targets = _before_unembedding(subject, hidden).to(weight.device), targets.to(weight.device)
+    rows, targets = _before_unembedding(subject, hidden).to(weight.device), sent(targets, weight.device)
     top = rows.new_full(rows.shape[:-1], -torch.inf)
     total = torch.zeros_like(top)
     for piece in weight.split(_WORDS):

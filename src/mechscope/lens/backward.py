@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechscope.data.pairs import Pairs
+from mechscope.data.memory import each
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.readout import Readout
@@ -56,8 +57,9 @@ def backward_lens(
     """
     check_fits(subject, texts)
     wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
-    tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in texts}
-    for batch in batches(texts, tokens_per_batch):
+
+    def said(batch: PairBatch) -> dict[int, list[pd.DataFrame]]:
+        tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in batch.pairs}
         found = factors(subject, batch, wanted)
         for row, pair in enumerate(batch.pairs):
             here = slice(batch.shift(row), batch.shift(row) + len(pair.clean))
@@ -68,6 +70,9 @@ def backward_lens(
                 reached, columns = _token_columns(matrix, own, vocabulary)
                 where = {"text": pair.id, **_names(matrix), "position": reached, "token": tokens[reached]}
                 tables[id(pair)].append(pd.DataFrame({**where, **columns}))
+        return tables
+
+    tables = {text: found for part in each(said, batches(texts, tokens_per_batch)) for text, found in part.items()}
     return pd.concat([table for pair in texts for table in tables[id(pair)]], ignore_index=True)
 
 
@@ -107,8 +112,8 @@ def gradient_directions(
         raise SettingsError(f"rank is {rank}: ask for at least one direction")
     wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
     sums = {matrix.name: _Gradient() for matrix in wanted}
-    for batch in batches(texts, tokens_per_batch):
-        for name, found in factors(subject, batch, wanted).items():
+    for of_batch in each(lambda batch: factors(subject, batch, wanted), batches(texts, tokens_per_batch)):
+        for name, found in of_batch.items():
             sums[name].add(found, len(texts))
     tables = []
     for matrix in wanted:

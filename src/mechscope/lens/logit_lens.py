@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import SettingsError
 from mechscope.lens.places import LensPlace, Standing, places_of, real_rows
@@ -77,8 +78,8 @@ def read(
     check_fits(subject, texts)
     lens = _Lens(subject, places, k=k, norm=norm, translators=translators, statistics=statistics)
     found: dict[int, TextReading] = {}
-    for batch in batches(texts, tokens_per_batch):
-        found |= {id(pair): text for pair, text in zip(batch.pairs, lens.of(batch), strict=True)}
+    for batch, said in each(lambda batch: (batch, lens.of(batch)), batches(texts, tokens_per_batch)):
+        found |= {id(pair): text for pair, text in zip(batch.pairs, said, strict=True)}
         if progress is not None:
             progress("lens", len(found), len(texts))
     return LensReading(lens.places, tuple(found[id(pair)] for pair in texts), norm, subject.spelling)

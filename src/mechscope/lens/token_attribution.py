@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.kernels import pattern_blocks
@@ -43,8 +44,9 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
     check_fits(subject, pairs)
     taken_apart = Decomposition(subject)
     names = pd.DataFrame([asdict(part) for part in taken_apart.parts])
-    tables: dict[int, pd.DataFrame] = {}
-    for batch in batches(pairs, tokens_per_batch):
+
+    def attributed(batch: PairBatch) -> dict[int, pd.DataFrame]:
+        tables: dict[int, pd.DataFrame] = {}
         question = Question.of(metric, batch)
         parts = taken_apart.of(batch, question).parts.numpy()
         for row, pair in enumerate(batch.pairs):
@@ -53,6 +55,9 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
             at = np.repeat(positions, len(names))
             tokens = np.repeat([subject.spelling.token(pair.clean[position]) for position in positions], len(names))
             tables[id(pair)] = repeated.assign(text=pair.id, position=at, token=tokens, effect=parts[rows].ravel())
+        return tables
+
+    tables = {text: table for part in each(attributed, batches(pairs, tokens_per_batch)) for text, table in part.items()}
     order = ["text", "position", "token", "component", "kind", "layer", "head", "effect"]
     return pd.concat([tables[id(pair)] for pair in pairs], ignore_index=True)[order]
 
@@ -81,8 +86,9 @@ def attribute_sources(
     check_fits(subject, pairs)
     chosen = chosen_heads(subject.anatomy, heads)
     taken_apart = Decomposition(subject)
-    tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in pairs}
-    for batch in batches(pairs, tokens_per_batch):
+
+    def split(batch: PairBatch) -> dict[int, list[pd.DataFrame]]:
+        tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in batch.pairs}
         question = Question.of(metric, batch)
         found = _Sources(taken_apart, batch, question, chosen)
         for row, pair in enumerate(batch.pairs):
@@ -100,6 +106,9 @@ def attribute_sources(
                 }
                 named = {"component": f"a{layer}.h{head}", "layer": layer, "head": head}
                 tables[id(pair)].append(pd.DataFrame({**where, **named, **columns}))
+        return tables
+
+    tables = {text: found for part in each(split, batches(pairs, tokens_per_batch)) for text, found in part.items()}
     order = ["text", "component", "layer", "head", "query", "source", "token", "attention", "effect"]
     return pd.concat([table for pair in pairs for table in tables[id(pair)]], ignore_index=True)[order]
 

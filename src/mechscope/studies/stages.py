@@ -71,6 +71,7 @@ def difference_stage(
         all_found = differences(
             pairs,
             encoded,
+            in_full=[""],  # of the others only the layers are kept
             tokens_per_batch=settings.tokens_per_batch,
             gini=settings.gini,
             replicates=settings.replicates,

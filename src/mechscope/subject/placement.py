@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
@@ -30,13 +31,27 @@ def place_of(module: nn.Module) -> torch.device:
         return first.device
     owner = next(part for part in module.modules() if any(own is first for own in part.parameters(recurse=False)))
     hook: Any = getattr(owner, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+    place = getattr(hook, "execution_device", None)
+    if place is None:
+        return torch.device("cpu")
+    # accelerate numbers CUDA devices; to `torch.device` a bare number is whatever accelerator there is, and an error where there is none
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """Copy to a device; from the CPU without waiting for the work that is queued there, as a plain copy would."""
-    # the other way the host would read before the copy has arrived
-    return x.to(device, non_blocking=x.device.type == "cpu")
+    if x.device.type != "cpu":
+        # on the way to the CPU the host would read before the copy has arrived
+        return x.to(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        # from memory that may be swapped out the driver copies only while the host waits; an expanded tensor cannot be pinned as it is
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def index_for(indices: Sequence[int], of: Tensor) -> Int[Tensor, " n"]:
+    """Return an index beside what it is to be used on: a list would be copied there with a wait for the device."""
+    return sent(torch.tensor(indices, dtype=torch.int64), of.device)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ Everything is an accumulator: summed over batches, and over shards of texts by `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.attention import observed
@@ -69,20 +71,22 @@ class Activity:
         ]
 
     @torch.no_grad()
-    def update(self, mlps: Mlps, batch: PairBatch) -> list[Float[np.ndarray, "text 2 neuron"]]:
-        """Run a model on a batch's clean texts and add what its neurons do.
+    def of(self, mlps: Mlps, batch: PairBatch) -> tuple[Activity, list[Float[np.ndarray, "text 2 neuron"]]]:
+        """Run a model on a batch of these texts (their clean sides) and return what its neurons do there alone, to be added by `add`.
 
         Returns:
-            For every layer what the batch's texts, in ascending order of their numbers, added to `LayerActivity.by_text`.
+            The statistics of the batch; and for every layer what each of its texts, in ascending order of their numbers, is in `LayerActivity.by_text`.
 
         Raises:
             ModelError: An activation is not finite.
         """
         subject, tokens, by_text = mlps.subject, self._tokens(batch), []
+        found = copy(self)
+        found.layers, found.n_tokens = [layer.empty() for layer in self.layers], len(tokens.rows)
         with observed(subject):
             walk = Walk(subject, batch.clean, batch.real)
             hidden = walk.hidden
-            for layer, into in enumerate(self.layers):
+            for layer, into in enumerate(found.layers):
                 with mlps.watched(layer) as seen:
                     hidden = walk.step(layer, hidden)
                 values, fired = (_rows(one, tokens.rows) for one in (seen.neurons, seen.activation))
@@ -91,8 +95,13 @@ class Activity:
                     raise ModelError(
                         f"model {subject.source!r} in {subject.dtype}: neurons of layer {layer} are not finite: load it in bfloat16 or float32"
                     )
-        self.n_tokens += len(tokens.rows)
-        return by_text
+        return found, by_text
+
+    def add(self, other: Activity) -> None:
+        """Add what the same model did on others of these texts."""
+        for own, more in zip(self.layers, other.layers, strict=True):
+            own.merge(more, texts_before=0)
+        self.n_tokens += other.n_tokens
 
     def merge(self, other: Activity) -> None:
         """Add what the same model did on other texts.
@@ -181,13 +190,13 @@ def neuron_activity(
     """
     mlps = Mlps(subject)
     activity, done = Activity(mlps, texts, contexts=contexts), 0
-    for batch in batches(texts, tokens_per_batch):
+    if progress is not None:
+        progress("texts", done, len(texts))
+    for found, by_text in each(lambda batch: activity.of(mlps, batch), batches(texts, tokens_per_batch)):
+        activity.add(found)
+        done += len(by_text[0])
         if progress is not None:
             progress("texts", done, len(texts))
-        activity.update(mlps, batch)
-        done += len(batch.pairs)
-    if progress is not None:
-        progress("texts", len(texts), len(texts))
     return activity
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechscope.data.pairs import Pairs
+from mechscope.data.memory import each
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import ModelError
 from mechscope.progress import Progress
 from mechscope.scoring import batches
@@ -112,15 +113,21 @@ def activity_change(
         )
     base, tuned = (Activity(side, texts, contexts=contexts) for side in mlps)
     found, done = ActivityChange(base, tuned, tuple(Moments((2, width)) for width in mlps[0].widths)), 0
-    for batch in batches(texts, tokens_per_batch):
+
+    def both(batch: PairBatch) -> tuple[Activity, Activity, list[np.ndarray]]:
+        (before, one), (after, two) = base.of(mlps[0], batch), tuned.of(mlps[1], batch)
+        return before, after, [there - here for here, there in zip(one, two, strict=True)]
+
+    if progress is not None:
+        progress("texts", done, len(texts))
+    for before, after, changes in each(both, batches(texts, tokens_per_batch)):
+        base.add(before)
+        tuned.add(after)
+        for moments, change in zip(found.changes, changes, strict=True):
+            moments.update_many(change)
+        done += len(changes[0])
         if progress is not None:
             progress("texts", done, len(texts))
-        before, after = base.update(mlps[0], batch), tuned.update(mlps[1], batch)
-        for moments, one, two in zip(found.changes, before, after, strict=True):
-            moments.update_many(two - one)
-        done += len(batch.pairs)
-    if progress is not None:
-        progress("texts", len(texts), len(texts))
     return found
 
 

@@ -56,6 +56,7 @@ class LayerActivity:
 
     def __init__(self, n_neurons: int, *, gated: bool, contexts: int, longest: int) -> None:
         """Start with no tokens; `longest` is the number of tokens of the longest text."""
+        self._gated, self._longest = gated, longest
         self.by_text, self.tokens = Moments((2, n_neurons)), Moments((n_neurons,))
         self.minimum, self.maximum = np.full(n_neurons, np.inf), np.full(n_neurons, -np.inf)
         self.active: Int[np.ndarray, " neuron"] = np.zeros(n_neurons, dtype=np.int64)
@@ -63,6 +64,10 @@ class LayerActivity:
         groups = int(position_group(torch.tensor(longest - 1))) + 1
         self._sums: Float[np.ndarray, "group neuron"] = np.zeros((groups, n_neurons))
         self._counts: Int[np.ndarray, " group"] = np.zeros(groups, dtype=np.int64)
+
+    def empty(self) -> LayerActivity:
+        """Return an object for the same neurons and texts that has seen no tokens."""
+        return LayerActivity(len(self.minimum), gated=self._gated, contexts=len(self.contexts.token), longest=self._longest)
 
     def update(
         self,
