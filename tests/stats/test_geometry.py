@@ -156,6 +156,11 @@ def test_a_larger_sample_begins_with_the_smaller() -> None:
     np.testing.assert_array_equal(filled(20, list(range(60))).arrays()[:10], filled(10, list(range(60))).arrays())
 
 
+def test_a_part_of_every_array_can_be_had_without_the_rest() -> None:
+    sample = filled(10, list(range(60)))
+    np.testing.assert_array_equal(sample.arrays((0,)), sample.arrays()[:, 0])
+
+
 def test_every_document_is_as_likely_to_be_sampled() -> None:
     counts = np.zeros(60)
     for seed in range(600):

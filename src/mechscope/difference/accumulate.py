@@ -64,8 +64,7 @@ class Accumulated:
 
     def pooled_states(self, side: str, rows: str, layer: int) -> np.ndarray:
         """Return the sampled documents' pooled states of one layer, ``(document, d_model)``."""
-        sample = self.pooled.arrays()
-        return sample[:, SIDES.index(side), ROWS.index(rows), layer]
+        return self.pooled.arrays((SIDES.index(side), ROWS.index(rows), layer))
 
     def state(self) -> dict[str, Tensor]:
         """Return everything as named tensors, from which `load_state` continues to the last bit."""

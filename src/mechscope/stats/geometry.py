@@ -141,9 +141,9 @@ class BottomK:
         else:
             del self._arrays[-heapq.heapreplace(self._heap, -key)]
 
-    def arrays(self) -> Float[np.ndarray, "n ..."]:
-        """Return the sampled arrays, stacked in the order of their hashes; of shape (0,) where there are none."""
-        return np.stack([self._arrays[key] for key in sorted(self._arrays)]) if self._arrays else np.zeros(0)
+    def arrays(self, at: tuple[int, ...] = ()) -> Float[np.ndarray, "n ..."]:
+        """Return the sampled arrays, or what lies at some place of each, stacked in the order of their hashes; of shape (0,) where there are none."""
+        return np.stack([self._arrays[key][at] for key in sorted(self._arrays)]) if self._arrays else np.zeros(0)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays that `from_state` needs to continue to the last bit."""
