@@ -115,10 +115,12 @@ def measured(point: Point) -> dict[str, Any]:
         difference(both, Encoded(examples, {}), progress=progress, **options)
         ranks.wait()
     after.stop()
-    with Watch() as plain, torch.inference_mode():
-        for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0) if ranks.size() == 1 else ():
-            for subject in (both.base, both.tuned):
-                subject.plain(batch.input_ids, use_cache=False)
+    plain = Watch()
+    if ranks.size() == 1:
+        with plain, torch.inference_mode():
+            for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0):
+                for subject in (both.base, both.tuned):
+                    subject.plain(batch.input_ids, use_cache=False)
     return {
         **asdict(point),
         "seconds": own.seconds - after.seconds,
@@ -265,7 +267,7 @@ def arithmetic(ratio: float, per_width: float, per_weight: float) -> str:
         ranks = max(1, 8 // devices)
         compared = per_weight * model.parameters * model.width / 3600
         cells = (model.name, f"{weights:.0f} GiB", f"{batch:.1f} GiB", f"{kept:.1f} GiB", f"{devices} a rank", f"{hours * devices:.0f}")
-        lines.append("| " + " | ".join((*cells, f"{ranks} ranks, {hours / ranks:.1f} h", f"{compared:.1f}")) + " |")
+        lines.append("| " + " | ".join((*cells, f"{ranks} rank{'s' * (ranks > 1)}, {hours / ranks:.1f} h", f"{compared:.1f}")) + " |")
     lines += [
         "",
         f"{_DOCUMENTS:,} documents of {_TOKENS:,} tokens. Operations: 2 per parameter and token, two models, times {ratio:.2f} (documents' time in plain"

@@ -112,7 +112,7 @@ JOBS = (
     ),
     Job(
         name="prepare_and_evaluate",
-        what="the same with the clean and the corrupt run before it",
+        what="metric of a circuit of half of all edges, clean and corrupt run included",
         build=build,
         run=prepare_and_evaluate,
         sizes={"small": Size(16, 16)},

@@ -71,6 +71,7 @@ def test_a_point_measures_a_real_difference_alone_and_by_two_ranks():
     two = scaling.measure_apart(Point(**{**vars(tiny), "ranks": 2}))
     assert two["ranks"] == 2
     assert two["seconds"] > 0
+    assert two["plain_seconds"] == 0  # passes of one process only have a ratio
 
 
 def test_the_page_gets_both_tables_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
