@@ -136,9 +136,9 @@ def agreed(value: T) -> T:
         return value
     from torch import distributed
 
-    box = [value if is_first() else None]
+    box: list[Any] = [value if is_first() else None]
     distributed.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]  # rank 0 put a T there
+    return box[0]
 
 
 def by_first(work: Callable[[], T]) -> T:

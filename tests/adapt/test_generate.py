@@ -74,7 +74,7 @@ def test_padding_is_not_taken_for_a_repeat_where_memory_runs_out(make_subject, t
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
-        model.lm_head.weight[0], model.lm_head.weight[9] = 1.0, 0.5  # twice 0, which halves are padded with, then another token
+        model.lm_head.weight[0], model.lm_head.weight[9] = 1.0, 0.5  # twice 0, which is no padding, then another token
     decoding = Decoding(max_new_tokens=5, no_repeat_ngram=2)
     expected = summarize(model, tokenizer, PROMPTS, decoding=decoding)
     assert all(text.startswith("<s> <s> w5") for text in expected)

@@ -82,6 +82,7 @@ def test_halves_hold_every_text_once_and_are_padded_no_further_than_they_need(si
     assert [example.id for part in (first, second) for example in part.examples] == ["doc0", "doc1", "doc2"]
     assert (first.input_ids.shape, second.input_ids.shape) == ((2, 23), (1, 9))
     assert (first.padding, second.padding) == (side, side)
+    assert first.input_ids[~first.attention_mask].tolist() == [7] * 11, "what stands at padding is what the batch had there"
     pairs = next(random_pairs(3).batches(tokens_per_batch=1000))
     assert [pair.id for part in pairs.halves() for pair in part.pairs] == [pair.id for pair in pairs.pairs]
 

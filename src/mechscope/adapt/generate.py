@@ -96,17 +96,15 @@ def summarize(
     # the prompts' places travel through the length-sorted batches as their ids
     waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
     per_batch = max(tokens_per_batch // decoding.beams, 1)
-    padding = pad_id(tokenizer)
 
     def answered(batch: Batch) -> dict[int, str]:
-        # a batch that was halved is padded otherwise, and repeats are looked for in the padding too
-        ids = batch.input_ids.masked_fill(~batch.attention_mask, padding).to(device)
+        ids = batch.input_ids.to(device)
         answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return {int(example.id): text.strip() for example, text in zip(batch.examples, texts, strict=True)}
 
     with _plain_decoding(model, tokenizer, decoding):
-        for texts in each(answered, ranks.own(batches(waiting, tokens_per_batch=per_batch, pad_id=padding, padding="left"))):
+        for texts in each(answered, ranks.own(batches(waiting, tokens_per_batch=per_batch, pad_id=pad_id(tokenizer), padding="left"))):
             written |= texts
             if progress is not None:
                 progress("summaries", min(len(written) * ranks.size(), len(prompts)), len(prompts))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ class Resample(Source):
         size, length = batch.real.shape
         if size < 2:
             raise SettingsError(
-                "resampling takes values from another text of the batch, and there is only one: give more pairs, or larger batches"
+                "resampling takes values from another text of the batch, and there is only one: give more pairs or larger batches; or shorter texts, "
+                "if memory ran out and the batch was halved"
             )
         values = Text(self.which).bind(subject, batch, sites, runs)
         generator = torch.Generator().manual_seed(self.seed)
@@ -180,11 +181,10 @@ def mean_of(
         raise SettingsError("attention patterns have no mean over texts of different tokens: take the mean of 'z'")
     sums: dict[tuple[str, int], Tensor] = {}
     count = 0
-    names: list[Site] = [site for site in sites if site != "embedding"]  # type: ignore[misc]  # checked by record
-    with_embedding: list[Site] = ["embedding"] if "embedding" in sites else []
+    wanted = cast("Collection[Site]", sites)  # `record` refuses others
 
     def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor]]:
-        with record(subject, *names, *with_embedding) as recording, subject.active():
+        with record(subject, *wanted) as recording, subject.active():
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
         totals: dict[tuple[str, int], Tensor] = {}
         for key, value in recording.values.items():

@@ -190,11 +190,12 @@ class Batch:
     """Examples side by side.
 
     Attributes:
-        input_ids: token ids, padded with `pad_id`.
+        input_ids: token ids, and `pad_id` at padding.
         attention_mask: true at real tokens.
         position_ids: 0, 1, 2, … over the real tokens of each example; 0 at padding.
         examples: the examples, row by row.
         padding: on which side the padding stands.
+        pad_id: what stands there.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -202,6 +203,7 @@ class Batch:
     position_ids: Int[Tensor, "batch tokens"]
     examples: tuple[Example, ...]
     padding: Padding
+    pad_id: int
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -210,8 +212,7 @@ class Batch:
         """Return the first and the second half of the examples, each padded no further than it needs."""
         middle = (len(self) + 1) // 2
         first, second = self.examples[:middle], self.examples[middle:]
-        # what stands at padding is seen by nothing
-        return collate(first, pad_id=0, padding=self.padding), collate(second, pad_id=0, padding=self.padding)
+        return collate(first, pad_id=self.pad_id, padding=self.padding), collate(second, pad_id=self.pad_id, padding=self.padding)
 
     def rows(self, which: Rows) -> Bool[Tensor, "batch tokens"]:
         """Mark query rows: `all` real tokens, those of the `document`, or those of the `summary` (its end token included)."""
@@ -255,7 +256,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, padding: Padding = "rig
         input_ids[row, real] = torch.tensor(example.input_ids)
         attention_mask[row, real] = True
         position_ids[row, real] = torch.arange(len(example))
-    return Batch(input_ids, attention_mask, position_ids, tuple(examples), padding)
+    return Batch(input_ids, attention_mask, position_ids, tuple(examples), padding, pad_id)
 
 
 def packs(examples: Iterable[Example], *, tokens_per_batch: int) -> Iterator[list[Example]]:

@@ -178,10 +178,10 @@ def _standard(x: np.ndarray) -> np.ndarray:
 
 def _hsic_by_gram(x: np.ndarray, y: np.ndarray) -> float:
     """Return n (n − 3) times the unbiased HSIC, from the Gram matrices with zero diagonals."""
-    k, l = x @ x.T, y @ y.T  # noqa: E741  (K and L are the paper's names)
-    np.fill_diagonal(k, 0.0)
-    np.fill_diagonal(l, 0.0)
-    return _unbiased(float(np.vdot(k, l)), k.sum(axis=0), l.sum(axis=0))
+    gram_x, gram_y = x @ x.T, y @ y.T  # K and L in the paper
+    np.fill_diagonal(gram_x, 0.0)
+    np.fill_diagonal(gram_y, 0.0)
+    return _unbiased(float(np.vdot(gram_x, gram_y)), gram_x.sum(axis=0), gram_y.sum(axis=0))
 
 
 def _hsic_by_features(x: np.ndarray, y: np.ndarray) -> float:

@@ -104,7 +104,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a mapping)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads((file.metadata() or {}).get("meta", "null"))
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot read the tensors in {path}: {error}. Delete the file and run again: it is made anew.") from error

@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mechscope.errors import SettingsError
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 _MAY_BE_ZERO = ("seed", "no_repeat_ngram", "pattern_documents", "check", "random_circuits")
 
@@ -41,7 +44,7 @@ def validated(kind: type[S], values: Mapping[str, Any], *, source: str | None = 
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # S is always a dataclass
+    fields = {item.name: item for item in dataclasses.fields(kind)}
     where = f" in {source}" if source else ""
     if unknown := sorted(values.keys() - fields.keys()):
         raise SettingsError(f"setting {unknown[0]!r}{where} is not known: {_nearest(unknown[0], list(fields))}")
