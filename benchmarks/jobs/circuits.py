@@ -19,6 +19,7 @@ from mechscope.circuits.scores import Scores
 from mechscope.data.pairs import collate_pairs
 
 STEPS = 5
+_SIZES = {"small": Size(16, 16), "long": Size(1, 1024)}
 
 
 def eap(case: PairsCase) -> Scores:
@@ -71,7 +72,7 @@ JOBS = (
         what="EAP of all edges",
         build=build,
         run=eap,
-        sizes={"small": Size(16, 16), "long": Size(1, 1024)},
+        sizes=_SIZES,
         forward=forward,
         numbers=by_nodes,
         ratio=4.5,
@@ -82,7 +83,7 @@ JOBS = (
         what=f"EAP-IG of all edges, m = {STEPS}",
         build=build,
         run=eap_ig,
-        sizes={"small": Size(16, 16)},
+        sizes=_SIZES,
         forward=forward,
         numbers=by_nodes,
         ratio=14,
@@ -105,7 +106,7 @@ JOBS = (
         what="metric of a circuit of half of all edges",
         build=build,
         run=evaluate,
-        sizes={"small": Size(16, 16)},
+        sizes=_SIZES,
         forward=forward,
         ratio=3,
         seconds=25,
@@ -115,7 +116,7 @@ JOBS = (
         what="metric of a circuit of half of all edges, clean and corrupt run included",
         build=build,
         run=prepare_and_evaluate,
-        sizes={"small": Size(16, 16)},
+        sizes=_SIZES,
         forward=forward,
         numbers=per_text,
         seconds=30,

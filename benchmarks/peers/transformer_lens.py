@@ -157,7 +157,8 @@ def _job(
     )
 
 
-_LONG = Size(1, 4096)
+# sweeps run the model hundreds of times
+_LONG, _SWEPT = Size(1, 4096), Size(1, 1024)
 JOBS = (
     _job(
         "entropy",
@@ -170,8 +171,26 @@ JOBS = (
         maps=True,
     ),
     _job("recording", "the same by run_with_cache", recording, {"small": Size(8, 64), "long": _LONG}, last_token, rounds=5, seconds=35),
-    _job("patch_heads", "the same by run_with_hooks", patch_heads, {"small": Size(8, 16)}, stacked, rounds=1, slow=True, seconds=65),
-    _job("ablation", "the same by run_with_hooks", ablation, {"small": Size(8, 64)}, stacked, rounds=1, slow=True, seconds=200),
+    _job(
+        "patch_heads",
+        "the same by run_with_hooks",
+        patch_heads,
+        {"small": Size(8, 16), "long": _SWEPT},
+        stacked,
+        rounds=1,
+        slow=True,
+        seconds=65,
+    ),
+    _job(
+        "ablation",
+        "the same by run_with_hooks",
+        ablation,
+        {"small": Size(8, 64), "long": _SWEPT},
+        stacked,
+        rounds=1,
+        slow=True,
+        seconds=200,
+    ),
     _job("attribution", "the same by hooks and one backward pass", attribution, {"small": Size(8, 16)}, stacked, rounds=5, seconds=35),
     _job("lens", "the same from the cache", lens, {"small": Size(8, 128), "long": _LONG}, first_text, rounds=2, seconds=65),
 )

@@ -112,7 +112,7 @@ def test_the_commands_work_on_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["run", "entropi"], "'entropi' is no job"),
         (["run", "--threads", "0"], "--threads is 0"),
         (["run", "difference", "--documents", "1"], "at least 2"),
-        (["run", "patch_heads", "--shape", "long"], "no texts for --shape long"),
+        (["run", "eap_ig_texts", "--shape", "long"], "no texts for --shape long"),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -135,7 +135,7 @@ def test_names_and_topics_choose_jobs_and_parts_only_when_named() -> None:
     assert "role_table" in every
     assert "role_copying" not in every
     assert [job.name for job in chosen(["heads", "role_copying", "entropy"], "small")] == ["entropy", "role_table", "role_copying"]
-    assert "patch_heads" not in [job.name for job in chosen([], "long")]
+    assert "eap_ig_texts" not in [job.name for job in chosen([], "long")]
 
 
 def test_the_command_line_changes_the_shape() -> None:
@@ -168,7 +168,7 @@ def test_a_table_names_jobs_that_a_run_did_not_come_to() -> None:
 def test_every_block_of_the_page_is_a_run_s_that_wrote_a_file_of_its_name() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- generated: (\w+) -->\n(.*?)<!-- end -->", page, flags=re.DOTALL)
-    assert {name for name, _ in blocks} >= {"small", "long", "reading"}
+    assert {name for name, _ in blocks} >= {"small", "long"}
     for name, text in blocks:
         assert re.search(rf"`python -m benchmarks run [^`]*--out benchmarks/results/{name}\.json`", text), name
         assert written(page, {name: table(results(record()))}) != page
