@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.harness import Job
-from benchmarks.jobs import adapters, attention, circuits, documents, heads, interventions, lens, lockstep, weights
+from benchmarks.jobs import adapters, attention, circuits, documents, heads, interventions, lenses, walks, weights
 
 TOPICS: dict[str, tuple[Job, ...]] = {
     "attention": attention.JOBS,
-    "lockstep": lockstep.JOBS,
+    "walks": walks.JOBS,
     "interventions": interventions.JOBS,
     "circuits": circuits.JOBS,
-    "lens": lens.JOBS,
+    "lenses": lenses.JOBS,
     "heads": heads.JOBS,
     "weights": weights.JOBS,
     "adapters": adapters.JOBS,

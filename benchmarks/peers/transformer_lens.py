@@ -131,66 +131,34 @@ def lens(case: PeerCase) -> list[Tensor]:
 
 def _job(
     name: str,
-    what: str,
+    how: str,
     run: Callable[[PeerCase], list[Tensor]],
     sizes: dict[str, Size],
     numbers: Callable[[list[Tensor]], Any],
-    *,
-    rounds: int,
-    seconds: int,
-    slow: bool = False,
-    maps: bool = False,
+    **more: Any,
 ) -> Job:
     return Job(
         name=name,
-        what=what,
-        build=builder(bridge, maps=maps),
+        what=f"the same {how}",
+        build=builder(bridge, maps=run is entropy),
         run=run,
         sizes=sizes,
         forward=forward,
         numbers=numbers,
         by=BY,
         package="transformer_lens",
-        rounds=rounds,
-        slow=slow,
-        seconds=seconds,
+        **more,
     )
 
 
 # sweeps run the model hundreds of times
 _LONG, _SWEPT = Size(1, 4096), Size(1, 1024)
+_CACHED = {"small": Size(1, 1024), "long": _LONG}
 JOBS = (
-    _job(
-        "entropy",
-        "the same from cached patterns",
-        entropy,
-        {"small": Size(1, 1024), "long": _LONG},
-        stacked,
-        rounds=3,
-        seconds=55,
-        maps=True,
-    ),
-    _job("recording", "the same by run_with_cache", recording, {"small": Size(8, 64), "long": _LONG}, last_token, rounds=5, seconds=35),
-    _job(
-        "patch_heads",
-        "the same by run_with_hooks",
-        patch_heads,
-        {"small": Size(8, 16), "long": _SWEPT},
-        stacked,
-        rounds=1,
-        slow=True,
-        seconds=65,
-    ),
-    _job(
-        "ablation",
-        "the same by run_with_hooks",
-        ablation,
-        {"small": Size(8, 64), "long": _SWEPT},
-        stacked,
-        rounds=1,
-        slow=True,
-        seconds=200,
-    ),
-    _job("attribution", "the same by hooks and one backward pass", attribution, {"small": Size(8, 16)}, stacked, rounds=5, seconds=35),
-    _job("lens", "the same from the cache", lens, {"small": Size(8, 128), "long": _LONG}, first_text, rounds=2, seconds=65),
+    _job("entropy", "from cached patterns", entropy, _CACHED, stacked, rounds=3, seconds=55),
+    _job("recording", "by run_with_cache", recording, {"small": Size(8, 64), "long": _LONG}, last_token, seconds=35),
+    _job("patch_heads", "by run_with_hooks", patch_heads, {"small": Size(8, 16), "long": _SWEPT}, stacked, rounds=1, slow=True, seconds=65),
+    _job("ablation", "by run_with_hooks", ablation, {"small": Size(8, 64), "long": _SWEPT}, stacked, rounds=1, slow=True, seconds=200),
+    _job("attribution", "by hooks and one backward pass", attribution, {"small": Size(8, 16)}, stacked, seconds=35),
+    _job("lens", "from the cache", lens, {"small": Size(8, 128), "long": _LONG}, first_text, rounds=2, seconds=65),
 )

@@ -76,9 +76,10 @@ def _with_flags(kind: type, *positional: str) -> Callable[[Callable[..., None]],
             command(**values, given=given)
 
         parameters = [*flags, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
-        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # how inspect lets a function declare its signature
-        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+        annotations = {parameter.name: parameter.annotation for parameter in parameters}
+        # how inspect lets a function declare its signature
+        vars(wrapped).update(__signature__=inspect.Signature(parameters))
+        wrapped.__annotations__, wrapped.__doc__, wrapped.__name__ = annotations, command.__doc__, command.__name__
         return wrapped
 
     return decorate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.harness import measure
-from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lens, lockstep, weights
+from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lenses, walks, weights
 from benchmarks.jobs.cases import build, build_two
 from benchmarks.models import make_model
 from benchmarks.settings import Settings
@@ -63,6 +63,7 @@ def test_the_issue_s_hot_paths_all_have_a_job() -> None:
     assert set(TARGETS) <= set(JOBS)
     assert {"lora_step", "lora_heads_step", "full_step"} <= set(JOBS)
     assert sum(len(jobs) for jobs in TOPICS.values()) == len(JOBS), "no two jobs share a name"
+    assert not set(TOPICS) & set(JOBS), "a name means a job or a topic"
 
 
 def test_models_have_the_same_weights_every_time_and_the_tuned_one_others_near_by() -> None:
@@ -115,7 +116,7 @@ def test_the_lens_is_compared_with_the_unembedding_of_every_token_of_every_layer
         return plain(rows, weight)
 
     monkeypatch.setattr(torch.nn.functional, "linear", seen)
-    lens.unembeddings(case)
+    lenses.unembeddings(case)
     assert calls == [(torch.Size([16, 128]), torch.Size([70, 128]))] * 3
 
 
@@ -213,7 +214,7 @@ def test_documents_of_a_file_are_read_and_cut(tmp_path: Path, tiny: Settings) ->
 
 
 def test_three_pairs_have_three_models(tiny: Settings) -> None:
-    case = lockstep.build_of(3)(tiny, Size(2, 9))
-    found = lockstep.measure(case)
+    case = walks.build_of(3)(tiny, Size(2, 9))
+    found = walks.measure(case)
     assert (len(found), len(models_of(case.pairs)), case.texts, case.tokens, case.small().tokens) == (3, 3, 2, 18, 16)
     assert [each.heads[..., HEAD_MEASURES.index("kl_base_tuned"), :, :].min() > 0 for each in found] == [True] * 3

@@ -11,7 +11,7 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from mechscope.data.memory import FEWEST, MOST_ON_CPU, Halving, each, free_memory, tokens_that_fit
-from mechscope.data.prompt import Batch, collate
+from mechscope.data.prompt import Batch, Padding, collate
 from mechscope.difference import one_pass
 from mechscope.difference.lockstep import Pending, launch
 from mechscope.errors import RunError
@@ -76,8 +76,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_halves_hold_every_text_once_and_are_padded_no_further_than_they_need(side: str):
-    whole = collate(oracle.examples(lengths=(23, 12, 9)), pad_id=7, padding=side)  # type: ignore[arg-type]  # a parameter is a plain str
+def test_halves_hold_every_text_once_and_are_padded_no_further_than_they_need(side: Padding):
+    whole = collate(oracle.examples(lengths=(23, 12, 9)), pad_id=7, padding=side)
     first, second = whole.halves()
     assert [example.id for part in (first, second) for example in part.examples] == ["doc0", "doc1", "doc2"]
     assert (first.input_ids.shape, second.input_ids.shape) == ((2, 23), (1, 9))

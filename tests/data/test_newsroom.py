@@ -80,9 +80,10 @@ def test_every_fact_is_mentioned_again() -> None:
 
 def test_articles_name_other_people_places_and_numbers_too() -> None:
     others = Counter[str]()
+    pools: dict[Role, tuple[str, ...]] = {"who": LAST_NAMES, "where": PLACES, "count": COUNTS}
     for article in articles():
-        for role, pool in (("who", LAST_NAMES), ("where", PLACES), ("count", COUNTS)):
-            fact = article.fact(role)  # type: ignore[arg-type]  # three of the five roles
+        for role, pool in pools.items():
+            fact = article.fact(role)
             others[role] += any(re.search(rf"\b{value}\b", article.document) for value in pool if value not in fact.text.split())
     assert min(others.values()) > 150, others
 

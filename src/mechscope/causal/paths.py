@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ from mechscope.subject.placement import index_for
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)<([qkv])>")
 _MLP = re.compile(r"m(\d+)")
-_INPUTS = {"q": "query", "k": "key", "v": "value"}
+ReceiverSite = Literal["query", "key", "value", "mlp_output", "logits"]
+_INPUTS: dict[str, ReceiverSite] = {"q": "query", "k": "key", "v": "value"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Receiver:
         head: Which query head.
     """
 
-    site: str
+    site: ReceiverSite
     layer: int
     head: int | None = None
 
@@ -170,9 +172,9 @@ Noted = dict[Receiver | str, Tensor]
 def _edits(noted: Noted) -> list[Edit]:
     """Return the edits that let the receivers read what was noted."""
     return [
-        Edit(receiver.site, receiver.layer, value, heads=None if receiver.head is None else (receiver.head,))  # type: ignore[arg-type]  # parsed
+        Edit(receiver.site, receiver.layer, value, heads=None if receiver.head is None else (receiver.head,))
         for receiver, value in noted.items()
-        if isinstance(receiver, Receiver)
+        if isinstance(receiver, Receiver) and receiver.site != "logits"
     ]
 
 

@@ -10,12 +10,12 @@ what base and tuned share is held against the smaller of the two self-overlaps: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 
-from mechscope.circuits.choosing import Choice, choose
+from mechscope.circuits.choosing import Manner, choose
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import jaccard, node_jaccard, overlap
 from mechscope.circuits.scores import Scores
@@ -62,7 +62,7 @@ def overlap_table(
     resamples: int = 50,
     draws: int = 200,
     seed: int = 0,
-    **choice: Any,
+    **manner: Unpack[Manner],
 ) -> pd.DataFrame:
     """Compare the circuits of two models at several sizes, beside both nulls.
 
@@ -73,7 +73,7 @@ def overlap_table(
         resamples: Random halvings of the texts.
         draws: Random circuits of the layer-matched null.
         seed: Seed of halvings and draws.
-        choice: Options of `choose` but its size.
+        manner: Options of `choose` but its size.
 
     Returns:
         One row per `fraction` and `what` (edges, nodes): `base_size`, `tuned_size`, `jaccard` of the two circuits of all texts; `null`, `null_low`,
@@ -96,10 +96,9 @@ def overlap_table(
     means = [(first[side].mean(0), first[~side].mean(0), second[side].mean(0), second[~side].mean(0)) for side in sides]
     rows = []
     for fraction in fractions:
-        options: Choice = {**choice, "fraction": fraction}  # type: ignore[typeddict-item]  # the caller's options of `choose`
-        whole = choose(base, **options), choose(tuned, **options)
+        whole = choose(base, fraction=fraction, **manner), choose(tuned, fraction=fraction, **manner)
         by_chance = overlap(*whole, draws=draws, seed=seed).table
-        halves = [tuple(choose((graph, mean), **options) for mean in four) for four in means]
+        halves = [tuple(choose((graph, mean), fraction=fraction, **manner) for mean in four) for four in means]
         for what, measure in _MEASURES.items():
             across = np.array([(measure(a, d) + measure(b, c)) / 2 for a, b, c, d in halves])
             own = np.array([(measure(a, b), measure(c, d)) for a, b, c, d in halves])

@@ -30,18 +30,23 @@ Scored = Scores | tuple[Graph, Float[np.ndarray, " scored"]]
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class Choice(TypedDict, total=False):
-    """The options of `choose`, for functions that hand them on."""
+class Manner(TypedDict, total=False):
+    """The options of `choose` but a circuit's size, for functions that hand them on."""
 
     rule: Rule
-    number: int | None
-    fraction: float | None
-    threshold: float | None
     by: Unit
     sign: Sign
     higher_is_better: bool | None
     prune: bool
     fill: bool
+
+
+class Choice(Manner, total=False):
+    """All options of `choose`, likewise."""
+
+    number: int | None
+    fraction: float | None
+    threshold: float | None
 
 
 def choose(

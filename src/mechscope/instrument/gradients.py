@@ -127,7 +127,8 @@ class _Graph:
             shared: Tensor = getattr(inputs, self.site)
             # a tensor of its own for every query head
             own = shared.repeat_interleave(inputs.query.shape[1] // shared.shape[1], dim=1)
-            inputs = replace(inputs, **{self.site: own})  # type: ignore[arg-type]  # the site is a field that holds a tensor
+            changed: dict[str, Any] = {self.site: own}
+            inputs = replace(inputs, **changed)
             self.values[inputs.layer] = own
         elif self.site == "query":
             self.values[inputs.layer] = inputs.query

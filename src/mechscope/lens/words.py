@@ -39,8 +39,8 @@ class Projected(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[Projected]) -> Projected:
         """Put what was said of some rows after another into one."""
-        columns = ([part[at] for part in parts] for at in range(len(cls._fields)))
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]  # None in all parts or in none
+        # a column is None in all parts or in none
+        return cls._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def to_probabilities(words: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
