@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from mechscope.difference import compare_weights
+from mechscope.difference.weights import compare_weights_of
 from mechscope.errors import ModelError
 from mechscope.subject import pair
 from mechscope.subject.load import load
@@ -291,3 +293,31 @@ def test_progress_counts_parameters():
     compare_weights(oracle.models("gpt2"), progress=lambda *at: seen.append(at))
     total = len(list(oracle.models("gpt2").base.plain.parameters()))
     assert seen == [(done, total) for done in range(total + 1)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_a_model_of_several_pairs_is_decomposed_once_and_gives_what_each_pair_gives_alone(family: str, monkeypatch: pytest.MonkeyPatch):
+    base = families.build(family)
+    one, two, three = (load(model, device="cpu") for model in (base, oracle.perturbed(base, 0.1), oracle.perturbed(base, 0.3)))
+    pairs = [pair(one, two), pair(one, three), pair(two, three)]
+    alone = [compare_weights(each) for each in pairs]
+    decompose = MagicMock(wraps=torch.linalg.eigh)
+    monkeypatch.setattr(torch.linalg, "eigh", decompose)
+    found = compare_weights_of(pairs)
+    matrices = alone[0].table["intruders"].notna().sum()
+    assert decompose.call_count == 3 * matrices
+    for together, each in zip(found, alone, strict=True):
+        pd.testing.assert_frame_equal(together.table, each.table, check_exact=True)
+        np.testing.assert_array_equal(together.heads, each.heads)
+        np.testing.assert_array_equal(together.layers, each.layers)
+
+
+def test_models_that_share_fewer_words_with_one_than_with_another_are_decomposed_for_each():
+    base = families.build("llama")
+    tuned, wide = oracle.perturbed(base, 0.1), families.build("llama", seed=5)
+    wide.resize_token_embeddings(families.VOCABULARY + 3, mean_resizing=False)
+    one, two, larger = (load(model, device="cpu") for model in (base, tuned, wide))
+    wider = load(oracle.perturbed(wide, 0.1), device="cpu")
+    pairs = [pair(larger, wider), pair(larger, one, resize="truncate"), pair(one, two)]
+    for together, each in zip(compare_weights_of(pairs), pairs, strict=True):
+        pd.testing.assert_frame_equal(together.table, compare_weights(each).table, check_exact=True)

@@ -27,7 +27,7 @@ from mechscope.difference.accumulate import Accumulated
 from mechscope.difference.lockstep import Pending, launch, models_of
 from mechscope.difference.share import Share
 from mechscope.difference.tables import heads_table, layers_table, outputs_table
-from mechscope.difference.weights import WeightDifference, compare_weights
+from mechscope.difference.weights import WeightDifference, compare_weights_of
 from mechscope.errors import DataError
 from mechscope.progress import Progress
 from mechscope.subject import Pair
@@ -179,9 +179,10 @@ def differences(
     if progress is not None and before + sent * ranks.size() != len(encoded):
         progress("comparing documents", len(encoded), len(encoded))
     label = None if progress is None else lambda at, of: progress("comparing weights", at, of)
+    weights = compare_weights_of(tuple(pairs.values()), progress=label)
     return {
-        name: assemble(accumulated, compare_weights(pair, progress=label), encoded.problems)
-        for (name, pair), accumulated in zip(pairs.items(), share.together(), strict=True)
+        name: assemble(accumulated, changed, encoded.problems)
+        for name, accumulated, changed in zip(pairs, share.together(), weights, strict=True)
     }
 
 

@@ -2,13 +2,14 @@
 
 Query, key and value are separate matrices here whatever the family's storage (GPT-2 and GPT-NeoX keep them in one map): they are cut out by the
 anatomy's slices. All changes are Frobenius norms; `relative` ones are divided by the base's norm. A PEFT adapter's change is added to the weight
-it adapts, so that an adapter and a merged model give the same table. Several ranks share the matrices.
+it adapts, so that an adapter and a merged model give the same table. Several ranks share the matrices; a model that several pairs have in common
+is decomposed once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope import ranks
+from mechscope.difference.lockstep import models_of
 from mechscope.errors import ModelError
-from mechscope.stats.spectra import weight_change
+from mechscope.stats.spectra import Spectrum, weight_change
 from mechscope.subject import Pair, Subject
 from mechscope.subject.anatomy import Slice, is_conv1d
 from mechscope.subject.placement import index_for, sent
@@ -45,36 +47,63 @@ class WeightDifference:
     layers: np.ndarray
 
 
-@torch.no_grad()
 def compare_weights(pair: Pair, *, progress: Callable[[int, int], None] | None = None) -> WeightDifference:
-    """Compare the weights of two models; every rank calls this and gets the whole result.
+    """Compare the weights of two models; arguments and errors as for `compare_weights_of`."""
+    return compare_weights_of([pair], progress=progress)[0]
+
+
+@torch.no_grad()
+def compare_weights_of(pairs: Sequence[Pair], *, progress: Callable[[int, int], None] | None = None) -> list[WeightDifference]:
+    """Compare the weights of the models of some pairs; every rank calls this and gets the whole result.
 
     Args:
-        pair: The base and the tuned model.
+        pairs: The base and the tuned models; a model (the same `Subject`) that several pairs have in common is decomposed once.
         progress: Called with the number of parameters done and their total.
 
+    Returns:
+        Each pair's, in their order.
+
     Raises:
-        ModelError: The models do not have the same parameters.
+        ModelError: The models of a pair do not have the same parameters.
     """
-    base, tuned = dict(pair.base.weights()), dict(pair.tuned.weights())
-    _require_alike(pair, base, tuned)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    weights = {id(subject): dict(subject.weights()) for subject in models_of(pairs)}
+    sides = [(weights[id(pair.base)], weights[id(pair.tuned)]) for pair in pairs]
+    for pair, (base, tuned) in zip(pairs, sides, strict=True):
+        _require_alike(pair, base, tuned)
+    sizes = {name: value.numel() for base, _ in sides for name, value in base.items()}
+    rows: dict[str, list[list[dict[str, Any]]]] = {}
     # the largest first, so that all ranks are dealt about as much
-    for done, name in enumerate(ranks.own(sorted(base, key=lambda name: -base[name].numel()))):
+    for done, name in enumerate(ranks.own(sorted(sizes, key=lambda name: -sizes[name]))):
         if progress is not None:
-            progress(done * ranks.size(), len(base))
-        rows[name] = [_row(pair, name, *part) for part in _parts(pair, name, base[name], tuned[name])]
+            progress(done * ranks.size(), len(sizes))
+        known: _Known = {}
+        rows[name] = [
+            [_row(pair, name, part, known) for part in _parts(pair, name, base[name], tuned[name])] if name in base else []
+            for pair, (base, tuned) in zip(pairs, sides, strict=True)
+        ]
     for others in ranks.exchange(rows):
         rows |= others
-    table = pd.DataFrame([row for name in base for row in rows[name]])
     if progress is not None:
-        progress(len(base), len(base))
-    return WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
+        progress(len(sizes), len(sizes))
+    tables = [pd.DataFrame([row for name in base for row in rows[name][number]]) for number, (base, _) in enumerate(sides)]
+    return [
+        WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
+        for pair, (base, tuned), table in zip(pairs, sides, tables, strict=True)
+    ]
 
 
-def _row(pair: Pair, name: str, part: str, base: Tensor, tuned: Tensor) -> dict[str, Any]:
+# the spectra of one parameter's parts, by model, part and what two models of unlike vocabulary or device make of them
+_Known = dict[tuple[int, str, torch.Size, torch.device], Spectrum]
+
+
+def _row(pair: Pair, name: str, cut: tuple[str, Tensor, Tensor], known: _Known) -> dict[str, Any]:
+    part, base, tuned = cut
     layer, kind = _place(pair.base, name, part)
-    change = weight_change(base, tuned, top=SINGULAR_VALUES)
+    first, second = (
+        known.setdefault((id(subject), part, matrix.shape, matrix.device), Spectrum(matrix))
+        for subject, matrix in ((pair.base, base), (pair.tuned, tuned))
+    )
+    change = weight_change(first, second, top=SINGULAR_VALUES)
     return {
         "name": f"{name}[{part}]" if part else name,
         "layer": layer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -41,22 +42,50 @@ class WeightChange:
     intruders: float
 
 
-def weight_change(base: torch.Tensor, tuned: torch.Tensor, *, top: int = 8, dtype: torch.dtype = torch.float64) -> WeightChange:
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A parameter whose singular values and vectors are found when they are first asked for, and kept for further comparisons.
+
+    Attributes:
+        matrix: The parameter, ``(out, in)``.
+        dtype: Working precision.
+    """
+
+    matrix: torch.Tensor
+    dtype: torch.dtype = torch.float64
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor | Spectrum, dtype: torch.dtype) -> Spectrum:
+        """Return what a parameter's spectrum comes from, or that which is already there."""
+        return parameter if isinstance(parameter, Spectrum) else cls(parameter.detach(), dtype)
+
+    @cached_property
+    def parts(self) -> tuple[Float[torch.Tensor, " rank"], Float[torch.Tensor, "short rank"]]:
+        """Singular values, descending, zero where they are rounding, and the singular vectors of the shorter side."""
+        values, vectors = torch.linalg.eigh(_gram(self.matrix, dtype=self.dtype))
+        return _roots(values.flip(0)), vectors.flip(1)
+
+
+def weight_change(
+    base: torch.Tensor | Spectrum, tuned: torch.Tensor | Spectrum, *, top: int = 8, dtype: torch.dtype = torch.float64
+) -> WeightChange:
     """Measure how a parameter changed.
 
     Args:
         base: The base model's parameter; matrices as (out, in), so transpose what is stored as (in, out), such as GPT-2's `Conv1D`. Only
-            the intruder dimensions depend on the orientation. What is not a matrix has norms only.
+            the intruder dimensions depend on the orientation. What is not a matrix has norms only. As a `Spectrum` it is decomposed once
+            for all that it is compared with.
         tuned: The tuned model's, of the same shape.
         top: How many singular values to return.
-        dtype: Working precision.
+        dtype: Working precision; a `Spectrum` has its own.
 
     Raises:
         ValueError: The two are not of one shape.
     """
+    spectra = Spectrum.of(base, dtype), Spectrum.of(tuned, dtype)
+    base, tuned = (spectrum.matrix for spectrum in spectra)
     if base.shape != tuned.shape:
         raise ValueError(f"weights of shapes {tuple(base.shape)} and {tuple(tuned.shape)}: compare parameters of one shape")
-    base, tuned = base.detach(), tuned.detach()
     norm = float(torch.linalg.vector_norm(base, dtype=dtype))
     if base.ndim != 2:
         change = float(torch.linalg.vector_norm(tuned.to(dtype) - base.to(dtype)))
@@ -73,7 +102,7 @@ def weight_change(base: torch.Tensor, tuned: torch.Tensor, *, top: int = 8, dtyp
         effective_rank(sigma),
         float((sigma / sigma[0]).square().sum()) if sigma[0] > 0 else 0.0,
         leading,
-        float(intruder_dimensions(base, tuned, dtype=dtype)),
+        float(intruder_dimensions(*spectra)),
     )
 
 
@@ -102,8 +131,8 @@ def effective_rank(singular_values: Float[torch.Tensor, " n"]) -> float:
 
 
 def intruder_dimensions(
-    base: Float[torch.Tensor, "out in"],
-    tuned: Float[torch.Tensor, "out in"],
+    base: Float[torch.Tensor, "out in"] | Spectrum,
+    tuned: Float[torch.Tensor, "out in"] | Spectrum,
     *,
     k: int = 10,
     epsilon: float = 0.6,
@@ -121,10 +150,11 @@ def intruder_dimensions(
         tuned: The tuned matrix, of the same shape.
         k: How many of the tuned matrix's vectors to look at.
         epsilon: Cosine below which a vector is new.
-        dtype: Working precision.
+        dtype: Working precision; a `Spectrum` has its own.
     """
-    sigma_base, vectors_base = _by_gram(_gram(base, dtype=dtype))
-    sigma_tuned, vectors_tuned = _by_gram(_gram(tuned, dtype=dtype))
+    first, second = Spectrum.of(base, dtype), Spectrum.of(tuned, dtype)
+    (sigma_base, vectors_base), (sigma_tuned, vectors_tuned) = first.parts, second.parts
+    base, tuned = first.matrix, second.matrix
     kept_base, kept_tuned = sigma_base > 0, (sigma_tuned > 0) & (torch.arange(len(sigma_tuned), device=tuned.device) < k)
     vectors_base, vectors_tuned = vectors_base[:, kept_base], vectors_tuned[:, kept_tuned]
     if base.shape[0] <= base.shape[1]:
@@ -132,8 +162,8 @@ def intruder_dimensions(
     else:
         # the Gram matrix was that of the inputs: left vectors are U = W V / σ, and their products need W_baseᵀ W_tuned only
         product = sum(
-            first.to(dtype).T @ (second.to(dtype) @ vectors_tuned)
-            for first, second in zip(base.split(_ROWS), tuned.split(_ROWS), strict=True)
+            ours.to(vectors_base.dtype).T @ (theirs.to(vectors_base.dtype) @ vectors_tuned)
+            for ours, theirs in zip(base.split(_ROWS), tuned.split(_ROWS), strict=True)
         )
         cosine = vectors_base.T @ product / sigma_base[kept_base, None] / sigma_tuned[kept_tuned]
     largest = torch.cat([cosine.abs(), cosine.new_zeros(1, cosine.shape[1])]).amax(dim=0)
@@ -151,12 +181,6 @@ def _gram(matrix: torch.Tensor, minus: torch.Tensor | None = None, *, dtype: tor
             rows = rows - other[start : start + _ROWS].to(dtype)
         gram.addmm_(rows.T, rows)
     return gram
-
-
-def _by_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return singular values, descending, zero where they are rounding, and the singular vectors of the Gram matrix's side."""
-    values, vectors = torch.linalg.eigh(gram)
-    return _roots(values.flip(0)), vectors.flip(1)
 
 
 def _roots(values: torch.Tensor) -> torch.Tensor:
