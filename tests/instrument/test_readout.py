@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from mechscope.instrument import Walk
 from mechscope.instrument.readout import Readout
 from mechscope.subject.load import load
+from mechscope.weights.vocabulary import Vocabulary
 from tests import families
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -89,3 +91,23 @@ def test_an_adapter_on_the_unembedding_counts_where_it_is_active() -> None:
             expected = view.plain(ids).logits
         torch.testing.assert_close(Readout.of(view).logits(Walk(view, ids).run()), expected, **RMS)
     assert not torch.equal(Readout.of(adapted).weight, Readout.of(adapted.without_adapter()).weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "norm"), [("gpt2", "ln_f"), ("llama", "model.norm"), ("gpt_neox", "final_layer_norm"), ("gemma2", "model.norm")]
+)
+def test_a_final_norm_that_an_adapter_trains_is_that_of_the_view_whatever_is_switched_on(family: str, norm: str) -> None:
+    targets = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}.get(family, ["q_proj"])
+    config = LoraConfig(target_modules=targets, modules_to_save=[norm], fan_in_fan_out=family == "gpt2")
+    tuned = load(get_peft_model(families.build(family, torch.float64), config, autocast_adapter_dtype=False))
+    (copy,) = (value for name, value in tuned.model.named_parameters() if "modules_to_save" in name and name.endswith("weight"))
+    copy.add_(torch.randn(copy.shape, generator=torch.Generator().manual_seed(0)).to(copy))
+    plain = tuned.without_adapter()
+    vectors = torch.randn(3, tuned.anatomy.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = Vocabulary(families.subject(family, torch.float64)).written(vectors)
+    with_it, without_it = Vocabulary(tuned), Vocabulary(plain)
+    for view in (tuned, plain):
+        with view.active():
+            torch.testing.assert_close(without_it.written(vectors), before, **CLOSE)
+            assert (with_it.written(vectors) - before).abs().max() > 0.1

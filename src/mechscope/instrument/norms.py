@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
+from mechscope.subject.anatomy import acting
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Norm:
     """A LayerNorm or RMS norm: y = gain ⊙ (x − centre) · scale(x) + shift.
 
     Attributes:
-        module: The norm.
+        module: The norm itself, no wrapper around it: what it says does not change when an adapter is switched off.
         centred: Whether the mean is taken off.
         eps: What is added to the mean square.
         offset: What is added to the weight to give the gain (1 in Gemma).
@@ -62,11 +63,12 @@ class Norm:
 
 
 def recognised(family: str, module: nn.Module) -> Norm:
-    """Find out which norm a module is, and check the formula on random rows.
+    """Find out which norm a module is, and check the formula on random rows; of one that an adapter trains whole, that which is on.
 
     Raises:
         ModelError: It is neither a LayerNorm nor an RMS norm with a gain.
     """
+    module = acting(module)
     weight = getattr(module, "weight", None)
     eps = next(
         (float(value) for name in ("eps", "variance_epsilon", "epsilon") if (value := getattr(module, name, None)) is not None), None

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
@@ -136,6 +137,14 @@ def base_layer(module: nn.Module) -> nn.Module:
     while hasattr(inner, "base_layer"):
         inner = inner.base_layer
     return cast(nn.Module, inner)
+
+
+def acting(module: nn.Module) -> nn.Module:
+    """Return the module that computes now, of those that PEFT keeps where an adapter trains a whole module: its own copy, or the original."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    on = module.active_adapters and not module.disable_adapters
+    return cast(nn.Module, module.modules_to_save[module.active_adapters[0]] if on else module.original_module)
 
 
 def oriented_weight(module: nn.Module) -> Float[Tensor, "output input"]:
