@@ -250,7 +250,8 @@ def test_an_adapter_and_its_model_without_it_are_two_models(family: str) -> None
 def test_between_equal_models_there_is_no_gain_to_share() -> None:
     base, same = (load(families.build("gpt2", torch.float64)) for _ in range(2))
     found = tuned_edges(pair(base, same), TEXTS, fractions=(0.1, 1.0), random=2)
-    assert (found.scores.mean == 0).all()
+    # zero up to rounding, which differs where arrays lie differently in memory
+    np.testing.assert_allclose(found.scores.mean, 0.0, rtol=0, atol=1e-12)
     np.testing.assert_allclose(found.table["value"], found.base, rtol=0, atol=1e-12)
     assert found.table["share"].isna().all()
     assert found.note is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -34,6 +35,12 @@ def group_of(position: int) -> int:
     return max(at for at, edge in enumerate(edges) if edge <= position)
 
 
+def strength(value: float) -> float:
+    """Round to 17 significant bits, as strengths are compared."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.floor(mantissa * 2**17 + 0.5), exponent - 17)
+
+
 def strongest(values: list[np.ndarray], layer: int, neuron: int, k: int, *, by_size: bool) -> list[tuple[float, int, int]]:
     found = [
         (float(value), text, position)
@@ -41,7 +48,7 @@ def strongest(values: list[np.ndarray], layer: int, neuron: int, k: int, *, by_s
         for position, value in enumerate(whole[layer, :, neuron])
         if (abs(value) if by_size else value) > 0
     ]
-    return sorted(found, key=lambda one: (-(abs(one[0]) if by_size else one[0]), one[1], one[2]))[:k]
+    return sorted(found, key=lambda one: (-strength(abs(one[0])), one[1], one[2]))[:k]
 
 
 @torch.no_grad()

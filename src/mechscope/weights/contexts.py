@@ -1,6 +1,7 @@
 """The strongest activations of every neuron with the tokens they fell on: a bounded heap, filled batch by batch and mergeable.
 
-Order is by strength, and among equals by place (text, then position), so that what is kept does not depend on how texts were batched.
+Order is by strength to about five digits, and among equals by place (text, then position), so that what is kept does not depend on how texts were
+batched: where a token alone decides what a neuron does (a parallel model's first layer), its occurrences differ by nothing but rounding.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class TopContexts:
         self._combine(other.activation, other.token, moved)
 
     def _strength(self, activations: Tensor) -> Tensor:
-        return activations.abs() if self._by_size else activations
+        return _to_five_digits(activations.abs() if self._by_size else activations)
 
     def _combine(self, activation: Tensor, token: Tensor, place: Tensor) -> None:
         k = len(self.activation)
@@ -86,6 +87,11 @@ class TopContexts:
         parts = [part.gather(0, by_place) for part in parts]
         by_strength = self._strength(parts[0]).argsort(dim=0, stable=True, descending=True)[:k]
         self.activation, self.token, self._place = (part.gather(0, by_strength) for part in parts)
+
+
+def _to_five_digits(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Round to 16 bits behind the leading one, in float32: whole steps of the number that the bits make."""
+    return ((x.float().view(torch.int32) + 2**6) & -(2**7)).view(torch.float32)
 
 
 def _strongest(strength: Float[Tensor, "n neuron"], k: int) -> Int[Tensor, "k neuron"]:
