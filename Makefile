@@ -23,10 +23,10 @@ lint: .venv/ready
 
 # one thread per test process: two processes with two threads each would spin against each other on two cores
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not gpu'
 
 # on a machine with a CUDA device
 test-gpu: .venv/ready

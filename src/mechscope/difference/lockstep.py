@@ -140,7 +140,9 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
     calls: list[AttentionCall] = []
     heads: list[list[Tensor]] = [[] for _ in pairs]
     layers: list[list[Tensor]] = [[] for _ in pairs]
-    pooled: list[list[Tensor]] = [[] for _ in subjects]
+    # put into place as they come: of short documents a batch has many, and all layers' states are the largest of its numbers
+    sizes = [(len(batch), len(SIDES), len(ROWS), pair.base.anatomy.n_layers, pair.base.anatomy.d_model) for pair in pairs]
+    pooled = [torch.empty(size, dtype=torch.float32, device=real.device) for size in sizes]
     with contextlib.ExitStack() as stack:
         # an adapter's views with and without it are one module: watched once
         for side in {id(subject.plain): subject for subject in subjects}.values():
@@ -157,12 +159,12 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
                 of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[base], hidden[tuned].to(here.device), here)], dim=2)
                 heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
-            for states, stream in zip(pooled, hidden, strict=True):
-                states.append(_row_means(stream.transpose(1, 2), rows).to(real.device))
+            states = [_row_means(stream.transpose(1, 2), rows).to(real.device) for stream in hidden]
+            for kept, (base, tuned) in zip(pooled, places, strict=True):
+                kept[:, 0, :, layer], kept[:, 1, :, layer] = states[base], states[tuned]
             calls.clear()
     outputs = _outputs(pairs, subjects, places, batch, hidden, rows)
     finite = [(stream.isfinite().all(-1).to(real.device) | ~real).all(1) for stream in hidden]
-    means = [torch.stack(states, dim=2).float() for states in pooled]
     return [
         Pending(
             pair,
@@ -171,7 +173,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
                 "heads": torch.stack(heads[number], dim=3),
                 "layers": torch.stack(layers[number], dim=3),
                 "outputs": outputs[number],
-                "pooled": torch.stack([means[side] for side in places[number]], dim=1),
+                "pooled": pooled[number],
                 "finite": torch.stack([finite[side] for side in places[number]], dim=1),
             },
         )
