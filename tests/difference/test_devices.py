@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mechscope.difference import attention_patterns, compare_weights, difference, measure
+from mechscope.difference import attention_patterns, compare_weights, difference, lockstep, measure, one_pass
+from mechscope.difference.lockstep import Measured, Pending
 from mechscope.difference.weights import _heads
 from mechscope.subject.load import load
 from mechscope.subject.pair import pair
@@ -43,6 +44,32 @@ def test_a_whole_difference_is_the_same(family: str) -> None:
     expected = tables(pairs.single)
     with pretended():
         assert_same(tables(pairs.spread), expected)
+
+
+@pytest.mark.parametrize(("where", "most"), [("single", 0), ("spread", 1)])
+def test_the_numbers_of_one_batch_wait_for_a_device_and_of_none_for_a_cpu(where: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Pending] = []
+    left: list[int] = []
+    batches: list[Pending] = []
+
+    def watched(*args: Any, **options: Any) -> list[Pending]:
+        left.append(len(batches) - len(fetched))
+        found = lockstep.launch(*args, **options)
+        batches.extend(found)
+        return found
+
+    def taken(pending: Pending) -> Measured:
+        fetched.append(pending)
+        return fetch(pending)
+
+    fetch = Pending.fetch
+    monkeypatch.setattr(one_pass, "launch", watched)
+    monkeypatch.setattr(Pending, "fetch", taken)
+    with pretended():
+        difference(getattr(both("gpt2"), where), encoded(), tokens_per_batch=15, replicates=10)
+    assert len(left) > 2
+    assert left == [min(at, most) for at in range(len(left))]
+    assert len(fetched) == len(batches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -151,10 +151,12 @@ def differences(
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
     measured = partial(launch, tuple(pairs.values()), gini=[at for at, name in enumerate(pairs) if gini and name in whole])
+    # while a device works on a batch, the numbers of the one before are fetched; a CPU has done its work, and need not hold them
+    ahead = int(any(subject.device.type != "cpu" for subject in models_of(tuple(pairs.values()))))
     waiting: deque[tuple[int, list[list[Pending]]]] = deque()
 
     def take(most: int) -> None:
-        """Wait for the numbers of all but the newest batches."""
+        """Fetch the numbers of all but the newest batches."""
         while len(waiting) > most:
             number, parts = waiting.popleft()
             for part in parts:
@@ -164,9 +166,8 @@ def differences(
 
     for turn, (number, batch) in enumerate(share.rounds(), start=1):
         if batch is not None:
-            # while a device works on this batch, the numbers of the one before are fetched
             waiting.append((number, list(halving.run(measured, batch))))
-            take(1)
+            take(ahead)
             sent += len(batch)
         if progress is not None:  # the others have done about as much
             progress("comparing documents", min(before + sent * ranks.size(), len(encoded)), len(encoded))
