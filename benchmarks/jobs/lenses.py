@@ -6,6 +6,8 @@ linear maps of all rows and nothing else.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -84,79 +86,17 @@ def _top(found: LensReading) -> np.ndarray:
     return found.texts[0].top_log_probability.ravel()
 
 
-_BESIDE = Beside("unembeddings of all layers", unembeddings)
+_job = partial(Job, build=build, sizes=_SIZES, forward=forward, beside=Beside("unembeddings of all layers", unembeddings))
 JOBS = (
-    Job(
-        name="lens",
-        what="logit lens of all layers, top 5",
-        build=build,
-        run=lens,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
-        numbers=_top,
-        ratio=1.3,
-        gib=0.5,
-        rounds=3,
-        seconds=90,
-    ),
-    Job(
-        name="lens_all",
-        what="the same with rank, entropy and KL",
-        build=build,
-        run=lens_all,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
-        gib=0.5,
-        rounds=2,
-        slow=True,
-        seconds=65,
-    ),
-    Job(
-        name="lens_training_step",
-        what="one step of training a tuned lens",
-        build=build,
-        run=training_step,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
-        rounds=2,
-        slow=True,
-        seconds=80,
-    ),
-    Job(
-        name="lens_backbone",
-        what="the pass that the lens reads",
-        build=build,
-        run=lens_backbone,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
-        rounds=3,
-        part=True,
-        seconds=60,
-    ),
-    Job(
-        name="lens_projection",
-        what="top 5 of given rows, all layers",
-        build=build,
-        run=projection,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
-        rounds=3,
-        part=True,
-        seconds=80,
-    ),
-    Job(
+    _job(name="lens", what="logit lens of all layers, top 5", run=lens, numbers=_top, ratio=1.3, gib=0.5, rounds=3, seconds=90),
+    _job(name="lens_all", what="the same with rank, entropy and KL", run=lens_all, gib=0.5, rounds=2, slow=True, seconds=65),
+    _job(name="lens_training_step", what="one step of training a tuned lens", run=training_step, rounds=2, slow=True, seconds=80),
+    _job(name="lens_backbone", what="the pass that the lens reads", run=lens_backbone, rounds=3, part=True, seconds=60),
+    _job(name="lens_projection", what="top 5 of given rows, all layers", run=projection, rounds=3, part=True, seconds=80),
+    _job(
         name="lens_projection_all",
         what="top 5, rank, entropy and KL of given rows, all layers",
-        build=build,
         run=projection_all,
-        sizes=_SIZES,
-        forward=forward,
-        beside=_BESIDE,
         rounds=3,
         part=True,
         seconds=90,

@@ -15,6 +15,7 @@ import torch
 from mechscope import causal, circuits, lens
 from mechscope.difference import measure
 from mechscope.instrument import check_subject, model_inputs, record
+from mechscope.instrument.record import Site
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import Pair, pair
 from tests import families
@@ -22,7 +23,19 @@ from tests.devices import FAMILIES, assert_same, batch, prompts, spread
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 PROMPTS = prompts()
-SITES = ("residual", "query", "key", "value", "pattern", "z", "head_output", "attention_output", "neuron", "mlp_output", "logits")
+SITES: tuple[Site, ...] = (
+    "residual",
+    "query",
+    "key",
+    "value",
+    "pattern",
+    "z",
+    "head_output",
+    "attention_output",
+    "neuron",
+    "mlp_output",
+    "logits",
+)
 
 TECHNIQUES: dict[str, Callable[[Pair], Any]] = {
     "patch": lambda models: causal.patch(models.base, PROMPTS).values,
@@ -60,7 +73,7 @@ def test_recordings(device: torch.device, family: str, dtype: torch.dtype) -> No
     texts = families.padded(families.documents(), "left")
 
     def recorded(subject: Subject) -> Any:
-        with torch.no_grad(), record(subject, *SITES) as found:  # type: ignore[arg-type]
+        with torch.no_grad(), record(subject, *SITES) as found:
             subject.model(**model_inputs(texts.ids.to(subject.device), texts.real), use_cache=False)
         by_token = {place: value.transpose(1, 2) if place[0] == "pattern" else value for place, value in found.values.items()}
         return {str(place): value.cpu()[texts.real] for place, value in by_token.items()}

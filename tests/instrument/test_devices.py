@@ -23,6 +23,7 @@ from mechscope.instrument import (
     pattern,
     record,
 )
+from mechscope.instrument.edits import EditSite
 from mechscope.instrument.padding import Padding
 from mechscope.instrument.record import SITES, Recording
 from mechscope.instrument.walk import next_token_losses
@@ -31,7 +32,7 @@ from tests import families
 from tests.devices import FAMILIES, assert_same, both, spread, subjects
 from tests.pretend import pretended, traffic
 
-EDITED = ("query", "key", "value", "z", "attention_output", "neuron", "mlp_output", "residual")
+EDITED: tuple[EditSite, ...] = ("query", "key", "value", "z", "attention_output", "neuron", "mlp_output", "residual")
 
 
 def texts() -> families.Texts:
@@ -64,7 +65,7 @@ def test_the_fingerprint_does_not_depend_on_the_devices(family: str) -> None:
 def test_recordings_are_equal(family: str) -> None:
     def recorded(subject: Subject) -> dict[Any, Any]:
         inputs = model_inputs(texts().ids.to(subject.device), texts().real)
-        with torch.no_grad(), record(subject, *SITES) as recording:  # type: ignore[arg-type]
+        with torch.no_grad(), record(subject, *SITES) as recording:
             subject.model(**inputs, use_cache=False)
         return recording.values
 
@@ -133,8 +134,8 @@ def test_interventions_are_equal(family: str) -> None:
         ]
         for site in EDITED:
             heads = (1,) if site in ("query", "key", "value", "z") else None
-            edits.append((Edit(site, 1, lambda part: 2 * part, heads=heads, positions=real),))  # type: ignore[arg-type]
-            edits.append((Edit(site, 2, torch.ones(()), heads=heads),))  # type: ignore[arg-type]
+            edits.append((Edit(site, 1, lambda part: 2 * part, heads=heads, positions=real),))
+            edits.append((Edit(site, 2, torch.ones(()), heads=heads),))
         for changes in edits:
             with torch.no_grad(), intervene(subject, *changes):
                 logits = subject.model(**model_inputs(texts().ids.to(subject.device), real), use_cache=False).logits
@@ -153,7 +154,7 @@ def test_interventions_are_equal(family: str) -> None:
 def test_reruns_from_every_layer_are_equal(family: str) -> None:
     real = texts().real
     reading = Reading.of(real & torch.arange(real.shape[1]).eq(real.shape[1] - 1))
-    units = [(Edit(site, layer, 0.0),) for layer in (1, 2) for site in EDITED]  # type: ignore[arg-type]
+    units = [(Edit(site, layer, 0.0),) for layer in (1, 2) for site in EDITED]
 
     def rerun(subject: Subject) -> list[Any]:
         prefix = Prefix(subject, texts().ids, real, sites=EDITED)

@@ -37,7 +37,7 @@ Site = Literal[
     "mlp_output",
     "logits",
 ]
-SITES: tuple[str, ...] = get_args(Site)
+SITES: tuple[Site, ...] = get_args(Site)
 _ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}
 
 
