@@ -19,7 +19,7 @@ from mechscope.report.contents import Contents
 from mechscope.report.figures import figures
 from mechscope.report.page import html, render
 from mechscope.report.summary import caveats, sentences
-from mechscope.report.theme import interval, name_of, number, percent
+from mechscope.report.theme import interval, model_name, name_of, number, percent
 from tests.report import synthetic
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -234,6 +234,24 @@ def test_few_documents_and_few_seeds_are_confessed() -> None:
 )
 def test_numbers_are_written_to_three_digits(value: object, written: str) -> None:
     assert number(value) == written
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("gpt2", "gpt2"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B-Base", "Qwen3-0.6B-Base"),
+        ("../data/newsroom/model/", "newsroom/model"),
+        ("/scratch/me/runs/samsum/models/tuned", "samsum/models/tuned"),
+        ("runs/pegasus-x/checkpoint-500", "pegasus-x/checkpoint-500"),
+        ("/models/Final", "/models/Final"),
+        ("model", "model"),
+        (".", "."),
+    ],
+)
+def test_a_model_is_called_by_the_part_of_its_source_that_says_which(source: str, name: str) -> None:
+    assert model_name(source) == name
 
 
 def test_an_interval_with_a_missing_end_is_not_written() -> None:

@@ -6,14 +6,13 @@ As in `summary`, every sentence carries its number and its interval, and says "m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
 from mechscope.report.circuit_slider import Picture
 from mechscope.report.heatmaps import Q_SIGNIFICANT
 from mechscope.report.summary import Card
-from mechscope.report.theme import interval, label, name_of, number, percent
+from mechscope.report.theme import interval, label, model_name, name_of, number, percent
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -29,8 +28,8 @@ def only_circuits(tables: Tables) -> bool:
 def circuit_title(model: str | None, base: str | None) -> str:
     """Return the title of the page of a run about circuits, of one model or of a base and what was made of it."""
     if model or not base:
-        return f"The circuit of {Path(model).name}" if model else "Circuits"
-    return f"The circuits of {Path(base).name} before and after fine-tuning"
+        return f"The circuit of {model_name(model)}" if model else "Circuits"
+    return f"The circuits of {model_name(base)} before and after fine-tuning"
 
 
 def circuit_sentences(tables: Tables, drawn: list[Picture]) -> list[str]:

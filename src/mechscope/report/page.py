@@ -40,7 +40,7 @@ from mechscope.report.reading_cards import reading_cards, reading_caveats
 from mechscope.report.reading_summary import reading_sentences, reading_title
 from mechscope.report.sections import alone, only_readings, sections
 from mechscope.report.summary import cards, caveats, sentences
-from mechscope.report.theme import DARK, LIGHT, ROWS_NAMES, interval, name_of, number
+from mechscope.report.theme import DARK, LIGHT, ROWS_NAMES, interval, model_name, name_of, number
 from mechscope.store.files import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
@@ -170,13 +170,13 @@ def _setting(contents: Contents, *names: str) -> str | None:
 def _title(contents: Contents) -> str:
     if "effects" in contents.tables and (model := _setting(contents, "model")):
         verb = "Patching" if contents.manifest.get("kind") == "patch" else "Ablating"
-        return f"{verb} {Path(model).name}"
+        return f"{verb} {model_name(model)}"
     base = _setting(contents, "base")
     if only_circuits(contents.tables):
         return circuit_title(_setting(contents, "model"), base)
     if only_readings(contents.tables):
         return reading_title(contents.tables, _setting(contents, "model") or base)
-    return f"What fine-tuning changed in {Path(base).name}" if base else "What fine-tuning changed"
+    return f"What fine-tuning changed in {model_name(base)}" if base else "What fine-tuning changed"
 
 
 def _asked(contents: Contents) -> list[tuple[str, str]]:

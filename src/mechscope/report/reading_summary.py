@@ -6,13 +6,12 @@ As in `summary`, every sentence carries its number and, where the table has one,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
 from mechscope.report.heatmaps import Q_SIGNIFICANT
 from mechscope.report.lens_figures import SITES, first_lens
-from mechscope.report.theme import interval, label, name_of, number, percent
+from mechscope.report.theme import interval, label, model_name, name_of, number, percent
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -53,7 +52,7 @@ def reading_title(tables: Tables, model: str | None) -> str:
     kinds = [kind for kind, names in KINDS.items() if any(name in tables for name in names)]
     one, two = _TITLES[kinds[0]] if len(kinds) == 1 else ("Reading {}", "Reading {} before and after fine-tuning")
     pair = any("tuned" in set(table["model"]) for table in tables.values() if "model" in table)
-    return (two if pair else one).format(Path(model).name if model else "the model")
+    return (two if pair else one).format(model_name(model) if model else "the model")
 
 
 def reading_sentences(tables: Tables) -> list[str]:

@@ -10,6 +10,8 @@ a word carries it too.
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 # Okabe–Ito without its yellow, which vanishes on white; ordered so that neighbours differ in lightness as well.
@@ -54,6 +56,9 @@ ROWS_NAMES = {"all": "all tokens", "document": "article", "summary": "summary"}
 
 # No name of a part of a model comes near this, in characters; only broken or hostile ones exceed it. The Parquet tables have them whole.
 _LONGEST_LABEL = 160
+
+# What a folder of weights is called whatever the model: mechscope's own runs, and the habits of others.
+_SAYS_NOTHING = re.compile(r"models?|tuned|base|lora|adapter|output|final|last|best|checkpoint-?\d*", re.IGNORECASE)
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', Arial, sans-serif"
 
@@ -128,6 +133,13 @@ def name_of(value: object) -> str:
         if text in names:
             return names[text]
     return label(text.replace("_", " "))
+
+
+def model_name(source: str) -> str:
+    """Return what to call a model in a sentence: the last part of its hub id or path, with the parts before it where that says nothing."""
+    parts = Path(source).parts
+    telling = next((at for at in reversed(range(len(parts))) if not _SAYS_NOTHING.fullmatch(parts[at])), 0)
+    return label(Path(*parts[telling:]).as_posix())
 
 
 def label(text: object) -> str:
