@@ -10,7 +10,7 @@ import torch
 
 from mechscope.data.prompt import Example, collate
 from mechscope.difference import lockstep
-from mechscope.difference.lockstep import HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, Measured, measure
+from mechscope.difference.lockstep import HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, Measured, launch, measure
 from mechscope.errors import ModelError
 from tests import families
 from tests.difference import oracle
@@ -31,7 +31,8 @@ def measured(family: str, dtype: torch.dtype, padding: str, method: Any = "auto"
         measure(oracle.models(family, dtype), collate(documents, pad_id=0, padding=side), method=method) for documents in arrange(padding)
     ]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("heads", "layers", "outputs", "pooled")}
-    return Measured(tuple(name for part in parts for name in part.ids), **joined)
+    ids = tuple(name for part in parts for name in part.ids)
+    return Measured(ids, **joined, sampled=ids)
 
 
 def test_measures_have_the_oracle_s_names():
@@ -182,6 +183,19 @@ def test_a_document_without_a_summary_has_no_summary_measures(padding: Any):
     for values in (found.heads, found.layers, found.outputs, found.pooled[:, 0]):
         assert np.isnan(values[0, 2]).all()
         assert np.isfinite(values[0, :2]).all()
+
+
+@pytest.mark.parametrize("sample", [(), ("doc3",), ("doc4", "doc1", "another's"), None])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_pooled_states_are_those_of_the_sample_and_the_rest_those_of_all(family: str, sample: tuple[str, ...] | None):
+    both, batch = oracle.models(family), collate(oracle.examples(), pad_id=0, padding="left")
+    of_all = measure(both, batch)
+    found = launch([both], batch, sample=sample)[0].fetch()
+    kept = [number for number, name in enumerate(of_all.ids) if sample is None or name in sample]
+    assert found.sampled == tuple(of_all.ids[number] for number in kept)
+    np.testing.assert_allclose(found.pooled, of_all.pooled[kept], rtol=1e-6)
+    for name in ("heads", "layers", "outputs"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(of_all, name))
 
 
 def test_a_document_of_one_token_has_patterns_but_predicts_nothing():

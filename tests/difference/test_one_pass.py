@@ -17,11 +17,12 @@ from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
 from mechscope.data import memory
-from mechscope.data.prompt import Encoded, packs
+from mechscope.data.prompt import Encoded, collate, packs
 from mechscope.difference import Difference, difference, differences, lockstep, one_pass
+from mechscope.difference.accumulate import Accumulated
 from mechscope.errors import DataError
 from mechscope.instrument import Walk
-from mechscope.stats.geometry import cka, rsa
+from mechscope.stats.geometry import BottomK, cka, rsa
 from mechscope.store.run import RunFolder
 from mechscope.subject import Pair, Subject, pair
 from mechscope.subject.load import load
@@ -101,6 +102,23 @@ def test_the_outputs_table_is_that_of_plain_hugging_face(family: str, found: Dif
 def test_batching_changes_nothing_but_rounding(family: str, found: Difference):
     for tokens in (1, 10_000):
         assert_equal_tables(run(oracle.models(family), tokens_per_batch=tokens), found, rtol=1e-6, atol=1e-9)
+
+
+def test_states_are_pooled_of_the_sampled_documents_alone(family: str, monkeypatch: pytest.MonkeyPatch):
+    both, documents = oracle.models(family), oracle.examples()
+    everything = Accumulated(n_layers=families.LAYERS, n_heads=families.HEADS, geometry_documents=3, seed=7)
+    everything.update(lockstep.measure(both, collate(documents, pad_id=0)))
+    pooled: list[str] = []
+    keep = BottomK.update
+
+    def update(sample: BottomK, name: str, array: np.ndarray) -> None:
+        pooled.append(name)
+        keep(sample, name, array)
+
+    monkeypatch.setattr(BottomK, "update", update)
+    found = run(both, geometry_documents=3, seed=7)
+    assert len(pooled) == 3 < len(documents)
+    np.testing.assert_allclose(found.accumulated.pooled.arrays(), everything.pooled.arrays(), rtol=1e-6)
 
 
 def test_a_model_against_itself_shows_no_change(family: str):

@@ -139,6 +139,13 @@ def test_the_sample_is_the_documents_with_the_smallest_hashes() -> None:
     assert filled(10, list(range(60))).arrays()[:, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [1, 10, 60, 100])
+def test_which_documents_a_sample_ends_up_with_is_known_beforehand(k: int, seed: int) -> None:
+    chosen = BottomK.chosen((NAMES[i] for i in [*range(60), *range(20)]), k, seed)
+    assert {NAMES[int(i)] for i in filled(k, list(range(60)), seed).arrays()[:, 0]} == chosen
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_sample_does_not_depend_on_order_grouping_or_repetition(seed: int) -> None:
     order = np.random.default_rng(seed).permutation(60).tolist()

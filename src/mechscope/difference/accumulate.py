@@ -50,7 +50,7 @@ class Accumulated:
         self.outputs.update_many(measured.outputs)
         index = [self.head_measures.index(name) for name in RESAMPLED]
         self.resampled.update_many(measured.ids, measured.heads[:, :, index])
-        for name, array in zip(measured.ids, measured.pooled, strict=True):
+        for name, array in zip(measured.sampled, measured.pooled, strict=True):
             self.pooled.update(name, array)
 
     def merge(self, other: Accumulated) -> None:

@@ -18,7 +18,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -30,7 +30,7 @@ from mechscope.instrument.padding import Padding
 from mechscope.instrument.patterns import Method
 from mechscope.instrument.stand_ins import fused_activations
 from mechscope.subject import Pair, Subject
-from mechscope.subject.placement import sent
+from mechscope.subject.placement import index_for, sent
 
 ROWS: tuple[Rows, ...] = get_args(Rows)
 PATTERN_MEASURES = ("entropy", "relative_entropy", "distance", "sink")
@@ -68,14 +68,16 @@ class Measured:
         heads: ``(document, rows, measure, layer, head)``.
         layers: ``(document, rows, measure, layer)``.
         outputs: ``(document, rows, measure)``; the rows of a next-token distribution are those of the token it predicts.
-        pooled: ``(document, side, rows, layer, d_model)``: mean residual stream after each block, float32.
+        pooled: ``(sampled document, side, rows, layer, d_model)``: mean residual stream after each block, float32.
+        sampled: The ids of the documents of `pooled`.
     """
 
     ids: tuple[str, ...]
     heads: Float[np.ndarray, "document rows measure layer head"]
     layers: Float[np.ndarray, "document rows measure layer"]
     outputs: Float[np.ndarray, "document rows measure"]
-    pooled: Float[np.ndarray, "document side rows layer d_model"]
+    pooled: Float[np.ndarray, "sampled side rows layer d_model"]
+    sampled: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,13 @@ class Pending:
         pair: The models.
         batch: The documents.
         values: `heads`, `layers`, `outputs`, `pooled` of `Measured` on the device, and `finite` ``(document, side)``.
+        sampled: The ids of the documents of `pooled`.
     """
 
     pair: Pair
     batch: Batch
     values: dict[str, Tensor]
+    sampled: tuple[str, ...]
 
     def fetch(self) -> Measured:
         """Wait for the numbers.
@@ -108,7 +112,7 @@ class Pending:
                     "load it in bfloat16 or float32"
                 )
         arrays = {name: value.cpu().numpy() for name, value in self.values.items() if name != "finite"}
-        return Measured(tuple(example.id for example in self.batch.examples), **arrays)
+        return Measured(tuple(example.id for example in self.batch.examples), **arrays, sampled=self.sampled)
 
 
 def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
@@ -117,7 +121,14 @@ def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "a
 
 
 @torch.no_grad()
-def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), method: Method = "auto") -> list[Pending]:
+def launch(
+    pairs: Sequence[Pair],
+    batch: Batch,
+    *,
+    gini: Collection[int] = (),
+    sample: Collection[str] | None = None,
+    method: Method = "auto",
+) -> list[Pending]:
     """Run all models of some pairs over a batch; on a GPU this returns before the work is done.
 
     Args:
@@ -125,6 +136,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
         batch: Documents, padded on either side.
         gini: Numbers of the pairs of which the Gini coefficient of every pattern is measured too (takes the exact path, several times slower on long
             documents).
+        sample: The ids of the documents whose pooled states are wanted; all by default.
         method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
 
     Returns:
@@ -140,8 +152,10 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
     calls: list[AttentionCall] = []
     heads: list[list[Tensor]] = [[] for _ in pairs]
     layers: list[list[Tensor]] = [[] for _ in pairs]
-    # put into place as they come: of short documents a batch has many, and all layers' states are the largest of its numbers
-    sizes = [(len(batch), len(SIDES), len(ROWS), pair.base.anatomy.n_layers, pair.base.anatomy.d_model) for pair in pairs]
+    at = [number for number, example in enumerate(batch.examples) if sample is None or example.id in sample]
+    sampled = index_for(at, rows)
+    # put into place as they come: all layers' states are the largest of a document's numbers
+    sizes = [(len(at), len(SIDES), len(ROWS), pair.base.anatomy.n_layers, pair.base.anatomy.d_model) for pair in pairs]
     pooled = [torch.empty(size, dtype=torch.float32, device=real.device) for size in sizes]
     with contextlib.ExitStack() as stack:
         # an adapter's views with and without it are one module: watched once
@@ -159,7 +173,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
                 of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[base], hidden[tuned].to(here.device), here)], dim=2)
                 heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
-            states = [_row_means(stream.transpose(1, 2), rows).to(real.device) for stream in hidden]
+            states = [_pooled(stream, rows, sampled).to(real.device) for stream in hidden]
             for kept, (base, tuned) in zip(pooled, places, strict=True):
                 kept[:, 0, :, layer], kept[:, 1, :, layer] = states[base], states[tuned]
             calls.clear()
@@ -176,6 +190,7 @@ def launch(pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), m
                 "pooled": pooled[number],
                 "finite": torch.stack([finite[side] for side in places[number]], dim=1),
             },
+            tuple(batch.examples[number].id for number in at),
         )
         for number, pair in enumerate(pairs)
     ]
@@ -217,6 +232,14 @@ def _residual(
     streams = (base.float() if base.dtype != torch.float64 else base, tuned.float() if tuned.dtype != torch.float64 else tuned)
     values = [stream.norm(dim=-1) for stream in streams] + [stream.abs().mean(-1) for stream in streams] + [cosine_distance(*streams)]
     return _row_means(torch.stack(values, dim=1), rows)
+
+
+def _pooled(
+    stream: Float[Tensor, "batch token d"], rows: Bool[Tensor, "batch rows token"], sampled: Int[Tensor, " sampled"]
+) -> Float[Tensor, "sampled rows d"]:
+    """Average the residual stream over each kind of row of some documents."""
+    here = sampled.to(stream.device)
+    return _row_means(stream[here].transpose(1, 2), rows.to(stream.device)[here])
 
 
 def cosine_distance(x: Float[Tensor, "*shape d"], y: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:

@@ -30,6 +30,7 @@ from mechscope.difference.tables import heads_table, layers_table, outputs_table
 from mechscope.difference.weights import WeightDifference, compare_weights_of
 from mechscope.errors import DataError
 from mechscope.progress import Progress
+from mechscope.stats.geometry import BottomK
 from mechscope.subject import Pair
 
 if TYPE_CHECKING:
@@ -150,7 +151,12 @@ def differences(
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
-    measured = partial(launch, tuple(pairs.values()), gini=[at for at, name in enumerate(pairs) if gini and name in whole])
+    measured = partial(
+        launch,
+        tuple(pairs.values()),
+        gini=[at for at, name in enumerate(pairs) if gini and name in whole],
+        sample=BottomK.chosen((example.id for example in encoded.examples), geometry_documents, seed),
+    )
     # while a device works on a batch, the numbers of the one before are fetched; a CPU has done its work, and need not hold them
     ahead = int(any(subject.device.type != "cpu" for subject in models_of(tuple(pairs.values()))))
     waiting: deque[tuple[int, list[list[Pending]]]] = deque()

@@ -10,7 +10,7 @@ whatever the order of arrival.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -104,6 +104,11 @@ class BottomK:
         self.seed = seed
         self._heap: list[int] = []  # negated, so that the largest hash kept is on top
         self._arrays: dict[int, np.ndarray] = {}
+
+    @staticmethod
+    def chosen(names: Iterable[str], k: int, seed: int = 0) -> set[str]:
+        """Return the documents of these whose arrays a sample of all would end up with, so that no others need be made."""
+        return set(heapq.nsmallest(k, set(names), key=lambda name: stable_hash(seed, name)))
 
     def __len__(self) -> int:
         return len(self._arrays)
