@@ -141,15 +141,15 @@ def roles() -> np.ndarray:
     return np.stack([role.score for role in roles_on(subject, texts, tokens_per_batch=16)])
 
 
-def trained(folder: Path) -> pd.DataFrame:
+def trained(folder: Path, documents: int = 6, batch_size: int = 6) -> pd.DataFrame:
     """Fine-tune by LoRA in all heads of a layer and return the learning curve."""
     torch.manual_seed(0)
     # without dropout, whose draws depend on how a batch is divided
     subject = load(families.build("llama", torch.float32), check=False)
     placed = place(subject, Components.parse("layers:1"), rank=2)
-    settings = TrainSettings(batch_size=6, max_steps=4, eval_every=2, learning_rate_lora=1e-2, patience=None)
+    settings = TrainSettings(batch_size=batch_size, max_steps=4, eval_every=1, learning_rate_lora=1e-2, patience=None)
     examples = encoded().examples
-    return tune(subject, examples[:6], examples[6:], folder, method="lora", placed=placed, settings=settings).curve
+    return tune(subject, examples[:documents], examples[documents:], folder, method="lora", placed=placed, settings=settings).curve
 
 
 def written(source: str) -> list[str]:

@@ -129,12 +129,15 @@ def test_roles_of_heads_are_those_of_one_process():
         np.testing.assert_allclose(found, alone, rtol=1e-12, atol=1e-12)
 
 
-def test_ranks_train_together(tmp_path: Path):
-    alone = jobs.trained(tmp_path / "one")
-    first, second = together(2, jobs.trained, tmp_path / "two")
+# of five documents in batches of four the last is one alone: a second rank has nothing then
+@pytest.mark.parametrize(("documents", "batch_size"), [(6, 6), (5, 4)])
+def test_ranks_train_together(tmp_path: Path, documents: int, batch_size: int):
+    alone = jobs.trained(tmp_path / "one", documents, batch_size)
+    first, second = together(2, jobs.trained, tmp_path / "two", documents, batch_size)
     assert_frame_equal(first, second)
+    assert alone["tokens"].tolist() == first["tokens"].tolist()
     assert_frame_equal(first, alone, rtol=1e-5)
-    assert alone["train_loss"].iloc[-1] < alone["train_loss"].iloc[1] - 0.05, "nothing was learned"
+    assert np.ptp(alone["validation_loss"]) > 1e-3, "nothing was learned"
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 

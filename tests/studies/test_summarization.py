@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from mechscope.errors import RunError
+from mechscope import ranks
+from mechscope.errors import RunError, SettingsError
 from mechscope.store.run import RunFolder, verify
 from mechscope.store.tables import read_table
 from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import DiffSettings, StudySettings
-from mechscope.studies.summarization import Study, diff_run, study
+from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings
+from mechscope.studies.summarization import Study, bakeoff_run, diff_run, study
 from tests.studies.conftest import TINY_STUDY
 
 HEADS = [
@@ -127,9 +128,11 @@ def test_the_pairs_with_lora_are_measured_too(undisturbed):
     assert (pairs[pairs["pair"] == "base–LoRA"]["weight_change"] > 0).all()
 
 
-def test_asked_again_a_finished_study_runs_nothing(undisturbed, tiny_model):
+# batches may be smaller where memory ran out: only how the work is cut up depends on it
+@pytest.mark.parametrize("changed", [{}, {"tokens_per_batch": 64}])
+def test_asked_again_a_finished_study_runs_nothing(undisturbed, tiny_model, changed):
     before = {path: path.stat().st_mtime_ns for path in (undisturbed.path / "tables").iterdir()}
-    study(resolve(StudySettings, base=str(tiny_model), **TINY_STUDY), undisturbed.path)
+    study(resolve(StudySettings, base=str(tiny_model), **{**TINY_STUDY, **changed}), undisturbed.path)
     assert {path: path.stat().st_mtime_ns for path in (undisturbed.path / "tables").iterdir()} == before
     events = RunFolder.read(undisturbed.path).events()
     begun = max(index for index, event in enumerate(events) if event["message"] == "run continues")
@@ -139,6 +142,15 @@ def test_asked_again_a_finished_study_runs_nothing(undisturbed, tiny_model):
 def test_other_settings_on_the_same_folder_are_refused(undisturbed, tiny_model):
     with pytest.raises(RunError, match="max_tokens"):
         study(resolve(StudySettings, base=str(tiny_model), **{**TINY_STUDY, "max_tokens": 96}), undisturbed.path)
+
+
+@pytest.mark.parametrize(("begin", "settings"), [(study, StudySettings), (bakeoff_run, BakeOffSettings)])
+def test_batches_that_the_ranks_cannot_share_are_refused_before_anything_is_done(begin, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda: 3)
+    places = {} if settings is StudySettings else {"target_layers": "layers:0"}
+    with pytest.raises(SettingsError, match=r"batches of 32 cannot be divided among 3 ranks: choose a multiple of 3 .* divides 32"):
+        begin(resolve(settings, base="nowhere", data="newsroom", **places), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # where the study is killed, and how many seconds behind what its log says; started again by the same command, it may be killed again

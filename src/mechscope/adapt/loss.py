@@ -21,6 +21,7 @@ from mechscope.data.prompt import Batch, Example, batches, collate
 
 LossOn = Literal["summary", "all"]
 IGNORED = -100  # the label that Hugging Face leaves out of a loss
+NOTHING = Example("", (0,), (0, 0), (0, 0), False)  # fills a batch up: no token of it is predicted or counted
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask, position_ids and labels, each (batch, longest), of examples in the order given."""
-        return self.inputs(collate(examples, pad_id=self.pad_id))
+        inputs = self.inputs(collate(examples, pad_id=self.pad_id))
+        inputs["attention_mask"][[example is NOTHING for example in examples]] = 0
+        return inputs
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Label a batch."""

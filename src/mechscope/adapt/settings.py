@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mechscope import ranks
 from mechscope.adapt.loss import LossOn
 from mechscope.errors import SettingsError
 
@@ -77,3 +78,16 @@ class TrainSettings:
         """Return the optimizer steps of one pass; the last, smaller batch is a step of its own."""
         micro_batches = -(-n_examples // self.batch_size)
         return -(-micro_batches // self.gradient_accumulation)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse batches that the ranks cannot share evenly.
+
+    Raises:
+        SettingsError: The number of ranks does not divide the batch size.
+    """
+    if batch_size % ranks.size():
+        raise SettingsError(
+            f"batches of {batch_size} cannot be divided among {ranks.size()} ranks: choose a multiple of {ranks.size()} for batch_size, or, to go on "
+            f"with a run that was begun, start a number of ranks that divides {batch_size}"
+        )

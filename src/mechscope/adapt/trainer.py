@@ -5,7 +5,7 @@ vocabulary. Validation is weighted by token instead of averaging batch means. An
 goes to a callback. Checkpoints, resuming, early stopping, mixed precision and the schedule are the Trainer's own.
 
 Several ranks share every batch, so that `batch_size` means the same however many there are; gradients are averaged by the Trainer (DDP, or what
-accelerate is configured to do). Only where an epoch's last batch cannot be divided evenly does accelerate fill it up with examples from its start.
+accelerate is configured to do). An epoch's last batch is filled up with nothing, so that all get as many rows: see `Order`.
 """
 
 from __future__ import annotations
@@ -18,28 +18,53 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from mechscope import ranks
-from mechscope.adapt.loss import Collator, mean_loss, summed_loss
+from mechscope.adapt.loss import NOTHING, Collator, mean_loss, summed_loss
 from mechscope.adapt.settings import Method, TrainSettings
 from mechscope.data.prompt import Example
-from mechscope.errors import RunError, SettingsError
+from mechscope.errors import RunError
 from mechscope.progress import Progress
 
 # the trainer names a checkpoint's state so, and writes it last: a checkpoint that has it whole is whole
 STATE = "trainer_state.json"
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class Order(Sampler[int]):
+    """The order of the examples in an epoch, the same for any number of ranks.
+
+    Several ranks need as many rows each, so the last batch is filled up with an example of which nothing is learned or counted, the one behind the last.
+    Left to itself accelerate fills it with other examples, learned once more, and what is learned would depend on the number of ranks.
+    """
+
+    def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
+        self.shuffled = SeedableRandomSampler(range(n_examples), data_seed=seed)
+        self.filling = [n_examples] * (-n_examples % batch_size if ranks.size() > 1 else 0)
+
+    def __len__(self) -> int:
+        return len(self.shuffled) + len(self.filling)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.shuffled
+        yield from self.filling
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides the order."""
+        self.shuffled.set_epoch(epoch)
 
 
 class SummaryTrainer(Trainer):
@@ -83,6 +108,11 @@ class SummaryTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Sized | None = None) -> Order:
+        assert self.train_dataset is not None
+        examples = len(self.train_dataset) - 1  # the last is nothing
+        return Order(examples, self.args.per_device_train_batch_size * ranks.size(), self.args.data_seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: nobody reads the count, and walking the parameters at every step costs more than a small model's step."""
@@ -145,10 +175,6 @@ def build_trainer(
         first_time: Whether the training starts at step 0, so that the untrained loss is still to be measured.
         callbacks: The trainer's own kind of callbacks.
     """
-    if settings.batch_size % ranks.size():
-        raise SettingsError(
-            f"batches of {settings.batch_size} cannot be divided among {ranks.size()} ranks: choose a multiple of that for batch_size"
-        )
     per_epoch = settings.steps_per_epoch(len(train))
     every = settings.eval_every or per_epoch
     steps = settings.epochs * per_epoch
@@ -197,7 +223,7 @@ def build_trainer(
         validation=validation,
         tokens_per_batch=settings.batch_size * widest,
         args=arguments,
-        train_dataset=list(train),
+        train_dataset=[*train, NOTHING],
         eval_dataset=list(validation),
         callbacks=[*callbacks, *patience],
     )

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from mechscope import ranks
 from mechscope.adapt.lora import attach, base_copy, leak, total_parameters
-from mechscope.adapt.settings import Method, TrainSettings
+from mechscope.adapt.settings import Method, TrainSettings, check_batch_size
 from mechscope.adapt.targets import Placement
 from mechscope.adapt.trainer import Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
 from mechscope.data.prompt import Example, pad_id
@@ -120,6 +120,7 @@ def tune(
         RunError: The folder is taken by something else or cannot be written, or the loss is no longer a number.
     """
     settings = settings or TrainSettings()
+    check_batch_size(settings.batch_size)
     if (method == "lora") is (placed is None):
         raise SettingsError(
             f"method {method!r} {'needs' if method == 'lora' else 'takes no'} placement: LoRA is placed, full fine-tuning changes everything"

@@ -112,7 +112,8 @@ def differences(
         pairs: The base and the tuned model of each, by name.
         encoded: The documents as tokens.
         in_full: Names of the pairs that get Gini coefficients and bootstrap replicates, if they are asked for; all by default. The others have neither.
-        tokens_per_batch: Tokens of every model's batches, padding included; decides the memory. By default what free memory allows.
+        tokens_per_batch: Tokens of every model's batches, padding included; decides the memory. By default what free memory allows. What
+            continues from a checkpoint keeps its batches, unless a smaller number is given here.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
@@ -147,7 +148,7 @@ def differences(
 
     share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pairs, encoded))
     if stage is not None:
-        share = share.resume(stage)
+        share.resume(stage, most=tokens_per_batch)
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()

@@ -1,8 +1,9 @@
 """One rank's share of the documents of a difference: which batches are its own, which are done, and what they gave.
 
 Batches are made of documents sorted by length and dealt out like cards, so that all ranks carry about the same number of tokens. A checkpoint,
-written by rank 0, holds every rank's statistics, and of every batch whose it is and whether it is done. Continued by as many ranks as before, each
-goes on with its own, to the last bit; by another number, what is done goes to rank 0 and the rest is dealt out anew.
+written by rank 0, holds every rank's statistics, and of every batch its documents, whose it is and whether it is done. Continued by as many ranks as
+before, each goes on with its own, to the last bit; by another number, what is done goes to rank 0 and the rest is dealt out anew. Where smaller batches
+are asked for than before, because those did not fit, the rest is divided anew too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ class Share:
 
     Attributes:
         accumulated: The statistics, one of each pair of models.
-        tokens_per_batch: Most tokens of a batch.
     """
 
     def __init__(self, examples: Sequence[Example], nothing: Callable[[], list[Accumulated]], tokens_per_batch: int) -> None:
@@ -39,35 +39,50 @@ class Share:
             tokens_per_batch: Most tokens of a batch.
         """
         self.accumulated = nothing()
-        self.tokens_per_batch = tokens_per_batch
         self._examples, self._nothing = examples, nothing
+        self._tokens_per_batch = tokens_per_batch
         self._packs = list(packs(examples, tokens_per_batch=tokens_per_batch))
         self._owner = np.arange(len(self._packs), dtype=np.int32) % ranks.size()
         self._done = np.zeros(len(self._packs), dtype=bool)
 
-    def resume(self, stage: Stage) -> Share:
-        """Return the share to go on with: this one, or that of the stage's checkpoint, whose batches are as they were."""
-        kept = stage.resume()
-        if kept is None:
-            return self
-        state, meta = kept
-        share = Share(self._examples, self._nothing, meta["tokens_per_batch"])
-        share._continue(state, meta)
-        return share
+    def resume(self, stage: Stage, *, most: int | None) -> None:
+        """Go on from the stage's checkpoint, if there is one.
 
-    def _continue(self, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self._done = state["done"].numpy().astype(bool)
+        Args:
+            stage: The stage.
+            most: Most tokens of a batch where somebody asked for that; batches that are larger are made anew, others are as they were.
+        """
+        kept = stage.resume()
+        if kept is not None:
+            self._continue(*kept, most)
+
+    def _continue(self, state: dict[str, Tensor], meta: dict[str, Any], most: int | None) -> None:
+        documents = state["documents"].split(state["sizes"].tolist())
+        self._packs = [[self._examples[number] for number in part.tolist()] for part in documents]
+        self._owner, self._done = state["owner"].numpy(), state["done"].numpy().astype(bool)
+        self._tokens_per_batch = meta["tokens_per_batch"]
         if meta["ranks"] == ranks.size():
-            self._owner = state["owner"].numpy()
             _load(self.accumulated, state, ranks.rank())
-            return
-        left = np.flatnonzero(~self._done)
-        self._owner[left] = np.arange(len(left)) % ranks.size()
-        if ranks.is_first():
+        elif ranks.is_first():
             for number in range(meta["ranks"]):
                 part = self._nothing()
                 _load(part, state, number)
                 _merge(self.accumulated, part)
+        if most is not None and most < self._tokens_per_batch:
+            self._divide_anew(most)
+        elif meta["ranks"] == ranks.size():
+            return
+        left = np.flatnonzero(~self._done)
+        self._owner[left] = np.arange(len(left)) % ranks.size()
+
+    def _divide_anew(self, tokens_per_batch: int) -> None:
+        """Make smaller batches of what is not done."""
+        done = [pack for pack, is_done in zip(self._packs, self._done, strict=True) if is_done]
+        left = [example for pack, is_done in zip(self._packs, self._done, strict=True) if not is_done for example in pack]
+        self._packs = done + list(packs(left, tokens_per_batch=tokens_per_batch))
+        self._owner = np.zeros(len(self._packs), dtype=np.int32)
+        self._done = np.arange(len(self._packs)) < len(done)
+        self._tokens_per_batch = tokens_per_batch
 
     @property
     def done(self) -> int:
@@ -100,9 +115,12 @@ class Share:
             for number, state in enumerate(states)
             for name, value in state.items()
         }
+        place = {id(example): number for number, example in enumerate(self._examples)}
+        tensors["documents"] = torch.tensor([place[id(example)] for pack in self._packs for example in pack])
+        tensors["sizes"] = torch.tensor([len(pack) for pack in self._packs])
         tensors["owner"] = torch.from_numpy(self._owner)
         tensors["done"] = torch.from_numpy(np.logical_or.reduce([done for _, done in parts])).to(torch.uint8)
-        stage.checkpoint(tensors, {"ranks": len(parts), "tokens_per_batch": self.tokens_per_batch})
+        stage.checkpoint(tensors, {"ranks": len(parts), "tokens_per_batch": self._tokens_per_batch})
 
     def together(self) -> list[Accumulated]:
         """Return the statistics over all documents of all ranks; every rank calls this."""

@@ -86,7 +86,6 @@ class Asked:
             "found_on": self.found_on.hash,
             "judged_on": self.judged_on.hash,
             "metric": self.metric,
-            "tokens_per_batch": self.tokens_per_batch,
             "seed": self.seed,
             **fields_of(self.settings, DiscoverySettings),
         }

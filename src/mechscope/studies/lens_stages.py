@@ -43,7 +43,8 @@ class Asked:
     @property
     def inputs(self) -> dict[str, Any]:
         """What decides the result, for a stage."""
-        return {**vars(self), "sites": list(self.sites), "texts": self.texts.hash}
+        asked = {name: value for name, value in vars(self).items() if name != "tokens_per_batch"}
+        return {**asked, "sites": list(self.sites), "texts": self.texts.hash}
 
 
 def translators_stage(

@@ -223,5 +223,5 @@ class StudySettings(
     bakeoff: bool = setting(True, "Run the bake-off of LoRA placements.")
 
 
-# do not change what is measured, only where and how fast: a run may be continued with others
-VOLATILE = ("device",)
+# do not change what is measured, only where and in what pieces: a run may be continued with others
+VOLATILE = ("device", "tokens_per_batch")

@@ -62,7 +62,7 @@ def difference_stage(
     Of further pairs of models, such as tuned–LoRA and base–LoRA in paper 1, their layers go into the table `pairs`. Models that pairs share are run once.
     """
     pairs = {"": pair, **(further or {})}
-    inputs = {**_of_pair(pair, encoded), **fields_of(settings, MeasureSettings, "rows"), "seed": seed}
+    inputs = {**_of_pair(pair, encoded), **fields_of(settings, MeasureSettings, "rows", "tokens_per_batch"), "seed": seed}
     if further:
         inputs["further"] = {name: _of_pair(other, encoded) for name, other in further.items()}
     with run.stage("difference", inputs) as stage:

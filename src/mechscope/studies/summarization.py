@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechscope.adapt.settings import check_batch_size
 from mechscope.data.sources import is_file_source
 from mechscope.instrument import load, load_pair
 from mechscope.progress import Progress
@@ -119,7 +120,10 @@ def study(settings: StudySettings, out: str | Path, *, command: Sequence[str] | 
     Raises:
         MechscopeError: Models, documents or settings cannot be used, or the folder belongs to another run.
     """
-    if settings.circuit:  # known before hours of other stages
+    # what is wrong here is known before hours of other stages
+    if settings.bakeoff or settings.tuned is None:
+        check_batch_size(settings.batch_size)
+    if settings.circuit:
         check_discovery(DiscoverySettings(method=settings.circuit_method, circuit_fraction=settings.circuit_size), metric="loss")
     with RunFolder.open(out, asdict(settings), kind="summarization", volatile=VOLATILE) as run:
         record_command(run, command)
@@ -181,6 +185,7 @@ def bakeoff_run(
 
     Arguments and errors as for `study`.
     """
+    check_batch_size(settings.batch_size)
     layers = Components.parse(settings.target_layers)
     heads = Components.parse(settings.target_heads or "none")
     with RunFolder.open(out, asdict(settings), kind="bakeoff", volatile=VOLATILE) as run:
