@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     tables.set_defaults(command=_table)
     scaled = commands.add_parser("scale", help="measure how cost grows, and write the page on scaling")
     scaled.add_argument("--out", type=Path, help="JSON file for what was measured")
+    scaled.add_argument("--read", type=Path, metavar="RESULTS.json", help="write the page from such a file, measuring nothing")
     scaled.add_argument("--page", type=Path, default=PAGE.with_name("scaling.md"), help="the markdown page (default: docs/scaling.md)")
     scaled.set_defaults(command=_scale)
     listed = commands.add_parser("list", help="name all jobs, with about how long each takes")
@@ -163,18 +164,22 @@ def chosen(names: Sequence[str], shape_name: str) -> list[Job]:
         named |= {job.name for job in TOPICS[topic] if not job.part}
     wanted = [job for job in JOBS.values() if (job.name in named if names else not job.part)]
     fitting = [job for job in wanted if job.fits(shape_name)]
-    if not fitting:
-        raise BenchmarkError(f"{', '.join(names)}: no texts for --shape {shape_name}: use --shape small")
+    # of a topic what fits is meant, a job by its own name
+    if lacking := [name for name in names if name in JOBS and name not in TOPICS and not JOBS[name].fits(shape_name)] or (
+        [] if fitting else names
+    ):
+        raise BenchmarkError(f"{', '.join(lacking)}: no texts for --shape {shape_name}: use --shape small")
     return fitting
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
     from benchmarks.jobs import TOPICS
-    from benchmarks.machine import shown
+    from benchmarks.machine import check_device, shown
     from benchmarks.peers import JOBS as PEER_JOBS
     from benchmarks.peers import NAMES
 
     settings, jobs = settings_of(options), chosen(options.names, options.shape)
+    check_device(settings.device)
     peers = Peers() if options.no_peers or options.alone else find_peers(_pythons(options.peers))
     head = {
         **_head(given),
@@ -220,13 +225,16 @@ def _table(options: argparse.Namespace, _: list[str]) -> int:
 def _scale(options: argparse.Namespace, given: list[str]) -> int:
     from benchmarks import scaling
 
-    head = _head(given)
-    results = Results(head, path=options.out)
-    results.write()
-    for record in scaling.run(scaling.points(), _say):
-        results.records.append(record)
+    write_blocks(options.page, dict.fromkeys(scaling.BLOCKS, ""), try_only=True)
+    if options.read is not None:
+        results = Results.read(options.read, "scale")
+    else:
+        results = Results(_head(given), path=options.out)
         results.write()
-    write_blocks(options.page, scaling.blocks(head, results.records))
+        for record in scaling.run(scaling.points(), _say):
+            results.records.append(record)
+            results.write()
+    write_blocks(options.page, scaling.blocks(results.head, results.records))
     return 0
 
 

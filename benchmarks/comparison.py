@@ -6,13 +6,15 @@ slower that day, the column of forward passes says so: it is of ratios that were
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkError
 
+# the load, how many rounds, and how much text, which is part of what makes records comparable
+_NO_MATTER = {"load", "repeats", "texts", "tokens", "documents"}
 # what a single round may be off by, where there is no spread to know it from
 _UNKNOWN = 0.1
 
@@ -77,12 +79,15 @@ def report(old: Results, new: Results) -> Iterator[str]:
         missing = [f"{name[0]} ({name[1]})" for name in one.by_key() if name not in other.by_key()]
         if missing:
             yield f"{title}: {', '.join(missing)}"
-    for name in ("machine", "versions"):
-        keys = sorted({*old.head[name], *new.head[name]} - {"load"})
-        differing = [
-            f"{part} {old.head[name].get(part)} → {new.head[name].get(part)}"
-            for part in keys
-            if old.head[name].get(part) != new.head[name].get(part)
-        ]
+    for name in ("settings", "machine", "versions"):
+        before, after = (_flat(results.head[name]) for results in (old, new))
+        keys = sorted({*before, *after} - _NO_MATTER)
+        differing = [f"{part} {before.get(part)} → {after.get(part)}" for part in keys if before.get(part) != after.get(part)]
         if differing:
             yield f"{name} differ: {'; '.join(differing)}"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what is nested, a shape's sizes, beside the rest."""
+    nested = {name: value for value in values.values() if isinstance(value, Mapping) for name, value in value.items()}
+    return {name: value for name, value in values.items() if not isinstance(value, Mapping)} | nested

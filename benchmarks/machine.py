@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.settings import BenchmarkError
+
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "mechscope")
 
 
@@ -38,12 +40,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_device(name: str) -> None:
+    """See that a device is there.
+
+    Raises:
+        BenchmarkError: It is not.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BenchmarkError(f"--device {name} cannot be used ({reason}): give cpu, cuda or another device of this machine") from error
+
+
 def shown(arguments: Sequence[str], root: Path) -> list[str]:
     """Write command-line arguments so that they may be published: paths from the project's root, or only the last name."""
     return [_shown(argument, root) for argument in arguments]
 
 
 def _shown(argument: str, root: Path) -> str:
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={_shown(value, root)}"
     path = Path(argument)
     if not path.is_absolute():
         return argument

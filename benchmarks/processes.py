@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,12 +52,13 @@ def find_peers(pythons: Sequence[str]) -> Peers:
             done = subprocess.run(
                 [python, "-m", "benchmarks.peers"], env=environment(Settings(threads=1)), capture_output=True, text=True, check=True
             )
+            answer = json.loads(done.stdout.strip().rpartition("\n")[2])
         except FileNotFoundError as error:
             raise BenchmarkError(f"--peers {python}: there is no such program: make it with `make bench-peers`, or name another") from error
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = last_line(getattr(error, "stderr", "") or str(error))
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            reason = "it is no Python" if isinstance(error, ValueError) else last_line(getattr(error, "stderr", "") or str(error))
             raise BenchmarkError(f"--peers {python} cannot run the harness ({reason}): it needs torch, transformers and psutil") from error
-        for package, here in json.loads(done.stdout.splitlines()[-1]).items():
+        for package, here in answer.items():
             if "version" not in here:
                 found.absent.setdefault(package, here["absent"])
             elif package not in found.pythons:
@@ -78,6 +80,10 @@ def measure_apart(python: str, job: Job, settings: Settings) -> Measured:
         with (folder / "stderr").open("w", encoding="utf-8") as stderr:
             command = [python, "-m", "benchmarks.worker", job.name, job.by, name]
             code = subprocess.run(command, env=environment(settings), stderr=stderr, check=False).returncode
+        if code < 0:
+            raise BenchmarkError(
+                f"its process was killed by signal {-code}" + (", as one is that needs too much memory" if code == -9 else "")
+            )
         if code:
             said = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
             raise BenchmarkError(last_line(said) or f"its process ended with code {code}")
@@ -146,10 +152,15 @@ def text_of(record: dict[str, Any]) -> str:
     return f"{record['texts']:,} × {record['each']:,}" if record["each"] else f"{record['texts']:,}, {record['tokens']:,}"
 
 
+# the end of a traceback, also of a rank's under torchrun, which writes a summary of its own behind it
+_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception): .+)")
+
+
 def last_line(text: str) -> str:
-    """Return the last line that says something, without this machine's paths."""
+    """Return the last error, or the last line that says something, without this machine's paths."""
     lines = [part.strip() for part in text.strip().splitlines() if part.strip()]
-    said = lines[-1] if lines else ""
+    errors = [found[1] for line in lines if (found := _ERROR.fullmatch(line))]
+    said = errors[-1] if errors else lines[-1] if lines else ""
     for path in (str(ROOT), sys.prefix, str(Path.home())):
         said = said.replace(path, "…")
     return said

@@ -42,8 +42,8 @@ class Results:
     path: Path | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Results:
-        """Read a file.
+    def read(cls, path: Path, command: str = "run") -> Results:
+        """Read a file that a command, `run` or `scale`, wrote.
 
         Raises:
             BenchmarkError: It is no such file.
@@ -51,9 +51,13 @@ class Results:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BenchmarkError(f"{path}: {error}: name a file that `python -m benchmarks run --out` wrote") from error
+            raise BenchmarkError(f"{path}: {error}: name a file that `python -m benchmarks {command} --out` wrote") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise BenchmarkError(f"{path} is no results file of format {FORMAT}: measure again with `python -m benchmarks run --out`")
+            raise BenchmarkError(f"{path} is no results file of format {FORMAT}: measure again with `python -m benchmarks {command} --out`")
+        wrote = "run" if "settings" in found else "scale"
+        if wrote != command:
+            use = "`run`, `table` and `compare`" if wrote == "run" else "`python -m benchmarks scale --read`"
+            raise BenchmarkError(f"{path} was written by `{wrote}`, not by `{command}`: it is for {use}")
         records, failures = found.pop("records"), found.pop("failures")
         return cls(found, records, failures, path)
 
@@ -61,6 +65,8 @@ class Results:
         """Write the file, whole or not at all."""
         if self.path is None:
             return
+        if self.path.is_dir():
+            raise BenchmarkError(f"--out {self.path} is a folder: name a file in it")
         text = json.dumps({**self.head, "records": self.records, "failures": self.failures}, indent=1, ensure_ascii=False)
         temporary = self.path.with_name(f".{self.path.name}.new")
         try:

@@ -24,6 +24,8 @@ from benchmarks.processes import ROOT, environment, last_line
 from benchmarks.settings import BenchmarkError, Settings
 
 GIB = 2**30
+BLOCKS = ("scaling", "large")
+"""The page's blocks: what was measured, and the arithmetic that rests on it."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def blocks(head: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[s
         f"Measured on {head['date']} with `{head['command']}` on {machine['cpu']}, {machine['cores']} cores (load {machine['load']} at the start); "
         f"{', '.join(f'{name} {version}' for name, version in head['versions'].items())}."
     )
-    return {"scaling": f"\n{where}\n{growth(records)}\n", "large": arithmetic(*constants(records)) + "\n"}
+    texts = f"\n{where}\n{growth(records)}\n", arithmetic(*constants(records)) + "\n"
+    return dict(zip(BLOCKS, texts, strict=True))
 
 
 def growth(records: Sequence[dict[str, Any]]) -> str:

@@ -43,15 +43,21 @@ def write_tables(page: Path, files: Mapping[str, Results]) -> None:
     write_blocks(page, {name: table(results) for name, results in files.items()})
 
 
-def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
+def write_blocks(page: Path, blocks: Mapping[str, str], *, try_only: bool = False) -> None:
     """Replace blocks of a page.
+
+    Args:
+        page: The markdown file.
+        blocks: Their new text, by name.
+        try_only: Only see whether that can be done, before hours are spent on what is to be written.
 
     Raises:
         BenchmarkError: The page cannot be read or written, or has no block of a name.
     """
     try:
         text = written(page.read_text(encoding="utf-8"), blocks)
-        page.write_text(text, encoding="utf-8")
+        with page.open("a" if try_only else "w", encoding="utf-8") as file:
+            file.write("" if try_only else text)
     except OSError as error:
         raise BenchmarkError(f"{page}: {error.strerror}: name a page with --page") from error
 

@@ -220,6 +220,30 @@ def test_what_a_process_said_last_is_the_error(tiny: Settings) -> None:
         processes.measure_apart(sys.executable, PEER_JOBS["lens", "Hugging Face"], replace(tiny, device="nonsense"))
 
 
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("Traceback\nValueError: no such head\n", "ValueError: no such head"),
+        ("warning\nlast words\n\n", "last words"),
+        (
+            "[rank1]: Traceback\n[rank1]: torch.OutOfMemoryError: too much\nE1122 errors.py\nx.ChildFailedError: \n=====\n",
+            "torch.OutOfMemoryError: too much",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_last_error_counts_and_not_what_a_launcher_writes_behind_it(stderr: str, said: str) -> None:
+    assert processes.last_line(stderr) == said
+
+
+def test_a_process_that_was_killed_is_said_to_be(tiny: Settings, tmp_path: Path) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\necho 'UserWarning: never mind' >&2\nkill -9 $$\n", encoding="utf-8")
+    killed.chmod(0o755)
+    with pytest.raises(BenchmarkError, match="killed by signal 9, as one is that needs too much memory"):
+        processes.measure_apart(str(killed), PEER_JOBS["lens", "Hugging Face"], tiny)
+
+
 def test_peers_are_looked_for_and_the_absent_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = processes.find_peers([sys.executable])
     assert found.pythons["transformers"] == sys.executable
@@ -238,6 +262,8 @@ def test_peers_are_looked_for_and_the_absent_ones_named(monkeypatch: pytest.Monk
 def test_an_interpreter_that_is_not_there_is_refused() -> None:
     with pytest.raises(BenchmarkError, match="no such program"):
         processes.find_peers([str(Path(sys.prefix) / "nowhere")])
+    with pytest.raises(BenchmarkError, match=r"--peers true cannot run the harness \(it is no Python\)"):
+        processes.find_peers(["true"])
 
 
 def test_a_job_s_texts_are_those_of_its_variant_unless_the_command_line_says(tiny: Settings) -> None:

@@ -113,7 +113,11 @@ def test_the_commands_work_on_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["run", "--threads", "0"], "--threads is 0"),
         (["run", "difference", "--documents", "1"], "at least 2"),
         (["run", "eap_ig_texts", "--shape", "long"], "no texts for --shape long"),
+        (["run", "entropy", "eap_ig_texts", "--shape", "long"], "eap_ig_texts: no texts for --shape long"),
+        (["run", "entropy", "--out", "."], "is a folder"),
+        (["run", "entropy", "--device", "bogus"], "--device bogus cannot be used"),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
+        (["scale", "--page", "nowhere.md"], "nowhere.md"),
     ],
 )
 def test_an_expected_error_is_one_line_and_exit_code_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +132,28 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"format": 99}), encoding="utf-8")
     with pytest.raises(BenchmarkError, match="format 2"):
         Results.read(path)
+
+
+def test_files_of_run_and_of_scale_are_told_apart(tmp_path: Path) -> None:
+    ran = _file(tmp_path / "ran.json", results(record()))
+    scaled = _file(tmp_path / "scaled.json", Results({name: value for name, value in results().head.items() if name != "settings"}))
+    with pytest.raises(
+        BenchmarkError, match=r"scaled\.json was written by `scale`, not by `run`: it is for `python -m benchmarks scale --read`"
+    ):
+        Results.read(scaled)
+    with pytest.raises(BenchmarkError, match=r"ran\.json was written by `run`, not by `scale`"):
+        Results.read(ran, "scale")
+
+
+def test_other_settings_and_models_are_said_beside_a_comparison() -> None:
+    old, new = results(record()), results(record())
+    new.head = new.head | {
+        "settings": new.head["settings"] | {"threads": 7, "repeats": 9, "shape": new.head["settings"]["shape"] | {"layers": 1}}
+    }
+    said = list(report(old, new))[-1]
+    before = old.head["settings"]
+    assert said == f"settings differ: layers {before['shape']['layers']} → 1; threads {before['threads']} → 7"
+    assert "settings" not in "".join(report(old, old))
 
 
 def test_names_and_topics_choose_jobs_and_parts_only_when_named() -> None:
@@ -158,6 +184,7 @@ def test_paths_are_published_from_the_project_s_root_or_not_at_all() -> None:
     root = Path("/home/someone/project")
     given = ["run", "--out", "/home/someone/project/benchmarks/results/a.json", "--data", "/home/someone/shared/d.jsonl", "/opt/x/python"]
     assert shown(given, root) == ["run", "--out", "benchmarks/results/a.json", "--data", "../shared/d.jsonl", "python"]
+    assert shown(["--data=/opt/d.jsonl", "--threads=2"], root) == ["--data=d.jsonl", "--threads=2"]
 
 
 def test_a_table_names_jobs_that_a_run_did_not_come_to() -> None:

@@ -85,7 +85,9 @@ def test_the_page_gets_both_tables_and_keeps_the_rest(tmp_path: Path, monkeypatc
     assert "old" not in text
     assert all(word in text for word in ("before", "between", "after", "exponent of documents' time", "| 70B |", "Assumed, not measured"))
     assert "by 2 ranks is" in text
-    assert (tmp_path / "scaling.json").is_file()
+    page.write_text(text.replace("exponent", "old"))
+    assert main(["scale", "--read", str(tmp_path / "scaling.json"), "--page", str(page)]) == 0
+    assert page.read_text() == text, "the page can be written again from the file"
     assert blocks(HEAD, [record(point) for point in points()]).keys() == {"scaling", "large"}
 
 
@@ -96,6 +98,8 @@ def test_what_was_measured_before_a_point_failed_is_kept(tmp_path: Path, monkeyp
         return record(point)
 
     monkeypatch.setattr(scaling, "measure_apart", fails_at_layers)
-    assert main(["scale", "--out", str(tmp_path / "scaling.json"), "--page", str(tmp_path / "page.md")]) == 2
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- generated: {name} -->\n<!-- end -->\n" for name in scaling.BLOCKS), encoding="utf-8")
+    assert main(["scale", "--out", str(tmp_path / "scaling.json"), "--page", str(page)]) == 2
     kept = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))["records"]
     assert [one["tokens"] for one in kept] == list(FACTORS["tokens"][1])
