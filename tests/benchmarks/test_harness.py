@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from benchmarks.harness import Beside, Job, measure, spread
@@ -202,6 +205,18 @@ def test_a_run_measures_a_job_in_its_process_and_leaves_a_file(tmp_path: Path, c
     assert found.head["versions"]["torch"] == importlib.metadata.version("torch")
     assert found.head["settings"]["shape"]["layers"] == 2
     assert "weights_composition" in capfd.readouterr().out
+
+
+def test_a_run_that_is_ended_takes_the_job_s_process_with_it() -> None:
+    command = [sys.executable, "-m", "benchmarks", "run", "difference", "--documents", "5000", "--no-peers", "--alone"]
+    with subprocess.Popen(command, cwd=processes.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        parent, deadline = psutil.Process(run.pid), time.monotonic() + 120
+        while not (workers := [one for one in parent.children() if "benchmarks.worker" in one.cmdline()]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.terminate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert workers
+    assert not any(one.is_running() for one in workers)
 
 
 def test_a_run_with_a_failure_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

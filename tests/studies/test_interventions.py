@@ -29,7 +29,7 @@ def test_a_patch_run_holds_its_table_its_notes_and_a_page(tmp_path: Path) -> Non
     assert (table["n"] == 6).all()
     assert table.set_index(["component", "positions"]).loc[("r5", "last"), "normalised"] == pytest.approx(1.0, abs=1e-3)
     page = found.report.read_text(encoding="utf-8")
-    assert "Patching model" in page
+    assert "Patching newsroom/model" in page
     assert "The largest effect on logit-diff is" in page
     assert "Not part of this run" not in page
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]["direction"] == "denoise"
