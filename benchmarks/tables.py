@@ -57,7 +57,8 @@ def write_blocks(page: Path, blocks: Mapping[str, str], *, try_only: bool = Fals
     try:
         text = written(page.read_text(encoding="utf-8"), blocks)
         with page.open("a" if try_only else "w", encoding="utf-8") as file:
-            file.write("" if try_only else text)
+            if not try_only:
+                file.write(text)
     except OSError as error:
         raise BenchmarkError(f"{page}: {error.strerror}: name a page with --page") from error
 

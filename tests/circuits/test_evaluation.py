@@ -24,6 +24,7 @@ from tests.circuits.brute import TOLERANCE, brute_metric, brute_written
 
 TWO = ("gpt2", "llama")
 FREE = Cost(0, 0)
+NO_MODEL: Any = None  # where a curve's circuits are evaluated by `toy`
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def test_texts_on_which_nothing_differs_have_no_faithfulness_and_so_for_a_single
 def test_a_circuit_as_good_as_the_model_at_every_size_has_cpr_1_and_cmd_0(toy: dict[str, Any]) -> None:
     graph = Graph(2, 2)
     toy["share"] = lambda circuit: 1.0
-    curve = faithfulness_curve(None, random_pairs(6), scored(graph, np.arange(len(graph)) + 1.0), random=2)  # type: ignore[arg-type]  # no model here
+    curve = faithfulness_curve(NO_MODEL, random_pairs(6), scored(graph, np.arange(len(graph)) + 1.0), random=2)
     np.testing.assert_allclose([curve.cpr.value, curve.cpr.low, curve.cpr.high, curve.cpr.random], 1, rtol=1e-12)
     np.testing.assert_allclose([curve.cmd.value, curve.cmd.low, curve.cmd.high, curve.cmd.random], 0, atol=1e-12)
 
@@ -157,14 +158,14 @@ def test_areas_of_curves_known_in_closed_form(toy: dict[str, Any]) -> None:
     scores = scored(graph, np.random.default_rng(0).normal(size=len(graph)))
     options: dict[str, Any] = {"fractions": (0.2, 0.5, 1.0), "prune": False, "random": 3}
     toy["share"] = lambda circuit: len(circuit) / len(graph)
-    curve = faithfulness_curve(None, random_pairs(6), scores, **options)  # type: ignore[arg-type]  # no model here
+    curve = faithfulness_curve(NO_MODEL, random_pairs(6), scores, **options)
     # f(k) = k from 0.2 to 1 has mean 0.6; sizes are rounded to whole edges
     near = 1 / len(graph)
     np.testing.assert_allclose([curve.cpr.value, curve.cmd.value], [0.6, 0.4], atol=near)
     # random circuits have the same sizes, and this metric sees nothing but the size
     np.testing.assert_allclose([curve.cpr.random, curve.cpr.random_low, curve.cpr.random_high], curve.cpr.value, rtol=1e-12)
     toy["share"] = lambda circuit: 1.5 if len(circuit) < len(graph) else 1.0
-    curve = faithfulness_curve(None, random_pairs(6), scores, **options)  # type: ignore[arg-type]  # no model here
+    curve = faithfulness_curve(NO_MODEL, random_pairs(6), scores, **options)
     # more than the model does is no gain for CMD: trapezoids 1.5 · 0.3 + 1.25 · 0.5 and 0.5 · 0.3 + 0.25 · 0.5, over a width of 0.8
     np.testing.assert_allclose([curve.cpr.value, curve.cmd.value], [1.075 / 0.8, 0.275 / 0.8], rtol=1e-12)
 
@@ -206,7 +207,7 @@ def test_a_curve_over_texts_that_are_equal_in_both_versions_is_empty_and_says_wh
 def test_without_random_circuits_a_curve_has_no_band(toy: dict[str, Any]) -> None:
     graph = Graph(2, 2)
     toy["share"] = lambda circuit: 1.0
-    curve = faithfulness_curve(None, random_pairs(6), scored(graph, np.arange(len(graph)) + 1.0), random=0)  # type: ignore[arg-type]  # no model here
+    curve = faithfulness_curve(NO_MODEL, random_pairs(6), scored(graph, np.arange(len(graph)) + 1.0), random=0)
     assert curve.table[["random", "random_low", "random_high"]].isna().all(axis=None)
     assert np.isnan(curve.cpr.random)
     assert curve.cpr.value == pytest.approx(1)

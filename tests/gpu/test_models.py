@@ -15,7 +15,7 @@ import torch
 from mechscope import causal, circuits, lens
 from mechscope.difference import measure
 from mechscope.instrument import check_subject, model_inputs, record
-from mechscope.instrument.record import Site
+from mechscope.instrument.record import SITES
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import Pair, pair
 from tests import families
@@ -23,20 +23,6 @@ from tests.devices import FAMILIES, assert_same, batch, prompts, spread
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 PROMPTS = prompts()
-SITES: tuple[Site, ...] = (
-    "residual",
-    "query",
-    "key",
-    "value",
-    "pattern",
-    "z",
-    "head_output",
-    "attention_output",
-    "neuron",
-    "mlp_output",
-    "logits",
-)
-
 TECHNIQUES: dict[str, Callable[[Pair], Any]] = {
     "patch": lambda models: causal.patch(models.base, PROMPTS).values,
     "patch patterns": lambda models: causal.patch(models.base, PROMPTS, site="pattern", metric="kl").values,

@@ -68,6 +68,7 @@ def test_the_last_layer_reads_as_the_models_own_logits(family: str) -> None:
 def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_the_unembedding(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts()
     anatomy, model = subject.anatomy, subject.plain
+    assert anatomy.final_norm is not None
     reading = read(subject, pairs)
     assert [one.component for one in reading.places] == ["embedding", "resid0", "resid1", "resid2"]
     for text, pair in zip(reading.texts, pairs, strict=True):
@@ -75,7 +76,7 @@ def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_th
         final = output.logits[0].log_softmax(-1)
         following = [*pair.clean[1:], 7]
         for layer in range(-1, LAST):  # the last hidden state that Hugging Face gives has met the norm already
-            logits = anatomy.unembedding(anatomy.final_norm(output.hidden_states[layer + 1][0]))  # type: ignore[misc]  # every family here has a final norm
+            logits = anatomy.unembedding(anatomy.final_norm(output.hidden_states[layer + 1][0]))
             if anatomy.logit_softcap is not None:
                 logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
             lens = logits.log_softmax(-1)
@@ -92,12 +93,13 @@ def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_th
 def test_what_attention_and_mlp_add_reads_through_its_own_norm(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts((9,))
     anatomy = subject.anatomy
+    assert anatomy.final_norm is not None
     reading = read(subject, pairs, sites=("mlp_output", "attention_output"), layers=[1], k=VOCABULARY)
     assert [one.component for one in reading.places] == ["a1", "m1"]
     with record(subject, "attention_output", "mlp_output") as seen:
         subject.plain(torch.tensor([pairs.pairs[0].clean]))
     for component, site in (("a1", "attention_output"), ("m1", "mlp_output")):
-        logits = anatomy.unembedding(anatomy.final_norm(seen[site, 1][0]))  # type: ignore[misc]  # every family here has a final norm
+        logits = anatomy.unembedding(anatomy.final_norm(seen[site, 1][0]))
         if anatomy.logit_softcap is not None:
             logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
         expected = logits.log_softmax(-1).sort(descending=True).values

@@ -79,9 +79,9 @@ def measured(
         return difference(both, encoded(), stage=stage, checkpoint_seconds=0, progress=kill, **options)
 
 
-def resumed(folder: Path) -> tuple[Difference, bool]:
+def resumed(folder: Path, tokens: int = TOKENS) -> tuple[Difference, bool]:
     """Go on with a difference; tell whether something was there to go on with."""
-    found = measured(folder=folder)
+    found = measured(folder=folder, tokens=tokens)
     return found, any("continues from its checkpoint" in event["message"] for event in RunFolder.read(folder).events())
 
 

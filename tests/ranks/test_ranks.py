@@ -89,6 +89,15 @@ def test_a_run_goes_on_after_a_rank_was_killed(tmp_path: Path, alone: Difference
         assert_equal_results(result, alone)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_left_is_shared_in_smaller_batches_where_these_are_asked_for(tmp_path: Path, alone: Difference, size: int):
+    ended(2, _killed, tmp_path / "run", 1)
+    for found, continued in together(size, jobs.resumed, tmp_path / "run", jobs.TOKENS // 2):
+        assert continued
+        for name in TABLES:
+            assert_frame_equal(getattr(found, name), getattr(alone, name), obj=name, rtol=1e-4, atol=1e-5)
+
+
 def _killed(folder: Path, rank: int) -> None:
     jobs.measured(folder=folder, kill_at=(rank, 2))
 

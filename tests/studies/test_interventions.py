@@ -52,6 +52,18 @@ def test_attribution_reports_its_error_against_exact_patching(tmp_path: Path) ->
     assert notes["mean_absolute_error"] == pytest.approx((found["effect"] - found["exact"]).abs().mean())
 
 
+@pytest.mark.parametrize(("source", "again"), [("zero", False), ("resample", True)])
+def test_smaller_batches_change_nothing_but_what_is_drawn_among_their_texts(tmp_path: Path, source: Any, again: bool) -> None:
+    written = []
+    for tokens in (1024, 320):  # one batch of six texts, two of three
+        ablate_run(
+            AblateSettings(model=MODEL, pairs="newsroom:when", limit=6, sites="mlp", source=source, tokens_per_batch=tokens),
+            tmp_path / "run",
+        )
+        written.append((tmp_path / "run" / "tables" / "effects.parquet").stat().st_mtime_ns)
+    assert (written[0] != written[1]) is again
+
+
 @pytest.mark.parametrize("source", ["mean", "zero", "resample"])
 def test_documents_are_ablated_by_the_loss_on_their_summaries(source: Any, tmp_path: Path) -> None:
     asked = AblateSettings(model=MODEL, data="newsroom", documents=4, source=source, sites="mlp")

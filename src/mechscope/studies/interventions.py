@@ -24,7 +24,7 @@ from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
 from mechscope.studies import stages
 from mechscope.studies.pair_settings import AblateSettings, PairSettings, PairsSettings, PatchSettings
-from mechscope.studies.settings import VOLATILE
+from mechscope.studies.settings import VOLATILE, deciding
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Subject
 
@@ -52,7 +52,7 @@ def patch_run(settings: PatchSettings, out: str | Path, *, command: Sequence[str
             name: getattr(settings, name) for name in ("site", "metric", "direction", "components", "tokens_per_batch", "seed")
         }
         options["positions"] = parse_positions(settings.positions)
-        with run.stage("effects", {"model": subject.fingerprint, "pairs": pairs.hash, **asdict(settings)}) as stage:
+        with run.stage("effects", {"model": subject.fingerprint, "pairs": pairs.hash, **deciding(settings)}) as stage:
             if not stage.done:
                 if settings.method == "exact":
                     found = patch(subject, pairs, **options, progress=progress)
@@ -74,7 +74,10 @@ def ablate_run(
         texts = load_pairs(settings, subject) if settings.data is None else _documents(settings.data, settings, subject)
         _record(run, subject, texts, settings)
         sites = [site.strip() for site in settings.sites.split(",")]
-        with run.stage("effects", {"model": subject.fingerprint, "texts": texts.hash, **asdict(settings)}) as stage:
+        inputs = {"model": subject.fingerprint, "texts": texts.hash, **deciding(settings)}
+        if settings.source == "resample":  # draws among a batch's texts
+            inputs["tokens_per_batch"] = settings.tokens_per_batch
+        with run.stage("effects", inputs) as stage:
             if not stage.done:
                 source = mean_of(subject, texts, [site_named(site) for site in sites]) if settings.source == "mean" else settings.source
                 found = ablate(

@@ -15,6 +15,7 @@ from mechscope.lens.training import LensSettings, train_tuned_lens
 from mechscope.lens.translators import Translators
 from mechscope.progress import Progress
 from mechscope.store.run import RunFolder
+from mechscope.studies.settings import deciding
 from mechscope.subject import Subject
 
 
@@ -43,8 +44,7 @@ class Asked:
     @property
     def inputs(self) -> dict[str, Any]:
         """What decides the result, for a stage."""
-        asked = {name: value for name, value in vars(self).items() if name != "tokens_per_batch"}
-        return {**asked, "sites": list(self.sites), "texts": self.texts.hash}
+        return {**deciding(self), "sites": list(self.sites), "texts": self.texts.hash}
 
 
 def translators_stage(

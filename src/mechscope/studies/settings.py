@@ -225,3 +225,8 @@ class StudySettings(
 
 # do not change what is measured, only where and in what pieces: a run may be continued with others
 VOLATILE = ("device", "tokens_per_batch")
+
+
+def deciding(settings: Any) -> dict[str, Any]:
+    """Return the settings that decide a result, for the inputs of a stage."""
+    return {name: value for name, value in vars(settings).items() if name not in VOLATILE}

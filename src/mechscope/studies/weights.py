@@ -19,7 +19,7 @@ from mechscope.studies import stages
 from mechscope.studies.heads import read_documents, read_models, record_reading
 from mechscope.studies.neuron_stage import neurons_stage
 from mechscope.studies.reading_settings import WeightsSettings
-from mechscope.studies.settings import VOLATILE
+from mechscope.studies.settings import VOLATILE, deciding
 from mechscope.studies.summarization import Study, record_command
 from mechscope.subject import Components, Pair, Subject, pair
 from mechscope.weights import composition, head_changes, ov_tokens, qk_tokens, singular_tokens, weight_heads
@@ -54,7 +54,7 @@ def weights_run(
         models: dict[str, Model] = dict(subjects)
         if settings.tuned is not None:
             models["change"] = pair(subjects["base"], subjects["tuned"])
-        inputs = {"models": {label: subject.fingerprint for label, subject in subjects.items()}, **asdict(settings)}
+        inputs = {"models": {label: subject.fingerprint for label, subject in subjects.items()}, **deciding(settings)}
         with run.stage("weights", inputs) as stage:
             if not stage.done:
                 _write(stage, models, settings, progress)
