@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-gpu lint format bench bench-peers clean
+.PHONY: demo test test-all test-gpu lint format tables bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
@@ -35,6 +35,10 @@ test-gpu: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/tables.md, from the sections of the page
+tables: .venv/ready
+	$(BIN)/python -m mechscope.report.documentation > docs/tables.md
 
 # about an hour on two quiet cores, a third of it for peers; what is measured goes into docs/benchmarks.md
 bench: .venv/ready

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.processes import ROOT, environment, last_line
 from benchmarks.settings import BenchmarkError, Settings
+from mechscope.instrument.execution import Execution
 
 GIB = 2**30
 BLOCKS = ("scaling", "large")
@@ -103,9 +104,9 @@ def measured(point: Point) -> dict[str, Any]:
     length = point.tokens
     ids = torch.randint(point.vocabulary, (point.documents, length)).tolist()
     examples = tuple(Example(str(n), tuple(text), (1, length // 2), (length // 2, length), False) for n, text in enumerate(ids))
-    options: dict[str, Any] = {"tokens_per_batch": point.per_batch * length, "replicates": 50}
+    tokens, replicates = point.per_batch * length, 50
     with ranks.alone():
-        difference(both, Encoded(examples[:1], {}), **options)  # warms up
+        difference(both, Encoded(examples[:1], {}), replicates=replicates, execution=Execution(tokens_per_batch=tokens))  # warms up
     ranks.wait()
     own, after = Watch(memory=True), Watch()
 
@@ -114,13 +115,13 @@ def measured(point: Point) -> dict[str, Any]:
             after.start()
 
     with own:
-        difference(both, Encoded(examples, {}), progress=progress, **options)
+        difference(both, Encoded(examples, {}), replicates=replicates, execution=Execution(tokens_per_batch=tokens, progress=progress))
         ranks.wait()
     after.stop()
     plain = Watch()
     if ranks.size() == 1:
         with plain, torch.inference_mode():
-            for batch in batches(examples, tokens_per_batch=options["tokens_per_batch"], pad_id=0):
+            for batch in batches(examples, tokens_per_batch=tokens, pad_id=0):
                 for subject in (both.base, both.tuned):
                     subject.plain(batch.input_ids, use_cache=False)
     return {

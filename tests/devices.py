@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import accelerate
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from torch import nn
 
@@ -24,8 +22,6 @@ from tests.pretend import pretended
 
 # one of each way to store projections, norms, positions and unembeddings
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3")
-# run on the base and tuned model on one device and over two
-Technique = Callable[[Any], Any]
 
 
 def device_map(model: nn.Module, *, first: int = 1) -> dict[str, str]:
@@ -69,24 +65,6 @@ def both(family: str, dtype: torch.dtype = torch.float32) -> Both:
     with pretended():
         over_two = [load(spread(families.build(family, dtype, seed), first=seed + 1), tokenizer=tokenizer) for seed in (0, 1)]
     return Both(pair(*single), pair(*over_two))
-
-
-def cases(everywhere: Mapping[str, Technique], elsewhere: Mapping[str, Technique]) -> pytest.MarkDecorator:
-    """Parametrize a test with techniques and families: some with all families, others with two."""
-    named = [(family, name, technique) for name, technique in everywhere.items() for family in FAMILIES]
-    named += [(family, name, technique) for name, technique in elsewhere.items() for family in ("gpt2", "llama")]
-    return pytest.mark.parametrize(
-        ("technique", "family"), [pytest.param(technique, family, id=f"{family}-{name}") for family, name, technique in named]
-    )
-
-
-def assert_equal_over_devices(technique: Technique, family: str) -> None:
-    """See that a technique finds in models over two devices what it finds in them on one."""
-    pairs = both(family)
-    expected = technique(pairs.single)
-    with pretended():
-        found = technique(pairs.spread)
-    assert_same(found, expected)
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = (9, 7, 9)) -> Pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+import mechscope
+from mechscope.api import functions
 from mechscope.cli import main
 from mechscope.data.newsroom import newsroom_model_path
+from mechscope.studies.jobs import jobs
 from tests.studies.conftest import TINY, tiny_model
 
 __all__ = ["tiny_model"]
@@ -58,12 +62,45 @@ def test_help_answers_without_importing_torch():
     assert out.strip().endswith("[]")
 
 
-@pytest.mark.parametrize(
-    "command", [["diff"], ["tune"], ["bakeoff"], ["study", "summarization"], ["demo"], ["inspect"], ["verify"], ["report"]]
-)
-def test_every_command_has_help(monkeypatch, capsys, command):
+COMMANDS = [[*([job.group] if job.group else []), job.name] for job in jobs().values()]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["inspect"], ["verify"], ["report"]], ids=" ".join)
+def test_every_command_has_help_with_an_example(monkeypatch, capsys, command):
     assert run(monkeypatch, *command, "--help") == 0
-    assert "Usage: mechscope" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Usage: mechscope" in out
+    if command in COMMANDS:
+        assert f"Example: mechscope {' '.join(command)}" in out
+
+
+def test_every_job_is_a_function_too():
+    for name, function in functions().items():
+        assert getattr(mechscope, name) is function
+        assert "Returns:" in (function.__doc__ or "")
+
+
+def test_the_demo_takes_no_settings(monkeypatch, capsys):
+    assert list(inspect.signature(mechscope.demo).parameters) == ["out", "progress", "tokenizer"]
+    with pytest.raises(TypeError, match=r"demo\(\) takes no settings: data cannot be given"):
+        mechscope.demo(data="elsewhere.jsonl")
+    assert run(monkeypatch, "demo", "--help") == 0
+    out = capsys.readouterr().out
+    assert "runs/demo" in out
+    assert "--config" not in out
+
+
+def test_a_folder_must_be_named(monkeypatch, capsys, tiny_model, articles):
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", articles) == 2
+    assert "--out is missing" in capsys.readouterr().err
+
+
+def test_the_parser_names_the_choices(monkeypatch, capsys, tmp_path, tiny_model, articles):
+    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", articles, "--out", tmp_path / "x", "--layer-rule", "nonsense") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    for word in ("--layer-rule", "nonsense", "layers_by_kl", "random_layers"):
+        assert word in error
+    assert not (tmp_path / "x").exists()
 
 
 def broken(tmp_path: Path, tiny_model: Path, how: str) -> Path:
@@ -162,9 +199,7 @@ def test_inspect_shows_the_parts_and_the_checks(monkeypatch, capsys, tiny_model)
 def test_tune_writes_an_adapter_that_diff_compares_and_verify_confirms(monkeypatch, capsys, tmp_path, tiny_model, articles):
     adapter, folder = tmp_path / "adapter", tmp_path / "run"
     training = ["--max-steps", 2, "--eval-every", 1, "--batch-size", 2, "--learning-rate-lora", 0.01, "--rank", 2, "--max-tokens", 64]
-    assert (
-        run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", adapter, "--lora", "--targets", "a1.h2,layers:3", *training) == 0
-    )
+    assert run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", adapter, "--targets", "a1.h2,layers:3", *training) == 0
     assert (adapter / "adapter_model.safetensors").is_file()
     assert run(monkeypatch, "diff", tiny_model, adapter, "--data", articles, "--out", folder, "--max-tokens", 64) == 0
     assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
@@ -174,9 +209,11 @@ def test_tune_writes_an_adapter_that_diff_compares_and_verify_confirms(monkeypat
     assert "heads.parquet" in capsys.readouterr().out
 
 
-def test_full_and_lora_exclude_each_other(monkeypatch, capsys, tmp_path, tiny_model, articles):
-    assert run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", tmp_path / "x", "--full", "--lora") == 2
-    assert "exclude each other" in capsys.readouterr().err
+def test_targets_exclude_full_fine_tuning(monkeypatch, capsys, tmp_path, tiny_model, articles):
+    words = ("--data", articles, "--out", tmp_path / "x", "--method", "full", "--targets", "layers:1")
+    assert run(monkeypatch, "tune", tiny_model, *words) == 2
+    assert "targets 'layers:1' are for LoRA, but the method is full" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_bakeoff_alone_writes_its_tables_and_a_report(monkeypatch, tmp_path, tiny_model):
@@ -207,6 +244,7 @@ def test_a_patch_prints_the_largest_effects_and_the_page(
     words = ("--pairs", "newsroom:what", "--limit", 4, "--site", "mlp", "--out", tmp_path / "run")
     assert run(monkeypatch, "patch", str(newsroom_model_path()), *words) == 0
     out = capsys.readouterr().out
-    assert "Largest effects on logit-diff" in out
+    assert "The largest effect on logit-diff is" in out
+    assert "Largest effects" in out
     assert "m0" in out
     assert (tmp_path / "run" / "report.html").exists()

@@ -19,7 +19,7 @@ def test_every_example_of_the_page_on_interventions_runs() -> None:
     assert names["restored"].table["positions"].unique().tolist() == ["fact", "last"]
     # at the end of the last layer the clean value is everything
     last = names["restored"].table.iloc[-1]
-    assert (last["component"], last["positions"]) == ("r5", "last")
+    assert (last["component"], last["positions"]) == ("resid5", "last")
     assert abs(last["normalised"] - 1) < 1e-3
 
 
@@ -31,7 +31,7 @@ def test_every_example_of_the_page_on_circuits_runs() -> None:
     for number, block in enumerate(blocks):
         exec(compile(block, f"circuits.md, example {number + 1}", "exec"), names)
     assert str(names["scores"].cost) == "6 forward, 5 backward passes"
-    assert names["graph"].names[:2] == ("input->a0.h0<q>", "input->a0.h1<q>")
+    assert names["graph"].names[:2] == ("embed->a0.h0<q>", "embed->a0.h1<q>")
     # the two models of the example are one: every edge scores the same, and nothing is gained
     assert (names["overlap"]["jaccard"] == 1).all()
     assert (names["shift"]["shift"] == 0).all()

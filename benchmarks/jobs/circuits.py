@@ -15,19 +15,19 @@ from benchmarks.shapes import Size
 from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.scores import Scores
+from mechscope.circuits.scores import EdgeScores
 from mechscope.data.pairs import collate_pairs
 
 STEPS = 5
 _SIZES = {"small": Size(16, 16), "long": Size(1, 1024)}
 
 
-def eap(case: PairsCase) -> Scores:
+def eap(case: PairsCase) -> EdgeScores:
     """Score every edge by attribution patching."""
     return attribute_edges(case.subject, case.pairs, method="eap")
 
 
-def eap_ig(case: PairsCase) -> Scores:
+def eap_ig(case: PairsCase) -> EdgeScores:
     """Score every edge by attribution patching with gradients integrated over inputs."""
     return attribute_edges(case.subject, case.pairs, method="eap-ig", steps=STEPS)
 
@@ -61,7 +61,7 @@ def per_text(found: Tensor) -> np.ndarray:
     return found[0].cpu().numpy()
 
 
-def by_nodes(found: Scores) -> np.ndarray:
+def by_nodes(found: EdgeScores) -> np.ndarray:
     """Return the scores as ``(sender, receiver)``, as the code of EAP-IG's authors orders them; 0 where there is no edge."""
     return found.graph.matrix(found.mean).ravel()
 

@@ -24,6 +24,7 @@ from mechscope.data.documents import Corpus, load_documents
 from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.data.prompt import Batch, Encoded, batches, encode
 from mechscope.difference import Difference, difference
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from mechscope.subject.pair import Pair, pair
 
@@ -112,7 +113,7 @@ def both_plain(case: DocumentsCase) -> None:
 
 def whole(case: DocumentsCase, progress: Any = None) -> Difference:
     """Tokenize, and measure the difference."""
-    return difference(case.pair, tokenize(case), tokens_per_batch=case.settings.tokens_per_batch, progress=progress)
+    return difference(case.pair, tokenize(case), execution=Execution(tokens_per_batch=case.settings.tokens_per_batch, progress=progress))
 
 
 def take_turns(case: DocumentsCase) -> dict[str, Taken]:

@@ -11,9 +11,9 @@ from benchmarks.models import make_model
 from benchmarks.settings import Settings
 from benchmarks.shapes import Size
 from mechscope.data.pairs import PairBatch
+from mechscope.data.scoring import batches
 from mechscope.heads import copying_roles, head_roles, pattern_roles, roles_table
 from mechscope.heads.pattern_roles import repeated_texts
-from mechscope.scoring import batches
 from mechscope.subject.load import Subject, load
 
 _TOKENS_PER_BATCH = 4096

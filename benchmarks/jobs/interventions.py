@@ -8,7 +8,7 @@ import torch
 from benchmarks.harness import Job
 from benchmarks.jobs.cases import PairsCase, build, forward
 from benchmarks.shapes import Size
-from mechscope.causal import ablate, attribute, patch
+from mechscope.causal import ablate, attribution_patch, patch
 from mechscope.causal.effects import Effects
 from mechscope.instrument import record
 from mechscope.instrument.record import Recording, Site
@@ -36,7 +36,7 @@ def ablation(case: PairsCase) -> Effects:
 
 def attribution(case: PairsCase) -> Effects:
     """Attribute the logit difference to every head."""
-    return attribute(case.subject, case.pairs)
+    return attribution_patch(case.subject, case.pairs)
 
 
 def _last_tokens(found: Recording) -> np.ndarray:

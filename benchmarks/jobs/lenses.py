@@ -16,11 +16,12 @@ from benchmarks.jobs.cases import PairsCase, build, forward
 from benchmarks.shapes import Size
 from mechscope.data.pairs import collate_pairs
 from mechscope.instrument.readout import Readout
-from mechscope.lens.logit_lens import read
-from mechscope.lens.places import Standing, places_of
+from mechscope.lens.logit_lens import logit_lens
+from mechscope.lens.places import SiteValues, places_of
 from mechscope.lens.projection import Projection
 from mechscope.lens.reading import LensReading
-from mechscope.lens.training import LensSettings, train_tuned_lens
+from mechscope.lens.training import train_tuned_lens
+from mechscope.settings.lens import TunedLensSettings
 
 _SIZES = {"small": Size(8, 128), "long": Size(1, 4096)}
 
@@ -37,7 +38,7 @@ def unembeddings(case: PairsCase) -> None:
 @torch.no_grad()
 def lens_backbone(case: PairsCase) -> None:
     """Run the forward pass up to the last residual stream, as the lens does."""
-    Standing(case.subject, places_of(case.subject, ("residual",))).run(collate_pairs(tuple(case.pairs)))
+    SiteValues(case.subject, places_of(case.subject, ("residual",))).run(collate_pairs(tuple(case.pairs)))
 
 
 @torch.no_grad()
@@ -66,18 +67,18 @@ def _blocks(case: PairsCase) -> range:
 @torch.no_grad()
 def lens(case: PairsCase) -> LensReading:
     """Read the five likeliest tokens behind every block."""
-    return read(case.subject, case.pairs, layers=_blocks(case), statistics=False)
+    return logit_lens(case.subject, case.pairs, layers=_blocks(case), statistics=False)
 
 
 @torch.no_grad()
 def lens_all(case: PairsCase) -> LensReading:
     """Read the five likeliest tokens, ranks, entropies and divergences behind every block."""
-    return read(case.subject, case.pairs, layers=_blocks(case))
+    return logit_lens(case.subject, case.pairs, layers=_blocks(case))
 
 
 def training_step(case: PairsCase) -> None:
     """Take one step of training a tuned lens, all layers but the last."""
-    settings = LensSettings(steps=1, tokens_per_step=case.ids.numel())
+    settings = TunedLensSettings(steps=1, tokens_per_step=case.ids.numel())
     train_tuned_lens(case.subject, case.pairs, layers=_blocks(case), settings=settings)
 
 

@@ -1,120 +1,98 @@
-"""The same jobs from Python, in a few lines that fit a notebook.
+"""The same jobs from Python, in a few lines that fit a notebook: `mechscope.diff`, `mechscope.patch`, … are read off the jobs.
 
 Models may be given as sources (hub id, directory, adapter), as loaded `Subject`s or as modules in memory; documents as a source, a `Corpus`, or a list
-of `Document`s. Results are DataFrames in frozen dataclasses; nothing is written unless a folder is given.
+of `Document`s; prompt pairs as a source or as `Pairs`. Results are tables; nothing is left on disk unless `out` names a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from mechscope.settings import resolve
+from mechscope.studies.job import Job, Result
+from mechscope.studies.jobs import jobs
 
-from mechscope.adapt.training import Tuned
-from mechscope.data.documents import Corpus, Document
-from mechscope.data.prompt import Encoded
-from mechscope.difference import Difference, difference
-from mechscope.errors import DataError
-from mechscope.instrument import Check, Edit, Knockout, intervene, load, load_pair, record
-from mechscope.instrument import check_subject as check
-from mechscope.progress import Progress
-from mechscope.studies.corpora import encode_for, load_corpus
-from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
-from mechscope.studies.summarization import Study, bakeoff_run, document_split
-from mechscope.studies.summarization import study as run_study
-from mechscope.studies.tuning import tune_run
-from mechscope.subject import Pair, Subject, pair
-
-__all__ = ["Check", "Edit", "Knockout", "bakeoff", "check", "diff", "intervene", "load", "record", "study", "tune"]
-
-Model = str | Path | Subject | nn.Module
-Documents = str | Path | Corpus | Encoded | Sequence[Document]
+_IN_MEMORY = "given in memory"
 
 
-def diff(
-    base: Model, tuned: Model, data: Documents, *, tokenizer: Any = None, progress: Progress | None = None, **settings: Any
-) -> Difference:
-    """Measure what fine-tuning changed between two models.
+@cache
+def functions() -> dict[str, Callable[..., Any]]:
+    """Return a function per job, by its name in Python (`circuit_diff` for `circuit-diff`)."""
+    return {python_name(job): _function(job) for job in jobs().values()}
 
-    Args:
-        base: The pre-trained model.
-        tuned: The fine-tuned model or adapter.
-        data: Documents with summaries.
-        tokenizer: For models in memory that come without one.
-        progress: Called with a label, what is done and how much there is.
-        settings: Any field of `mechscope.studies.settings.DiffSettings`, for example `documents=100`, `max_tokens=512`.
 
-    Returns:
-        Tables of heads, layers, weights and outputs.
+def python_name(job: Job[Any]) -> str:
+    """Return what a job is called in Python."""
+    return job.function or job.name.replace("-", "_")
 
-    Raises:
-        MechscopeError: Models, documents or settings cannot be used.
-    """
-    resolved = resolve(
-        DiffSettings, base=str(base), tuned=str(tuned), data=data if isinstance(data, str) else "given in memory", **settings
+
+def _function(job: Job[Any]) -> Callable[..., Any]:
+    def run(*about: Any, out: str | Path | None = None, progress: Any = None, tokenizer: Any = None, **settings: Any) -> Any:
+        named = {**dict(zip(job.about, about, strict=False)), **settings}
+        if job.preset is not None and named:
+            raise TypeError(f"{python_name(job)}() takes no settings: {', '.join(named)} cannot be given")
+        if len(about) > len(job.about):
+            raise TypeError(
+                f"{python_name(job)}() takes {len(job.about)} arguments by position ({', '.join(job.about)}), {len(about)} were given"
+            )
+        given = {name: named[name] for name in job.about if not isinstance(named.get(name), str | Path | None)}
+        texts = {name: _IN_MEMORY if name in given else _plain(value) for name, value in named.items()}
+        if tokenizer is not None:
+            given["tokenizer"] = tokenizer
+        resolved = job.preset() if job.preset is not None else resolve(job.settings, **texts)
+        from mechscope.studies.runner import run_job
+
+        return (job.execute or run_job)(job, resolved, out, progress=progress, given=given)
+
+    run.__name__ = run.__qualname__ = python_name(job)
+    run.__doc__ = _documented(job)
+    vars(run).update(__signature__=_signature(job))
+    return run
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _documented(job: Job[Any]) -> str:
+    lines = [f"    {leaf.name}: {leaf.help}" for leaf in job.options]
+    return "\n".join(
+        [
+            job.help,
+            "",
+            "Args:",
+            *lines,
+            "    out: Folder of the run; without, nothing is left on disk.",
+            "    progress: Called with a label, what is done and how much there is.",
+            "    tokenizer: For models in memory that come without one.",
+            "",
+            "Returns:",
+            "    The tables, by name and as attributes, and where the run and its page are.",
+            "",
+            "Raises:",
+            "    MechscopeError: Models, data or settings cannot be used.",
+        ]
     )
-    compared = _pair(base, tuned, tokenizer, resolved)
-    encoded = data if isinstance(data, Encoded) else encode_for(resolved, _corpus(data, resolved), compared.base)
-    return difference(
-        compared,
-        encoded,
-        tokens_per_batch=resolved.tokens_per_batch,
-        gini=resolved.gini,
-        replicates=resolved.replicates,
-        geometry_documents=resolved.geometry_documents,
-        seed=resolved.seed,
-        progress=progress,
-    )
 
 
-def tune(base: str | Path, data: str | Path, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Tuned:
-    """Fine-tune a model to summarize, fully or by LoRA at chosen places.
-
-    Args:
-        base: The pre-trained model's source.
-        data: Source of the documents.
-        out: Folder for the model or adapter.
-        progress: Called with a label, what is done and how much there is.
-        settings: Any field of `mechscope.studies.settings.TuneSettings`, for example `method="lora"`, `targets="layers:2,3,5"`.
-
-    Raises:
-        MechscopeError: Model, documents or settings cannot be used.
-    """
-    return tune_run(resolve(TuneSettings, base=str(base), data=str(data), **settings), out, progress=progress)
+def _signature(job: Job[Any]) -> inspect.Signature:
+    kinds = {leaf.name: leaf for leaf in job.options}
+    about = [name for name in job.about if name in kinds]
+    positional = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=_default(kinds[name])) for name in about]
+    rest = [
+        inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=_default(leaf))
+        for leaf in kinds.values()
+        if leaf.name not in job.about
+    ]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("out", "progress", "tokenizer")]
+    return inspect.Signature([*positional, *rest, *own], return_annotation=Result)
 
 
-def bakeoff(base: str | Path, data: str | Path, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Study:
-    """Compare LoRA at chosen layers and heads with LoRA everywhere, at random places, and full fine-tuning.
+def _default(leaf: Any) -> Any:
+    import dataclasses
 
-    Arguments as for `tune`, with the fields of `mechscope.studies.settings.BakeOffSettings`; `out` is a run folder.
-    """
-    return bakeoff_run(resolve(BakeOffSettings, base=str(base), data=str(data), **settings), out, progress=progress)
-
-
-def study(base: str | Path, data: str | Path, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Study:
-    """Run the whole summarization study into a run folder, or continue it.
-
-    Arguments as for `tune`, with the fields of `mechscope.studies.settings.StudySettings`, for example `tuned="my-model"`.
-    """
-    return run_study(resolve(StudySettings, base=str(base), data=str(data), **settings), out, progress=progress)
-
-
-def _pair(base: Model, tuned: Model, tokenizer: Any, settings: DiffSettings) -> Pair:
-    options = {"dtype": settings.dtype, "device": settings.device, "unsafe": settings.unsafe, "tokenizer": tokenizer}
-    if isinstance(base, str | Path) and isinstance(tuned, str | Path):
-        return load_pair(base, tuned, resize=settings.resize, **options)
-    sides = [side if isinstance(side, Subject) else load(side, **options) for side in (base, tuned)]
-    return pair(sides[0], sides[1], resize=settings.resize)
-
-
-def _corpus(data: Documents, settings: DiffSettings) -> Corpus:
-    if isinstance(data, Corpus):
-        return data
-    if isinstance(data, str | Path):
-        return load_corpus(settings, str(data), split=document_split(settings, str(data)), limit=settings.documents, name="documents")
-    if isinstance(data, Encoded):
-        raise DataError("these documents are encoded already: give the corpus they came from")
-    return Corpus(tuple(data), source="given in memory")
+    return inspect.Parameter.empty if leaf.default is dataclasses.MISSING else leaf.default

@@ -1,30 +1,29 @@
-"""The command line: flags in, one function call, a summary out; no logic of its own.
+"""The command line: flags in, one job, a summary out; no logic of its own.
 
-A command's flags are the fields of its settings class (`mechscope.studies.settings`), so name, type, default and help are written once. Heavy
-imports happen inside the commands: `--help` answers at once. An expected error is one red line and exit code 2; anything else is a bug
-and keeps its traceback.
+Commands are read off the jobs (`mechscope.studies.jobs`): a command's flags are the fields of its settings, so name, type, bounds, default and help are
+written once. Heavy imports happen inside the commands: `--help` answers at once. An expected error is one red line and exit code 2; anything else is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.exceptions import TyperException
 
 from mechscope import ranks
 from mechscope.errors import MechscopeError
-from mechscope.studies.pair_settings import AblateSettings, CircuitDiffSettings, CircuitSettings, PatchSettings
-from mechscope.studies.reading_settings import HeadsSettings, LensSettings, WeightsSettings
-from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
+from mechscope.settings import Leaf, leaves, resolve
+from mechscope.studies.job import Job
+from mechscope.studies.jobs import jobs
 
 app = typer.Typer(
     name="mechscope",
@@ -32,170 +31,130 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-studies = typer.Typer(help="Whole studies: from models and documents to a report.", no_args_is_help=True)
-app.add_typer(studies, name="study")
+
+# groups of commands in the help, in order
+PANELS = {
+    "compare": "Compare a base and a tuned model",
+    "intervene": "Intervene",
+    "circuits": "Circuits",
+    "read": "Read a model",
+    "tune": "Fine-tune",
+    "studies": "Whole studies",
+    "runs": "Models and runs",
+}
+_GROUPS = {"study": "Whole studies: from models and documents to a report."}
 
 Out = Annotated[
-    Path, typer.Option("--out", help="Folder of the run; the same command on the same folder continues it.", rich_help_panel="Run")
+    Path | None,
+    typer.Option("--out", help="Folder of the run; the same command on the same folder continues it. (required)", rich_help_panel="Output"),
+]
+DefaultOut = Annotated[
+    Path, typer.Option("--out", help="Folder of the run; the same command on the same folder continues it.", rich_help_panel="Output")
 ]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with any of these settings; flags go before it.", rich_help_panel="Run")
+    Path | None,
+    typer.Option("--config", help="YAML file with any of these settings; flags go before it.", rich_help_panel="Output"),
 ]
 
 
-# panels of `--help` that are not called as their settings class
-_PANELS = {
-    "Lora": "LoRA",
-    "Model": "Models",
-    "ReadModels": "Models",
-    "Split": "Data",
-    "Document": "Data",
-    "CircuitStudy": "Circuit",
-    "ReadingStudy": "Roles and lens",
-}
+def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
+    """Add a job as a command."""
 
-
-def _with_flags(kind: type, *positional: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of a settings class as flags; it is called with `given`, those that were set.
-
-    Args:
-        kind: The settings class.
-        positional: Fields that are arguments rather than flags.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(kind)
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-        flags = [_flag(item, hints[item.name], _panel(kind, item.name), positional) for item in dataclasses.fields(kind)]
-        # positional arguments first, in the order asked for
-        flags.sort(key=lambda flag: positional.index(flag.name) if flag.name in positional else len(positional))
-
-        def wrapped(**values: Any) -> None:
-            given = {flag.name: values.pop(flag.name) for flag in flags}
-            command(**values, given=given)
-
-        parameters = [*flags, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
-        annotations = {parameter.name: parameter.annotation for parameter in parameters}
-        # how inspect lets a function declare its signature
-        vars(wrapped).update(__signature__=inspect.Signature(parameters))
-        wrapped.__annotations__, wrapped.__doc__, wrapped.__name__ = annotations, command.__doc__, command.__name__
-        return wrapped
-
-    return decorate
-
-
-def _flag(item: dataclasses.Field[Any], hint: Any, panel: str, positional: tuple[str, ...]) -> inspect.Parameter:
-    text = item.metadata["help"]
-    kind = _plain_type(hint)
-    if item.name in positional:
-        argument = typer.Argument(help=text, show_default=False)
-        # not required by the parser: a configuration file may hold it
-        return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, argument])
-    # the default is part of the text: the parser's own stays None, "not given", so that a configuration file is not overruled
-    if item.default is dataclasses.MISSING:
-        text += " (required)"
-    elif item.default not in (None, False):
-        text += f" (default: {str(item.default).encode('unicode_escape').decode()})"
-    name = item.name.replace("_", "-")
-    names = [f"--{name}/--no-{name}"] if kind is bool else [f"--{name}"]
-    option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
-    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
-
-
-def _plain_type(hint: Any) -> Any:
-    """Return what the parser should read: a choice is text, checked with the other settings."""
-    inner = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
-    return inner[0] if inner[0] in (bool, int, float, str) else str
-
-
-def _panel(kind: type, name: str) -> str:
-    """Name the group of flags by the settings class that declares the field."""
-    owner = next(base for base in reversed(kind.__mro__) if name in getattr(base, "__annotations__", {}))
-    if owner is kind:
-        return "Run"
-    title = owner.__name__.removesuffix("Settings")
-    return _PANELS.get(title, title)
-
-
-def _job(group: typer.Typer, name: str, kind: type, *positional: str, run: str, show: str) -> None:
-    """Add a command that fills a run folder.
-
-    Args:
-        group: Where it is added.
-        name: What it is called.
-        kind: Its settings.
-        positional: Fields that are arguments rather than flags.
-        run: `module:function` in `mechscope.studies`: takes settings, folder, command line and progress.
-        show: Function of `mechscope.studies.console` that prints what came out.
-    """
-
-    def command(out: Out, given: dict[str, Any], config: Config = None) -> None:
-        settings: Any = resolve(kind, config, **given)
+    def command(out: Path | None, config: Path | None = None, **given: Any) -> None:
+        if out is None:
+            raise MechscopeError(f"--out is missing: name the folder of the run, such as --out runs/{job.name}")
+        # an error about settings comes before anything heavy is imported
+        settings = job.preset() if job.preset is not None else resolve(job.settings, config, **given)
         from mechscope.studies import console
 
-        module, function = run.split(":")
-        with console.progress() as report:
-            found = getattr(importlib.import_module(f"mechscope.studies.{module}"), function)(
-                settings, out, command=_command(), progress=report
-            )
+        with console.progress() as progress:
+            result = console.run(job, settings, out, command=["mechscope", *sys.argv[1:]], progress=progress)
         if ranks.is_first():
-            getattr(console, show)(found)
+            console.show(job, result)
 
-    # the settings say what the command does, behind its name
-    command.__doc__ = (kind.__doc__ or "").partition(": ")[2]
-    command.__name__ = name.replace("-", "_")
-    group.command(name)(_with_flags(kind, *positional)(command))
-
-
-_job(studies, "summarization", StudySettings, run="summarization:study", show="show_study")
-_job(app, "diff", DiffSettings, "base", "tuned", run="summarization:diff_run", show="show_study")
-_job(app, "bakeoff", BakeOffSettings, "base", run="summarization:bakeoff_run", show="show_study")
-_job(app, "heads", HeadsSettings, "model", "tuned", run="heads:heads_run", show="show_roles")
-_job(app, "lens", LensSettings, "model", "tuned", run="lens:lens_run", show="show_lens")
-_job(app, "weights", WeightsSettings, "model", "tuned", run="weights:weights_run", show="show_weights")
-_job(app, "patch", PatchSettings, "model", run="interventions:patch_run", show="show_effects")
-_job(app, "ablate", AblateSettings, "model", run="interventions:ablate_run", show="show_effects")
-_job(app, "circuit", CircuitSettings, "model", run="circuits:circuit_run", show="show_circuits")
-_job(app, "circuit-diff", CircuitDiffSettings, "base", "tuned", run="circuits:circuit_diff_run", show="show_circuits")
+    own = [
+        inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=_default_out(job), annotation=Out if job.options else DefaultOut),
+        *([inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config)] if job.options else []),
+    ]
+    flags = [_flag(leaf, job) for leaf in job.options]
+    # what the run is about first, then what the job declares itself, then what many jobs share
+    order = [*job.about, *(leaf.name for leaf in leaves(job.settings) if leaf.owner is job.settings)]
+    flags.sort(key=lambda flag: order.index(flag.name) if flag.name in order else len(order))
+    _with_signature(command, [*flags, *own])
+    command.__doc__ = job.help
+    group = app if not job.group else groups.setdefault(job.group, typer.Typer(help=_GROUPS[job.group], no_args_is_help=True))
+    group.command(job.name, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
 
 
-@app.command()
-@_with_flags(TuneSettings, "base")
-def tune(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the tuned model or adapter.", rich_help_panel="Run")],
-    given: dict[str, Any],
-    config: Config = None,
-    full: Annotated[bool, typer.Option("--full", help="Full fine-tuning.", rich_help_panel="Models")] = False,
-    lora: Annotated[bool, typer.Option("--lora", help="LoRA.", rich_help_panel="Models")] = False,
-) -> None:
-    """Fine-tune a model to summarize: fully, or by LoRA at chosen layers and heads."""
-    if full and lora:
-        raise MechscopeError("--full and --lora exclude each other: give one")
-    if full or lora:
-        given["method"] = "lora" if lora else "full"
-    elif given.get("targets") and not given.get("method"):
-        given["method"] = "lora"
-    settings = resolve(TuneSettings, config, **given)
-    from mechscope.studies.console import progress, show_tuned
-    from mechscope.studies.tuning import tune_run
-
-    with progress() as report:
-        tuned = tune_run(settings, out, progress=report)
-    if ranks.is_first():
-        show_tuned(tuned)
+def _default_out(job: Job[Any]) -> Path | None:
+    return Path("runs") / job.name if job.preset is not None else None
 
 
-@app.command()
+def _with_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    # how inspect lets a function declare its signature
+    vars(command).update(__signature__=inspect.Signature(parameters))
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _flag(leaf: Leaf, job: Job[Any]) -> inspect.Parameter:
+    kind, bounds = _parsed(leaf.hint)
+    if leaf.name in job.arguments:
+        # not required by the parser: a configuration file may hold it
+        annotation: Any = Annotated[kind | None, typer.Argument(help=leaf.help, show_default=False)]
+        return inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    # the default is part of the text: the parser's own stays None, "not given", so that a configuration file is not overruled
+    words = leaf.help
+    if leaf.default is dataclasses.MISSING:
+        words += " (required)"
+    elif leaf.default not in (None, False):
+        words += f" (default: {str(leaf.default).encode('unicode_escape').decode()})"
+    name = leaf.name.replace("_", "-")
+    names = [f"--{name}/--no-{name}"] if kind is bool else [f"--{name}"]
+    panel = getattr(leaf.owner, "panel", job.name.capitalize())
+    option = typer.Option(*names, help=words, show_default=False, rich_help_panel=panel, **bounds)
+    return inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _parsed(hint: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the type that the parser reads, and the bounds that it shows."""
+    inner = next((part for part in typing.get_args(hint) if part is not type(None)), hint) if _is_optional(hint) else hint
+    bounds: dict[str, Any] = {}
+    if typing.get_origin(inner) is Annotated:
+        inner, *marks = typing.get_args(inner)
+        bounds = {name: value for mark in marks for name, value in (("min", getattr(mark, "ge", None)), ("max", getattr(mark, "le", None)))}
+        bounds = {name: value for name, value in bounds.items() if value is not None}
+    if typing.get_origin(inner) is Literal or inner in (bool, int, float, str):
+        return inner, bounds
+    return str, {}
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _add_all() -> None:
+    groups: dict[str, typer.Typer] = {}
+    for job in sorted(jobs().values(), key=lambda job: (list(PANELS).index(job.panel), job.name)):
+        _add(job, groups)
+    for name, group in groups.items():
+        app.add_typer(group, name=name, rich_help_panel=PANELS["studies"])
+
+
+_add_all()
+
+
+@app.command(rich_help_panel=PANELS["runs"])
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write a run's report again, from its tables."""
     from mechscope.studies.console import show_report
-    from mechscope.studies.summarization import report_run
+    from mechscope.studies.runner import draw_again
 
-    show_report(report_run(run))
+    show_report(draw_again(run))
 
 
-@app.command()
+@app.command(rich_help_panel=PANELS["runs"])
 def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Hash every file of a run again and compare with its manifest; exit code 1 if one was changed or is missing."""
     from mechscope.store.run import verify as verify_run
@@ -204,7 +163,7 @@ def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     raise typer.Exit(0 if show_verified(run, verify_run(run)) else 1)
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=PANELS["runs"])
 def inspect_model(
     model: Annotated[str, typer.Argument(help="Hub id, directory, or adapter.")],
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
@@ -220,36 +179,24 @@ def inspect_model(
     raise typer.Exit(0 if show_model(subject, check_subject(subject)) else 1)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
-) -> None:
-    """Run the whole study on the embedded default: a small model and generated news articles."""
-    from mechscope.studies.console import progress, show_study
-    from mechscope.studies.demo import demo_settings
-    from mechscope.studies.summarization import study
-
-    with progress() as report:
-        found = study(demo_settings(), out, command=_command(), progress=report)
-    if ranks.is_first():
-        show_study(found)
-
-
-def _command() -> list[str]:
-    return ["mechscope", *sys.argv[1:]]
-
-
 def main() -> None:
     """Run the command line: exit code 0 when done, 2 for an error the user can mend, 130 when interrupted."""
     # before a command imports it: a fork of a process with threads is what the warning is about, and there is none here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(prog_name="mechscope")
+        code = app(prog_name="mechscope", standalone_mode=False)
+    except TyperException as error:
+        _fail(error.format_message())
     except MechscopeError as error:
         if isinstance(error, ranks.ElsewhereError) or ranks.is_echo():
             raise SystemExit(2) from None
-        typer.secho(f"error{ranks.label()}: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
         typer.secho("interrupted: the same command continues where it was", fg=typer.colors.YELLOW, err=True)
         raise SystemExit(130) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    typer.secho(f"error{ranks.label()}: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    raise SystemExit(2)

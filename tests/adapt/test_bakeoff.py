@@ -18,14 +18,17 @@ from mechscope.adapt import bakeoff
 from mechscope.adapt.arms import NO_SEED, BakeOffSettings, plan
 from mechscope.adapt.bakeoff import BakeOff, bake_off
 from mechscope.adapt.comparison import steps_to
-from mechscope.adapt.generate import Decoding, encode_prompts, summarize
+from mechscope.adapt.generate import encode_prompts, summarize
 from mechscope.adapt.places import random_layers
-from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import place
 from mechscope.adapt.training import tune
 from mechscope.data.documents import Document
 from mechscope.data.rouge import rouge
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
+from mechscope.settings.decoding import Decoding
+from mechscope.settings.lora import LoraSettings
+from mechscope.settings.training import TrainSettings
 from mechscope.stats.bootstrap import bootstrap_two_level
 from mechscope.subject.components import Components
 from mechscope.subject.load import load
@@ -35,7 +38,7 @@ SETTINGS = BakeOffSettings(
     layers=Components.parse("layers:1"),
     heads=Components.parse("a0.h1,a1.h2,a1.h3,a2.h0"),
     seeds=(0, 1),
-    rank=2,
+    lora=LoraSettings(rank=2),
     training=TRAINING,
     decoding=Decoding(max_new_tokens=4),
 )
@@ -116,7 +119,7 @@ def test_the_standard_is_trained_once_and_listed_in_both_protocols(run, monkeypa
     seeds = []
 
     def counted(*arguments, **options):
-        seeds.append(options["settings"].seed)
+        seeds.append(options["execution"].seed)
         return tune(*arguments, **options)
 
     monkeypatch.setattr(bakeoff, "tune", counted)
@@ -205,7 +208,9 @@ def test_last_layers_are_the_last(make_subject):
 
 def test_more_rank_at_equal_parameters_keeps_half_elsewhere(make_subject):
     subject = make_subject("gpt2")
-    (arm,) = plan(subject, replace(SETTINGS, rank=4, strategies=("more_rank",), protocols=("equal_parameters",), seeds=(0,)))
+    (arm,) = plan(
+        subject, replace(SETTINGS, lora=LoraSettings(rank=4), strategies=("more_rank",), protocols=("equal_parameters",), seeds=(0,))
+    )
     assert arm.placed is not None
     ranks = {target.name.split(".")[2]: rank for target, rank in zip(arm.placed.targets, arm.placed.ranks, strict=True)}
     assert ranks == {"0": 2, "1": 8, "2": 2}
@@ -224,7 +229,7 @@ def test_a_bake_off_killed_between_and_within_arms_ends_with_the_same_tables(run
                 raise Killed
 
         with pytest.raises(Killed):
-            run("cut", progress=kill)
+            run("cut", execution=Execution(progress=kill))
     equal(result, run("cut"))
 
 
@@ -261,6 +266,7 @@ def test_adapters_stay_and_full_copies_go(run, tmp_path):
 KILLED_SCRIPT = """
 import os, pickle, signal, sys
 from mechscope.adapt.bakeoff import bake_off
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 
 count = 0
@@ -273,7 +279,7 @@ def progress(label, done, total):
 
 with open(sys.argv[1], "rb") as file:
     base, arguments, options = pickle.load(file)
-bake_off(load(base, device="cpu"), *arguments, **options, progress=progress)
+bake_off(load(base, device="cpu"), *arguments, **options, execution=Execution(progress=progress))
 """
 
 
@@ -299,18 +305,18 @@ def test_a_bake_off_killed_by_kill_9_is_continued_by_another_process(make_subjec
 def test_an_impossible_budget_is_refused_before_anything_is_trained(run, monkeypatch):
     monkeypatch.setattr(bakeoff, "tune", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(SettingsError, match="targeted_heads cannot have"):
-        run("out", replace(SETTINGS, rank=8, heads=Components.parse("a0.h0")))
+        run("out", replace(SETTINGS, lora=LoraSettings(rank=8), heads=Components.parse("a0.h0")))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategies": ("best",)}, "strategy 'best' is not known"),
-        ({"protocols": ("reference",)}, "protocol 'reference' is not known"),
+        ({"strategies": ("best",)}, r"'strategies' is \('best',\): should be 'standard'"),
+        ({"protocols": ("reference",)}, r"'protocols' is \('reference',\): should be 'equal_rank'"),
         ({"seeds": (1, 1)}, "must be different"),
         ({"heads": Components()}, "targeted_heads needs heads"),
         ({"layers": Components.parse("a0.h1")}, "must be whole layers"),
-        ({"rank": 1}, "at least 2"),
+        ({"lora": LoraSettings(rank=1)}, "at least 2"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes, message):

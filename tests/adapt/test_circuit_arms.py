@@ -10,21 +10,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechscope.adapt.arms import Arm, BakeOffSettings, Strategy, plan
+from mechscope.adapt.arms import Arm, BakeOffSettings, plan
 from mechscope.adapt.budget import TOLERANCE
 from mechscope.adapt.comparison import Outcome, summary_table
 from mechscope.adapt.places import critical_layers, random_circuit, read_circuit
-from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import Placement, place
 from mechscope.adapt.training import load_tuned, tune
+from mechscope.choices import Strategy
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import to_json
 from mechscope.data.rouge import METRICS
 from mechscope.errors import DataError, SettingsError
+from mechscope.settings import resolve
+from mechscope.settings.lora import LoraSettings
+from mechscope.settings.training import TrainSettings
 from mechscope.stats.bootstrap import bootstrap_two_level
-from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import BakeOffSettings as Flags
-from mechscope.studies.summarization import bakeoff_run
+from mechscope.studies.jobs.bakeoff import JOB as BAKEOFF
+from mechscope.studies.runner import run_job
 from mechscope.subject.components import Components
 from mechscope.subject.load import load
 from tests.studies.conftest import TINY, tiny_model
@@ -38,7 +40,7 @@ SETTINGS = BakeOffSettings(
     circuit_layers=Components.parse("layers:2"),
     strategies=("standard", "circuit", "circuit_rank", "random_circuit"),
     seeds=(0, 1),
-    rank=2,
+    lora=LoraSettings(rank=2),
 )
 
 
@@ -86,7 +88,7 @@ def test_training_the_circuit_arm_moves_only_the_circuits_weights(make_subject, 
 @pytest.mark.parametrize("circuit", ["a0.h1,a1.h2,a1.h3,m2", "m0,m1", "a0.h0,a0.h1,a0.h2,a0.h3,a2.h1"])
 def test_at_equal_parameters_circuit_and_controls_cost_what_the_standard_costs(make_subject, family, circuit):
     subject = make_subject(family, **({"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}))
-    arms = plan(subject, replace(SETTINGS, circuit=Components.parse(circuit), protocols=("equal_parameters",), rank=8))
+    arms = plan(subject, replace(SETTINGS, circuit=Components.parse(circuit), protocols=("equal_parameters",), lora=LoraSettings(rank=8)))
     standard = place(subject, Components.parse("layers:0,1,2"), rank=8).trainable_parameters
     assert Counter(arm.strategy for arm in arms) == dict.fromkeys(SETTINGS.strategies, 2)
     for arm in arms:
@@ -105,7 +107,7 @@ def test_at_equal_rank_the_control_costs_exactly_what_the_circuit_costs(make_sub
 def test_more_rank_for_the_circuit_keeps_half_elsewhere(make_subject):
     subject = make_subject("gpt2")
     for protocol, high in (("equal_rank", 4), ("equal_parameters", 8)):
-        (arm, _) = arms_of(subject, "circuit_rank", replace(SETTINGS, rank=4), protocol)
+        (arm, _) = arms_of(subject, "circuit_rank", replace(SETTINGS, lora=LoraSettings(rank=4)), protocol)
         ranks = {target.name.split(".")[2]: rank for target, rank in zip(placed_of(arm).targets, placed_of(arm).ranks, strict=True)}
         # 3 · 4 = 2 + 2 + 8
         assert ranks == {"0": 2, "1": 2, "2": high}
@@ -150,7 +152,7 @@ def test_all_heads_or_none_with_all_mlps_or_none_have_no_other_choice(circuit):
 def test_critical_layers_are_those_whose_senders_edges_changed_most():
     graph = Graph(3, 2)
     before, after = (np.zeros(len(graph)) for _ in range(2))
-    changes = {"input->logits": 0.5, "a1.h0->logits": -2.0, "m1->a2.h1<q>": 0.2, "a2.h0->m2": 1.5, "m2->logits": 1.0, "m0->m2": -0.4}
+    changes = {"embed->logits": 0.5, "a1.h0->logits": -2.0, "m1->a2.h1<q>": 0.2, "a2.h0->m2": 1.5, "m2->logits": 1.0, "m0->m2": -0.4}
     for edge, change in changes.items():
         before[graph.index(edge)] = 3.0
         after[graph.index(edge)] = 3.0 + change
@@ -172,7 +174,7 @@ def test_critical_layers_need_a_score_for_each_edge_and_a_number_that_fits():
 def test_a_circuit_file_becomes_its_heads_and_mlps(make_subject, tmp_path, family):
     subject = make_subject(family)
     graph = Graph.of(subject)
-    names = ["input->a0.h1<k>", "a0.h1->m2", "a0.h1->a1.h3<q>", "a1.h3->m2", "m2->logits"]
+    names = ["embed->a0.h1<k>", "a0.h1->m2", "a0.h1->a1.h3<q>", "a1.h3->m2", "m2->logits"]
     path = tmp_path / "circuit.json"
     path.write_text(to_json(Circuit.of(graph, names), fingerprint="of the tuned model"))
     assert read_circuit(str(path), subject) == Components.parse("a0.h1,a1.h3,m2")
@@ -189,7 +191,7 @@ def test_a_circuit_that_does_not_fit_the_model_is_refused(make_subject, tmp_path
     path.write_text(to_json(Circuit.full(Graph(2, 4))))
     with pytest.raises(DataError, match="another model"):
         read_circuit(str(path), subject)
-    path.write_text(to_json(Circuit.of(Graph.of(subject), ["input->logits"])))
+    path.write_text(to_json(Circuit.of(Graph.of(subject), ["embed->logits"])))
     with pytest.raises(DataError, match="nothing to adapt"):
         read_circuit(str(path), subject)
 
@@ -212,7 +214,7 @@ def test_without_named_strategies_those_whose_components_are_given_run():
         ({"circuit_layers": Components()}, "circuit_rank needs the circuit's critical layers"),
         ({"circuit": Components.parse("layers:1")}, "must be heads and MLPs"),
         ({"circuit_layers": Components.parse("a0.h1")}, "critical layers a0.h1 must be whole layers"),
-        ({"rank": 1}, "circuit_rank keeps half"),
+        ({"lora": LoraSettings(rank=1)}, "circuit_rank keeps half"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes, message):
@@ -267,21 +269,21 @@ def test_a_bake_off_takes_the_circuit_from_its_file_and_runs_again_when_the_file
         "seeds": 1,
     }
     del flags["replicates"]  # of the difference alone
-    settings = resolve(Flags, strategies="standard,circuit,random_circuit", protocols="equal_parameters", **flags)
+    settings = resolve(BAKEOFF.settings, strategies="standard,circuit,random_circuit", protocols="equal_parameters", **flags)
 
     def places(names: list[str]) -> dict[str, set[str]]:
         file.write_text(to_json(Circuit.of(graph, names)))
-        tables = bakeoff_run(settings, tmp_path / "run").tables
+        tables = run_job(BAKEOFF, settings, tmp_path / "run").tables
         parameters = tables["bakeoff"]["trainable_parameters"]
         assert (parameters - parameters.iloc[0]).abs().max() <= TOLERANCE * parameters.iloc[0]
         assert tables["bakeoff_summary"].query("strategy == 'circuit'")["vs_random"].notna().all()
         return {str(strategy): set(group["components"]) for strategy, group in tables["bakeoff"].groupby("strategy")}
 
-    first = places(["input->a0.h1<v>", "a0.h1->a2.h3<q>", "a2.h3->m3", "m3->logits"])
+    first = places(["embed->a0.h1<v>", "a0.h1->a2.h3<q>", "a2.h3->m3", "m3->logits"])
     assert first["circuit"] == {"a0.h1,a2.h3,m3"}
     assert len(first["random_circuit"] - first["circuit"]) == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "LoRA in the circuit scores" in page
     assert "random circuits" in page
-    second = places(["input->a1.h1<v>", "a1.h1->m2", "m2->logits"])
+    second = places(["embed->a1.h1<v>", "a1.h1->m2", "m2->logits"])
     assert second["circuit"] == {"a1.h1,m2"}

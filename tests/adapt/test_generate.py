@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mechscope.adapt.generate import PAPER, Decoding, encode_prompts, summarize
+from mechscope.adapt.generate import PAPER, encode_prompts, summarize
 from mechscope.adapt.lora import attach
 from mechscope.errors import SettingsError
+from mechscope.instrument.execution import Execution
+from mechscope.settings.decoding import Decoding
 from mechscope.subject.components import Components
 
 PROMPTS = [[3, *range(4, 4 + n), 2] for n in (9, 2, 5, 13, 3, 7)]
@@ -42,7 +44,9 @@ def lively(make_subject, family):
 @pytest.mark.parametrize("tokens_per_batch", [1, 30, 10_000])
 def test_padded_batches_write_what_single_prompts_write(make_subject, tokenizer, family, tokens_per_batch):
     model = lively(make_subject, family).model
-    written = summarize(model, tokenizer, PROMPTS, decoding=Decoding(max_new_tokens=12), tokens_per_batch=tokens_per_batch)
+    written = summarize(
+        model, tokenizer, PROMPTS, decoding=Decoding(max_new_tokens=12), execution=Execution(tokens_per_batch=tokens_per_batch)
+    )
     expected = [tokenizer.decode(slow_greedy(model, prompt, 12), skip_special_tokens=True) for prompt in PROMPTS]
     assert written == expected
     assert len(set(written)) > 1
@@ -51,7 +55,7 @@ def test_padded_batches_write_what_single_prompts_write(make_subject, tokenizer,
 def test_beams_do_not_depend_on_the_batch(make_subject, tokenizer):
     model = lively(make_subject, "gpt2").model
     decoding = replace(PAPER, max_new_tokens=30)  # the tiny model has 64 positions
-    together = summarize(model, tokenizer, PROMPTS, decoding=decoding, tokens_per_batch=10_000)
+    together = summarize(model, tokenizer, PROMPTS, decoding=decoding, execution=Execution(tokens_per_batch=10_000))
     alone = [summarize(model, tokenizer, [prompt], decoding=decoding)[0] for prompt in PROMPTS]
     assert together == alone
 

@@ -9,6 +9,7 @@ import torch
 
 from mechscope.adapt.loss import IGNORED, Collator, mean_loss, summed_loss
 from mechscope.data.prompt import Example
+from mechscope.instrument.execution import Execution
 
 
 def slow_loss(model, examples, loss_on):
@@ -33,9 +34,9 @@ def test_the_loss_is_weighted_by_token_and_untouched_by_padding(make_subject, ex
     mixed = [Example(e.id, e.input_ids, e.document, (e.summary[0] - (i % 4), e.summary[1]), False) for i, e in enumerate(examples(10))]
     expected, _ = slow_loss(model, mixed, loss_on)
     for tokens_per_batch in (1, 40, 1000):
-        assert mean_loss(model, mixed, collator=Collator(9, loss_on), tokens_per_batch=tokens_per_batch) == pytest.approx(
-            expected, rel=1e-6
-        )
+        assert mean_loss(
+            model, mixed, collator=Collator(9, loss_on), execution=Execution(tokens_per_batch=tokens_per_batch)
+        ) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_is_hugging_faces_own(make_subject, examples):

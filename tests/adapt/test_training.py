@@ -26,17 +26,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechscope.adapt import trainer as trainer_module
 from mechscope.adapt import training
 from mechscope.adapt.loss import Collator, mean_loss
-from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import place
 from mechscope.adapt.trainer import SummaryTrainer
 from mechscope.adapt.training import Tuned, load_tuned, tune
 from mechscope.errors import DataError, RunError, SettingsError
+from mechscope.instrument.execution import Execution
+from mechscope.settings.training import TrainSettings
 from mechscope.subject.components import Components
 from mechscope.subject.load import load
 
 # three steps an epoch with a short last batch, evaluations off the rhythm of the epochs, a last step off the rhythm of the evaluations
 SETTINGS = TrainSettings(
-    learning_rate_full=3e-3, learning_rate_lora=2e-2, batch_size=8, max_steps=11, eval_every=2, warmup=0.2, patience=None, seed=4
+    learning_rate_full=3e-3, learning_rate_lora=2e-2, batch_size=8, max_steps=11, eval_every=2, warmup=0.2, patience=None
 )
 
 
@@ -61,10 +62,20 @@ def same_weights(left: Path, right: Path) -> bool:
 def run(make_subject, examples, tmp_path):
     """Train into a folder of this name; the subject is made anew each time, as in another process."""
 
-    def run(name, method="lora", *, family="gpt2", settings=SETTINGS, **options):
+    def run(name, method="lora", *, family="gpt2", settings=SETTINGS, execution=Execution(seed=4), **options):
         subject = make_subject(family)
         placed = placed_on(subject) if method == "lora" else None
-        return tune(subject, examples(20), examples(9, seed=1), tmp_path / name, method=method, placed=placed, settings=settings, **options)
+        return tune(
+            subject,
+            examples(20),
+            examples(9, seed=1),
+            tmp_path / name,
+            method=method,
+            placed=placed,
+            settings=settings,
+            execution=execution,
+            **options,
+        )
 
     return run
 
@@ -147,7 +158,7 @@ def test_the_same_training_gives_the_same_weights(run, method):
 
 
 def test_another_seed_gives_other_weights(run):
-    assert not same_weights(run("one").path, run("two", settings=replace(SETTINGS, seed=5)).path)
+    assert not same_weights(run("one").path, run("two", execution=Execution(seed=5)).path)
 
 
 def seed_everything():
@@ -195,7 +206,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_weights(run, metho
                 raise Killed
 
         with pytest.raises(Killed):
-            run("cut", method, progress=kill)
+            run("cut", method, execution=Execution(seed=4, progress=kill))
     continued = run("cut", method)
     assert same_weights(whole.path, continued.path)
     pd.testing.assert_frame_equal(whole.curve, continued.curve, check_exact=True)
@@ -208,9 +219,9 @@ def test_a_continued_training_does_not_start_over(run):
             raise Killed
 
     with pytest.raises(Killed):
-        run("out", progress=kill)
+        run("out", execution=Execution(seed=4, progress=kill))
     seen = []
-    run("out", progress=lambda label, done, steps: seen.append(done))
+    run("out", execution=Execution(seed=4, progress=lambda label, done, steps: seen.append(done)))
     assert seen == [8, 9, 10, 11]
 
 
@@ -259,7 +270,7 @@ def test_a_run_folder_may_be_moved_between_kill_and_continuation(run, make_subje
             raise Killed
 
     with pytest.raises(Killed):
-        run("here/cut", progress=kill)
+        run("here/cut", execution=Execution(seed=4, progress=kill))
     (tmp_path / "here").rename(tmp_path / "there")
     assert same_weights(whole.path, run("there/cut").path)
 
@@ -273,13 +284,14 @@ def test_early_stopping_is_remembered_across_a_kill(run):
             raise Killed
 
     with pytest.raises(Killed):
-        run("cut", "full", settings=ruinous, progress=kill)
+        run("cut", "full", settings=ruinous, execution=Execution(seed=4, progress=kill))
     assert run("cut", "full", settings=ruinous).steps == whole.steps
 
 
 KILLED_SCRIPT = """
 import os, pickle, signal, sys
 from mechscope.adapt.training import tune
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 
 def progress(label, done, steps):
@@ -288,7 +300,7 @@ def progress(label, done, steps):
 
 with open(sys.argv[1], "rb") as file:
     base, arguments, options = pickle.load(file)
-tune(load(base, device="cpu"), *arguments, **options, progress=progress)
+tune(load(base, device="cpu"), *arguments, **options, execution=Execution(progress=progress))
 """
 
 
@@ -306,7 +318,7 @@ def test_a_training_killed_by_kill_9_is_continued_by_another_process(make_subjec
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not cut[-1].exists()
     seen = []
-    continued = tune(subject, *cut, **options, progress=lambda label, done, steps: seen.append(done))
+    continued = tune(subject, *cut, **options, execution=Execution(progress=lambda label, done, steps: seen.append(done)))
     assert seen[0] == 6
     whole = tune(subject, *cut[:2], tmp_path / "whole", **options)
     assert same_weights(whole.path, continued.path)
@@ -322,8 +334,21 @@ def test_a_finished_training_is_not_done_again(run, monkeypatch):
 
 def test_a_result_of_other_settings_is_refused(run):
     run("out")
-    with pytest.raises(RunError, match="other settings, data or base model"):
-        run("out", settings=replace(SETTINGS, seed=9))
+    with pytest.raises(RunError, match=r"other settings or data \(seed: 4 -> 9\)"):
+        run("out", execution=Execution(seed=9))
+
+
+def test_a_result_of_other_settings_is_replaced_where_that_is_allowed(run, tmp_path):
+    run("out")
+    run("out", execution=Execution(seed=9), replace=True)
+    other = run("other", execution=Execution(seed=9))
+    assert same_weights(tmp_path / "out", other.path)
+
+
+def test_weights_that_were_changed_are_not_taken_for_the_result(run):
+    next(run("out").path.glob("*model.safetensors")).write_bytes(b"other weights")
+    with pytest.raises(RunError, match=r"was changed after it was finished \(adapter_model\.safetensors\)"):
+        run("out")
 
 
 def test_an_unfinished_training_of_other_settings_is_refused(run):
@@ -331,14 +356,14 @@ def test_an_unfinished_training_of_other_settings_is_refused(run):
         raise Killed
 
     with pytest.raises(Killed):
-        run("out", progress=kill)
-    with pytest.raises(SettingsError, match="unfinished training with other settings"):
-        run("out", settings=replace(SETTINGS, seed=9))
+        run("out", execution=Execution(seed=4, progress=kill))
+    with pytest.raises(RunError, match=r"unfinished work with other settings or data \(seed: 4 -> 9\)"):
+        run("out", execution=Execution(seed=9))
 
 
 def test_a_folder_of_something_else_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(RunError, match="not a training of mechscope"):
+    with pytest.raises(RunError, match="not a result of mechscope"):
         run("out")
 
 
@@ -382,7 +407,7 @@ def test_a_bfloat16_base_is_fully_tuned_in_float32(make_subject, examples, tmp_p
 
 def test_the_record_reads_back_as_it_was_returned(run):
     tuned = run("out")
-    assert json.loads((tuned.path / "training.json").read_text())["request"]["settings"]["seed"] == 4
+    assert json.loads((tuned.path / "request.json").read_text())["request"]["seed"] == 4
     again = Tuned.read(tuned.path)
     pd.testing.assert_frame_equal(tuned.curve, again.curve, check_exact=True)
 

@@ -195,6 +195,7 @@ def test_a_job_that_fails_is_reported_and_loses_nothing(
     assert "NOT the same work" in out
 
 
+@pytest.mark.slow
 def test_a_run_measures_a_job_in_its_process_and_leaves_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     assert cli.main(["run", "weights_composition", *FLAGS, "--no-peers", "--out", str(out)]) == 0
@@ -207,6 +208,7 @@ def test_a_run_measures_a_job_in_its_process_and_leaves_a_file(tmp_path: Path, c
     assert "weights_composition" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_takes_the_job_s_process_with_it() -> None:
     command = [sys.executable, "-m", "benchmarks", "run", "difference", "--documents", "5000", "--no-peers", "--alone"]
     with subprocess.Popen(command, cwd=processes.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:

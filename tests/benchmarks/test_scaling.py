@@ -62,6 +62,7 @@ def test_the_arithmetic_follows_from_the_constants():
     assert cells[7] == f"{1e-9 * 6.7e9 * 4096 / 3600:.1f}"
 
 
+@pytest.mark.slow
 def test_a_point_measures_a_real_difference_alone_and_by_two_ranks():
     tiny = Point(layers=1, heads=1, vocabulary=50, documents=4, tokens=16, per_batch=2)
     found = scaling.measured(tiny)

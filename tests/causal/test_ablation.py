@@ -10,6 +10,7 @@ from mechscope.causal import Resample, ablate, ablate_together, mean_of, random_
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject import Components
 from mechscope.subject.load import Subject, load
@@ -62,7 +63,7 @@ def test_keeping_only_one_ablates_all_the_others(family: str) -> None:
 
 def test_a_mean_is_that_over_the_reference_texts_real_tokens_padded_or_not() -> None:
     subject = families.subject("llama", torch.float64)
-    one, many = (mean_of(subject, TEXTS, ["z", "embedding"], tokens_per_batch=size) for size in (1, 1000))
+    one, many = (mean_of(subject, TEXTS, ["z", "embedding"], execution=Execution(tokens_per_batch=size)) for size in (1, 1000))
     values = []
     for text in TEXTS:
         with torch.no_grad(), record(subject, "z") as recording:

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from mechscope.causal import attribute, patch
+from mechscope.causal import attribution_patch, patch
 from mechscope.causal.attribution import _drawn
 from mechscope.causal.places import places
 from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
+from mechscope.data.scoring import Runs, batches, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Edit, Gradients, Prefix, Reading, gradients, intervene, unembed
-from mechscope.scoring import Runs, batches, metric_of
+from mechscope.instrument import CachedRun, Edit, Gradients, Reading, gradients, intervene, unembed
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -34,7 +35,7 @@ def slopes(subject: Subject, pairs: Pairs, site: str, positions: str, metric: st
     found = np.empty((len(where), len(pairs)))
     place = {pair.id: at for at, pair in enumerate(pairs)}
     for batch in batches(pairs, 20):
-        clean, corrupt = (Prefix(subject, ids, batch.real, sites={site}) for ids in (batch.clean, batch.corrupt))
+        clean, corrupt = (CachedRun(subject, ids, batch.real, sites={site}) for ids in (batch.clean, batch.corrupt))
         runs = Runs(corrupt, metric_of(metric, batch, clean))
         units: list[Any] = []
         for one in where:
@@ -51,7 +52,7 @@ def slopes(subject: Subject, pairs: Pairs, site: str, positions: str, metric: st
 def test_the_estimate_is_the_slope_of_the_patched_metric(family: str, site: str) -> None:
     subject = families.subject(family, torch.float64)
     for positions, metric in (("all", "logit-diff"), ("changed fact", "loss")):
-        found = attribute(subject, PAIRS, site=site, positions=positions, metric=metric, tokens_per_batch=20)
+        found = attribution_patch(subject, PAIRS, site=site, positions=positions, metric=metric, execution=Execution(tokens_per_batch=20))
         # RMSNorm rounds to float32 in transformers, whatever the type: there a step must stay large; OPT's ReLU has kinks: there it must be small
         rough = family in ("llama", "qwen3", "gemma2")
         expected = slopes(subject, PAIRS, site, positions, metric, step=4e-3 if rough else 1e-5 if family == "opt" else 1e-3)
@@ -74,11 +75,11 @@ def linear() -> Subject:
 def test_on_a_linear_model_attribution_is_patching(site: str) -> None:
     subject = linear()
     for pair in random_pairs(3):
-        run = Prefix(subject, torch.tensor([pair.clean]), sites={"pattern"})
+        run = CachedRun(subject, torch.tensor([pair.clean]), sites={"pattern"})
         frozen = [Edit("pattern", layer, run.recording["pattern", layer]) for layer in range(3)]
         alone = Pairs((pair,), "one")
         with intervene(subject, *frozen):
-            exact, estimate = patch(subject, alone, site=site), attribute(subject, alone, site=site)
+            exact, estimate = patch(subject, alone, site=site), attribution_patch(subject, alone, site=site)
         np.testing.assert_allclose(estimate.values, exact.values, rtol=1e-9, atol=1e-10)
         assert np.abs(exact.values - exact.unchanged).max() > 1e-3
 
@@ -94,9 +95,9 @@ def test_with_the_softmax_recomputed_a_one_layer_linear_readout_is_exact(site: s
     # one layer: only a last token that differs has another query
     pairs = Pairs(tuple(replace(pair, corrupt=(*pair.corrupt[:-1], 90 - pair.corrupt[-1])) for pair in PAIRS), "other ends")
     exact = patch(subject, pairs, site=site)
-    found = attribute(subject, pairs, site=site, softmax=True)
+    found = attribution_patch(subject, pairs, site=site, softmax=True)
     np.testing.assert_allclose(found.values, exact.values, rtol=1e-9, atol=1e-10)
-    plain = attribute(subject, pairs, site=site)
+    plain = attribution_patch(subject, pairs, site=site)
     assert np.abs(plain.values - exact.values).max() > 1e-3, "without it, it is not"
 
 
@@ -105,8 +106,8 @@ def test_the_softmax_is_recomputed_per_query_head_in_grouped_families(family: st
     subject = families.subject(family, torch.float64)
     for site in ("query", "key"):
         exact = patch(subject, PAIRS, site=site, components="layers:2")
-        better = attribute(subject, PAIRS, site=site, softmax=True, components="layers:2")
-        plain = attribute(subject, PAIRS, site=site, components="layers:2")
+        better = attribution_patch(subject, PAIRS, site=site, softmax=True, components="layers:2")
+        plain = attribution_patch(subject, PAIRS, site=site, components="layers:2")
         errors = [np.abs(found.values - exact.values).mean() for found in (better, plain)]
         assert errors[0] < errors[1]
 
@@ -114,12 +115,12 @@ def test_the_softmax_is_recomputed_per_query_head_in_grouped_families(family: st
 def test_grad_drop_averages_the_absolute_estimates_of_models_without_one_layers_gradient() -> None:
     subject, pairs = linear(), random_pairs(2, lengths=(8,))
     batch = collate_pairs(pairs.pairs)
-    run = Prefix(subject, batch.corrupt, sites={"pattern"})
+    run = CachedRun(subject, batch.corrupt, sites={"pattern"})
     frozen = [Edit("pattern", layer, run.recording["pattern", layer]) for layer in range(3)]
     with intervene(subject, *frozen):
-        clean, corrupt = (Prefix(subject, ids, sites={"z", "attention_output", "mlp_output"}) for ids in (batch.clean, batch.corrupt))
+        clean, corrupt = (CachedRun(subject, ids, sites={"z", "attention_output", "mlp_output"}) for ids in (batch.clean, batch.corrupt))
         runs = Runs(corrupt, metric_of("logit-diff", batch, clean))
-        found = attribute(subject, pairs, site="head", grad_drop=True, components="a0.h1")
+        found = attribution_patch(subject, pairs, site="head", grad_drop=True, components="a0.h1")
         total = np.zeros(2)
         for dropped in (1, 2):
             held = [Edit(site, dropped, corrupt.recording[site, dropped]) for site in ("attention_output", "mlp_output")]
@@ -131,9 +132,9 @@ def test_grad_drop_averages_the_absolute_estimates_of_models_without_one_layers_
 @pytest.mark.parametrize("site", ["embedding", "residual"])
 def test_grad_drop_of_the_residual_stream_averages_over_all_layers_because_it_lies_in_none(site: str) -> None:
     subject, pairs = families.subject("gpt2", torch.float64), random_pairs(2, lengths=(8,))
-    found = attribute(subject, pairs, site=site, grad_drop=True)
+    found = attribution_patch(subject, pairs, site=site, grad_drop=True)
     batch = collate_pairs(pairs.pairs)
-    clean, corrupt = (Prefix(subject, ids, sites={site, "attention_output", "mlp_output"}) for ids in (batch.clean, batch.corrupt))
+    clean, corrupt = (CachedRun(subject, ids, sites={site, "attention_output", "mlp_output"}) for ids in (batch.clean, batch.corrupt))
     runs = Runs(corrupt, metric_of("logit-diff", batch, clean))
     step = 1e-4
     for row, place in enumerate(places(subject.anatomy, site)):
@@ -149,7 +150,7 @@ def test_grad_drop_of_the_residual_stream_averages_over_all_layers_because_it_li
 def test_where_nothing_lies_behind_grad_drop_is_the_absolute_estimate() -> None:
     # the last residual stream has one way to the logits: nothing can cancel
     subject = families.subject("llama", torch.float64)
-    plain, dropped = (attribute(subject, PAIRS, site="residual", components="layers:2", grad_drop=drop) for drop in (False, True))
+    plain, dropped = (attribution_patch(subject, PAIRS, site="residual", components="layers:2", grad_drop=drop) for drop in (False, True))
     np.testing.assert_allclose(dropped.values - dropped.unchanged, np.abs(plain.values - plain.unchanged), rtol=1e-9)
 
 
@@ -189,16 +190,9 @@ def slopes_by_autograd(subject: Subject, batch: PairBatch, site: Any) -> Gradien
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_how_texts_are_batched_does_not_matter(family: str) -> None:
-    subject = families.subject(family, torch.float64)
-    one, many = (attribute(subject, PAIRS, tokens_per_batch=size) for size in (1, 1000))
-    np.testing.assert_allclose(one.values, many.values, rtol=1e-9, atol=1e-12)
-
-
 def test_checked_places_hold_the_exact_effect_and_say_how_good_the_estimate_is() -> None:
     subject = families.subject("gpt_neox", torch.float64)
-    found, exact = attribute(subject, PAIRS, check=7, seed=3), patch(subject, PAIRS)
+    found, exact = attribution_patch(subject, PAIRS, check=7, execution=Execution(seed=3)), patch(subject, PAIRS)
     measured = found.table["exact"].notna()
     assert list(np.flatnonzero(measured)) == _drawn(12, 7, 3)
     np.testing.assert_allclose(found.table["exact"][measured], exact.table["effect"][measured], rtol=1e-9)
@@ -210,7 +204,7 @@ def test_checked_places_hold_the_exact_effect_and_say_how_good_the_estimate_is()
 
 def test_texts_without_a_position_do_not_count_in_the_exact_effect_either() -> None:
     subject = families.subject("gpt2", torch.float64)
-    found, exact = (sweep(subject, PAIRS, positions="each", components="a1.h2") for sweep in (partial(attribute, check=12), patch))
+    found, exact = (sweep(subject, PAIRS, positions="each", components="a1.h2") for sweep in (partial(attribution_patch, check=12), patch))
     assert set(found.table["n"]) == {1, 3, 4}, "texts of 7, 9, 9 and 12 tokens"
     np.testing.assert_allclose(found.table["exact"], exact.table["effect"], rtol=1e-9)
 
@@ -220,7 +214,7 @@ def test_a_sweep_over_all_heads_runs_each_block_twice_forward() -> None:
     ran: list[int] = []
     for layer, block in enumerate(subject.anatomy.blocks):
         block.mlp_down.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
-    attribute(subject, PAIRS, tokens_per_batch=1000)
+    attribution_patch(subject, PAIRS, execution=Execution(tokens_per_batch=1000))
     assert sorted(ran) == [0, 0, 1, 1, 2, 2], "the clean and the corrupt run, once each"
 
 
@@ -235,7 +229,7 @@ def test_logits_of_many_rows_are_not_held_for_the_backward_pass(monkeypatch: pyt
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda saved: saved):
-            return attribute(subject, PAIRS, metric="loss").values
+            return attribution_patch(subject, PAIRS, metric="loss").values
 
     whole = attributed(0)
     monkeypatch.setattr("mechscope.causal.attribution._ROWS", 5)  # of the twelve rows
@@ -245,7 +239,7 @@ def test_logits_of_many_rows_are_not_held_for_the_backward_pass(monkeypatch: pyt
 
 def test_the_model_keeps_no_gradients_and_no_hooks() -> None:
     subject = families.subject("gpt2", torch.float64)
-    attribute(subject, PAIRS, site="neuron", grad_drop=True)
+    attribution_patch(subject, PAIRS, site="neuron", grad_drop=True)
     assert all(parameter.grad is None for parameter in subject.plain.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.plain.modules())
 
@@ -253,10 +247,10 @@ def test_the_model_keeps_no_gradients_and_no_hooks() -> None:
 def test_options_that_make_no_sense_are_refused() -> None:
     subject = families.subject("gpt2", torch.float64)
     with pytest.raises(SettingsError, match="softmax is computed again for sites query and key, not for 'z'"):
-        attribute(subject, PAIRS, softmax=True)
+        attribution_patch(subject, PAIRS, softmax=True)
     with pytest.raises(SettingsError, match="metric 'kl' has no gradient in the clean run"):
-        attribute(subject, PAIRS, metric="kl", direction="noise")
+        attribution_patch(subject, PAIRS, metric="kl", direction="noise")
     with pytest.raises(SettingsError, match="grad_drop leaves out one layer at a time, and this model has only one"):
-        attribute(load(families.build("gpt2", n_layer=1)), PAIRS, grad_drop=True)
+        attribution_patch(load(families.build("gpt2", n_layer=1)), PAIRS, grad_drop=True)
     with pytest.raises(SettingsError, match="direction 'both' is not known"):
-        attribute(subject, PAIRS, direction="both")  # type: ignore[arg-type]  # what a user may write
+        attribution_patch(subject, PAIRS, direction="both")  # type: ignore[arg-type]  # what a user may write

@@ -17,6 +17,7 @@ from mechscope.causal.das import Alignment, das, random_alignment, train_das
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument import intervene, observed, record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import model_inputs
 from mechscope.stats.inference import share_interval
 from mechscope.store.tables import write_tensors
@@ -97,7 +98,7 @@ def test_the_planted_model_answers_by_the_class_of_its_last_token() -> None:
 
 def test_the_planted_plane_is_found_and_judged_beside_its_controls() -> None:
     subject, plane = planted()
-    table = das(subject, TRAIN, TEST, layers=[1], dimensions=2, epochs=25, learning_rate=0.03, tokens_per_batch=100)
+    table = das(subject, TRAIN, TEST, layers=[1], dimensions=2, epochs=25, learning_rate=0.03, execution=Execution(tokens_per_batch=100))
     accuracy = dict(zip(table["method"], table["accuracy"], strict=True))
     assert list(table["method"]) == ["das", "random", "random", "random", "full", "none"]
     assert accuracy["das"] > 0.95
@@ -110,7 +111,7 @@ def test_the_planted_plane_is_found_and_judged_beside_its_controls() -> None:
         assert (each.low, each.high) == share_interval(each.correct, 100)
         assert each.n == 100
         assert each.accuracy == each.correct / 100
-    learned = train_das(subject, TRAIN, layer=1, dimensions=2, epochs=25, learning_rate=0.03, tokens_per_batch=100)
+    learned = train_das(subject, TRAIN, layer=1, dimensions=2, epochs=25, learning_rate=0.03, execution=Execution(tokens_per_batch=100))
     assert learned.accuracy(subject, TEST) == accuracy["das"]
     assert angles(learned.rotation, plane).max() < 10
     assert angles(random_alignment(subject, layer=1, dimensions=2).rotation, plane).max() > 45
@@ -119,7 +120,9 @@ def test_the_planted_plane_is_found_and_judged_beside_its_controls() -> None:
 
 def test_boundless_search_finds_the_plane_and_how_small_it_is() -> None:
     subject, plane = planted()
-    learned = train_das(subject, TRAIN, layer=2, boundless=True, epochs=40, learning_rate=0.02, size_penalty=2.0, tokens_per_batch=100)
+    learned = train_das(
+        subject, TRAIN, layer=2, boundless=True, epochs=40, learning_rate=0.02, size_penalty=2.0, execution=Execution(tokens_per_batch=100)
+    )
     assert learned.accuracy(subject, TEST) > 0.95
     assert learned.dimensions == 2
     assert learned.rotation.shape == (32, learned.dimensions)
@@ -133,7 +136,7 @@ def test_columns_are_orthonormal_and_equal_seeds_give_equal_rotations(boundless:
 
     def learned(seed: int) -> Alignment:
         torch.rand(seed + 3)  # whatever the global generator stands at
-        return train_das(subject, TRAIN.first(20), layer=1, dimensions=3, boundless=boundless, epochs=2, seed=seed)
+        return train_das(subject, TRAIN.first(20), layer=1, dimensions=3, boundless=boundless, epochs=2, execution=Execution(seed=seed))
 
     one = learned(0)
     torch.testing.assert_close(one.rotation.T @ one.rotation, torch.eye(one.dimensions, dtype=torch.float64), rtol=0, atol=1e-10)
@@ -206,7 +209,7 @@ def test_accuracy_is_the_share_of_top_answers_pair_by_pair_whatever_the_batch(fa
         # every other answer is right after the interchange, the rest is not
         pairs.append(replace(pair, answers=(top if number % 2 else (top + 1) % families.VOCABULARY,), wrong_answers=()))
     for tokens in (1, 10_000):
-        assert alignment.accuracy(subject, Pairs(tuple(pairs), "tops"), tokens_per_batch=tokens) == 0.5
+        assert alignment.accuracy(subject, Pairs(tuple(pairs), "tops"), execution=Execution(tokens_per_batch=tokens)) == 0.5
 
 
 def test_among_answers_only_right_and_wrong_ones_compete() -> None:
@@ -276,7 +279,7 @@ def test_an_alignment_is_read_back_for_its_own_model_only(tmp_path: Path) -> Non
 
 def test_what_does_not_fit_is_named() -> None:
     subject, _ = planted()
-    with pytest.raises(SettingsError, match="33 dimensions do not fit r1, which has 32"):
+    with pytest.raises(SettingsError, match="33 dimensions do not fit resid1, which has 32"):
         train_das(subject, TRAIN, layer=1, dimensions=33)
     with pytest.raises(SettingsError, match=r"9 dimensions do not fit a1\.h0, which has 8"):
         random_alignment(subject, site="head", head=0, layer=1, dimensions=9)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mechscope.causal import ablate, attribute, patch, patch_paths
+from mechscope.causal import ablate, attribution_patch, patch, path_patch
 from mechscope.data.pairs import Pairs
 from mechscope.data.tasks import induction
 from mechscope.instrument import record
@@ -101,7 +101,7 @@ def test_the_path_between_them_is_composition_through_the_key() -> None:
     previous, induction_heads, others = heads_by_role()
     clue = other_clue()
     for receiver in sorted(induction_heads):
-        by_key, by_query = (patch_paths(inductive(), clue, "layers:0", [f"{receiver}<{site}>"]).table for site in "kq")
+        by_key, by_query = (path_patch(inductive(), clue, "layers:0", [f"{receiver}<{site}>"]).table for site in "kq")
         composed = sizes(by_key, previous)
         assert composed.min() > 5 * sizes(by_key, others).max()
         assert composed.min() > 5 * sizes(by_query, previous | others).max()
@@ -119,4 +119,4 @@ def other_clue() -> Pairs:
 
 
 def test_attribution_agrees_with_patching_on_which_heads_matter() -> None:
-    assert attribute(inductive(), PAIRS, direction="noise", check=8).notes["rank_correlation"] > 0.6
+    assert attribution_patch(inductive(), PAIRS, direction="noise", check=8).notes["rank_correlation"] > 0.6

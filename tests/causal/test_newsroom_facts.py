@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mechscope.causal import knock_out, patch
-from mechscope.data.newsroom import newsroom_model_path, newsroom_pairs
+from mechscope.causal import attention_knockout, patch
+from mechscope.data.newsroom import newsroom_model_path
+from mechscope.data.newsroom_pairs import newsroom_pairs
 from mechscope.data.pairs import Pairs
 from mechscope.subject.load import Subject, load
 
@@ -48,7 +49,7 @@ def test_only_the_facts_tokens_carry_it_at_the_first_block_and_the_end_carries_i
 def test_an_end_that_cannot_see_the_fact_loses_the_answer_and_as_many_other_tokens_cost_far_less(role: str) -> None:
     # a window of six layers around layer 2 is the whole model
     blind, control = (
-        knock_out(model(), facts(role), queries="last", keys=keys, window=6, components="layers:2").table.iloc[0]
+        attention_knockout(model(), facts(role), queries="last", keys=keys, window=6, components="layers:2").table.iloc[0]
         for keys in ("fact", "control")
     )
     assert blind["high"] < 0

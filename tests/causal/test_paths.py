@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechscope.causal import patch, patch_paths
+from mechscope.causal import patch, path_patch
 from mechscope.causal.paths import Receiver
 from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import PairBatch, collate_pairs
@@ -82,7 +82,7 @@ def test_path_patching_equals_brute_force(family: str, receivers: tuple[str, ...
     subject = families.subject(family, torch.float64)
     # every path behind a receiver may be recomputed, so an MLP that receives is not frozen for what it writes itself
     for sender in SENDERS:
-        found = patch_paths(subject, PAIRS, sender, receivers, through_mlps=through_mlps)
+        found = path_patch(subject, PAIRS, sender, receivers, through_mlps=through_mlps)
         expected = brute_force(subject, sender, receivers, through_mlps=through_mlps)
         np.testing.assert_allclose(found.values[0], expected, rtol=1e-9, atol=1e-10, err_msg=sender)
 
@@ -100,7 +100,7 @@ def test_a_path_that_belongs_to_two_receivers_counts_once() -> None:
     subject = linear()
 
     def effect(receivers: list[str], *, through_mlps: bool) -> np.ndarray:
-        found = patch_paths(subject, PAIRS, "m0", receivers, through_mlps=through_mlps)
+        found = path_patch(subject, PAIRS, "m0", receivers, through_mlps=through_mlps)
         return (found.values - found.unchanged)[0]
 
     # m0 → … → m2 → logits is a path through MLPs to the logits, and a path to m2: naming m2 as well adds none
@@ -117,7 +117,7 @@ def test_all_direct_paths_of_a_sender_in_a_linear_model_add_up_to_its_whole_effe
     subject, total = linear(), np.zeros(3)
     # the MLP of the layer before the last reaches the logits, the last MLP, and the last heads, whose patterns do not change with v
     for receiver in ("logits", "m2", *(f"a2.h{head}<v>" for head in range(4))):
-        found = patch_paths(subject, PAIRS, "m1", [receiver])
+        found = path_patch(subject, PAIRS, "m1", [receiver])
         total += (found.values - found.unchanged)[0]
     batch = collate_pairs(PAIRS.pairs)
     base, source = run(subject, batch.clean, batch), run(subject, batch.corrupt, batch)
@@ -139,28 +139,28 @@ def patterns(subject: Subject, batch: PairBatch) -> Tensor:
 def test_the_last_layers_direct_path_to_the_logits_is_all_its_effect(family: str) -> None:
     subject = families.subject(family, torch.float64)
     # behind the last MLP there is nothing but the logits
-    path = patch_paths(subject, PAIRS, "m2", ["logits"])
+    path = path_patch(subject, PAIRS, "m2", ["logits"])
     whole = patch(subject, PAIRS, site="mlp", direction="noise", components="m2")
     np.testing.assert_allclose(path.values, whole.values, rtol=1e-9)
 
 
 def test_a_sender_behind_the_receiver_has_no_effect() -> None:
     subject = families.subject("llama", torch.float64)
-    found = patch_paths(subject, PAIRS, "a1.h0,a2.h1,m1", ["a1.h0<q>", "m0"])
+    found = path_patch(subject, PAIRS, "a1.h0,a2.h1,m1", ["a1.h0<q>", "m0"])
     np.testing.assert_allclose(found.values, np.tile(found.unchanged, (3, 1)), rtol=1e-12)
 
 
 def test_an_mlp_reads_its_own_layers_heads_only_where_blocks_are_sequential() -> None:
     for family, reads in (("gpt2", True), ("gpt_neox", False), ("phi", False)):
-        found = patch_paths(families.subject(family, torch.float64), PAIRS, "a0.h0", ["m0"])
+        found = path_patch(families.subject(family, torch.float64), PAIRS, "a0.h0", ["m0"])
         assert (np.abs(found.values - found.unchanged).max() > 1e-6) is np.bool_(reads), family
 
 
 def test_rows_are_all_heads_and_mlps_or_the_senders_together() -> None:
     subject = families.subject("gpt2", torch.float64)
-    every = patch_paths(subject, PAIRS, None, ["logits"])
+    every = path_patch(subject, PAIRS, None, ["logits"])
     assert list(every.table["component"][:6]) == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0"]
-    together = patch_paths(subject, PAIRS, "a0.h1,m1", ["logits"], together=True)
+    together = path_patch(subject, PAIRS, "a0.h1,m1", ["logits"], together=True)
     assert list(together.table["component"]) == ["a0.h1,m1"]
     assert together.values.shape == (1, 3)
 
@@ -173,8 +173,8 @@ def test_what_cannot_receive_is_named() -> None:
         ("m9", "component m9 does not exist"),
     ):
         with pytest.raises(SettingsError, match=message):
-            patch_paths(subject, PAIRS, "a0.h0", [text])
+            path_patch(subject, PAIRS, "a0.h0", [text])
     with pytest.raises(SettingsError, match="direction 'both' is not known: use denoise"):
-        patch_paths(subject, PAIRS, "a0.h0", ["logits"], direction="both")  # type: ignore[arg-type]  # what a user may write
+        path_patch(subject, PAIRS, "a0.h0", ["logits"], direction="both")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(SettingsError, match="no receiver was given"):
-        patch_paths(subject, PAIRS, "a0.h0", [])
+        path_patch(subject, PAIRS, "a0.h0", [])

@@ -13,6 +13,7 @@ from mechscope.causal.scrubbing import Scrubbed, scrub
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import observed, record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
@@ -85,7 +86,7 @@ def test_the_empty_hypothesis_is_the_model_itself(family: str) -> None:
 def test_values_are_those_of_the_partners(family: str) -> None:
     subject = families.subject(family, torch.float64)
     for hypothesis in ({EVERYTHING: None}, {"a0.h1,a0.h3,m0": PARITY, "a2.h0": None, "m1": None}):
-        found = scrub(subject, TEXTS, hypothesis, samples=2, seed=3)
+        found = scrub(subject, TEXTS, hypothesis, samples=2, execution=Execution(seed=3))
         for sample in range(2):
             np.testing.assert_allclose(found.scrubbed[sample], by_hand(subject, found.partners, sample), rtol=1e-9)
         assert abs(found.scrubbed - found.full).max() > 1e-3
@@ -126,14 +127,6 @@ def test_labels_that_are_all_different_change_nothing() -> None:
     np.testing.assert_allclose(found.scrubbed[0], found.full, rtol=1e-9)
 
 
-def test_how_many_texts_share_a_batch_does_not_matter() -> None:
-    subject = families.subject("gpt_neox", torch.float64)
-    hypothesis = {"layers:0": None, "m2": PARITY}
-    one, many = (scrub(subject, TEXTS, hypothesis, tokens_per_batch=tokens) for tokens in (9, 1000))
-    np.testing.assert_allclose(one.scrubbed, many.scrubbed, rtol=1e-9)
-    np.testing.assert_allclose(one.everything, many.everything, rtol=1e-9)
-
-
 def test_recovered_is_a_ratio_of_means_with_an_interval() -> None:
     subject = families.subject("gpt2", torch.float64)
     texts = []
@@ -171,7 +164,7 @@ def test_equal_seeds_give_equal_draws() -> None:
     subject = families.subject("gpt2", torch.float64)
 
     def drawn(seed: int) -> Scrubbed:
-        return scrub(subject, TEXTS, {"layers:0": PARITY}, samples=2, seed=seed)
+        return scrub(subject, TEXTS, {"layers:0": PARITY}, samples=2, execution=Execution(seed=seed))
 
     np.testing.assert_array_equal(drawn(1).scrubbed, drawn(1).scrubbed)
     assert not np.array_equal(drawn(1).scrubbed, drawn(2).scrubbed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mechscope.causal.steering import Direction, difference_of_means, remove, st
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import observed, record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
@@ -159,6 +161,60 @@ def test_generation_steers_every_new_token_or_only_marked_ones_of_the_prompt(fam
     assert not torch.equal(found, generated(subject, texts))
 
 
+def whole_texts(subject: Subject, texts: families.Texts, where: Tensor, change: Callable[[Tensor], Tensor], beams: int) -> Tensor:
+    """Generate without a cache, changing the marked tokens of the prompt by a hook of the test's own."""
+    marked = where.repeat_interleave(beams, dim=0)
+
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        new = hidden.clone()
+        new[:, : marked.shape[1]][marked] = change(hidden[:, : marked.shape[1]][marked])
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = subject.anatomy.blocks[1].module.register_forward_hook(hook)
+    try:
+        return generated(subject, texts, use_cache=False, num_beams=beams)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("change", ["steer", "remove"])
+@pytest.mark.parametrize(("cache", "beams"), [(False, 1), (False, 3), (True, 3)])
+@FOUR
+@torch.no_grad()
+def test_the_same_tokens_of_the_prompt_are_changed_without_a_cache_and_with_beams(
+    family: str, cache: bool, beams: int, change: str
+) -> None:
+    subject = families.subject(family, torch.float64)
+    texts = families.padded(TEXTS, "left")
+    where = texts.real & (torch.arange(texts.ids.shape[1]) > 7)
+    given = direction(subject)
+    unit = given.vector / given.vector.norm()
+    if change == "steer":
+        context, by_hand = steer(subject, given, 4.0, positions=where), lambda hidden: hidden + 4.0 * given.vector
+    else:
+        context, by_hand = remove(subject, given, positions=where), lambda hidden: hidden - (hidden @ unit)[:, None] * unit
+    with context:
+        found = generated(subject, texts, use_cache=cache, num_beams=beams)
+    assert torch.equal(found, whole_texts(subject, texts, where, by_hand, beams))
+
+
+@torch.no_grad()
+def test_marks_of_some_texts_are_not_taken_for_those_of_more() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    texts = families.Texts(torch.arange(4, 16).view(4, 3), torch.ones(4, 3, dtype=torch.bool))
+    with (
+        steer(subject, direction(subject), 1.0, positions=texts.real[:2]),
+        pytest.raises(SettingsError, match=r"positions of shape \(2, 3\) do not fit 4 texts of 3 tokens"),
+    ):
+        logits(subject, texts)
+    with (
+        steer(subject, direction(subject), 1.0, positions=texts.real),
+        pytest.raises(SettingsError, match=r"positions of shape \(4, 3\) do not fit 4 texts of 4 tokens"),
+    ):
+        logits(subject, families.Texts(torch.arange(4, 20).view(4, 4), torch.ones(4, 4, dtype=torch.bool)))
+
+
 @FOUR
 @torch.no_grad()
 def test_the_vector_is_added_at_every_generated_token(family: str) -> None:
@@ -240,7 +296,9 @@ def test_difference_of_means_is_the_mean_of_each_texts_mean(family: str, place: 
     subject = families.subject(family, torch.float64)
     site, layer, head = place
     sets = random_pairs(5, seed=1), random_pairs(4, seed=2)
-    found = difference_of_means(subject, *sets, site=site, layer=layer, head=head, positions=positions, tokens_per_batch=20)
+    found = difference_of_means(
+        subject, *sets, site=site, layer=layer, head=head, positions=positions, execution=Execution(tokens_per_batch=20)
+    )
     means = []
     for texts in sets:
         rows = []
@@ -288,7 +346,7 @@ def test_a_sweep_measures_effect_and_cost_of_each_strength(family: str) -> None:
     subject = families.subject(family, torch.float64)
     given = direction(subject)
     pairs, neutral = random_pairs(5, seed=1), random_pairs(4, seed=2)
-    table = sweep_strength(subject, given, pairs, neutral, strengths=(-1.0, 0.0, 2.0), controls=2, tokens_per_batch=30)
+    table = sweep_strength(subject, given, pairs, neutral, strengths=(-1.0, 0.0, 2.0), controls=2, execution=Execution(tokens_per_batch=30))
     assert len(table) == 3 * 3 * 2
     for row in table.itertuples():
         each: Any = row
@@ -322,7 +380,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(SettingsError, match="layer 9 does not exist"), steer(subject, Direction.from_vector(vector, layer=9), 1.0):
         pass
     with (
-        pytest.raises(SettingsError, match="has 31 features, r1 of the model has 32"),
+        pytest.raises(SettingsError, match="has 31 features, resid1 of the model has 32"),
         remove(subject, Direction.from_vector(vector[1:], layer=1)),
     ):
         pass

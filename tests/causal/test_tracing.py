@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from mechscope.causal import trace
+from mechscope.causal import causal_trace
 from mechscope.causal.tracing import ROLES, role_of
 from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import observed
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 
@@ -92,7 +93,7 @@ def hooked(hooks: dict[Any, Any]) -> Iterator[None]:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 def test_the_corrupted_run_is_the_model_on_noisy_embeddings(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts()
-    found = trace(subject, pairs, samples=2, seed=5)
+    found = causal_trace(subject, pairs, samples=2, execution=Execution(seed=5))
     np.testing.assert_allclose(found.unchanged, by_hand(subject, pairs, 5, 2, {}), rtol=1e-9)
 
 
@@ -100,19 +101,13 @@ def test_the_corrupted_run_is_the_model_on_noisy_embeddings(family: str) -> None
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 def test_restored_runs_equal_hooks_that_put_clean_values_back(family: str, site: str, window: int) -> None:
     subject, pairs = families.subject(family, torch.float64), texts()
-    found = trace(subject, pairs, site=site, window=window, samples=2, seed=5)
+    found = causal_trace(subject, pairs, site=site, window=window, samples=2, execution=Execution(seed=5))
     name = {"residual": "module", "mlp": "mlp_write", "attention": "attention_write"}[site]
     windows: dict[int, list[tuple[int, ...]]] = {1: [(0,), (1,), (2,)], 2: [(0, 1), (1, 2), (2,)], 3: [(0, 1), (0, 1, 2), (1, 2)]}
     for layer, layers in enumerate(windows[window]):
         restored = {at: getattr(subject.anatomy.blocks[at], name) for at in layers}
         row = (found.table["layer"] == layer) & (found.table["positions"] == "last subject token")
         np.testing.assert_allclose(found.values[row][0], by_hand(subject, pairs, 5, 2, restored), rtol=1e-9)
-
-
-def test_how_texts_are_batched_does_not_matter() -> None:
-    subject = families.subject("llama", torch.float64)
-    one, many = (trace(subject, texts(), site="mlp", samples=2, tokens_per_batch=size) for size in (1, 1000))
-    np.testing.assert_allclose(one.values, many.values, rtol=1e-9)
 
 
 def test_noise_is_measured_where_it_is_added_also_where_embeddings_are_multiplied() -> None:
@@ -123,12 +118,12 @@ def test_noise_is_measured_where_it_is_added_also_where_embeddings_are_multiplie
     subject = load(model.double().eval())
     ids = torch.tensor(sorted({token for pair in texts() for token in pair.clean}))
     expected = 2.0 * 3.0 * float(model.get_input_embeddings()(ids).detach().std())
-    assert trace(subject, texts(), noise=2.0, samples=1).notes["noise"] == pytest.approx(expected, rel=1e-9)
+    assert causal_trace(subject, texts(), noise=2.0, samples=1).notes["noise"] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_restoring_the_last_tokens_last_residual_stream_undoes_the_corruption(family: str) -> None:
-    found = trace(families.subject(family, torch.float64), texts(), samples=3)
+    found = causal_trace(families.subject(family, torch.float64), texts(), samples=3)
     table = found.table.set_index(["layer", "positions"])
     assert table.loc[(2, "last token"), "normalised"] == pytest.approx(1.0, abs=1e-9)
     # behind the last block other tokens reach no logits
@@ -138,7 +133,7 @@ def test_restoring_the_last_tokens_last_residual_stream_undoes_the_corruption(fa
 
 def test_equal_seeds_give_equal_tables_and_others_do_not() -> None:
     subject = families.subject("gpt2")
-    one, two, other = (trace(subject, texts(), samples=2, seed=seed).table for seed in (1, 1, 2))
+    one, two, other = (causal_trace(subject, texts(), samples=2, execution=Execution(seed=seed)).table for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(one, two)
     assert not np.allclose(one["value"], other["value"], equal_nan=True)
 
@@ -146,16 +141,16 @@ def test_equal_seeds_give_equal_tables_and_others_do_not() -> None:
 def test_a_text_without_its_subject_is_named() -> None:
     subject = families.subject("gpt2")
     with pytest.raises(DataError, match=r"pair 'fact \d' has no segment 'hero' to corrupt; its segments: subject"):
-        trace(subject, texts(), segment="hero")
+        causal_trace(subject, texts(), segment="hero")
     ends = Pairs((PromptPair("end", (3, 4, 5), (3, 4, 5), answers=(6,), segments={"subject": ((1, 3),)}),), "x")
     with pytest.raises(DataError, match="pair 'end': nothing follows segment 'subject'"):
-        trace(subject, ends)
+        causal_trace(subject, ends)
     same = Pairs((PromptPair("same", (3, 3, 3), (3, 3, 3), answers=(6,), segments={"subject": ((0, 1),)}),), "x")
     with pytest.raises(DataError, match="the texts hold no token but 3"):
-        trace(subject, same)
+        causal_trace(subject, same)
     with pytest.raises(SettingsError, match="a window of 4 layers does not fit a model of 3: choose 1 to 3"):
-        trace(subject, texts(), window=4)
+        causal_trace(subject, texts(), window=4)
     with pytest.raises(SettingsError, match="noise 0 and samples 10: both must be above zero"):
-        trace(subject, texts(), noise=0)
+        causal_trace(subject, texts(), noise=0)
     with pytest.raises(SettingsError, match="site 'head' is not traced"):
-        trace(subject, texts(), site="head")
+        causal_trace(subject, texts(), site="head")

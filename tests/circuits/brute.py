@@ -232,7 +232,7 @@ Keep = Collection[str] | Mapping[str, float]
 
 def run(family: Any, ids: Tensor, read: Read) -> tuple[dict[str, Tensor], Tensor]:
     """Return what every sender adds, and the logits, when every receiver reads what `read` says."""
-    written = {"input": family.embed(ids)}
+    written = {"embed": family.embed(ids)}
     for layer in range(family.n_layers):
         name = f"a{layer}.h"
         heads = [
@@ -249,7 +249,7 @@ def everything(family: Any) -> Read:
 
     def read(_: str, written: Mapping[str, Tensor], biases: int) -> Tensor:
         added = [bias for layer in range(biases) if (bias := family.bias(layer)) is not None]
-        return sum([*written.values(), *added], torch.zeros_like(written["input"]))
+        return sum([*written.values(), *added], torch.zeros_like(written["embed"]))
 
     return read
 
@@ -276,7 +276,7 @@ def brute_forward(model: Any, family: str, clean: Sequence[int], rest: Mapping[s
     weight = keep if isinstance(keep, Mapping) else dict.fromkeys(keep, 1.0)
 
     def through_edges(receiver: str, written: Mapping[str, Tensor], biases: int) -> Tensor:
-        x = everything(parts)(receiver, {name: rest[name].expand_as(written["input"]) for name in written}, biases)
+        x = everything(parts)(receiver, {name: rest[name].expand_as(written["embed"]) for name in written}, biases)
         for name, value in written.items():
             x = x + weight.get(f"{name}->{receiver}", 0.0) * (value - rest[name])
         return x

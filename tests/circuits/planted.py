@@ -40,7 +40,7 @@ class Planted:
         subject: The model, in float64.
         pairs: Prompt pairs.
         truth: Names of the true edges.
-        superfluous: A head outside the circuit, with edges of it that lie on a path from `input` to `logits`.
+        superfluous: A head outside the circuit, with edges of it that lie on a path from `embed` to `logits`.
     """
 
     subject: Subject
@@ -183,8 +183,8 @@ def induction() -> Planted:
         clean, corrupt = ([*rest[:at], one, two, *rest[at:], one] for one, two in ((a, b), (other_a, other_b)))
         return clean, corrupt, b, other_b
 
-    truth = ("input->a0.h1<v>", "a0.h1->a1.h2<k>", "input->a1.h2<q>", "input->a1.h2<v>", "a1.h2->logits")
-    spare = ("a0.h3", ("input->a0.h3<v>", "a0.h3->a1.h2<v>", "a0.h3->logits"))
+    truth = ("embed->a0.h1<v>", "a0.h1->a1.h2<k>", "embed->a1.h2<q>", "embed->a1.h2<v>", "a1.h2->logits")
+    spare = ("a0.h3", ("embed->a0.h3<v>", "a0.h3->a1.h2<v>", "a0.h3->logits"))
     return Planted(subject, _pairs("induction", make), truth, spare)
 
 
@@ -251,10 +251,10 @@ def logic() -> Planted:
         return text(x, y, shown), corrupt, answer + shown[right], answer + wrong
 
     truth = (
-        *("input->a0.h0<v>", "input->a0.h1<v>", "a0.h0->m1", "a0.h1->m1"),
-        *("m1->a2.h1<v>", "a2.h1->a3.h0<q>", "input->a3.h0<v>", "a3.h0->logits"),
+        *("embed->a0.h0<v>", "embed->a0.h1<v>", "a0.h0->m1", "a0.h1->m1"),
+        *("m1->a2.h1<v>", "a2.h1->a3.h0<q>", "embed->a3.h0<v>", "a3.h0->logits"),
     )
-    spare = ("a1.h2", ("input->a1.h2<v>", "a1.h2->a3.h0<v>", "a1.h2->logits"))
+    spare = ("a1.h2", ("embed->a1.h2<v>", "a1.h2->a3.h0<v>", "a1.h2->logits"))
     return Planted(subject, _pairs("logic", make), truth, spare)
 
 
@@ -281,8 +281,8 @@ def backup() -> Planted:
         clean, corrupt = ([*rest[:at], word, *rest[at:]] for word in (0, other))
         return clean, corrupt, 1, 2
 
-    truth = ("input->a0.h0<v>", "input->a0.h0<k>", "input->a0.h1<v>", "input->a0.h1<k>", "a0.h0->m1", "a0.h1->m1", "m1->logits")
-    return Planted(subject, _pairs("backup", make), truth, ("a0.h3", ("input->a0.h3<v>", "a0.h3->m1", "a0.h3->logits")))
+    truth = ("embed->a0.h0<v>", "embed->a0.h0<k>", "embed->a0.h1<v>", "embed->a0.h1<k>", "a0.h0->m1", "a0.h1->m1", "m1->logits")
+    return Planted(subject, _pairs("backup", make), truth, ("a0.h3", ("embed->a0.h3<v>", "a0.h3->m1", "a0.h3->logits")))
 
 
 def _pairs(name: str, make: Callable[[random.Random, int], tuple[list[int], list[int], int, int]], n: int = 12) -> Pairs:

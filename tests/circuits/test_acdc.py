@@ -15,6 +15,7 @@ from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -59,7 +60,7 @@ def one_by_one(subject: Subject, pairs: Pairs, threshold: float, metric: str) ->
     for receiver in receivers:
         owner = receiver.partition("<")[0]
         read_by_anyone = receiver == "logits" or any(name.startswith(f"{owner}->") for name in kept)
-        for sender in ("m1", "a1.h1", "a1.h0", "m0", "a0.h1", "a0.h0", "input"):
+        for sender in ("m1", "a1.h1", "a1.h0", "m0", "a0.h1", "a0.h0", "embed"):
             edge = f"{sender}->{receiver}"
             if edge not in graph.names:
                 continue
@@ -74,7 +75,7 @@ def one_by_one(subject: Subject, pairs: Pairs, threshold: float, metric: str) ->
 def test_the_sweep_decides_as_a_search_one_edge_at_a_time_does(family: str, metric: str) -> None:
     subject = small(family=family)
     thresholds = (0.003, 0.02, 0.1)
-    found = acdc(subject, PAIRS, thresholds=thresholds, metric=metric, tokens_per_batch=8)
+    found = acdc(subject, PAIRS, thresholds=thresholds, metric=metric, execution=Execution(tokens_per_batch=8))
     sizes = []
     for threshold in thresholds:
         expected = one_by_one(subject, PAIRS, threshold, metric)
@@ -109,7 +110,7 @@ def test_threshold_zero_keeps_everything_and_infinity_nothing_and_neither_needs_
 
 def test_the_value_of_a_circuit_is_what_running_it_gives() -> None:
     subject = small()
-    found = acdc(subject, PAIRS, thresholds=[0.01, 0.1, 1.0], metric="loss", tokens_per_batch=8)
+    found = acdc(subject, PAIRS, thresholds=[0.01, 0.1, 1.0], metric="loss", execution=Execution(tokens_per_batch=8))
     runs = CircuitRuns(subject, collate_pairs(list(PAIRS)), "loss")
     sets = torch.from_numpy(np.stack([circuit.edges for circuit in found.circuits]))
     np.testing.assert_allclose(found.values, runs.run(sets).mean(1).numpy(), rtol=0, atol=1e-9)
@@ -132,7 +133,7 @@ def test_thresholds_side_by_side_find_what_each_finds_alone_with_fewer_trials() 
 def test_a_decision_looks_at_all_texts_and_not_at_one_batch() -> None:
     subject, order = small(), Pairs(PAIRS.pairs[::-1], "turned")
     whole = acdc(subject, PAIRS, thresholds=[0.03])
-    assert acdc(subject, PAIRS, thresholds=[0.03], tokens_per_batch=1).circuits == whole.circuits
+    assert acdc(subject, PAIRS, thresholds=[0.03], execution=Execution(tokens_per_batch=1)).circuits == whole.circuits
     assert acdc(subject, order, thresholds=[0.03]).circuits == whole.circuits
     alone = [acdc(subject, Pairs((pair,), "one"), thresholds=[0.03]).circuits for pair in PAIRS]
     assert any(circuits != whole.circuits for circuits in alone)
@@ -148,7 +149,7 @@ def test_an_edge_scores_the_largest_threshold_it_survives() -> None:
 
 def test_only_candidates_can_leave() -> None:
     subject = small(idle=True)
-    candidates = [f"input->{IDLE}<q>", f"{IDLE}->logits", "m0->m1"]
+    candidates = [f"embed->{IDLE}<q>", f"{IDLE}->logits", "m0->m1"]
     found = acdc(subject, PAIRS, thresholds=[1e-11], edges=candidates)
     assert set(found.circuits[0].names) == set(found.scores.graph.names) - set(candidates[:2])
     assert np.isnan(found.scores.mean).sum() == len(found.scores.graph) - 3
@@ -171,12 +172,12 @@ def test_a_node_that_nothing_reads_is_not_tested(monkeypatch: pytest.MonkeyPatch
     found = acdc(small(idle=True), PAIRS, thresholds=[1e-11])
     # every edge but the three into the idle head, whose outgoing edges have all gone by then
     assert sum(tried) == found.scores.notes["trials"] == len(found.scores.graph) - 3
-    assert not any(found.circuits[0].edges[found.scores.graph.index(f"input->{IDLE}<{part}>")] for part in "qkv")
+    assert not any(found.circuits[0].edges[found.scores.graph.index(f"embed->{IDLE}<{part}>")] for part in "qkv")
 
 
 def test_the_cost_counts_only_the_layers_that_were_run() -> None:
     # one edge into the logits, one into the last layer, one into the first of two
-    found = acdc(small(), PAIRS, thresholds=[1e-6, 1e-5], edges=["m1->logits", "m0->m1", "input->m0"])
+    found = acdc(small(), PAIRS, thresholds=[1e-6, 1e-5], edges=["m1->logits", "m0->m1", "embed->m0"])
     assert found.scores.notes["trials"] == 3
     assert found.scores.cost.forward == 2 + 0 + 0.5 + 1
 

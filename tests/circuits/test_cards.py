@@ -14,7 +14,7 @@ from mechscope.circuits.cards import component_cards
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.data.pairs import Pairs, PromptPair, from_tokens
 from mechscope.errors import DataError, SettingsError
-from mechscope.instrument import record
+from mechscope.instrument import Execution, record
 from mechscope.subject.load import Subject, load
 from tests import families
 
@@ -117,7 +117,7 @@ def spelled(logits: Tensor) -> str:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_head_attends_to_the_words_that_its_pattern_weighs_most(family: str, metric: str, tokens_per_batch: int) -> None:
     subject = subject_of(family)
-    found = cards(subject, metric=metric, tokens_per_batch=tokens_per_batch)["attends_to"]
+    found = cards(subject, metric=metric, execution=Execution(tokens_per_batch=tokens_per_batch))["attends_to"]
     for layer in range(families.LAYERS):
         for head in range(families.HEADS):
             assert found[f"a{layer}.h{head}"] == attended_by_hand(subject, layer, head, metric)
@@ -131,7 +131,7 @@ def test_a_head_that_looks_everywhere_alike_attends_to_each_word_as_often_as_it_
         made.weight[:, :8], made.bias[:8] = 0, 0  # head 0's queries
     text = PromptPair("0", (7,) * 9 + (3, 4, 5, 6, 8, 9, 3), (7,) * 8 + (3, 3, 4, 5, 6, 8, 9, 3), answers=(5,), wrong_answers=(6,))
     subject = load(model)
-    found = component_cards(subject, Pairs((text,), "one"), Circuit.of(Graph.of(subject), ["input->a1.h0<q>", "a1.h0->logits"]))
+    found = component_cards(subject, Pairs((text,), "one"), Circuit.of(Graph.of(subject), ["embed->a1.h0<q>", "a1.h0->logits"]))
     assert found["attends_to"].tolist() == ["'#7' 56%, '#3' 12%, '#4' 6%, '#5' 6%, '#6' 6%"]
 
 
@@ -174,14 +174,14 @@ def test_a_head_that_writes_a_words_own_direction_argues_for_that_word() -> None
 
 def test_only_the_circuits_components_have_a_card_in_the_models_order() -> None:
     subject = subject_of("gpt2")
-    circuit = Circuit.of(Graph.of(subject), ["input->m0", "m0->a2.h3<k>", "a2.h3->logits", "input->a1.h0<q>", "a1.h0->m2", "m2->logits"])
+    circuit = Circuit.of(Graph.of(subject), ["embed->m0", "m0->a2.h3<k>", "a2.h3->logits", "embed->a1.h0<q>", "a1.h0->m2", "m2->logits"])
     found = component_cards(subject, TEXTS, circuit)
     assert found[["component", "layer"]].to_numpy().tolist() == [["m0", 0], ["a1.h0", 1], ["a2.h3", 2], ["m2", 2]]
     whole = cards(subject)
     for _, row in found.iterrows():
         assert row["attends_to"] == whole.loc[row["component"], "attends_to"]
         assert row["top_tokens"] == whole.loc[row["component"], "top_tokens"]
-    assert component_cards(subject, TEXTS, Circuit.of(Graph.of(subject), ["input->logits"])).empty
+    assert component_cards(subject, TEXTS, Circuit.of(Graph.of(subject), ["embed->logits"])).empty
 
 
 def test_with_a_tokenizer_words_stand_instead_of_numbers() -> None:

@@ -14,7 +14,7 @@ from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.change import edge_shift, overlap_table
 from mechscope.circuits.choosing import choose
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.subject.load import load
@@ -23,11 +23,11 @@ from tests import families
 GRAPH = Graph(3, 4)
 
 
-def scores_of(per_text: np.ndarray, graph: Graph = GRAPH) -> Scores:
-    return Scores(graph, per_text.mean(0), per_text, "made up", Cost(0, 0))
+def scores_of(per_text: np.ndarray, graph: Graph = GRAPH) -> EdgeScores:
+    return EdgeScores(graph, per_text.mean(0), per_text, "made up", Cost(0, 0))
 
 
-def random_scores(seed: int, *, texts: int = 20, noise: float = 1.0, signal: float = 0.0, graph: Graph = GRAPH) -> Scores:
+def random_scores(seed: int, *, texts: int = 20, noise: float = 1.0, signal: float = 0.0, graph: Graph = GRAPH) -> EdgeScores:
     """Return scores of every text: what the model has (`signal`) and what differs from text to text (`noise`)."""
     random = np.random.default_rng(seed)
     return scores_of(signal * random.standard_normal(len(graph)) + noise * random.standard_normal((texts, len(graph))), graph)
@@ -104,7 +104,7 @@ def test_a_head_that_writes_more_than_before_shows_at_its_own_edges(family: str)
     assert size[own].max() > 10 * size[~own].max()
     assert size[own].median() > 10 * size[~own].median()
     # ten times as much is written, so to first order its edges are worth ten times as much
-    first = found.set_index("edge").loc["input->a1.h2<v>"]
+    first = found.set_index("edge").loc["embed->a1.h2<v>"]
     assert first["tuned"] == pytest.approx(10 * first["base"], rel=0.1)
     assert first["shift"] == pytest.approx(9 * first["base"], rel=0.1)
     assert first["q"] < 1e-9
@@ -249,7 +249,7 @@ def test_options_of_the_choice_are_handed_on_and_nodes_are_counted_too() -> None
     assert (table["n"] == 20).all()
 
 
-def made(change: dict[str, Any]) -> Scores:
+def made(change: dict[str, Any]) -> EdgeScores:
     return replace(random_scores(0), **change)
 
 

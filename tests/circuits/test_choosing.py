@@ -12,7 +12,7 @@ import pytest
 from mechscope.circuits.choosing import MIB_FRACTIONS, choose, fractions_curve
 from mechscope.circuits.graph import Circuit, Graph, edges_at
 from mechscope.circuits.overlap import robustness
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.errors import DataError, SettingsError
 
 SMALL, MEDIUM = Graph(1, 1), Graph(2, 2)
@@ -41,16 +41,16 @@ def naive_greedy(graph: Graph, strength: np.ndarray, number: int) -> list[int]:
 
 
 def test_the_strongest_edges_are_taken_whatever_their_sign() -> None:
-    scores = by_name(SMALL, {"input->logits": 0.5, "input->m0": -3.0, "m0->logits": 2.0, "a0.h0->logits": -1.0})
-    assert choose(scores, number=2).names == ("input->m0", "m0->logits")
-    assert choose(scores, number=3, prune=False).names == ("input->m0", "a0.h0->logits", "m0->logits")
+    scores = by_name(SMALL, {"embed->logits": 0.5, "embed->m0": -3.0, "m0->logits": 2.0, "a0.h0->logits": -1.0})
+    assert choose(scores, number=2).names == ("embed->m0", "m0->logits")
+    assert choose(scores, number=3, prune=False).names == ("embed->m0", "a0.h0->logits", "m0->logits")
 
 
 def test_a_tie_goes_to_the_edge_that_comes_first() -> None:
     equal = SMALL, np.full(len(SMALL), -1.0)
     assert choose(equal, number=3, prune=False).names == SMALL.names[:3]
-    # input->logits stands before a0.h0->logits, and only then is there more to take
-    assert choose(equal, rule="greedy", number=1).names == ("input->logits",)
+    # embed->logits stands before a0.h0->logits, and only then is there more to take
+    assert choose(equal, rule="greedy", number=1).names == ("embed->logits",)
 
 
 def test_a_fraction_counts_all_edges_rounds_and_takes_at_least_one() -> None:
@@ -59,17 +59,17 @@ def test_a_fraction_counts_all_edges_rounds_and_takes_at_least_one() -> None:
 
 
 def test_a_threshold_takes_what_exceeds_it_and_not_what_equals_it() -> None:
-    scores = by_name(SMALL, {"input->m0": -2.0, "m0->logits": 1.0, "input->logits": 1.5})
-    assert choose(scores, rule="threshold", threshold=1.0, prune=False).names == ("input->m0", "input->logits")
-    assert choose(scores, rule="threshold", threshold=0.0) == Circuit.of(SMALL, ["input->m0", "m0->logits", "input->logits"])
+    scores = by_name(SMALL, {"embed->m0": -2.0, "m0->logits": 1.0, "embed->logits": 1.5})
+    assert choose(scores, rule="threshold", threshold=1.0, prune=False).names == ("embed->m0", "embed->logits")
+    assert choose(scores, rule="threshold", threshold=0.0) == Circuit.of(SMALL, ["embed->m0", "m0->logits", "embed->logits"])
 
 
 def test_helpful_means_that_the_metric_gets_worse_without_the_edge() -> None:
-    scores = by_name(SMALL, {"input->logits": -1.0, "input->m0": -2.0, "m0->logits": 3.0})
-    assert choose(scores, number=1, prune=False, sign="helpful", higher_is_better=True).names == ("input->m0",)
+    scores = by_name(SMALL, {"embed->logits": -1.0, "embed->m0": -2.0, "m0->logits": 3.0})
+    assert choose(scores, number=1, prune=False, sign="helpful", higher_is_better=True).names == ("embed->m0",)
     assert choose(scores, number=1, prune=False, sign="helpful", higher_is_better=False).names == ("m0->logits",)
     above = choose(scores, rule="threshold", threshold=0.0, prune=False, sign="helpful", higher_is_better=True)
-    assert above.names == ("input->m0", "input->logits")
+    assert above.names == ("embed->m0", "embed->logits")
 
 
 def test_harmful_edges_come_last_so_that_the_whole_model_is_still_the_end_of_the_curve() -> None:
@@ -103,8 +103,8 @@ def test_greedy_equals_looking_at_every_edge_before_every_step(graph: Graph) -> 
 
 def test_greedy_follows_paths_that_top_does_not_see() -> None:
     # the strongest edge leads into an MLP that hardly writes to anything
-    scores = by_name(SMALL, {"input->m0": 9.0, "input->logits": 1.0, "a0.h0->logits": 3.0, "input->a0.h0<v>": 2.0, "m0->logits": 0.5})
-    assert choose(scores, rule="greedy", number=2).names == ("input->a0.h0<v>", "a0.h0->logits")
+    scores = by_name(SMALL, {"embed->m0": 9.0, "embed->logits": 1.0, "a0.h0->logits": 3.0, "embed->a0.h0<v>": 2.0, "m0->logits": 0.5})
+    assert choose(scores, rule="greedy", number=2).names == ("embed->a0.h0<v>", "a0.h0->logits")
     assert choose(scores, rule="top", number=2).names == ()
 
 
@@ -116,11 +116,11 @@ def test_every_edge_of_a_greedy_circuit_leads_to_the_logits() -> None:
 
 
 def test_the_budget_counts_edges_before_pruning_unless_it_is_to_be_filled() -> None:
-    scores = by_name(SMALL, {"input->a0.h0<k>": 5.0, "input->a0.h0<q>": 4.0, "input->m0": 3.0, "m0->logits": 2.0, "a0.h0->logits": 1.0})
+    scores = by_name(SMALL, {"embed->a0.h0<k>": 5.0, "embed->a0.h0<q>": 4.0, "embed->m0": 3.0, "m0->logits": 2.0, "a0.h0->logits": 1.0})
     assert choose(scores, number=2).names == ()
-    assert choose(scores, number=2, fill=True).names == ("input->m0", "m0->logits")
+    assert choose(scores, number=2, fill=True).names == ("embed->m0", "m0->logits")
     # the fifth edge revives both edges into the head: five are one more than four, so two it stays
-    assert choose(scores, number=4, fill=True).names == ("input->m0", "m0->logits")
+    assert choose(scores, number=4, fill=True).names == ("embed->m0", "m0->logits")
     assert len(choose(scores, number=5, fill=True)) == 5
 
 
@@ -149,9 +149,9 @@ def test_the_circuits_of_a_curve_are_nested_and_end_with_the_model(rule: Any, fi
 
 def test_nodes_are_chosen_by_the_sum_of_what_leaves_them() -> None:
     # a0.h1's edges are each stronger than m0's but cancel
-    values = {"a0.h1->m1": 5.0, "a0.h1->logits": -5.0, "m0->m1": 1.0, "m0->logits": 1.0, "input->logits": 100.0}
+    values = {"a0.h1->m1": 5.0, "a0.h1->logits": -5.0, "m0->m1": 1.0, "m0->logits": 1.0, "embed->logits": 100.0}
     circuit = choose(by_name(MEDIUM, values), by="nodes", number=1)
-    assert circuit.names == ("input->m0", "input->logits", "m0->logits")
+    assert circuit.names == ("embed->m0", "embed->logits", "m0->logits")
     everything_but_m0 = [name for name in MEDIUM.senders[1:] if name != "m0"]
     assert circuit == Circuit.full(MEDIUM).without(everything_but_m0)
 
@@ -159,7 +159,7 @@ def test_nodes_are_chosen_by_the_sum_of_what_leaves_them() -> None:
 def test_nodes_can_have_scores_of_their_own_and_the_input_takes_no_place() -> None:
     strengths = np.array([50.0, 1.0, -7.0, np.nan, 2.0, 0.5, 3.0])
     circuit = choose((MEDIUM, strengths), by="nodes", number=2)
-    assert [name for name, inside in zip(MEDIUM.senders, circuit.nodes, strict=True) if inside] == ["input", "a0.h1", "m1"]
+    assert [name for name, inside in zip(MEDIUM.senders, circuit.nodes, strict=True) if inside] == ["embed", "a0.h1", "m1"]
     assert circuit == Circuit.full(MEDIUM).without(["a0.h0", "m0", "a1.h0", "a1.h1"])
     half = choose((MEDIUM, strengths), by="nodes", fraction=0.5)
     assert (half.edges & ~edges_at(MEDIUM, ["a1.h0"])).sum() == len(circuit)
@@ -179,7 +179,7 @@ def test_a_node_with_an_unscored_edge_has_no_score() -> None:
 
 def test_scores_of_a_method_are_taken_as_they_are() -> None:
     graph, values = MEDIUM, np.random.default_rng(3).normal(size=len(MEDIUM)).astype(np.float32)
-    assert choose(Scores(graph, values, None, "eap", Cost(2, 1)), number=9) == choose((graph, values), number=9)
+    assert choose(EdgeScores(graph, values, None, "eap", Cost(2, 1)), number=9) == choose((graph, values), number=9)
 
 
 def test_greedy_of_gpt2_small_takes_less_than_a_second() -> None:
@@ -195,7 +195,7 @@ def test_greedy_of_gpt2_small_takes_less_than_a_second() -> None:
 @pytest.mark.parametrize("method", ["flow-routes", "acdc", "edge-pruning"])
 def test_what_helps_is_not_asked_of_scores_that_only_say_how_important_an_edge_is(method: str) -> None:
     values = np.arange(len(MEDIUM)) + 1.0
-    unsigned = Scores(MEDIUM, values, np.stack([values, values]), method, Cost(1, 0))
+    unsigned = EdgeScores(MEDIUM, values, np.stack([values, values]), method, Cost(1, 0))
     assert not unsigned.signed
     helpful: dict[str, Any] = {"fraction": 0.2, "sign": "helpful", "higher_is_better": True}
     for choice in (lambda: choose(unsigned, **helpful), lambda: robustness(unsigned, resamples=2, **helpful)):
@@ -203,7 +203,7 @@ def test_what_helps_is_not_asked_of_scores_that_only_say_how_important_an_edge_i
             choice()
     with pytest.raises(SettingsError, match=method):
         fractions_curve(unsigned, (0.2, 1.0), sign="helpful", higher_is_better=False)
-    signed = Scores(MEDIUM, values, None, "eap", Cost(2, 1))
+    signed = EdgeScores(MEDIUM, values, None, "eap", Cost(2, 1))
     assert signed.signed
     # closing an edge raises this metric, so the weakest of them helps most
     assert choose(signed, prune=False, **helpful).names == MEDIUM.names[: round(0.2 * len(MEDIUM))]

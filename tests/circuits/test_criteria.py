@@ -16,6 +16,7 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_circuits
 from mechscope.circuits.scores import Cost
 from mechscope.errors import SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -30,7 +31,7 @@ NOBODY: Any = None
 
 
 def path(node: str) -> tuple[str, str]:
-    return f"input->{node}<v>", f"{node}->logits"
+    return f"embed->{node}<v>", f"{node}->logits"
 
 
 def works(circuit: Circuit, node: str) -> bool:
@@ -96,7 +97,7 @@ def test_gaps_are_those_of_the_circuits_named_and_their_intervals_hold_the_value
     subject = families.subject("gpt2", torch.float64)
     graph = Graph.of(subject)
     circuit = random_circuits(graph, 150, number=1, seed=0)[0]
-    found = completeness(subject, TEXTS, circuit, random=4, greedy=1, steps=2, candidates=3, metric="kl", seed=5)
+    found = completeness(subject, TEXTS, circuit, random=4, greedy=1, steps=2, candidates=3, metric="kl", execution=Execution(seed=5))
     rows: Any = found.table.itertuples()
     for row, gaps in zip(rows, found.gaps, strict=True):
         nodes = [node for node in row.component.split(",") if node]
@@ -107,7 +108,7 @@ def test_gaps_are_those_of_the_circuits_named_and_their_intervals_hold_the_value
         assert row.low < row.gap < row.high
         assert 0 <= row.normalised_low <= row.normalised <= row.normalised_high
     assert set(found.table["found"]) == {"none", "random", "greedy"}
-    again = completeness(subject, TEXTS, circuit, random=4, greedy=1, steps=2, candidates=3, metric="kl", seed=5)
+    again = completeness(subject, TEXTS, circuit, random=4, greedy=1, steps=2, candidates=3, metric="kl", execution=Execution(seed=5))
     assert again.table.equals(found.table)
 
 
@@ -208,7 +209,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     graph = Graph.of(subject)
     for criterion in (completeness, minimality):
         with pytest.raises(SettingsError, match="has nothing to take away"):
-            criterion(subject, TEXTS, Circuit.of(graph, ["input->logits"]))
+            criterion(subject, TEXTS, Circuit.of(graph, ["embed->logits"]))
     with pytest.raises(SettingsError, match=r"node 'a1\.h1' of the given sets is not a head or MLP of the circuit, which has a0\.h0"):
         minimality(subject, TEXTS, Circuit.of(graph, path("a0.h0")), sets=[["a1.h1"]])
 

@@ -19,10 +19,11 @@ from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.pruning import prune_edges
 from mechscope.circuits.routes import flow_routes
-from mechscope.circuits.scores import Scores
-from mechscope.circuits.written import Written
+from mechscope.circuits.scores import EdgeScores
+from mechscope.circuits.sender_outputs import SenderOutputs
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -78,32 +79,43 @@ def test_every_method_scores_every_edge_and_says_what_it_cost(family: str, metho
 @pytest.mark.parametrize("method", DISCOVERIES)
 def test_settings_arrive_at_the_method(method: str) -> None:
     subject = families.subject("gpt2", torch.float64)
-    means = Written.mean_over(subject, PAIRS)
+    means = SenderOutputs.mean_over(subject, PAIRS)
     source: Any = means if method in ("eap", "eap-ig-activations", "exact") else "corrupt"
     given: dict[str, Any] = {"metric": "probability", "source": source}
     found = discover(
-        subject, PAIRS, method=method, steps=3, points="midpoint", thresholds=(0.02,), fraction=0.2, pruning_steps=3, seed=4, **given
+        subject,
+        PAIRS,
+        method=method,
+        steps=3,
+        points="midpoint",
+        thresholds=(0.02,),
+        fraction=0.2,
+        pruning_steps=3,
+        **given,
+        execution=Execution(seed=4),
     )
     number = round(0.2 * len(Graph.of(subject)))
     same: dict[str, Any] = {"method": method, "steps": 3, "points": "midpoint", **given}
-    direct: dict[str, Callable[[], Scores]] = {
+    direct: dict[str, Callable[[], EdgeScores]] = {
         "exact": lambda: exact_effects(subject, PAIRS, **given),
         "acdc": lambda: acdc(subject, PAIRS, thresholds=(0.02,), **given).scores,
-        "edge-pruning": lambda: prune_edges(subject, PAIRS, n_edges=number, steps=3, seed=4, **given).scores,
+        "edge-pruning": lambda: prune_edges(subject, PAIRS, n_edges=number, steps=3, **given, execution=Execution(seed=4)).scores,
         "flow-routes": lambda: flow_routes(subject, PAIRS),
     }
     expected = attribute_edges(subject, PAIRS, **same) if method in METHODS else direct[method]()
     np.testing.assert_allclose(found.mean, expected.mean, rtol=0, atol=1e-9)
     assert found.cost == expected.cost
     if method not in ("flow-routes", "acdc"):
-        other = discover(subject, PAIRS, method=method, steps=3, pruning_steps=3, fraction=0.2, seed=4)  # other metric, source, points
+        other = discover(
+            subject, PAIRS, method=method, steps=3, pruning_steps=3, fraction=0.2, execution=Execution(seed=4)
+        )  # other metric, source, points
         assert np.abs(other.mean - found.mean).max() > 1e-3
 
 
 @pytest.mark.parametrize("method", DISCOVERIES)
 def test_only_methods_that_draw_depend_on_the_seed(method: str) -> None:
     subject = families.subject("gpt2")
-    one, other = (discover(subject, PAIRS, method=method, seed=seed, **QUICK).mean for seed in (0, 1))
+    one, other = (discover(subject, PAIRS, method=method, **QUICK, execution=Execution(seed=seed)).mean for seed in (0, 1))
     assert bool((one != other).any()) == (method in SEEDED)
 
 
@@ -134,7 +146,7 @@ def test_gradient_methods_cost_the_passes_that_they_run(family: str, method: Any
 @pytest.mark.parametrize("source", ["zero", "mean", "model"])
 def test_only_a_source_that_is_run_costs_a_run(method: Any, source: str) -> None:
     subject, other = load(families.build("gpt2")), load(families.build("gpt2", seed=1))
-    given: Any = {"zero": "zero", "mean": Written.mean_over(subject, PAIRS), "model": other}[source]
+    given: Any = {"zero": "zero", "mean": SenderOutputs.mean_over(subject, PAIRS), "model": other}[source]
     with counted(subject) as runs, counted(other) as others:
         cost = attribute_edges(subject, PAIRS, method=method, steps=2, source=given).cost
     assert ((runs.forward + others.forward) / families.LAYERS, runs.backward / families.LAYERS) == (cost.forward, cost.backward)
@@ -152,7 +164,10 @@ def test_flow_routes_cost_one_pass(family: str) -> None:
 def test_the_cost_does_not_grow_with_the_texts() -> None:
     subject = families.subject("gpt2")
     for method in METHODS:
-        costs = [discover(subject, random_pairs(n, lengths=(7,)), method=method, steps=1, tokens_per_batch=16).cost for n in (1, 3)]
+        costs = [
+            discover(subject, random_pairs(n, lengths=(7,)), method=method, steps=1, execution=Execution(tokens_per_batch=16)).cost
+            for n in (1, 3)
+        ]
         assert costs[0] == costs[1]
 
 

@@ -14,10 +14,11 @@ from mechscope.circuits import evaluation
 from mechscope.circuits.evaluation import Evaluated, auroc, evaluate, faithfulness_curve, of_span
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_circuits
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from tests import families
 from tests.causal.pairs import random_pairs
 from tests.circuits.brute import TOLERANCE, brute_metric, brute_written
@@ -38,8 +39,8 @@ def telling_pairs(family: str, n: int) -> Pairs:
     return Pairs(tuple(found), "telling")
 
 
-def scored(graph: Graph, values: np.ndarray) -> Scores:
-    return Scores(graph, values, None, "made up", FREE)
+def scored(graph: Graph, values: np.ndarray) -> EdgeScores:
+    return EdgeScores(graph, values, None, "made up", FREE)
 
 
 def made(values: Any, clean: Any, empty: Any) -> Evaluated:
@@ -68,7 +69,7 @@ def test_circuits_of_any_size_give_what_a_brute_force_run_of_each_text_gives_in_
     graph = Graph.of(subject)
     circuits = [random_circuits(graph, size, number=1, seed=size)[0] for size in (len(graph) // 3, len(graph) - 5)]
     circuits += [Circuit.full(graph), Circuit.empty(graph)]
-    found = evaluate(subject, pairs, circuits, source=source, tokens_per_batch=24)
+    found = evaluate(subject, pairs, circuits, source=source, execution=Execution(tokens_per_batch=24))
     for index, pair in enumerate(pairs):
         rest = brute_written(subject.plain, family, pair.corrupt)
         if source == "zero":
@@ -95,10 +96,13 @@ def test_how_circuits_and_texts_are_grouped_changes_nothing_and_equal_circuits_a
     subject, pairs = families.subject("gpt2", torch.float64), random_pairs(5)
     graph = Graph.of(subject)
     one, two, three = random_circuits(graph, 100, number=3, seed=3)
-    together = evaluate(subject, pairs, [one, two, one, three, two], tokens_per_batch=4096)
+    together = evaluate(subject, pairs, [one, two, one, three, two], execution=Execution(tokens_per_batch=4096))
     told: list[tuple[int, int]] = []
     alone = evaluate(
-        subject, pairs, [one, two, one, three, two], tokens_per_batch=1, progress=lambda _, done, total: told.append((done, total))
+        subject,
+        pairs,
+        [one, two, one, three, two],
+        execution=Execution(tokens_per_batch=1, progress=lambda _, done, total: told.append((done, total))),
     )
     np.testing.assert_allclose(alone.values, together.values, rtol=1e-9)
     np.testing.assert_array_equal(together.values[0], together.values[2])
@@ -175,8 +179,8 @@ def test_a_curve_holds_what_its_circuits_give_and_ends_at_the_model_for_random_c
     subject, pairs = families.subject(family, torch.float64), telling_pairs(family, 8)
     graph = Graph.of(subject)
     scores = scored(graph, np.random.default_rng(0).normal(size=len(graph)))
-    curve = faithfulness_curve(subject, pairs, scores, fractions=(0.1, 0.4, 0.8, 1.0), random=3, tokens_per_batch=200)
-    direct = evaluate(subject, pairs, curve.circuits, tokens_per_batch=200)
+    curve = faithfulness_curve(subject, pairs, scores, fractions=(0.1, 0.4, 0.8, 1.0), random=3, execution=Execution(tokens_per_batch=200))
+    direct = evaluate(subject, pairs, curve.circuits, execution=Execution(tokens_per_batch=200))
     share = direct.faithfulness()
     close: dict[str, Any] = {"rtol": TOLERANCE[family], "atol": TOLERANCE[family]}
     np.testing.assert_allclose(curve.evaluated.values, direct.values, **close)
@@ -191,7 +195,7 @@ def test_a_curve_holds_what_its_circuits_give_and_ends_at_the_model_for_random_c
     assert curve.cmd.value > 0
     # three random circuits at three sizes, four of the curve and two plain runs; the whole model is one of the four
     assert curve.cost == Cost(forward=3 * 3 + 4 + 2, backward=0)
-    again = faithfulness_curve(subject, pairs, scores, fractions=(0.1, 0.4, 0.8, 1.0), random=3, tokens_per_batch=200)
+    again = faithfulness_curve(subject, pairs, scores, fractions=(0.1, 0.4, 0.8, 1.0), random=3, execution=Execution(tokens_per_batch=200))
     np.testing.assert_array_equal(curve.random, again.random)
 
 

@@ -11,6 +11,7 @@ import torch
 from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from tests import families
 from tests.causal.pairs import random_pairs
 from tests.circuits.brute import FAMILIES, TOLERANCE, brute_metric, brute_written
@@ -36,7 +37,7 @@ def test_the_effect_of_an_edge_is_what_closing_it_changes(family: str, metric: s
 
 
 def test_a_closed_edge_carries_nothing_or_the_corrupt_value_as_asked() -> None:
-    subject, edges = families.subject("gpt2", torch.float64), ["input->m1", "a0.h2->a2.h1<k>", "m1->logits"]
+    subject, edges = families.subject("gpt2", torch.float64), ["embed->m1", "a0.h2->a2.h1<k>", "m1->logits"]
     found = exact_effects(subject, PAIRS, edges=edges, source="zero")
     names = found.graph.names
     nothing = {name: torch.zeros(1, families.WIDTH, dtype=torch.float64) for name in found.graph.senders}
@@ -53,12 +54,12 @@ def test_effects_do_not_depend_on_batches_nor_on_which_other_edges_are_asked(fam
     assert whole.per_text is not None
     assert np.isfinite(whole.mean).all()
     np.testing.assert_allclose(whole.mean, whole.per_text.mean(0), rtol=0, atol=1e-12)
-    apart = exact_effects(subject, PAIRS, tokens_per_batch=1)
+    apart = exact_effects(subject, PAIRS, execution=Execution(tokens_per_batch=1))
     assert apart.per_text is not None
     np.testing.assert_allclose(apart.per_text, whole.per_text, rtol=0, atol=TOLERANCE[family])
-    for edges in (["m0->logits", "input->a0.h0<v>"], Circuit.of(whole.graph, ["input->a0.h0<v>", "m0->logits"])):
+    for edges in (["m0->logits", "embed->a0.h0<v>"], Circuit.of(whole.graph, ["embed->a0.h0<v>", "m0->logits"])):
         some = exact_effects(subject, PAIRS, edges=edges)
-        for edge in ("m0->logits", "input->a0.h0<v>"):
+        for edge in ("m0->logits", "embed->a0.h0<v>"):
             assert some[edge] == pytest.approx(whole[edge], abs=TOLERANCE[family])
         assert np.isnan(some.mean).sum() == len(whole.graph) - 2
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from mechscope.circuits import forward
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.written import Written
+from mechscope.circuits.sender_outputs import SenderOutputs
 from mechscope.data.pairs import PairBatch, collate_pairs
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -108,7 +109,11 @@ def test_all_edges_are_the_clean_run_and_none_is_the_corrupt_run(kind: str, padd
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_edge_sets_and_soft_masks_equal_a_pass_by_hand(kind: str, padding: str, source: Any) -> None:
     subject, batch = subject_of(kind), batch_of(padding)
-    runs = CircuitRuns(subject, batch, source=Written.mean_over(subject, TEXTS, tokens_per_batch=30) if source == "mean" else source)
+    runs = CircuitRuns(
+        subject,
+        batch,
+        source=SenderOutputs.mean_over(subject, TEXTS, execution=Execution(tokens_per_batch=30)) if source == "mean" else source,
+    )
     edges, expected = random_edges(runs.graph), random_by_hand(kind, source)[:, : len(batch.pairs)]
     close(runs.corrupt, expected[0], kind)
     close(runs.run(edges), expected[1:], kind)

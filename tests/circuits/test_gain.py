@@ -22,6 +22,7 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import record
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Pair, pair
 from mechscope.subject.load import Subject, load
 from tests import families
@@ -64,7 +65,12 @@ def trained(family: str, metric: str) -> Pair:
 @lru_cache
 def found_in(family: str, metric: str, tokens_per_batch: int = 512) -> Gain:
     return tuned_edges(
-        trained(family, metric), TEXTS, fractions=(0.02, 0.3, 1.0), random=4, metric=metric, tokens_per_batch=tokens_per_batch
+        trained(family, metric),
+        TEXTS,
+        fractions=(0.02, 0.3, 1.0),
+        random=4,
+        metric=metric,
+        execution=Execution(tokens_per_batch=tokens_per_batch),
     )
 
 
@@ -184,7 +190,7 @@ def cells_of(circuit: Circuit) -> dict[tuple[str, str], int]:
     for name in circuit.names:
         sender, receiver = name.split("->")
         into = receiver.split(".")[0] + (receiver[-3:] if "<" in receiver else "")
-        cell = (sender if sender == "input" else sender[1], into)
+        cell = (sender if sender == "embed" else sender[1], into)
         counts[cell] = counts.get(cell, 0) + 1
     return counts
 

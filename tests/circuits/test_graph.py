@@ -17,8 +17,8 @@ GRAPHS = [PLAIN, PARALLEL, Graph(1, 1), Graph(2, 5), Graph(4, 1, parallel=True)]
 
 def place(node: str) -> tuple[int, int]:
     """Return when a node computes: its layer, and 0 for heads or 1 for the MLP."""
-    if node in ("input", "logits"):
-        return (-1, 0) if node == "input" else (10**6, 0)
+    if node in ("embed", "logits"):
+        return (-1, 0) if node == "embed" else (10**6, 0)
     return (int(node[1:].partition(".")[0]), int(node[0] == "m"))
 
 
@@ -41,7 +41,7 @@ def paths(circuit: Circuit) -> set[str]:
         for edge in following.get(node, ()):
             walk(edge.partition("->")[2].partition("<")[0], (*taken, edge))
 
-    walk("input", ())
+    walk("embed", ())
     return found
 
 
@@ -77,10 +77,10 @@ def test_a_parallel_model_lacks_only_the_edges_from_heads_to_the_mlp_beside_them
 
 
 def test_names_are_those_of_the_published_format() -> None:
-    assert PLAIN.senders == ("input", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1", "a2.h0", "a2.h1", "m2")
+    assert PLAIN.senders == ("embed", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1", "a2.h0", "a2.h1", "m2")
     assert PLAIN.receivers[:8] == ("a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h1<k>", "a0.h0<v>", "a0.h1<v>", "m0", "a1.h0<q>")
     assert PLAIN.receivers[-2:] == ("m2", "logits")
-    assert {"input->a0.h0<q>", "m0->logits", "a0.h1->m0", "m1->a2.h0<v>", "input->logits"} <= set(PLAIN.names)
+    assert {"embed->a0.h0<q>", "m0->logits", "a0.h1->m0", "m1->a2.h0<v>", "embed->logits"} <= set(PLAIN.names)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -113,7 +113,7 @@ def test_slices_of_a_layer_are_that_layers(graph: Graph) -> None:
         assert graph.senders[graph.mlp_sender(layer)] == graph.receivers[graph.mlp_reader(layer)] == f"m{layer}"
         assert all(name.startswith(f"a{layer}.") for name in graph.receivers[graph.readers_of(layer)])
         assert graph.before_mlp(layer) == graph.real[:, graph.mlp_reader(layer)].sum()
-    assert graph.layer_of(["input", "a0.h0", "m0", "a0.h0<k>", "logits"]) == [-1, 0, 0, 0, graph.n_layers]
+    assert graph.layer_of(["embed", "a0.h0", "m0", "a0.h0<k>", "logits"]) == [-1, 0, 0, 0, graph.n_layers]
 
 
 def test_layers_and_heads_of_two_digits_are_told_apart() -> None:
@@ -137,9 +137,9 @@ def test_the_graph_of_a_model_has_its_query_heads_and_its_kind_of_block(family: 
         (PARALLEL, "m1->a0.h0<q>", "a part reads only what was written before it"),
         (PARALLEL, "a2.h0->m1", "a part reads only what was written before it"),
         (PLAIN, "a3.h0->logits", r"'a3.h0' is not one of this graph's .* layers 0-2 with heads 0-1"),
-        (PLAIN, "input->a0.h0", "'a0.h0' is not one of this graph's"),
+        (PLAIN, "embed->a0.h0", "'a0.h0' is not one of this graph's"),
         (PLAIN, "logits->m0", "'logits' is not one of this graph's"),
-        (PLAIN, "input, m0", "is not understood: write a0.h3->m5"),
+        (PLAIN, "embed, m0", "is not understood: write a0.h3->m5"),
     ],
 )
 def test_an_edge_that_does_not_exist_is_refused_with_the_reason(graph: Graph, edge: str, says: str) -> None:
@@ -167,9 +167,9 @@ def test_pruning_leaves_exactly_the_edges_on_paths_from_input_to_logits(graph: G
 
 def test_a_path_goes_through_a_head_by_its_query_key_or_value() -> None:
     for part in "qkv":
-        kept = Circuit.of(PLAIN, [f"input->a0.h1<{part}>", "a0.h1->m2", "m2->logits"])
+        kept = Circuit.of(PLAIN, [f"embed->a0.h1<{part}>", "a0.h1->m2", "m2->logits"])
         assert kept.pruned() == kept
-        broken = Circuit.of(PLAIN, [f"input->a0.h0<{part}>", "a0.h1->m2", "m2->logits"])
+        broken = Circuit.of(PLAIN, [f"embed->a0.h0<{part}>", "a0.h1->m2", "m2->logits"])
         assert len(broken.pruned()) == 0
 
 
@@ -218,8 +218,8 @@ def test_a_set_of_edges_of_another_size_or_kind_is_refused() -> None:
 
 
 def test_the_parts_of_a_circuit_are_what_its_edges_begin_or_end_at() -> None:
-    circuit = Circuit.of(PLAIN, ["input->a0.h1<k>", "a1.h0->m1", "m2->logits"])
-    assert {name for name, inside in zip(PLAIN.senders, circuit.nodes, strict=True) if inside} == {"input", "a0.h1", "a1.h0", "m1", "m2"}
+    circuit = Circuit.of(PLAIN, ["embed->a0.h1<k>", "a1.h0->m1", "m2->logits"])
+    assert {name for name, inside in zip(PLAIN.senders, circuit.nodes, strict=True) if inside} == {"embed", "a0.h1", "a1.h0", "m1", "m2"}
     found = circuit.components()
     assert found.heads == ((0, 1), (1, 0))
     assert found.mlps == (1, 2)

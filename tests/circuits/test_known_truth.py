@@ -22,7 +22,7 @@ from mechscope.circuits.evaluation import auroc, evaluate
 from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.routes import flow_routes
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.data.pairs import Pairs
 from mechscope.subject.load import Subject
 from tests.causal.test_known_truth import PAIRS, WORDS, heads_by_role, inductive
@@ -72,9 +72,9 @@ def trained() -> Known:
     before, after, _ = heads_by_role()
     assert {head[:2] for head in after} == {"a1"}
     lost = ablate(subject, pairs, sites=["mlp"], source="resample", metric="logit-diff").table.set_index("component")["effect"].abs()
-    edges = [f"input->{head}<{part}>" for head in before for part in "qkv"]
+    edges = [f"embed->{head}<{part}>" for head in before for part in "qkv"]
     edges += [f"{head}->{reader}<k>" for head in before for reader in after]
-    edges += [f"input->{head}<{part}>" for head in after for part in "qv"]
+    edges += [f"embed->{head}<{part}>" for head in after for part in "qv"]
     edges += [f"{head}->{reader}" for head in after for reader in ("logits", "m1")]
     assert lost["m1"] > 5 * lost["m0"]
     edges.append("m1->logits")
@@ -82,15 +82,15 @@ def trained() -> Known:
 
 
 @lru_cache(maxsize=16)
-def scored(name: str, method: Literal["exact", "eap", "eap-ig"]) -> Scores:
+def scored(name: str, method: Literal["exact", "eap", "eap-ig"]) -> EdgeScores:
     model = known(name)
     if method == "exact":
         return exact_effects(model.subject, model.pairs)
     return attribute_edges(model.subject, model.pairs, method=method)
 
 
-def by_chance(graph: Graph, seed: int) -> Scores:
-    return Scores(graph, np.random.default_rng(seed).standard_normal(len(graph)), None, "random", Cost(0, 0))
+def by_chance(graph: Graph, seed: int) -> EdgeScores:
+    return EdgeScores(graph, np.random.default_rng(seed).standard_normal(len(graph)), None, "random", Cost(0, 0))
 
 
 @lru_cache(maxsize=4)

@@ -23,7 +23,7 @@ from mechscope.circuits.overlap import (
     robustness,
     score_correlation,
 )
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.errors import DataError, SettingsError
 
 SMALL, MEDIUM = Graph(1, 1), Graph(2, 2)
@@ -43,20 +43,20 @@ def row(table, **where):
     return table.iloc[0]
 
 
-def noisy(graph: Graph, noise: float, texts: int, seed: int = 0) -> Scores:
+def noisy(graph: Graph, noise: float, texts: int, seed: int = 0) -> EdgeScores:
     random = np.random.default_rng(seed)
     per_text = random.normal(size=len(graph)) + noise * random.normal(size=(texts, len(graph)))
-    return Scores(graph, per_text.mean(0), per_text, "exact", Cost(1, 0))
+    return EdgeScores(graph, per_text.mean(0), per_text, "exact", Cost(1, 0))
 
 
 def test_jaccard_is_what_is_shared_of_what_is_in_either() -> None:
-    a = Circuit.of(SMALL, ["input->m0", "m0->logits", "input->logits"])
-    b = Circuit.of(SMALL, ["input->logits", "m0->logits", "input->a0.h0<v>", "a0.h0->logits"])
+    a = Circuit.of(SMALL, ["embed->m0", "m0->logits", "embed->logits"])
+    b = Circuit.of(SMALL, ["embed->logits", "m0->logits", "embed->a0.h0<v>", "a0.h0->logits"])
     assert jaccard(a, b) == 2 / 5
     # m0 in both, the head in one; the input counts for nothing
     assert node_jaccard(a, b) == 1 / 2
     assert jaccard(a, a) == node_jaccard(a, a) == 1.0
-    none, only_input = Circuit.empty(SMALL), Circuit.of(SMALL, ["input->logits"])
+    none, only_input = Circuit.empty(SMALL), Circuit.of(SMALL, ["embed->logits"])
     assert jaccard(none, none) == node_jaccard(none, only_input) == 1.0
     assert jaccard(none, a) == node_jaccard(none, a) == 0.0
 
@@ -94,7 +94,7 @@ def test_the_uniform_null_agrees_with_random_circuits_and_with_scipy() -> None:
 
 
 def test_chance_of_a_complete_overlap_of_two_edges() -> None:
-    a = Circuit.of(SMALL, ["input->m0", "m0->logits"])
+    a = Circuit.of(SMALL, ["embed->m0", "m0->logits"])
     table = overlap(a, a, draws=4000).table
     assert row(table, of="edges", null="uniform").p == pytest.approx(1 / comb(8, 2), abs=1e-12)
     # each edge is alone in its cell but m0->logits, which could be a0.h0->logits in either
@@ -211,7 +211,7 @@ def test_without_noise_every_resample_finds_the_same_circuit() -> None:
 def test_circuits_of_pure_noise_agree_between_halves_as_much_as_chance() -> None:
     graph = Graph(3, 4)
     per_text = np.random.default_rng(0).normal(size=(40, len(graph)))
-    scores = Scores(graph, per_text.mean(0), per_text, "noise", Cost(1, 0))
+    scores = EdgeScores(graph, per_text.mean(0), per_text, "noise", Cost(1, 0))
     table = robustness(scores, number=80, prune=False, resamples=60).table
     halves, whole = (row(table, comparison=name, of="edges") for name in ("half with half", "resample with whole"))
     # the halves of one sample repel each other a little: what one has by luck beyond the mean the other lacks
@@ -233,14 +233,14 @@ def test_more_noise_makes_circuits_less_alike() -> None:
 
 
 def test_the_inclusion_of_an_edge_is_the_share_of_resamples_that_have_it() -> None:
-    # input->logits leads or trails with one text of two: it wins unless that text is never drawn
+    # embed->logits leads or trails with one text of two: it wins unless that text is never drawn
     graph = SMALL
     per_text = np.zeros((2, len(graph)))
-    per_text[:, graph.index("input->m0")] = per_text[:, graph.index("m0->logits")] = 1.0
-    per_text[0, graph.index("input->logits")] = 9.0
-    found = robustness(Scores(graph, per_text.mean(0), per_text, "exact", Cost(1, 0)), number=2, prune=False, resamples=800)
-    assert found.inclusion[graph.index("input->logits")] == pytest.approx(3 / 4, abs=0.06)
-    assert found.inclusion[graph.index("input->m0")] == 1.0
+    per_text[:, graph.index("embed->m0")] = per_text[:, graph.index("m0->logits")] = 1.0
+    per_text[0, graph.index("embed->logits")] = 9.0
+    found = robustness(EdgeScores(graph, per_text.mean(0), per_text, "exact", Cost(1, 0)), number=2, prune=False, resamples=800)
+    assert found.inclusion[graph.index("embed->logits")] == pytest.approx(3 / 4, abs=0.06)
+    assert found.inclusion[graph.index("embed->m0")] == 1.0
     assert found.inclusion[graph.index("m0->logits")] == pytest.approx(1 / 4, abs=0.06)
     # the two halves are the two texts: they share one edge of three, always
     np.testing.assert_array_equal(found.halves[:, 0], 1 / 3)
@@ -248,7 +248,7 @@ def test_the_inclusion_of_an_edge_is_the_share_of_resamples_that_have_it() -> No
 
 def test_seeds_are_compared_in_pairs_beside_chance() -> None:
     circuits = [
-        Circuit.of(SMALL, names) for names in (["input->m0", "m0->logits"], ["input->m0", "input->logits"], ["m0->logits", "input->m0"])
+        Circuit.of(SMALL, names) for names in (["embed->m0", "m0->logits"], ["embed->m0", "embed->logits"], ["m0->logits", "embed->m0"])
     ]
     table = compare_seeds(circuits)
     assert table[["first", "second"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 2]]
@@ -267,7 +267,7 @@ def test_scores_are_correlated_by_rank_with_signs_over_edges_that_both_have() ->
     both = ~np.isnan(x + y)
     assert score_correlation((MEDIUM, x), (MEDIUM, y)) == pytest.approx(spearmanr(x[both], y[both]).statistic, abs=1e-12)
     assert score_correlation((MEDIUM, x), (MEDIUM, np.exp(x))) == pytest.approx(1.0, abs=1e-12)
-    assert score_correlation(Scores(MEDIUM, -x, None, "eap", Cost(2, 1)), (MEDIUM, x)) == pytest.approx(-1.0, abs=1e-12)
+    assert score_correlation(EdgeScores(MEDIUM, -x, None, "eap", Cost(2, 1)), (MEDIUM, x)) == pytest.approx(-1.0, abs=1e-12)
     assert np.isnan(score_correlation((MEDIUM, x), (MEDIUM, np.ones(46))))
     assert np.isnan(score_correlation((MEDIUM, x), (MEDIUM, np.full(46, np.nan))))
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do() -> None:
 
 def test_robustness_needs_texts_and_resamples() -> None:
     with pytest.raises(DataError, match="the scores of 'pruning' keep none of every text"):
-        robustness(Scores(SMALL, np.ones(8), None, "pruning", Cost(1, 1)), number=2)
+        robustness(EdgeScores(SMALL, np.ones(8), None, "pruning", Cost(1, 1)), number=2)
     with pytest.raises(DataError, match="found on 1 text: at least 2 are needed"):
         robustness(noisy(SMALL, 1.0, 1), number=2)
     with pytest.raises(SettingsError, match="over 0 resamples: give at least 1"):

@@ -13,6 +13,7 @@ from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.pruning import Pruned, open_probability, prune_edges, sampled
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from tests.causal.pairs import random_pairs
 from tests.circuits import planted
 from tests.circuits.test_acdc import IDLE, small, touches
@@ -94,7 +95,7 @@ def test_equal_seeds_give_equal_gates_and_others_do_not() -> None:
     subject = small(idle=True)
 
     def once(seed: int) -> np.ndarray:
-        return prune_edges(subject, PAIRS, n_edges=KEPT, steps=15, tokens_per_batch=7, seed=seed).scores.mean
+        return prune_edges(subject, PAIRS, n_edges=KEPT, steps=15, execution=Execution(tokens_per_batch=7, seed=seed)).scores.mean
 
     np.testing.assert_array_equal(once(0), once(0))
     assert np.abs(once(0) - once(1)).max() > 1e-3
@@ -110,7 +111,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_costs_are_in_passes_over_all_texts() -> None:
-    found = prune_edges(small(idle=True), PAIRS, n_edges=KEPT, steps=6, tokens_per_batch=7)
+    found = prune_edges(small(idle=True), PAIRS, n_edges=KEPT, steps=6, execution=Execution(tokens_per_batch=7))
     # six steps of one text each are two passes over three texts
     assert (found.scores.cost.forward, found.scores.cost.backward) == (4, 2)
     assert len(found.history) == 6

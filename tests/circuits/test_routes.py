@@ -10,9 +10,10 @@ import torch
 
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.routes import flow_routes
-from mechscope.circuits.scores import Scores
+from mechscope.circuits.scores import EdgeScores
 from mechscope.data.pairs import PromptPair
 from mechscope.errors import DataError
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
@@ -31,8 +32,8 @@ def subject_of(kind: str) -> Subject:
 
 
 @lru_cache
-def flow(kind: str, tokens_per_batch: int = 512) -> Scores:
-    return flow_routes(subject_of(kind), TEXTS, tokens_per_batch=tokens_per_batch)
+def flow(kind: str, tokens_per_batch: int = 512) -> EdgeScores:
+    return flow_routes(subject_of(kind), TEXTS, execution=Execution(tokens_per_batch=tokens_per_batch))
 
 
 @lru_cache
@@ -89,7 +90,7 @@ def test_all_queries_keys_and_values_of_a_layer_read_the_same_stream(kind: str) 
     assert per_reader.size().eq(3 * families.HEADS).all()
     assert per_reader.nunique().eq(1).all()
     # layers differ, so it is not one number for all
-    assert readers[readers["sender"] == "input"].groupby("receiver_layer")["score"].first().nunique() == families.LAYERS
+    assert readers[readers["sender"] == "embed"].groupby("receiver_layer")["score"].first().nunique() == families.LAYERS
 
 
 def test_who_writes_nothing_gives_nothing_and_who_writes_alone_gives_all() -> None:
@@ -100,7 +101,7 @@ def test_who_writes_nothing_gives_nothing_and_who_writes_alone_gives_all() -> No
     silent = table[[name.startswith("a1.h2->") for name in table.index]]
     assert len(silent)
     assert (silent == 0).all()
-    first = table[[name.startswith("input->a0.") for name in table.index]]
+    first = table[[name.startswith("embed->a0.") for name in table.index]]
     np.testing.assert_allclose(first, 1, rtol=0, atol=1e-12)
     assert table["a1.h1->m2"] > 0
 

@@ -12,15 +12,15 @@ import pytest
 from scipy import stats
 
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Cost, Scores, from_json, to_json
+from mechscope.circuits.scores import Cost, EdgeScores, from_json, to_json
 from mechscope.errors import DataError
 
 GRAPH, PARALLEL = Graph(2, 2), Graph(2, 2, parallel=True)
 
 
-def some_scores(graph: Graph = GRAPH, texts: int = 6, dtype: Any = np.float64) -> Scores:
+def some_scores(graph: Graph = GRAPH, texts: int = 6, dtype: Any = np.float64) -> EdgeScores:
     per_text = np.random.default_rng(0).normal(size=(texts, len(graph))).astype(dtype)
-    return Scores(graph, per_text.mean(0, dtype=np.float64), per_text, "eap-ig", Cost(7, 5))
+    return EdgeScores(graph, per_text.mean(0, dtype=np.float64), per_text, "eap-ig", Cost(7, 5))
 
 
 def some_circuit(graph: Graph = GRAPH) -> Circuit:
@@ -31,6 +31,11 @@ def written(folder: Path, content: Any) -> Path:
     file = folder / "circuit.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return file
+
+
+def ours(name: str) -> str:
+    """Return what an edge of a file is called here."""
+    return name.replace("input->", "embed->")
 
 
 def theirs() -> dict[str, Any]:
@@ -98,7 +103,7 @@ def test_edges_that_were_not_scored_have_no_score_no_interval_and_do_not_count_a
     assert scores.per_text is not None
     chosen = some_circuit().edges
     per_text = np.where(chosen, scores.per_text, np.nan)
-    table = Scores(GRAPH, np.where(chosen, scores.mean, np.nan), per_text, "exact", Cost(1, 0)).table()
+    table = EdgeScores(GRAPH, np.where(chosen, scores.mean, np.nan), per_text, "exact", Cost(1, 0)).table()
     assert table[~chosen][["score", "se", "low", "high", "p", "q"]].isna().all().all()
     assert table["n"].tolist() == np.where(chosen, 6, 0).tolist()
     p = stats.ttest_1samp(scores.per_text[:, chosen], 0.0).pvalue
@@ -108,13 +113,13 @@ def test_edges_that_were_not_scored_have_no_score_no_interval_and_do_not_count_a
 def test_a_node_with_an_edge_that_was_not_scored_has_no_sum() -> None:
     mean = np.ones(len(GRAPH))
     mean[GRAPH.index("m0->logits")] = np.nan
-    table = Scores(GRAPH, mean, mean[None].repeat(3, 0), "exact", Cost(1, 0)).node_table().set_index("node")
+    table = EdgeScores(GRAPH, mean, mean[None].repeat(3, 0), "exact", Cost(1, 0)).node_table().set_index("node")
     assert table["score"].isna().tolist() == [node == "m0" for node in GRAPH.senders]
 
 
 def test_without_scores_of_single_texts_a_table_has_no_intervals() -> None:
     scores = some_scores()
-    bare = Scores(GRAPH, scores.mean, None, "acdc", Cost(1, 0))
+    bare = EdgeScores(GRAPH, scores.mean, None, "acdc", Cost(1, 0))
     for table in (bare.table(), bare.node_table()):
         assert (table["n"] == 0).all()
         assert not {"se", "low", "high", "p", "q"} & set(table.columns)
@@ -143,7 +148,7 @@ def test_without_scores_and_for_edges_not_scored_zeros_are_written(tmp_path: Pat
     _, values = from_json(written(tmp_path, to_json(circuit)), GRAPH)
     assert not values.any()
     mean = np.where(circuit.edges, scores.mean, np.nan)
-    text = to_json(circuit, Scores(GRAPH, mean, None, "exact", Cost(1, 0)))
+    text = to_json(circuit, EdgeScores(GRAPH, mean, None, "exact", Cost(1, 0)))
     assert "NaN" not in text  # which is no JSON
     np.testing.assert_array_equal(from_json(written(tmp_path, text), GRAPH)[1], np.where(circuit.edges, scores.mean, 0.0))
 
@@ -156,7 +161,7 @@ def test_a_file_has_what_the_reader_of_eap_ig_asks_for(graph: Graph) -> None:
     # it looks every node and edge up by name in the graph it builds from cfg, and sets a node's score as it stands
     assert list(held["nodes"]) == ["input", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1", "logits"]
     assert all(isinstance(node["in_graph"], bool) for node in held["nodes"].values())
-    assert all(isinstance(held["nodes"][name]["score"], float) for name in graph.senders)
+    assert all(isinstance(held["nodes"][name]["score"], float) for name in ("input", *graph.senders[1:]))
     stream, expected = ["input"], []
     for layer in range(2):
         heads = [f"a{layer}.h{head}" for head in range(2)]
@@ -166,7 +171,7 @@ def test_a_file_has_what_the_reader_of_eap_ig_asks_for(graph: Graph) -> None:
     expected += [f"{sender}->logits" for sender in stream]
     assert set(held["edges"]) == set(expected)
     for name, edge in held["edges"].items():
-        assert edge == {"score": scores[name], "in_graph": name in circuit.names}
+        assert edge == {"score": scores[ours(name)], "in_graph": ours(name) in circuit.names}
 
 
 # their files
@@ -175,9 +180,9 @@ def test_a_file_has_what_the_reader_of_eap_ig_asks_for(graph: Graph) -> None:
 def test_a_file_of_eap_ig_is_read(tmp_path: Path) -> None:
     held = theirs()
     circuit, values = from_json(written(tmp_path, held), Graph(1, 2))
-    assert set(circuit.names) == {"input->a0.h1<q>", "input->a0.h1<v>", "a0.h1->logits"}
+    assert set(circuit.names) == {"embed->a0.h1<q>", "embed->a0.h1<v>", "a0.h1->logits"}
     for at, name in enumerate(held["edges"]):  # their order is not ours
-        assert values[Graph(1, 2).index(name)] == 0.25 * at - 1.0
+        assert values[Graph(1, 2).index(ours(name))] == 0.25 * at - 1.0
 
 
 def test_edges_a_file_does_not_name_are_outside_and_null_is_no_score(tmp_path: Path) -> None:
@@ -186,7 +191,7 @@ def test_edges_a_file_does_not_name_are_outside_and_null_is_no_score(tmp_path: P
     held["edges"]["m0->logits"]["score"] = None
     del held["edges"]["a0.h0->m0"]["score"]
     circuit, values = from_json(written(tmp_path, held), Graph(1, 2))
-    for name in ("input->logits", "m0->logits", "a0.h0->m0"):
+    for name in ("embed->logits", "m0->logits", "a0.h0->m0"):
         assert values[Graph(1, 2).index(name)] == 0
         assert name not in circuit.names
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mechscope.data.newsroom import ROLES, Role, newsroom_pairs, newsroom_tokenizer, split_articles
+from mechscope.data.newsroom import ROLES, Role, newsroom_tokenizer, split_articles
+from mechscope.data.newsroom_pairs import newsroom_pairs
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError
 
@@ -99,6 +100,6 @@ def test_a_tokenizer_that_never_lines_up_or_has_no_offsets_is_an_error(
     def none(*_: object) -> None:
         raise DataError("nothing lines up")
 
-    monkeypatch.setattr("mechscope.data.newsroom.pairs.counterfactual", none)
+    monkeypatch.setattr("mechscope.data.newsroom_pairs.counterfactual", none)
     with pytest.raises(DataError, match=r"0 of 2 pairs from 16 articles for 'where' under .* .16 no counterfactual.: choose another role"):
         newsroom_pairs(2)

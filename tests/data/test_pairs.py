@@ -12,6 +12,7 @@ from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair, Where, collate_pairs, from_examples, from_tokens
 from mechscope.data.prompt import Padding, encode
 from mechscope.errors import DataError
+from tests.causal.pairs import random_pairs
 
 LONG = PromptPair(
     "long", (1, 2, 3, 4, 5), (1, 9, 3, 8, 5), (6,), (7,), target=(3, 5), segments={"subject": ((1, 2), (3, 4)), "verb": ((2, 3),)}
@@ -132,3 +133,14 @@ def test_rows_of_tokens_become_texts_with_every_token_but_the_first_a_target() -
         ((1, 2, 3), (2, 3, 4), (1, 3)),
         ((4, 5, 6), (5, 6, 7), (1, 3)),
     ]
+
+
+def test_halves_know_the_places_of_their_texts() -> None:
+    first, second = random_pairs(2, lengths=(9, 10))
+    same = Pairs((first, second, first, second, first), "resample")
+    for batch in same.batches(tokens_per_batch=30):
+        assert [same.pairs[index] for index in batch.indices] == list(batch.pairs)
+        for half in batch.halves() if len(batch) > 1 else ():
+            assert [same.pairs[index] for index in half.indices] == list(half.pairs)
+            assert [index for half in batch.halves() for index in half.indices] == list(batch.indices)
+    assert sorted(index for batch in same.batches(tokens_per_batch=30) for index in batch.indices) == [0, 1, 2, 3, 4]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mechscope.difference import attention_patterns, compare_weights, difference, lockstep, measure, one_pass
+from mechscope.difference import difference, lockstep, measure, one_pass
 from mechscope.difference.lockstep import Measured, Pending
 from mechscope.difference.weights import _heads
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from mechscope.subject.pair import pair
 from tests import families
@@ -34,18 +35,6 @@ def test_the_exact_path_measures_the_same(family: str) -> None:
         assert_same(measure(pairs.spread, batch(), gini=True), expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_whole_difference_is_the_same(family: str) -> None:
-    def tables(models: Any) -> list[Any]:
-        found = difference(models, encoded(), tokens_per_batch=30, replicates=10)
-        return [found.heads, found.layers, found.weights, found.outputs]
-
-    pairs = both(family)
-    expected = tables(pairs.single)
-    with pretended():
-        assert_same(tables(pairs.spread), expected)
-
-
 @pytest.mark.parametrize(("where", "most"), [("single", 0), ("spread", 1)])
 def test_the_numbers_of_one_batch_wait_for_a_device_and_of_none_for_a_cpu(where: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Pending] = []
@@ -66,18 +55,10 @@ def test_the_numbers_of_one_batch_wait_for_a_device_and_of_none_for_a_cpu(where:
     monkeypatch.setattr(one_pass, "launch", watched)
     monkeypatch.setattr(Pending, "fetch", taken)
     with pretended():
-        difference(getattr(both("gpt2"), where), encoded(), tokens_per_batch=15, replicates=10)
+        difference(getattr(both("gpt2"), where), encoded(), replicates=10, execution=Execution(tokens_per_batch=15))
     assert len(left) > 2
     assert left == [min(at, most) for at in range(len(left))]
     assert len(fetched) == len(batches)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_and_patterns_are_compared_over_devices(family: str) -> None:
-    pairs = both(family)
-    expected = [compare_weights(pairs.single), attention_patterns(pairs.single, encoded().examples[0])]
-    with pretended():
-        assert_same([compare_weights(pairs.spread), attention_patterns(pairs.spread, encoded().examples[0])], expected)
 
 
 def waited(layers: int, padding: str) -> Traffic:

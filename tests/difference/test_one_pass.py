@@ -13,12 +13,12 @@ import torch
 from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
 
-from mechscope.data import memory
 from mechscope.data.prompt import Encoded, collate, packs
 from mechscope.difference import Difference, difference, differences, lockstep, one_pass
 from mechscope.difference.accumulate import Accumulated
 from mechscope.errors import DataError
-from mechscope.instrument import Walk
+from mechscope.instrument import Walk, memory
+from mechscope.instrument.execution import Execution
 from mechscope.stats.geometry import BottomK, cka, rsa
 from mechscope.subject import Pair, Subject, pair
 from mechscope.subject.load import load
@@ -27,12 +27,12 @@ from tests.difference import oracle
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma3", "qwen3")
 # batches of one to three documents of different length, so that there is padding and more than one batch
-SMALL: dict[str, Any] = {"tokens_per_batch": 46, "replicates": 20}
+SMALL = Execution(tokens_per_batch=46)
 TABLES = ("heads", "layers", "weights", "outputs")
 
 
-def run(both: Pair, documents: Encoded | None = None, **options: Any) -> Difference:
-    return difference(both, documents or oracle.encoded(), **{**SMALL, **options})
+def run(both: Pair, documents: Encoded | None = None, *, execution: Execution = SMALL, replicates: int = 20, **options: Any) -> Difference:
+    return difference(both, documents or oracle.encoded(), replicates=replicates, execution=execution, **options)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -97,7 +97,7 @@ def test_the_outputs_table_is_that_of_plain_hugging_face(family: str, found: Dif
 
 def test_batching_changes_nothing_but_rounding(family: str, found: Difference):
     for tokens in (1, 10_000):
-        assert_equal_tables(run(oracle.models(family), tokens_per_batch=tokens), found, rtol=1e-6, atol=1e-9)
+        assert_equal_tables(run(oracle.models(family), execution=Execution(tokens_per_batch=tokens)), found, rtol=1e-6, atol=1e-9)
 
 
 def test_states_are_pooled_of_the_sampled_documents_alone(family: str, monkeypatch: pytest.MonkeyPatch):
@@ -112,7 +112,7 @@ def test_states_are_pooled_of_the_sampled_documents_alone(family: str, monkeypat
         keep(sample, name, array)
 
     monkeypatch.setattr(BottomK, "update", update)
-    found = run(both, geometry_documents=3, seed=7)
+    found = run(both, geometry_documents=3, execution=replace(SMALL, seed=7))
     assert len(pooled) == 3 < len(documents)
     np.testing.assert_allclose(found.accumulated.pooled.arrays(), everything.pooled.arrays(), rtol=1e-6)
 
@@ -199,8 +199,8 @@ def test_several_pairs_at_once_give_what_each_gives_alone_and_run_a_shared_model
             super().__init__(subject, *args)
 
     monkeypatch.setattr(lockstep, "Walk", Counted)
-    found = differences(pairs, oracle.encoded(), **SMALL)
-    batches = len(list(packs(oracle.examples(), tokens_per_batch=SMALL["tokens_per_batch"])))
+    found = differences(pairs, oracle.encoded(), replicates=20, execution=SMALL)
+    batches = len(list(packs([len(example) for example in oracle.examples()], tokens_per_batch=46)))
     # the adapter's two views are two models, the others one each
     assert [walked.count(subject) for subject in (base, tuned, adapter)] == [batches] * 3
     assert len(walked) == 4 * batches
@@ -216,7 +216,7 @@ def test_pairs_whose_vocabularies_differ_are_compared_over_what_each_shares():
     wide.resize_token_embeddings(families.VOCABULARY + 5)
     larger = load(wide, device="cpu")
     pairs = {"same": pair(base, tuned), "cut": pair(larger, tuned, resize="truncate")}
-    found = differences(pairs, oracle.encoded(), **SMALL)
+    found = differences(pairs, oracle.encoded(), replicates=20, execution=SMALL)
     for name, each in pairs.items():
         assert_equal_tables(found[name], run(each))
     # the copy's own words beyond the shared ones count for nothing, and its first ones are the base's
@@ -225,7 +225,9 @@ def test_pairs_whose_vocabularies_differ_are_compared_over_what_each_shares():
 
 def test_pairs_of_which_less_is_asked_have_the_same_layers_without_gini_and_replicates():
     base, tuned = oracle.models("llama").base, oracle.models("llama").tuned
-    found = differences({"one": pair(base, tuned), "other": pair(tuned, base)}, oracle.encoded(), in_full=["one"], gini=True, **SMALL)
+    found = differences(
+        {"one": pair(base, tuned), "other": pair(tuned, base)}, oracle.encoded(), in_full=["one"], gini=True, replicates=20, execution=SMALL
+    )
     assert_equal_tables(found["one"], run(pair(base, tuned), gini=True))
     assert_frame_equal(found["other"].layers, run(pair(tuned, base)).layers)
     assert "gini_base" not in found["other"].heads
@@ -291,12 +293,12 @@ def test_left_to_itself_it_makes_batches_that_fit_into_memory_and_enough_of_them
     assert tokens(2**29 + 2**24) == 1024, "what fits is less"
     assert tokens(0) == memory.FEWEST
     assert one_pass.chosen({"pair": both}, oracle.encoded()) == memory.FEWEST, "few documents are one batch"
-    assert_equal_tables(difference(both, oracle.encoded(), replicates=20), run(both, tokens_per_batch=512))
+    assert_equal_tables(difference(both, oracle.encoded(), replicates=20), run(both, execution=Execution(tokens_per_batch=512)))
 
 
 def test_progress_ends_with_everything_done():
     seen: list[tuple[str, int, int]] = []
-    run(oracle.models("gpt2"), progress=lambda *at: seen.append(at))
+    run(oracle.models("gpt2"), execution=replace(SMALL, progress=lambda *at: seen.append(at)))
     documents = [at for at in seen if at[0] == "comparing documents"]
     assert [done for _, done, _ in documents] == sorted({done for _, done, _ in documents})
     assert documents[-1] == ("comparing documents", 5, 5)

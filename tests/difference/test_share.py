@@ -12,23 +12,25 @@ import pytest
 import torch
 
 from mechscope.difference import Difference, lockstep, one_pass
+from mechscope.instrument import Execution
 from mechscope.store.run import RunFolder
 from tests.difference import oracle
 from tests.difference.test_one_pass import assert_equal_tables, run
 
 
-def staged(folder: Path, progress: Any = None, **options: Any) -> tuple[Difference, bool]:
+def staged(folder: Path, progress: Any = None, *, tokens: int = 46) -> tuple[Difference, bool]:
     """Run in a stage of a run folder that saves after every batch; tell whether it continued from a checkpoint."""
     with RunFolder.open(folder, {}, kind="test") as run_folder, run_folder.stage("difference", {"of": "test"}) as stage:
         resumed = any((folder / "work").rglob("checkpoint*"))
-        return run(oracle.models("gpt2", torch.float32), stage=stage, checkpoint_seconds=0, progress=progress, **options), resumed
+        execution = Execution(tokens_per_batch=tokens, progress=progress)
+        return run(oracle.models("gpt2", torch.float32), stage=stage, checkpoint_seconds=0, execution=execution), resumed
 
 
 class Stopped(Exception):
     """Raised to interrupt."""
 
 
-def interrupted(folder: Path, documents: int, **options: Any) -> None:
+def interrupted(folder: Path, documents: int, *, tokens: int = 46) -> None:
     """Stop in a stage after so many documents."""
 
     def stop(label: str, done: int, total: int) -> None:
@@ -36,7 +38,7 @@ def interrupted(folder: Path, documents: int, **options: Any) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        staged(folder, stop, **options)
+        staged(folder, stop, tokens=tokens)
 
 
 @pytest.mark.parametrize("documents", [3, 5])
@@ -65,7 +67,7 @@ def test_a_difference_goes_on_in_smaller_batches_where_these_are_asked_for(
         return lockstep.launch(pairs, batch, **options)
 
     monkeypatch.setattr(one_pass, "launch", launch)
-    interrupted(tmp_path, 4, tokens_per_batch=asked)  # the last batch before it stops is done again
+    interrupted(tmp_path, 4, tokens=asked)  # the last batch before it stops is done again
     found, resumed = staged(tmp_path)
     assert resumed
     assert seen == lengths

@@ -16,6 +16,7 @@ from torch import Tensor
 from mechscope.difference import compare_weights
 from mechscope.difference.weights import compare_weights_of
 from mechscope.errors import ModelError
+from mechscope.instrument.execution import Execution
 from mechscope.subject import pair
 from mechscope.subject.load import load
 from tests import families
@@ -289,10 +290,10 @@ def test_a_parameter_in_one_model_only_is_an_error_that_names_it():
 
 
 def test_progress_counts_parameters():
-    seen: list[tuple[int, int]] = []
-    compare_weights(oracle.models("gpt2"), progress=lambda *at: seen.append(at))
+    seen: list[tuple[str, int, int]] = []
+    compare_weights(oracle.models("gpt2"), execution=Execution(progress=lambda *at: seen.append(at)))
     total = len(list(oracle.models("gpt2").base.plain.parameters()))
-    assert seen == [(done, total) for done in range(total + 1)]
+    assert seen == [("comparing weights", done, total) for done in range(total + 1)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])

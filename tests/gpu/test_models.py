@@ -27,15 +27,15 @@ TECHNIQUES: dict[str, Callable[[Pair], Any]] = {
     "patch": lambda models: causal.patch(models.base, PROMPTS).values,
     "patch patterns": lambda models: causal.patch(models.base, PROMPTS, site="pattern", metric="kl").values,
     "ablate": lambda models: causal.ablate(models.base, PROMPTS).values,
-    "attribute": lambda models: causal.attribute(models.base, PROMPTS).values,
-    "paths": lambda models: causal.patch_paths(models.base, PROMPTS, "a0.h0,m0", ["a2.h1<k>", "logits"]).values,
+    "attribute": lambda models: causal.attribution_patch(models.base, PROMPTS).values,
+    "paths": lambda models: causal.path_patch(models.base, PROMPTS, "a0.h0,m0", ["a2.h1<k>", "logits"]).values,
     "eap": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap").mean,
     "eap-ig": lambda models: circuits.attribute_edges(models.base, PROMPTS, method="eap-ig", steps=2).mean,
     "exact edges": lambda models: (
-        circuits.exact_effects(models.base, PROMPTS, edges=["a0.h0->m1", "m1->logits", "input->a1.h1<q>"]).per_text
+        circuits.exact_effects(models.base, PROMPTS, edges=["a0.h0->m1", "m1->logits", "embed->a1.h1<q>"]).per_text
     ),
     "flow routes": lambda models: circuits.flow_routes(models.base, PROMPTS).mean,
-    "lens": lambda models: lens.read(models.base, PROMPTS).table()[["entropy", "kl", "probability"]].to_numpy(),
+    "lens": lambda models: lens.logit_lens(models.base, PROMPTS).table()[["entropy", "kl", "probability"]].to_numpy(),
     "logit attribution": lambda models: lens.attribute_logits(models.base, PROMPTS).effects,
 }
 

@@ -13,6 +13,7 @@ from mechscope.data.pairs import PairBatch, Pairs, PromptPair
 from mechscope.errors import SettingsError
 from mechscope.heads.attention import mass_at, masses_at, run_probes, strongest
 from mechscope.instrument import AttentionCall, model_inputs, observed
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.families import Texts
@@ -155,7 +156,9 @@ def mean_to_the_first(call: AttentionCall, batch: PairBatch) -> Tensor:
 @pytest.mark.parametrize("tokens_per_batch", [1, 4096])
 def test_probes_come_back_in_order_whatever_the_batches(family: str, tokens_per_batch: int) -> None:
     subject, seen = families.subject(family, torch.float64), []
-    found = run_probes(subject, texts(), mean_to_the_first, tokens_per_batch=tokens_per_batch, progress=lambda *at: seen.append(at))
+    found = run_probes(
+        subject, texts(), mean_to_the_first, execution=Execution(tokens_per_batch=tokens_per_batch, progress=lambda *at: seen.append(at))
+    )
     assert found.shape == (3, families.LAYERS, families.HEADS, 2)
     for row, ids in enumerate(DOCUMENTS):
         for layer, p in enumerate(truth(subject.model, ids).maps):

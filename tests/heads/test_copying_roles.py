@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.heads import copying_roles, roles_table
 from mechscope.heads.copying_roles import successions
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject.load import Subject, load
@@ -64,7 +65,7 @@ def embeddings(words: int, width: int) -> torch.Tensor:
 
 def test_heads_that_copy_and_that_suppress_score_one():
     width = 64
-    for sign, names in ((1.0, ("copying", "copy-suppression")), (-1.0, ("copy-suppression", "copying"))):
+    for sign, names in ((1.0, ("copying", "negative-ov")), (-1.0, ("negative-ov", "copying"))):
         found = {one.role.name: one for one in copying_roles(one_head(sign * torch.eye(width), embeddings(200, width)), n=50)}
         assert (found[names[0]].score[:, 1] == 1).all()
         assert (found[names[1]].score[:, 1] == 0).all()
@@ -95,7 +96,7 @@ def test_a_head_that_writes_what_comes_next_is_a_successor_head():
 def test_untrained_models_score_at_the_null(seed):
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=256, n_layer=3, n_head=8, n_positions=32)).eval()
-    table = roles_table(copying_roles(load(model), seed=seed))
+    table = roles_table(copying_roles(load(model), execution=Execution(seed=seed)))
     assert not table["has_role"].any()
     copying = table[table["role"] == "copying"]
     # over heads the mean is chance; one head's own mean lies a trace of W_OV off it

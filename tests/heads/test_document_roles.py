@@ -20,6 +20,7 @@ from mechscope.data.template import Template
 from mechscope.errors import DataError
 from mechscope.heads.document_roles import document_roles, lead_spans
 from mechscope.heads.roles import RoleScores
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from tests import families
 from tests.instrument.attention_oracle import truth
@@ -100,7 +101,7 @@ def expected(text: Example, p: Tensor, lead: tuple[int, int] | None) -> dict[str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_chance_are_those_of_whole_maps(family: str) -> None:
     subject, encoded = families.subject(family, torch.float64), random_documents()
-    found = by_name(document_roles(subject, encoded, lead=LEADS, tokens_per_batch=60))
+    found = by_name(document_roles(subject, encoded, lead=LEADS, execution=Execution(tokens_per_batch=60)))
     assert list(found) == ["within-document", "within-summary", "summary-to-document", "lead-sentence", "retrieval"]
     for index, text in enumerate(encoded.examples):
         maps = truth(subject.plain, torch.tensor(text.input_ids)).maps
@@ -122,9 +123,9 @@ def force(monkeypatch: pytest.MonkeyPatch, padding: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_does_not_matter(family: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, encoded = families.subject(family, torch.float64), random_documents()
-    alone = document_roles(subject, encoded, lead=LEADS, tokens_per_batch=1)
+    alone = document_roles(subject, encoded, lead=LEADS, execution=Execution(tokens_per_batch=1))
     force(monkeypatch, padding)
-    together = document_roles(subject, encoded, lead=LEADS, tokens_per_batch=10_000)
+    together = document_roles(subject, encoded, lead=LEADS, execution=Execution(tokens_per_batch=10_000))
     for one, two in zip(alone, together, strict=True):
         np.testing.assert_allclose(two.score, one.score, rtol=0, atol=CLOSE[family], err_msg=one.role.name)
         np.testing.assert_allclose(two.null, one.null, rtol=0, atol=CLOSE[family], err_msg=one.role.name)

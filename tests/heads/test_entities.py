@@ -19,6 +19,7 @@ from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError
 from mechscope.heads.entities import entity_pairs, entity_roles, roles_on
 from mechscope.instrument import load as load_checked
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.instrument.attention_oracle import truth
@@ -120,7 +121,7 @@ def expected(pair: PromptPair, p: Tensor) -> tuple[float, float, float]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_chance_are_those_of_whole_maps(family: str) -> None:
     subject, pairs = reader(family), articles()
-    entity, salience = roles_on(subject, pairs, tokens_per_batch=400)
+    entity, salience = roles_on(subject, pairs, execution=Execution(tokens_per_batch=400))
     for text, pair in enumerate(pairs):
         maps, other = (truth(subject.plain, torch.tensor(ids)).maps for ids in (pair.clean, pair.corrupt))
         for layer in range(families.LAYERS):
@@ -135,10 +136,10 @@ def test_scores_and_chance_are_those_of_whole_maps(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_does_not_matter(family: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, pairs = reader(family), articles()
-    alone = roles_on(subject, pairs, tokens_per_batch=1)
+    alone = roles_on(subject, pairs, execution=Execution(tokens_per_batch=1))
     batches = Pairs.batches
     monkeypatch.setattr(Pairs, "batches", lambda self, **options: batches(self, **{**options, "padding": padding}))
-    for one, two in zip(alone, roles_on(subject, pairs, tokens_per_batch=10_000), strict=True):
+    for one, two in zip(alone, roles_on(subject, pairs, execution=Execution(tokens_per_batch=10_000)), strict=True):
         np.testing.assert_allclose(two.score, one.score, rtol=0, atol=CLOSE[family], err_msg=one.role.name)
         np.testing.assert_allclose(two.null, one.null, rtol=0, atol=CLOSE[family], err_msg=one.role.name)
 

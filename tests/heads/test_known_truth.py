@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mechscope.heads import RoleScores, copying_roles, head_roles, pattern_roles, roles_table
 from mechscope.heads.pattern_roles import repeated_texts
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from tests import families
 from tests.heads import planted
@@ -53,9 +54,9 @@ def of(role: str, head: str) -> np.ndarray:
         ("copying", "induction", 1.0),
         ("copying", "suppress", 0.0),
         ("copying", "uniform", 0.5),
-        ("copy-suppression", "suppress", 1.0),
-        ("copy-suppression", "copy", 0.0),
-        ("copy-suppression", "uniform", 0.5),
+        ("negative-ov", "suppress", 1.0),
+        ("negative-ov", "copy", 0.0),
+        ("negative-ov", "uniform", 0.5),
     ],
 )
 def test_a_head_that_does_one_thing_scores_the_extreme(role: str, head: str, extreme: float | None) -> None:
@@ -87,7 +88,7 @@ def test_each_role_is_given_to_the_heads_written_for_it() -> None:
         "attention-sink": {HEAD["sink"]},
         # one that writes the neighbour on a circle raises the token itself more than most others
         "copying": {HEAD[name] for name in ("induction", "copy", "next")},
-        "copy-suppression": {HEAD["suppress"]},
+        "negative-ov": {HEAD["suppress"]},
     }
 
 
@@ -108,10 +109,10 @@ def test_no_head_of_an_untrained_model_has_a_role(family: str) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         subject = load(AutoModelForCausalLM.from_config(families.config(family)).eval())
-        table = roles_table(head_roles(subject, probes=12, seed=seed))
+        table = roles_table(head_roles(subject, probes=12, execution=Execution(seed=seed)))
         assert not table["has_role"].any()
         # one head's OV circuit lies off chance by its trace: for where heads look nothing does
-        looks = ~table["role"].isin(["copying", "copy-suppression", "broad"])
+        looks = ~table["role"].isin(["copying", "negative-ov", "broad"])
         assert table.loc[looks, "excess"].abs().max() < 0.05
 
 
@@ -124,7 +125,10 @@ def over_models(family: str) -> pd.DataFrame:
     found: dict[str, list[RoleScores]] = {}
     for seed in range(MODELS):
         subject = load(families.build(family, torch.float64, seed))
-        for scores in (*pattern_roles(subject, n=1, seed=seed), *copying_roles(subject, seed=seed)):
+        for scores in (
+            *pattern_roles(subject, n=1, execution=Execution(seed=seed)),
+            *copying_roles(subject, execution=Execution(seed=seed)),
+        ):
             found.setdefault(scores.role.name, []).append(scores)
     stacked = []
     for models in found.values():

@@ -14,6 +14,7 @@ from mechscope.errors import DataError
 from mechscope.heads import pattern_roles, roles_table
 from mechscope.heads.pattern_roles import ROLES, _control, _repetition, repeated_texts
 from mechscope.instrument import Walk, observed
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.test_known_truth import heads_by_role, inductive
@@ -132,7 +133,7 @@ def test_untrained_models_score_at_the_null(seed):
         LlamaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
     )
     for model in (gpt2, llama):
-        table = roles_table(pattern_roles(load(model.eval()), n=16, seed=seed))
+        table = roles_table(pattern_roles(load(model.eval()), n=16, execution=Execution(seed=seed)))
         assert not table["has_role"].any()
         assert table["excess"].abs().max() < 0.01
 

@@ -18,6 +18,7 @@ from mechscope.errors import DataError
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.task_roles import ROLES, roles_on, task_roles
 from mechscope.instrument import load as load_checked
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.instrument.attention_oracle import _whole_map, truth
@@ -132,7 +133,7 @@ def expected(oracle: Oracle, pair: PromptPair, ids: tuple[int, ...], names: list
 @torch.no_grad()
 def test_scores_are_what_maps_and_modules_give_by_hand(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), stories()
-    found = roles_on(subject, pairs, tokens_per_batch=50)
+    found = roles_on(subject, pairs, execution=Execution(tokens_per_batch=50))
     assert [one.role for one in found] == list(ROLES)
     assert len({id(pair) for pair in pairs}) == len(found[0].texts) == 12
     names = sorted({ids[pair.segments[name][0][0]] for pair in pairs for ids in (pair.clean, pair.corrupt) for name in pair.segments})
@@ -154,10 +155,10 @@ def test_scores_are_what_maps_and_modules_give_by_hand(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_does_not_matter(family: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, pairs = families.subject(family, torch.float64), stories(6)
-    alone = roles_on(subject, pairs, tokens_per_batch=1)
+    alone = roles_on(subject, pairs, execution=Execution(tokens_per_batch=1))
     batches = Pairs.batches
     monkeypatch.setattr(Pairs, "batches", lambda self, **options: batches(self, **{**options, "padding": padding}))
-    for one, two in zip(alone, roles_on(subject, pairs, tokens_per_batch=10_000), strict=True):
+    for one, two in zip(alone, roles_on(subject, pairs, execution=Execution(tokens_per_batch=10_000)), strict=True):
         np.testing.assert_allclose(two.score, one.score, rtol=0, atol=CLOSE[family], err_msg=one.role.name)
         np.testing.assert_allclose(two.null, one.null, rtol=0, atol=CLOSE[family], err_msg=one.role.name)
 
@@ -257,7 +258,7 @@ def test_random_weights_score_chance(family: str) -> None:
 
 def test_task_roles_writes_its_own_prompts() -> None:
     subject = load_checked(str(newsroom_model_path()))
-    found = task_roles(subject, n=8, seed=1)
+    found = task_roles(subject, n=8, execution=Execution(seed=1))
     assert [one.role.name for one in found] == [role.name for role in ROLES]
     assert found[0].texts == tuple(f"ioi-1-{index}" for index in range(8))
     for one in found:
@@ -265,7 +266,7 @@ def test_task_roles_writes_its_own_prompts() -> None:
         assert np.isfinite(one.score).all()
         assert one.role.low is None or (one.role.low <= one.score).all()
         assert one.role.high is None or (one.score <= one.role.high).all()
-    again = task_roles(subject, n=8, seed=1)
+    again = task_roles(subject, n=8, execution=Execution(seed=1))
     np.testing.assert_array_equal(again[2].score, found[2].score)
 
 

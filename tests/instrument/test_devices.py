@@ -9,9 +9,9 @@ import torch
 
 from mechscope.instrument import (
     AttentionCall,
+    CachedRun,
     Edit,
     Knockout,
-    Prefix,
     Reading,
     Walk,
     check_subject,
@@ -157,7 +157,7 @@ def test_reruns_from_every_layer_are_equal(family: str) -> None:
     units = [(Edit(site, layer, 0.0),) for layer in (1, 2) for site in EDITED]
 
     def rerun(subject: Subject) -> list[Any]:
-        prefix = Prefix(subject, texts().ids, real, sites=EDITED)
+        prefix = CachedRun(subject, texts().ids, real, sites=EDITED)
         return [[indices, hidden] for indices, hidden in prefix.rerun(units, reading)]
 
     one, two = subjects(both(family))

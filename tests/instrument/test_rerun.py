@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.instrument import Edit, Knockout, Prefix, Reading, intervene, observed, unembed
+from mechscope.instrument import CachedRun, Edit, Knockout, Reading, intervene, observed, unembed
 from mechscope.instrument.edits import EDIT_SITES
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
@@ -31,17 +31,17 @@ def whole(subject: Subject, texts: families.Texts, *changes: Any) -> Tensor:
         return subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False).logits[texts.real]
 
 
-def runs(subject: Subject, padding: str) -> tuple[families.Texts, Prefix, Prefix, Reading]:
+def runs(subject: Subject, padding: str) -> tuple[families.Texts, CachedRun, CachedRun, Reading]:
     texts, others = families.padded(TEXTS, padding), families.padded(OTHERS, padding)
-    clean, corrupt = (Prefix(subject, x.ids, x.real, sites=EDIT_SITES) for x in (texts, others))
+    clean, corrupt = (CachedRun(subject, x.ids, x.real, sites=EDIT_SITES) for x in (texts, others))
     return texts, clean, corrupt, Reading.of(texts.real)
 
 
-def edit(site: Any, layer: int, source: Prefix, **where: Any) -> Edit:
+def edit(site: Any, layer: int, source: CachedRun, **where: Any) -> Edit:
     return Edit(site, layer, source.recording[site, layer], **where)
 
 
-def rerun(subject: Subject, prefix: Prefix, reading: Reading, *units: Any, **options: Any) -> list[Tensor]:
+def rerun(subject: Subject, prefix: CachedRun, reading: Reading, *units: Any, **options: Any) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for indices, hidden in prefix.rerun(units, reading, **options):
         found.update(zip(indices, unembed(subject, hidden).detach(), strict=True))
@@ -173,7 +173,7 @@ def state(subject: Subject) -> list[Any]:
 def test_a_site_that_was_not_kept_is_named() -> None:
     subject = families.subject("gpt2", torch.float64)
     texts = families.padded(TEXTS, "none")
-    prefix = Prefix(subject, texts.ids, texts.real)
+    prefix = CachedRun(subject, texts.ids, texts.real)
     with pytest.raises(SettingsError, match="did not keep 'mlp_output': name the sites"):
         list(prefix.rerun([(Edit("mlp_output", 0, 0.0),)], Reading.of(texts.real)))
     with pytest.raises(SettingsError, match=r"did not keep attention: name the sites .* sites=\('z',\)"):

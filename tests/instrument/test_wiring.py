@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from mechscope.instrument import Prefix, observed
+from mechscope.instrument import CachedRun, observed
 from mechscope.instrument.parts import PARTS, attention_inputs, mlp_of
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
@@ -41,7 +41,7 @@ class Seen:
     def __init__(self, subject: Subject) -> None:
         texts = families.padded(families.documents()[:2], "left")
         self.subject, self.wiring = subject, Wiring(subject)
-        self.prefix = Prefix(subject, texts.ids, texts.real, sites=SITES)
+        self.prefix = CachedRun(subject, texts.ids, texts.real, sites=SITES)
         self.walk = Walk(subject, texts.ids, texts.real)
         self.real = texts.real
 

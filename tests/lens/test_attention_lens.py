@@ -12,14 +12,15 @@ import torch
 from mechscope.data.pairs import Pairs, from_tokens
 from mechscope.instrument import record
 from mechscope.lens.attention_lens import train_attention_lens
-from mechscope.lens.logit_lens import read
+from mechscope.lens.logit_lens import logit_lens
 from mechscope.lens.places import SITES, LensPlace
-from mechscope.lens.training import LensSettings, evaluate
+from mechscope.lens.training import evaluate_lens
 from mechscope.lens.translators import Translator, Translators
+from mechscope.settings.lens import TunedLensSettings
 from mechscope.subject.load import load
 from tests import families
 
-SHORT = LensSettings(steps=3, tokens_per_step=40, learning_rate=1e-2)
+SHORT = TunedLensSettings(steps=3, tokens_per_step=40, learning_rate=1e-2)
 
 
 def texts(n: int = 6, length: int = 10, seed: int = 0) -> Pairs:
@@ -47,9 +48,9 @@ def test_a_heads_basis_spans_all_it_writes(family: str) -> None:
 
 def test_untrained_maps_are_the_logit_lens_of_heads() -> None:
     subject = families.subject("llama", torch.float64)
-    plain = read(subject, texts(), sites=("head_output",))
+    plain = logit_lens(subject, texts(), sites=("head_output",))
     zero = {place: Translator.identity(torch.zeros(1, 32, dtype=torch.float64)) for place in plain.places}
-    lens = read(subject, texts(), sites=("head_output",), translators=Translators(zero, subject.fingerprint, families.LAYERS))
+    lens = logit_lens(subject, texts(), sites=("head_output",), translators=Translators(zero, subject.fingerprint, families.LAYERS))
     pd.testing.assert_frame_equal(lens.table(), plain.table())
 
 
@@ -64,9 +65,9 @@ def test_a_map_in_a_basis_is_the_whole_map_it_stands_for() -> None:
 
 def test_training_lowers_the_divergence_of_every_head_on_other_texts() -> None:
     subject = families.subject("gpt2")
-    settings = LensSettings(steps=60, tokens_per_step=80, learning_rate=2e-2)
+    settings = TunedLensSettings(steps=60, tokens_per_step=80, learning_rate=2e-2)
     trained = train_attention_lens(subject, texts(64), layers=[2], settings=settings)
-    judged = evaluate(subject, texts(12, seed=1), trained.translators)
+    judged = evaluate_lens(subject, texts(12, seed=1), trained.translators)
     assert judged.component.tolist() == ["a2.h0", "a2.h1", "a2.h2", "a2.h3"]
     assert (judged.kl_change_high < 0).all()
 
@@ -82,9 +83,9 @@ def test_a_head_that_decides_the_output_is_translated_exactly() -> None:
     block.register_forward_pre_hook(lambda _, args: (args[0] * 1e-9, *args[1:]))
     subject = load(model)
     one_token = from_tokens(torch.arange(3, 97)[:, None].expand(-1, 2).contiguous())
-    settings = LensSettings(steps=300, tokens_per_step=128, learning_rate=3e-2, weight_decay=0.0)
+    settings = TunedLensSettings(steps=300, tokens_per_step=128, learning_rate=3e-2, weight_decay=0.0)
     trained = train_attention_lens(subject, one_token, settings=settings)
-    judged = evaluate(subject, one_token, trained.translators)
+    judged = evaluate_lens(subject, one_token, trained.translators)
     assert judged.kl_logit_lens.item() > 0.1
     assert judged.kl_tuned.item() < 1e-3 * judged.kl_logit_lens.item()
 
@@ -95,7 +96,7 @@ def test_maps_of_heads_are_saved_and_come_back(tmp_path: Path) -> None:
     trained.save(path)
     loaded = Translators.load(path, subject)
     assert list(loaded.maps) == list(trained.maps) == [LensPlace("head_output", layer, head) for layer in (0, 2) for head in range(4)]
-    one, other = (read(subject, texts(), sites=("head_output",), layers=[0, 2], translators=maps) for maps in (trained, loaded))
+    one, other = (logit_lens(subject, texts(), sites=("head_output",), layers=[0, 2], translators=maps) for maps in (trained, loaded))
     for before, after in zip(one.texts, other.texts, strict=True):
         assert np.array_equal(before.top_log_probability, after.top_log_probability)
     assert "head_output" in SITES

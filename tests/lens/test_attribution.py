@@ -13,6 +13,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.lens.attribution import LogitAttribution, attribute_logits, compare_attributions
 from mechscope.lens.decomposition import Decomposition, Part
 from mechscope.lens.question import METRICS, Question
@@ -155,7 +156,7 @@ def test_the_embedding_splits_into_token_and_position_where_positions_are_learne
     pair = make_pairs().pairs[0]
     slow, ids = Slow(subject, pair), torch.tensor(pair.clean)
     token = subject.plain.get_input_embeddings()(ids)
-    assert found.effects[0, names.index("embedding")] == pytest.approx(slow.without(token, metric), rel=1e-9)
+    assert found.effects[0, names.index("embed")] == pytest.approx(slow.without(token, metric), rel=1e-9)
     if family in POSITIONS:
         table = subject.plain.transformer.wpe.weight if family == "gpt2" else subject.plain.model.decoder.embed_positions.weight[2:]
         assert found.effects[0, names.index("position")] == pytest.approx(slow.without(table[: len(ids)], metric), rel=1e-9)
@@ -175,7 +176,7 @@ def test_padding_does_not_matter(family: str, metric: str) -> None:
         for row, pair in enumerate(batch.pairs):
             values = (result.parts, result.neurons[1], result.cap, result.metric)
             found[side, pair.id] = [question.per_text(value)[row] for value in values]
-    alone = attribute_logits(subject_of(family), pairs, metric=metric, tokens_per_batch=1, neurons=(1,))
+    alone = attribute_logits(subject_of(family), pairs, metric=metric, neurons=(1,), execution=Execution(tokens_per_batch=1))
     together = attribute_logits(subject_of(family), pairs, metric=metric, neurons=(1,))
     np.testing.assert_allclose(alone.effects, together.effects, **CLOSE)
     for row, pair in enumerate(pairs):
@@ -301,7 +302,9 @@ def test_the_target_logit_of_a_text_without_a_target_is_that_of_its_answers() ->
 
 def test_texts_keep_their_order_and_progress_is_told() -> None:
     told: list[tuple[str, int, int]] = []
-    found = attribute_logits(subject_of("gpt2"), make_pairs(), tokens_per_batch=20, progress=lambda *seen: told.append(seen))
+    found = attribute_logits(
+        subject_of("gpt2"), make_pairs(), execution=Execution(tokens_per_batch=20, progress=lambda *seen: told.append(seen))
+    )
     assert found.texts == ("text 0", "text 1", "text 2")
     assert told[-1] == ("logit attribution", 3, 3)
     assert len(told) > 1

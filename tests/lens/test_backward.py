@@ -16,6 +16,7 @@ from torch import Tensor
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import observed
+from mechscope.instrument.execution import Execution
 from mechscope.lens.backward import _Gradient, backward_lens, gradient_directions
 from mechscope.lens.gradient_factors import MATRICES, Factors, factors, matrices_of
 from mechscope.subject.anatomy import base_layer, is_conv1d
@@ -194,15 +195,6 @@ def test_a_step_raises_promoted_tokens_above_suppressed_ones_where_the_matrix_wr
     assert change[list(pair.answers)].min() > 0
 
 
-def test_padding_and_batching_do_not_matter() -> None:
-    subject, pairs = subject_of("gpt_neox"), make_pairs()
-    together, alone = (backward_lens(subject, pairs, matrices=MATRICES, k=4, tokens_per_batch=n) for n in (1000, 1))
-    numbers = ["norm", "update_norm"]
-    np.testing.assert_allclose(together[numbers], alone[numbers], rtol=1e-9)
-    assert together.drop(columns=numbers).equals(alone.drop(columns=numbers))
-    assert list(together["text"].unique()) == ["text 0", "text 1", "text 2"]
-
-
 # the directions of whole gradients
 
 
@@ -210,7 +202,7 @@ def test_padding_and_batching_do_not_matter() -> None:
 def test_directions_are_the_singular_vectors_of_the_mean_gradient(family: str, kind: str) -> None:
     subject, pairs = subject_of(family), make_pairs()
     # two batches, one of them padded
-    table = gradient_directions(subject, pairs, matrices=(kind,), layers=(1,), rank=3, k=K, tokens_per_batch=28)
+    table = gradient_directions(subject, pairs, matrices=(kind,), layers=(1,), rank=3, k=K, execution=Execution(tokens_per_batch=28))
     tolerance = 1e-9 if family in ("gpt2", "gpt_neox", "opt", "phi") else 1e-5
     for matrix in matrices_of(subject, (kind,), (1,)):
         gradient = torch.stack([gradient_by_hand(subject, pair, matrix.module) for pair in pairs]).mean(0)

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Walk, record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.readout import Readout
 from mechscope.lens import projection as projection_module
-from mechscope.lens.logit_lens import _Lens, read
+from mechscope.lens.logit_lens import _Lens, logit_lens
 from mechscope.lens.places import SITES, places_of
-from mechscope.lens.reading import CHANGES, LensReading, compare
+from mechscope.lens.reading import CHANGES, LensReading, compare_lenses
 from mechscope.stats.inference import benjamini_hochberg
 from mechscope.subject.load import Subject, load
 from tests import families
@@ -55,7 +56,7 @@ def place(reading: LensReading, component: str) -> int:
 @torch.no_grad()
 def test_the_last_layer_reads_as_the_models_own_logits(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts()
-    reading = read(subject, pairs, layers=[LAST], k=VOCABULARY)
+    reading = logit_lens(subject, pairs, layers=[LAST], k=VOCABULARY)
     for text, pair in zip(reading.texts, pairs, strict=True):
         expected, tokens = subject.plain(torch.tensor([pair.clean])).logits[0].log_softmax(-1).sort(descending=True)
         assert np.array_equal(text.top[0], tokens.numpy())
@@ -69,8 +70,8 @@ def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_th
     subject, pairs = families.subject(family, torch.float64), texts()
     anatomy, model = subject.anatomy, subject.plain
     assert anatomy.final_norm is not None
-    reading = read(subject, pairs)
-    assert [one.component for one in reading.places] == ["embedding", "resid0", "resid1", "resid2"]
+    reading = logit_lens(subject, pairs)
+    assert [one.component for one in reading.places] == ["embed", "resid0", "resid1", "resid2"]
     for text, pair in zip(reading.texts, pairs, strict=True):
         output = model(torch.tensor([pair.clean]), output_hidden_states=True)
         final = output.logits[0].log_softmax(-1)
@@ -81,7 +82,7 @@ def test_every_layer_reads_as_hugging_faces_hidden_state_through_the_norm_and_th
                 logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
             lens = logits.log_softmax(-1)
             own = lens[range(len(following)), following]
-            found = place(reading, "embedding" if layer < 0 else f"resid{layer}")
+            found = place(reading, "embed" if layer < 0 else f"resid{layer}")
             np.testing.assert_allclose(text.log_probability[found], own, **close(family))
             assert text.rank[found].tolist() == [1 + int((row > one).sum()) for row, one in zip(lens, own, strict=True)]
             np.testing.assert_allclose(text.entropy[found], -(lens.exp() * lens).sum(-1), **close(family))
@@ -94,7 +95,7 @@ def test_what_attention_and_mlp_add_reads_through_its_own_norm(family: str) -> N
     subject, pairs = families.subject(family, torch.float64), texts((9,))
     anatomy = subject.anatomy
     assert anatomy.final_norm is not None
-    reading = read(subject, pairs, sites=("mlp_output", "attention_output"), layers=[1], k=VOCABULARY)
+    reading = logit_lens(subject, pairs, sites=("mlp_output", "attention_output"), layers=[1], k=VOCABULARY)
     assert [one.component for one in reading.places] == ["a1", "m1"]
     with record(subject, "attention_output", "mlp_output") as seen:
         subject.plain(torch.tensor([pairs.pairs[0].clean]))
@@ -118,7 +119,7 @@ def centred_logits(reading: LensReading, component: str) -> np.ndarray:
 def test_frozen_parts_add_up_to_the_models_logits(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts((9,))
     sites = [site for site in SITES if site != "head_output"]
-    reading = read(subject, pairs, sites=sites, k=VOCABULARY, norm="frozen")
+    reading = logit_lens(subject, pairs, sites=sites, k=VOCABULARY, norm="frozen")
     logits = subject.plain(torch.tensor([pairs.pairs[0].clean])).logits[0]
     cap = subject.anatomy.logit_softcap
     end = centred_logits(reading, "resid2")
@@ -126,13 +127,13 @@ def test_frozen_parts_add_up_to_the_models_logits(family: str) -> None:
     if cap is not None:  # the sum is of logits before the cap
         return
     parts = sum(centred_logits(reading, f"{kind}{layer}") for layer in range(families.LAYERS) for kind in "am")
-    np.testing.assert_allclose(centred_logits(reading, "embedding") + parts, end, **close(family))
+    np.testing.assert_allclose(centred_logits(reading, "embed") + parts, end, **close(family))
 
 
 @torch.no_grad()
 def test_frozen_heads_add_up_to_what_attention_adds(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts((9,))
-    reading = read(subject, pairs, sites=("head_output", "attention_output"), layers=[1], k=VOCABULARY, norm="frozen")
+    reading = logit_lens(subject, pairs, sites=("head_output", "attention_output"), layers=[1], k=VOCABULARY, norm="frozen")
     assert [one.component for one in reading.places] == ["a1", "a1.h0", "a1.h1", "a1.h2", "a1.h3"]
     heads = sum(centred_logits(reading, f"a1.h{head}") for head in range(families.HEADS))
     together = centred_logits(reading, "a1")
@@ -161,8 +162,8 @@ def test_padding_never_matters(family: str) -> None:
 def test_batches_change_nothing_and_texts_keep_their_order() -> None:
     subject, pairs = families.subject("gpt2", torch.float64), texts()
     calls: list[tuple[str, int, int]] = []
-    one = read(subject, pairs, sites=SITES)
-    other = read(subject, pairs, sites=SITES, tokens_per_batch=1, progress=lambda *call: calls.append(call))
+    one = logit_lens(subject, pairs, sites=SITES)
+    other = logit_lens(subject, pairs, sites=SITES, execution=Execution(tokens_per_batch=1, progress=lambda *call: calls.append(call)))
     assert calls == [("lens", 1, 3), ("lens", 2, 3), ("lens", 3, 3)]
     pd.testing.assert_frame_equal(one.table(), other.table(), rtol=1e-9)
     assert [text.id for text in other.texts] == ["text 0", "text 1", "text 2"]
@@ -170,7 +171,7 @@ def test_batches_change_nothing_and_texts_keep_their_order() -> None:
 
 def test_without_statistics_the_likeliest_tokens_are_the_same_and_the_rest_is_missing() -> None:
     subject, pairs = families.subject("gpt2", torch.float64), texts()
-    one, other = read(subject, pairs), read(subject, pairs, statistics=False)
+    one, other = logit_lens(subject, pairs), logit_lens(subject, pairs, statistics=False)
     for full, bare in zip(one.texts, other.texts, strict=True):
         assert np.array_equal(full.top, bare.top)
         assert np.array_equal(full.log_probability, bare.log_probability)
@@ -183,18 +184,18 @@ def test_without_statistics_the_likeliest_tokens_are_the_same_and_the_rest_is_mi
 
 def test_the_models_own_token_is_known_when_the_last_layer_is_not_read() -> None:
     subject, pairs = families.subject("gpt2", torch.float64), texts()
-    one, other = read(subject, pairs), read(subject, pairs, layers=[0])
+    one, other = logit_lens(subject, pairs), logit_lens(subject, pairs, layers=[0])
     assert [text.final_top.tolist() for text in one.texts] == [text.final_top.tolist() for text in other.texts]
 
 
 @torch.no_grad()
 def test_an_adapter_is_read_where_it_is_active() -> None:
     model = families.build("llama", torch.float64)
-    before = read(load(families.build("llama", torch.float64)), texts())
+    before = logit_lens(load(families.build("llama", torch.float64)), texts())
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
     adapted = load(wrapped.double().eval())
-    pd.testing.assert_frame_equal(read(adapted.without_adapter(), texts()).table(), before.table(), rtol=1e-5)
-    own = read(adapted, texts(), layers=[LAST], k=1).texts[0]
+    pd.testing.assert_frame_equal(logit_lens(adapted.without_adapter(), texts()).table(), before.table(), rtol=1e-5)
+    own = logit_lens(adapted, texts(), layers=[LAST], k=1).texts[0]
     logits = wrapped(torch.tensor([texts().pairs[0].clean])).logits[0].log_softmax(-1)
     np.testing.assert_allclose(own.top_log_probability[0, :, 0], logits.amax(-1), **RMS)
     assert not np.allclose(own.top_log_probability[0], before.texts[0].top_log_probability[-1, :, :1], rtol=1e-3)
@@ -218,7 +219,7 @@ def test_no_array_of_tokens_by_vocabulary_is_made(family: str, monkeypatch: pyte
     subject, pairs = load(families.build(family, vocab_size=words)), texts((40, 40, 40))
     monkeypatch.setattr(projection_module, "_HELD", 8 * 1536 * 4)
     with Largest() as seen:
-        read(subject, pairs, sites=SITES)
+        logit_lens(subject, pairs, sites=SITES)
     assert seen.most <= max(words * subject.anatomy.d_model, 120 * 4 * subject.anatomy.d_model), "weights and hidden states, no logits"
     assert seen.most < 120 * words
 
@@ -232,7 +233,7 @@ def named() -> tuple[Subject, Pairs]:
 
 def test_the_table_names_every_place_position_and_token() -> None:
     subject, pairs = named()
-    reading = read(subject, pairs, k=2, sites=("residual", "head_output"))
+    reading = logit_lens(subject, pairs, k=2, sites=("residual", "head_output"))
     table = reading.table()
     expected = ["text", "site", "layer", "head", "component", "position", "token", "target", "rank", "probability", "entropy", "kl"]
     assert list(table) == [*expected, "top_1", "top_2", "p_1", "p_2"]
@@ -255,13 +256,13 @@ def test_the_table_names_every_place_position_and_token() -> None:
 
 def test_the_summary_is_the_mean_of_texts_means() -> None:
     subject, pairs = named()
-    reading = read(subject, pairs)
+    reading = logit_lens(subject, pairs)
     table = reading.table()
     table["agreement"] = (table.top_1 == table.groupby(["text", "position"]).top_1.transform("last")).astype(float)
     table["log_probability"], table["reciprocal_rank"] = np.log(table.probability), 1 / table["rank"]
     for rows, kept in (("all", table), ("target", table[table.target.notna()])):
         summary = reading.summary(rows=rows)  # type: ignore[arg-type]  # "all" or "target"
-        assert summary.component.tolist() == ["embedding", "resid0", "resid1", "resid2"]
+        assert summary.component.tolist() == ["embed", "resid0", "resid1", "resid2"]
         assert summary.n.tolist() == [3] * 4
         for name in ("log_probability", "reciprocal_rank", "agreement", "entropy", "kl"):
             per_text = kept.groupby(["component", "text"])[name].mean().unstack()
@@ -275,16 +276,16 @@ def test_the_summary_is_the_mean_of_texts_means() -> None:
 def test_target_rows_are_those_that_predict_the_span_or_the_answer() -> None:
     ids = (5, 6, 7, 8, 9, 10)
     spanned, answered = PromptPair("spanned", ids, ids, target=(3, 5)), PromptPair("answered", ids, ids, answers=(11,))
-    reading = read(families.subject("gpt2"), Pairs((spanned, answered), "by hand"))
+    reading = logit_lens(families.subject("gpt2"), Pairs((spanned, answered), "by hand"))
     assert [text.in_target.tolist() for text in reading.texts] == [[False, False, True, True, False, False], [False] * 5 + [True]]
     assert [text.targets.tolist() for text in reading.texts] == [[6, 7, 8, 9, 10, -1], [6, 7, 8, 9, 10, 11]]
 
 
 def test_two_models_are_compared_text_by_text() -> None:
     pairs = texts()
-    base, tuned = (read(families.subject("gpt2", torch.float64, seed), pairs) for seed in (0, 1))
-    found = compare(base, tuned)
-    assert found.component.tolist() == ["embedding", "resid0", "resid1", "resid2"]
+    base, tuned = (logit_lens(families.subject("gpt2", torch.float64, seed), pairs) for seed in (0, 1))
+    found = compare_lenses(base, tuned)
+    assert found.component.tolist() == ["embed", "resid0", "resid1", "resid2"]
     for name in CHANGES:
         before, after = (np.stack([np.nanmean(getattr(text, name), axis=1) for text in one.texts]) for one in (base, tuned))
         np.testing.assert_allclose(found[f"{name}_base"], before.mean(0), rtol=1e-9)
@@ -292,20 +293,20 @@ def test_two_models_are_compared_text_by_text() -> None:
         p = distributions.ttest_rel(after[:, :3], before[:, :3]).pvalue  # the last layer's KL is zero in both
         np.testing.assert_allclose(found[f"{name}_change_p"][:3], p, rtol=1e-6)
         np.testing.assert_allclose(found[f"{name}_change_q"], benjamini_hochberg(found[f"{name}_change_p"]))
-    same = compare(base, base)
+    same = compare_lenses(base, base)
     assert (same[[f"{name}_change" for name in CHANGES]] == 0).all(axis=None)
     assert (same.kl_change_p == 1).all()
 
 
 def test_what_does_not_compare_is_refused() -> None:
     subject, pairs = families.subject("gpt2"), texts()
-    whole = read(subject, pairs)
+    whole = logit_lens(subject, pairs)
     with pytest.raises(SettingsError, match="same settings"):
-        compare(whole, read(subject, pairs, layers=[0]))
+        compare_lenses(whole, logit_lens(subject, pairs, layers=[0]))
     with pytest.raises(DataError, match="text number 3"):
-        compare(whole, read(subject, pairs.first(2)))
+        compare_lenses(whole, logit_lens(subject, pairs.first(2)))
     with pytest.raises(DataError, match="text text 0"):
-        compare(whole, read(subject, Pairs(pairs.pairs[::-1], "turned")))
+        compare_lenses(whole, logit_lens(subject, Pairs(pairs.pairs[::-1], "turned")))
 
 
 @pytest.mark.parametrize(
@@ -321,16 +322,16 @@ def test_what_does_not_compare_is_refused() -> None:
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        read(families.subject("gpt2"), texts(), **options)
+        logit_lens(families.subject("gpt2"), texts(), **options)
 
 
 def test_rows_and_texts_that_cannot_be_are_refused() -> None:
     subject = families.subject("gpt2")
     plain = Pairs((PromptPair("plain", (5, 6, 7), (5, 6, 7)),), "by hand")
-    reading = read(subject, plain)
+    reading = logit_lens(subject, plain)
     with pytest.raises(DataError, match="'plain' has neither a target span nor answers"):
         reading.summary(rows="target")
     with pytest.raises(SettingsError, match="use all or target"):
         reading.summary(rows="some")  # type: ignore[arg-type]  # what a user may write
     with pytest.raises(DataError, match="vocabulary has 97"):
-        read(subject, Pairs((PromptPair("far", (500,), (500,)),), "by hand"))
+        logit_lens(subject, Pairs((PromptPair("far", (500,), (500,)),), "by hand"))

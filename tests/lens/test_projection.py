@@ -13,7 +13,7 @@ from mechscope.errors import SettingsError
 from mechscope.instrument import unembed
 from mechscope.lens import projection as module
 from mechscope.lens.projection import Projection
-from mechscope.lens.words import GROUP, said_of
+from mechscope.lens.token_stats import GROUP, said_of
 from mechscope.subject.load import Subject, load
 from tests import families
 

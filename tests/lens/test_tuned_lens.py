@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from mechscope.data.pairs import Pairs, from_tokens
 from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.instrument import Walk
-from mechscope.lens.logit_lens import read
+from mechscope.instrument.execution import Execution
+from mechscope.lens.logit_lens import logit_lens
 from mechscope.lens.places import LensPlace
 from mechscope.lens.projection import Projection
-from mechscope.lens.training import LensSettings, _backward, evaluate, train_tuned_lens
+from mechscope.lens.training import _backward, evaluate_lens, train_tuned_lens
 from mechscope.lens.translators import Translator, Translators
+from mechscope.settings.lens import TunedLensSettings
 from mechscope.store.tables import write_tensors
 from mechscope.subject.load import Subject, load
 from tests import families
 
-SHORT = LensSettings(steps=3, tokens_per_step=40)
+SHORT = TunedLensSettings(steps=3, tokens_per_step=40)
 
 
 def texts(n: int = 6, length: int = 10, seed: int = 0) -> Pairs:
@@ -76,10 +78,10 @@ def test_affine_layers_are_recovered() -> None:
     trained = train_tuned_lens(
         subject,
         texts(64, 16),
-        settings=LensSettings(steps=250, tokens_per_step=256, learning_rate=5e-2, weight_decay=0.0),
+        settings=TunedLensSettings(steps=250, tokens_per_step=256, learning_rate=5e-2, weight_decay=0.0),
     )
-    judged = evaluate(subject, texts(16, 16, seed=1), trained.translators)
-    assert judged.component.tolist() == ["embedding", "resid0", "resid1"]
+    judged = evaluate_lens(subject, texts(16, 16, seed=1), trained.translators)
+    assert judged.component.tolist() == ["embed", "resid0", "resid1"]
     assert (judged.kl_logit_lens > 0.5).all()
     assert (judged.kl_tuned < 1e-6).all()
     # on vectors that are no text's: the norm hides the mean and the size of what it reads, so the maps agree up to those
@@ -97,8 +99,8 @@ def test_affine_layers_are_recovered() -> None:
 def test_maps_of_zero_are_the_logit_lens() -> None:
     subject = families.subject("gpt2", torch.float64)
     zero = {place: Translator.identity(torch.zeros(1, 32, dtype=torch.float64)) for place in random_maps(subject).maps}
-    tuned = read(subject, texts(), translators=Translators(zero, subject.fingerprint, families.LAYERS))
-    pd.testing.assert_frame_equal(tuned.table(), read(subject, texts()).table())
+    tuned = logit_lens(subject, texts(), translators=Translators(zero, subject.fingerprint, families.LAYERS))
+    pd.testing.assert_frame_equal(tuned.table(), logit_lens(subject, texts()).table())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -106,7 +108,7 @@ def test_maps_of_zero_are_the_logit_lens() -> None:
 def test_a_map_stands_between_the_stream_and_the_norm(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts(1)
     maps, anatomy = random_maps(subject), subject.anatomy
-    reading = read(subject, pairs, translators=maps)
+    reading = logit_lens(subject, pairs, translators=maps)
     output = subject.plain(torch.tensor([pairs.pairs[0].clean]), output_hidden_states=True)
     for at, layer in enumerate(range(-1, families.LAYERS - 1)):
         own = maps.maps[LensPlace("residual", layer)]
@@ -124,7 +126,7 @@ def test_a_map_stands_between_the_stream_and_the_norm(family: str) -> None:
 def test_the_first_step_follows_the_gradient_of_the_mean_divergence(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts(2)
     rate = 1e-3
-    trained = train_tuned_lens(subject, pairs, layers=[0], settings=LensSettings(steps=1, learning_rate=rate, weight_decay=0.0))
+    trained = train_tuned_lens(subject, pairs, layers=[0], settings=TunedLensSettings(steps=1, learning_rate=rate, weight_decay=0.0))
     # the same by autograd through Hugging Face's modules; Adam's first step is the learning rate times the sign
     anatomy = subject.anatomy
     output = subject.plain(torch.tensor([pair.clean for pair in pairs]), output_hidden_states=True)
@@ -147,11 +149,11 @@ def test_the_first_step_follows_the_gradient_of_the_mean_divergence(family: str)
 def test_training_lowers_the_divergence_on_other_texts_and_says_so_with_intervals() -> None:
     subject = families.subject("llama")
     calls: list[tuple[str, int, int]] = []
-    settings = LensSettings(steps=80, tokens_per_step=80, learning_rate=2e-2)
-    trained = train_tuned_lens(subject, texts(64), settings=settings, progress=lambda *call: calls.append(call))
+    settings = TunedLensSettings(steps=80, tokens_per_step=80, learning_rate=2e-2)
+    trained = train_tuned_lens(subject, texts(64), settings=settings, execution=Execution(progress=lambda *call: calls.append(call)))
     assert calls[0] == ("lens training", 1, 80)
     assert len(calls) == 80
-    judged = evaluate(subject, texts(12, seed=1), trained.translators)
+    judged = evaluate_lens(subject, texts(12, seed=1), trained.translators)
     assert (judged.kl_change_high < 0).all()
     np.testing.assert_allclose(judged.kl_change, judged.kl_tuned - judged.kl_logit_lens)
     assert (judged.kl_tuned_low < judged.kl_tuned).all()
@@ -165,9 +167,9 @@ def test_training_lowers_the_divergence_on_other_texts_and_says_so_with_interval
 def test_evaluation_is_the_mean_over_texts_of_the_mean_over_tokens() -> None:
     subject, pairs = families.subject("gpt2", torch.float64), texts()
     maps = random_maps(subject)
-    judged = evaluate(subject, pairs, maps)
+    judged = evaluate_lens(subject, pairs, maps)
     for name, chosen in (("kl_logit_lens", None), ("kl_tuned", maps)):
-        table = read(subject, pairs, translators=chosen, layers=[-1, 0, 1]).table()
+        table = logit_lens(subject, pairs, translators=chosen, layers=[-1, 0, 1]).table()
         expected = table.groupby(["component", "text"]).kl.mean().groupby("component").mean()
         np.testing.assert_allclose(judged.set_index("component")[name], expected.loc[judged.component])
 
@@ -175,7 +177,7 @@ def test_evaluation_is_the_mean_over_texts_of_the_mean_over_tokens() -> None:
 def test_equal_seeds_give_equal_maps_and_others_do_not() -> None:
     subject = families.subject("gpt2")
     one, same = (train_tuned_lens(subject, texts(), settings=SHORT).translators for _ in range(2))
-    other = train_tuned_lens(subject, texts(), settings=replace(SHORT, seed=1)).translators
+    other = train_tuned_lens(subject, texts(), settings=SHORT, execution=Execution(seed=1)).translators
     for place in one.maps:
         assert torch.equal(one.maps[place].weight, same.maps[place].weight)
         assert not torch.equal(one.maps[place].weight, other.maps[place].weight)
@@ -195,7 +197,7 @@ def test_weight_decay_pulls_towards_the_logit_lens() -> None:
     subject = families.subject("gpt2")
     norms = []
     for decay in (0.0, 10.0):
-        settings = LensSettings(steps=40, tokens_per_step=60, learning_rate=1e-2, weight_decay=decay)
+        settings = TunedLensSettings(steps=40, tokens_per_step=60, learning_rate=1e-2, weight_decay=decay)
         norms.append(
             train_tuned_lens(subject, texts(), layers=[0], settings=settings).translators.maps[LensPlace("residual", 0)].weight.norm()
         )
@@ -231,11 +233,13 @@ def test_maps_are_saved_as_safetensors_with_their_models_hash(tmp_path: Path) ->
     trained, path = train_tuned_lens(subject, texts(), settings=SHORT).translators, tmp_path / "lens.safetensors"
     trained.save(path)
     loaded = Translators.load(path, subject)
-    pd.testing.assert_frame_equal(read(subject, texts(), translators=loaded).table(), read(subject, texts(), translators=trained).table())
+    pd.testing.assert_frame_equal(
+        logit_lens(subject, texts(), translators=loaded).table(), logit_lens(subject, texts(), translators=trained).table()
+    )
     assert loaded == Translators(loaded.maps, subject.fingerprint, families.LAYERS, trained.settings)
     with safe_open(path, framework="pt") as file:
         meta: dict[str, Any] = json.loads(file.metadata()["meta"])
-        assert sorted(file.keys()) == sorted(f"{name}.{part}" for name in ("embedding", "resid0", "resid1") for part in ("weight", "bias"))
+        assert sorted(file.keys()) == sorted(f"{name}.{part}" for name in ("embed", "resid0", "resid1") for part in ("weight", "bias"))
     assert (meta["fingerprint"], meta["layers"], meta["width"]) == (subject.fingerprint, 3, 32)
     assert meta["settings"]["steps"] == 3
 
@@ -244,13 +248,13 @@ def test_another_models_maps_are_refused_unless_that_is_meant(tmp_path: Path, ca
     subject, other, path = families.subject("gpt2"), families.subject("gpt2", seed=1), tmp_path / "lens.safetensors"
     maps = train_tuned_lens(subject, texts(), settings=SHORT).translators
     maps.save(path)
-    for attempt in (lambda: Translators.load(path, other), lambda: read(other, texts(), translators=maps)):
+    for attempt in (lambda: Translators.load(path, other), lambda: logit_lens(other, texts(), translators=maps)):
         with pytest.raises(ModelError, match=f"fingerprint {subject.fingerprint[:12]}.*other_model=True"):
             attempt()
     with caplog.at_level(logging.WARNING):
         meant = Translators.load(path, other, other_model=True)
     assert "used on it as asked" in caplog.text
-    assert len(read(other, texts(), translators=meant).texts) == len(texts())
+    assert len(logit_lens(other, texts(), translators=meant).texts) == len(texts())
     with pytest.raises(ModelError, match="3 layers of width 32"):
         Translators.load(path, load(families.build("gpt2", n_layer=2)), other_model=True)
 
@@ -267,18 +271,18 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_read_or_trained_is_refused() -> None:
     subject = families.subject("gpt2", torch.float64)
     maps = random_maps(subject)
-    with pytest.raises(SettingsError, match="no translator for m0: the trained ones are embedding, resid0, resid1"):
-        read(subject, texts(), sites=("mlp_output",), translators=maps)
+    with pytest.raises(SettingsError, match="no translator for m0: the trained ones are embed, resid0, resid1"):
+        logit_lens(subject, texts(), sites=("mlp_output",), translators=maps)
     with pytest.raises(SettingsError, match="no translator for m0"):
         maps.translated(LensPlace("mlp_output", 0), torch.zeros(1, 32))
     with pytest.raises(SettingsError, match="leave norm='applied'"):
-        read(subject, texts(), norm="frozen", translators=maps)
+        logit_lens(subject, texts(), norm="frozen", translators=maps)
     with pytest.raises(SettingsError, match="no map behind the last block"):
         train_tuned_lens(subject, texts(), layers=[2])
-    with pytest.raises(SettingsError, match="train nothing"):
-        LensSettings(steps=0)
-    with pytest.raises(SettingsError, match="above 0"):
-        LensSettings(learning_rate=0.0)
+    with pytest.raises(SettingsError, match="'steps' is 0: should be greater than or equal to 1"):
+        TunedLensSettings(steps=0)
+    with pytest.raises(SettingsError, match=r"'learning_rate' is .*: should be greater than 0"):
+        TunedLensSettings(learning_rate=0.0)
 
 
 def test_the_projection_of_the_final_stream_is_the_model() -> None:

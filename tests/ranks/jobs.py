@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched  # patching is the name of a technique here
@@ -14,32 +13,30 @@ import pandas as pd
 import torch
 
 from mechscope import ranks
-from mechscope.adapt.generate import Decoding, summarize
-from mechscope.adapt.settings import TrainSettings
+from mechscope.adapt.generate import summarize
 from mechscope.adapt.targets import place
 from mechscope.adapt.training import tune
-from mechscope.causal.ablation import ablate
-from mechscope.causal.patching import patch
 from mechscope.circuits.acdc import acdc
-from mechscope.circuits.attribution import attribute_edges
-from mechscope.circuits.evaluation import evaluate
-from mechscope.circuits.graph import Circuit, Graph
+from mechscope.circuits.graph import Graph
 from mechscope.circuits.pruning import prune_edges
 from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, compare_weights, difference
 from mechscope.errors import DataError, MechscopeError
-from mechscope.heads.task_roles import roles_on
 from mechscope.instrument import load
+from mechscope.instrument.execution import Execution
+from mechscope.settings import resolve
+from mechscope.settings.decoding import Decoding
+from mechscope.settings.training import TrainSettings
 from mechscope.stats.spectra import weight_change
 from mechscope.store.run import RunFolder
-from mechscope.studies.circuits import circuit_run
-from mechscope.studies.pair_settings import CircuitSettings
-from mechscope.studies.settings import StudySettings
-from mechscope.studies.summarization import study
+from mechscope.studies.jobs.circuit import JOB as CIRCUIT
+from mechscope.studies.jobs.summarization import JOB as SUMMARIZATION
+from mechscope.studies.runner import run_job
 from mechscope.subject import Components, Subject
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.contract.technique import case, techniques
 from tests.difference import oracle
 
 # eleven documents in six batches: neither two nor three ranks get as many batches each
@@ -64,7 +61,7 @@ def measured(
         tokens: Of a batch.
     """
     both = oracle.models(family, torch.float32)
-    options: dict[str, Any] = {"tokens_per_batch": tokens, "replicates": 20}
+    options: dict[str, Any] = {"replicates": 20}
     rounds = 0
 
     def kill(label: str, done: int, total: int) -> None:
@@ -74,9 +71,11 @@ def measured(
             os.kill(os.getpid(), signal.SIGKILL)
 
     if folder is None:
-        return difference(both, encoded(), progress=kill, **options)
+        return difference(both, encoded(), **options, execution=Execution(tokens_per_batch=tokens, progress=kill))
     with RunFolder.open(folder, {"seed": 0}, kind="test") as run, run.stage("difference", {"documents": encoded().hash}) as stage:
-        return difference(both, encoded(), stage=stage, checkpoint_seconds=0, progress=kill, **options)
+        return difference(
+            both, encoded(), stage=stage, checkpoint_seconds=0, **options, execution=Execution(tokens_per_batch=tokens, progress=kill)
+        )
 
 
 def resumed(folder: Path, tokens: int = TOKENS) -> tuple[Difference, bool]:
@@ -99,29 +98,12 @@ def model() -> tuple[Subject, Pairs]:
     return subject, random_pairs(7, lengths=(9, 12, 7, 10, 8))
 
 
-def swept() -> dict[str, np.ndarray]:
-    """Run what is shared among ranks over pairs, and return the numbers of every text."""
-    subject, pairs = model()
-    scores = attribute_edges(subject, pairs, method="eap-ig", steps=2, tokens_per_batch=16)
-    graph = scores.graph
-    half = Circuit(graph, np.random.default_rng(0).random(len(graph)) < 0.5)
-    judged = evaluate(subject, pairs, [half, Circuit(graph, np.ones(len(graph), dtype=bool))], tokens_per_batch=16)
-    assert scores.per_text is not None
-    return {
-        "edges": scores.per_text,
-        "mean": scores.mean,
-        "circuits": judged.values,
-        "patched": patch(subject, pairs, site="head", tokens_per_batch=16).values,
-        "resampled": ablate(subject, pairs, sites=("head",), source="resample", tokens_per_batch=32).values,
-    }
-
-
 def searched(tokens: int) -> dict[str, np.ndarray]:
     """Search for circuits by what needs all texts at every step, and return the circuits and all numbers."""
     subject, pairs = model()
     graph = Graph.of(subject)
-    greedy = acdc(subject, pairs, thresholds=(0.003, 0.03), edges=graph.names[::15], tokens_per_batch=tokens)
-    learned = prune_edges(subject, pairs, n_edges=len(graph) // 2, steps=12, tokens_per_batch=tokens)
+    greedy = acdc(subject, pairs, thresholds=(0.003, 0.03), edges=graph.names[::15], execution=Execution(tokens_per_batch=tokens))
+    learned = prune_edges(subject, pairs, n_edges=len(graph) // 2, steps=12, execution=Execution(tokens_per_batch=tokens))
     return {
         "circuits": np.stack([circuit.edges for circuit in greedy.circuits]),
         "values": greedy.values,
@@ -133,12 +115,9 @@ def searched(tokens: int) -> dict[str, np.ndarray]:
     }
 
 
-def roles() -> np.ndarray:
-    """Score heads' jobs in texts with names, ``(role, text, layer, head)``."""
-    subject, pairs = model()
-    names = {"io": ((1, 2),), "s1": ((0, 1),), "s2": ((3, 4),)}
-    texts = Pairs(tuple(replace(pair, segments=names) for pair in pairs), "names")
-    return np.stack([role.score for role in roles_on(subject, texts, tokens_per_batch=16)])
+def contract(name: str, family: str, tokens: int) -> dict[str, np.ndarray]:
+    """Run a technique of the contract."""
+    return techniques()[name](case(family), Execution(tokens_per_batch=tokens))
 
 
 def trained(folder: Path, documents: int = 6, batch_size: int = 6) -> pd.DataFrame:
@@ -156,17 +135,19 @@ def written(source: str) -> list[str]:
     """Let the shipped model continue some prompts."""
     subject = load(source, check=False)
     prompts = [example.input_ids[:12] for example in encoded().examples]
-    return summarize(subject.model, subject.tokenizer, prompts, decoding=Decoding(max_new_tokens=4), tokens_per_batch=30)
+    return summarize(
+        subject.model, subject.tokenizer, prompts, decoding=Decoding(max_new_tokens=4), execution=Execution(tokens_per_batch=30)
+    )
 
 
 def studied(settings: dict[str, Any], folder: Path) -> None:
     """Run a whole study."""
-    study(StudySettings(**settings), folder)
+    run_job(SUMMARIZATION, resolve(SUMMARIZATION.settings, **settings), folder)
 
 
-def found_circuit(settings: dict[str, Any], folder: Path) -> None:
+def circuit_of(settings: dict[str, Any], folder: Path) -> None:
     """Run `mechscope circuit`."""
-    circuit_run(CircuitSettings(**settings), folder)
+    run_job(CIRCUIT, resolve(CIRCUIT.settings, **settings), folder)
 
 
 def refused(folder: Path) -> str:

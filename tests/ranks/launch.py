@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks.jobs"])
@@ -68,6 +69,59 @@ def ended(size: int, job: Callable[..., Any], *args: Any) -> tuple[list[int], li
     return [int(process.exitcode or 0) for process, _ in ranks], found
 
 
+class Team:
+    """Ranks that stay, and run one job after the other.
+
+    Attributes:
+        ended: Whether they are gone, as they are when a job failed: the others may wait for ever for the one that did.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Start them."""
+        port, self.ended = _free_port(), False
+        self._ranks: list[tuple[Any, Connection]] = []
+        for rank in range(size):
+            here, there = _context.Pipe()
+            process = _context.Process(target=_serve, args=(rank, size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self._ranks.append((process, here))
+
+    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run a job on every rank and return what each of them returned.
+
+        Raises:
+            AssertionError: One of them failed.
+        """
+        for _, connection in self._ranks:
+            connection.send((job, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + _SECONDS
+        while len(results) < len(self._ranks):
+            for rank, (process, connection) in enumerate(self._ranks):
+                if rank in results or not connection.poll(0.01):
+                    late = time.monotonic() > deadline or not process.is_alive()
+                    if rank not in results and late and not connection.poll():
+                        self._fail(f"rank {rank} did not answer (exit code {process.exitcode})")
+                    continue
+                error, results[rank] = connection.recv()
+                if error:
+                    self._fail(f"rank {rank}: {error}")
+        return [results[rank] for rank in range(len(self._ranks))]
+
+    def end(self) -> None:
+        """End them."""
+        self.ended = True
+        for process, connection in self._ranks:
+            process.terminate()
+            process.join()
+            connection.close()
+
+    def _fail(self, message: str) -> NoReturn:
+        self.end()
+        raise AssertionError(message)
+
+
 class _Silent:
     """A pipe that was closed."""
 
@@ -76,15 +130,33 @@ class _Silent:
         return False
 
 
+def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
+    _join(rank, size, port)
+    while True:
+        job, args = connection.recv()
+        answer: tuple[str | None, Any]
+        try:
+            answer = (None, job(*args))
+        except Exception:
+            answer = (traceback.format_exc(), None)
+        connection.send(answer)
+
+
 def _run(rank: int, size: int, port: int, sender: Connection, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    _join(rank, size, port)
+    sender.send(job(*args))
+    torch.distributed.destroy_process_group()
+
+
+def _join(rank: int, size: int, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update(address | {name: str(number) for name, number in numbers.items()})
-    sender.send(job(*args))
-    torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -110,16 +110,6 @@ def test_as_many_ranks_as_before_end_with_equal_bits(tmp_path: Path):
     assert_equal_results(found, undisturbed, check_exact=True)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_sweeps_over_pairs_are_those_of_one_process(size: int):
-    alone = jobs.swept()
-    for found in together(size, jobs.swept):
-        assert found.keys() == alone.keys()
-        for name, values in alone.items():
-            assert np.isfinite(values).all()
-            np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
-
-
 @pytest.mark.parametrize(("size", "tokens"), [(2, 16), (3, 16), (2, 10_000)])
 def test_searches_that_need_all_texts_at_every_step_are_those_of_one_process_to_the_last_bit(size: int, tokens: int):
     alone = jobs.searched(tokens)
@@ -129,13 +119,6 @@ def test_searches_that_need_all_texts_at_every_step_are_those_of_one_process_to_
         assert found.keys() == alone.keys()
         for name, values in alone.items():
             np.testing.assert_array_equal(found[name], values, err_msg=name)
-
-
-def test_roles_of_heads_are_those_of_one_process():
-    alone = jobs.roles()
-    assert np.isfinite(alone).all()
-    for found in together(2, jobs.roles):
-        np.testing.assert_allclose(found, alone, rtol=1e-12, atol=1e-12)
 
 
 # of five documents in batches of four the last is one alone: a second rank has nothing then
@@ -236,8 +219,8 @@ def test_a_study_is_that_of_one_process(tmp_path: Path, tiny_model: Path, tiny_t
 
 def test_a_circuit_is_that_of_one_process(tmp_path: Path, tiny_model: Path):
     settings = {"model": str(tiny_model), "pairs": "induction", "limit": 14, "circuit_fraction": 0.1, "random_circuits": 2}
-    jobs.found_circuit(settings, tmp_path / "one")
-    together(3, jobs.found_circuit, settings, tmp_path / "three")
+    jobs.circuit_of(settings, tmp_path / "one")
+    together(3, jobs.circuit_of, settings, tmp_path / "three")
     assert_equal_runs(tmp_path / "one", tmp_path / "three")
 
 
@@ -264,5 +247,5 @@ def test_the_command_line_runs_under_accelerate_launch(tmp_path: Path, tiny_mode
     ]
     done = launched(*given, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Claims of the paper") == 1, "only rank 0 speaks"
+    assert done.stdout.count("claims of and about arXiv 2505.17073") == 1, "only rank 0 speaks"
     assert set(verify(tmp_path / "run")["status"]) == {"ok"}

@@ -29,6 +29,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "command": ["mechscope", nasty],
         "data": {nasty: {"problems": {nasty: 3}}},
         "models": {"base": {"source": nasty}},
+        "page": {"title": f"What fine-tuning changed in {nasty}", "sections": list(synthetic.STUDY)},
     }
     made = synthetic.hostile(synthetic.tables(4, 4))
     folder = synthetic.write_run(tmp_path_factory.mktemp("report") / "hostile", made, study=settings, record=record)

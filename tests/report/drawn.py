@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from mechscope.report.contents import Contents
-from mechscope.report.figure import Figure
-from mechscope.report.figures import figures
-from mechscope.report.packed import MISSING, POWER
-from mechscope.report.page import html
-from mechscope.report.reading import reading_figures
-from mechscope.report.tabled import Shown
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.packed import MISSING, POWER
+from mechscope.report.marks.tables import Shown
+from mechscope.report.page import fill, html
+from mechscope.report.section import Card, Section
+from mechscope.report.sections import sections
 from tests.report import synthetic
 
 NASTY = synthetic.HOSTILE[1]
@@ -31,7 +31,33 @@ def numbers(held: Mapping[str, Any]) -> np.ndarray:
     return np.where(codes == MISSING, np.nan, held["max"] * (codes / (MISSING - 1)) ** POWER)
 
 
+def shown_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Section]:
+    """Return the sections that these tables fill, or those of them that are named."""
+    return [section for name, section in sections().items() if section.present(made) and (not ids or name in ids)]
+
+
+def figures_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Figure]:
+    return [figure for section in shown_of(made, *ids) for figure in section.figures(made)]
+
+
+def views_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Shown]:
+    return [shown for section in shown_of(made, *ids) for shown in section.views(made)]
+
+
+def findings_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[str]:
+    return [sentence for section in shown_of(made, *ids) for sentence in section.findings(made)]
+
+
+def cards_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Card]:
+    return [card for section in shown_of(made, *ids) for card in section.cards(made)]
+
+
+def caveats_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[str]:
+    return [caveat for section in shown_of(made, *ids) for caveat in section.caveats(made)]
+
+
 def rows_of(figure: Figure, *columns: str) -> list[dict[str, Any]]:
+    """Return the rows of the figure's data that have these columns."""
     return [row for rows in figure.datasets.values() for row in rows if set(columns) <= set(row)]
 
 
@@ -41,14 +67,15 @@ def named(drawn: list[Figure], name: str) -> Figure:
 
 
 def view_of(shown_tables: list[Shown], heading: str) -> Shown:
-    (found,) = (each for each in shown_tables if each.heading == heading)
-    return found
+    (shown,) = (each for each in shown_tables if each.heading == heading)
+    return shown
 
 
-def page_of(made: dict[str, pd.DataFrame], tmp_path: Path, *, study: dict[str, object] | None = None) -> str:
-    """Return the page of a run with these tables; no figure is written to a file."""
-    contents = Contents.read(synthetic.write_run(tmp_path / "run", made, study=study or {"model": "models/gpt2"}))
-    return html(contents, figures(contents.tables) | reading_figures(contents.tables))
+def page_of(made: dict[str, pd.DataFrame], tmp_path: Path, *, title: str = "A run") -> str:
+    """Return the page of a run with these tables, and no other section than theirs; no figure is written to a file."""
+    record = synthetic.manifest() | {"page": {"title": title, "sections": []}}
+    contents = Contents.read(synthetic.write_run(tmp_path / "run", made, study={"model": "models/gpt2"}, record=record))
+    return html(contents, fill(contents))
 
 
 def hostile(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

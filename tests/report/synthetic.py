@@ -15,7 +15,10 @@ import pandas as pd
 import yaml
 
 from tests.report.synthetic_bakeoff import bakeoff_tables
+from tests.report.synthetic_causal import causal_tables
 
+# the sections of a study's page, as its job names them
+STUDY = ("claims", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples")
 ROWS = ("all", "document", "summary")
 CIRCUIT = (2, 3, 5)
 HOSTILE = (
@@ -87,30 +90,31 @@ def layers_table(heads: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         layer = int(str(number))
         kl, change = float(group["kl_base_tuned"].mean()), float(group["entropy_change"].mean())
         norm = 45.0 + 9.0 * layer**1.3
+        # a mean, and half of its interval
+        measured = {
+            "kl_base_tuned": (kl, 0.07 * kl),
+            "kl_tuned_base": (float(group["kl_tuned_base"].mean()), 0.08 * float(group["kl_tuned_base"].mean())),
+            "entropy_change": (change, 0.01),
+            "activation_norm_base": (norm, 0.4),
+            "activation_norm_tuned": (norm * float(rng.uniform(1.0, 1.08)), 0.4),
+            "activation_abs_base": (norm / 35, 0.01),
+            "activation_abs_tuned": (norm / 34, 0.01),
+            "cosine_distance": (0.002 * (layer + 1) ** 1.2, 0.0001),
+        }
         records.append(
             {
                 "rows": rows,
                 "layer": layer,
                 "n": 200,
-                "kl_base_tuned": kl,
-                "kl_base_tuned_low": kl * 0.93,
-                "kl_base_tuned_high": kl * 1.07,
-                "kl_tuned_base": float(group["kl_tuned_base"].mean()),
-                "kl_tuned_base_low": float(group["kl_tuned_base"].mean()) * 0.92,
-                "kl_tuned_base_high": float(group["kl_tuned_base"].mean()) * 1.08,
-                "entropy_change": change,
-                "entropy_change_low": change - 0.01,
-                "entropy_change_high": change + 0.01,
+                **{name: mean for name, (mean, _) in measured.items()},
                 "share_focused": float((group["entropy_change"] < 0).mean()),
-                "activation_norm_base": norm,
-                "activation_norm_tuned": norm * float(rng.uniform(1.0, 1.08)),
-                "activation_abs_base": norm / 35,
-                "activation_abs_tuned": norm / 34,
-                "cosine_distance": 0.002 * (layer + 1) ** 1.2,
                 "cka": 1 - 0.001 * (layer + 1) ** 1.5,
                 "rsa": 1 - 0.002 * (layer + 1) ** 1.4,
                 "weight_change": 0.2 + 3 * kl,
                 "score": kl * 10,
+                **{f"{name}_se": half / 1.96 for name, (_, half) in measured.items()},
+                **{f"{name}_low": mean - half for name, (mean, half) in measured.items()},
+                **{f"{name}_high": mean + half for name, (mean, half) in measured.items()},
             }
         )
     return pd.DataFrame(records)
@@ -311,6 +315,7 @@ def tables(layers: int = 12, heads: int = 12, *, seed: int = 0) -> dict[str, pd.
         "claims": claims_table(),
         "summaries": summaries_table(8),
         **bakeoff_tables(rng),
+        **causal_tables(head_table, rng),
     }
 
 
@@ -348,6 +353,7 @@ def manifest() -> dict[str, object]:
             "problems": {"empty": 3, "duplicate": 17, "too_short": 0, "truncated": 41},
         },
         "seeds": {"study": 0, "training": [0, 1, 2]},
+        "page": {"title": "What fine-tuning changed in gpt2-news-7m", "sections": list(STUDY)},
     }
 
 
@@ -379,6 +385,8 @@ def hostile(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
             {"last_layers": HOSTILE[0], "random_layers": HOSTILE[1], "none": HOSTILE[8]}
         )
     made["selection"]["rule"] = made["selection"]["rule"].replace({"last_layers": HOSTILE[0], "heads_by_entropy": HOSTILE[3]})
+    for name in ("cross_model", "ablation", "layer_sets"):
+        made[name]["component"] = (nasty * len(made[name]))[: len(made[name])]
     made["heads"]["component"] = nasty[: len(made["heads"])]
     return made
 

@@ -81,7 +81,6 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                         "stopped_early": last < 16,
                         **{m: float(scores[m].mean()) for m in METRICS},
                         "n_documents": documents,
-                        "seconds": 100.0 + last,
                     }
                 )
     rouge_table, summary = pd.DataFrame(rouge), []
@@ -105,9 +104,11 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                 difference = np.nan if itself else mean - float(table[metric][of])
                 row |= {f"vs_{other}": difference, f"vs_{other}_low": difference - 0.004, f"vs_{other}_high": difference + 0.004}
             summary.append(row)
+    written = {"id": ["doc-0", "doc-1"], "document": ["A harbour."] * 2, "reference": ["Harbour."] * 2, "base": ["The council"] * 2}
     return {
         "bakeoff": pd.DataFrame(arms),
         "bakeoff_rouge": rouge_table,
+        "bakeoff_summaries": pd.DataFrame(written | {"targeted_layers_equal_rank": ["A new harbour."] * 2}),
         "bakeoff_summary": pd.DataFrame(summary),
         "learning_curves": pd.DataFrame(curves),
     }

@@ -23,7 +23,7 @@ def edges_table(model: str, graph: Graph, *, chosen: int = 200, seed: int = 0) -
     sender, receiver = np.array(graph.senders, dtype=object)[senders], np.array(graph.receivers, dtype=object)[receivers]
     # heavy tails, and two nodes that much of the task goes through
     strength = 0.002 * rng.pareto(1.6, len(graph))
-    hubs = np.isin(sender, ["a5.h1", "m0", "input"]) | np.isin(graph.owner[receivers], [graph.senders.index("m0")])
+    hubs = np.isin(sender, ["a5.h1", "m0", "embed"]) | np.isin(graph.owner[receivers], [graph.senders.index("m0")])
     score = strength * np.where(hubs, 4.0, 1.0) * np.where(rng.random(len(graph)) < 0.72, -1.0, 1.0)
     se = 0.1 * np.abs(score) + 1e-4
     p = np.exp(-0.5 * (score / se) ** 2)
@@ -39,7 +39,9 @@ def nodes_table(model: str, graph: Graph, edges: pd.DataFrame) -> pd.DataFrame:
     score = edges.groupby("sender", sort=False)["score"].sum().reindex(graph.senders).fillna(0.0).to_numpy()
     table = pd.DataFrame({"model": model, "node": graph.senders, "layer": graph.layer_of(graph.senders), "score": score})
     used = set(edges.loc[edges["in_circuit"], "sender"])
-    return table.assign(se=0.01, low=score - 0.02, high=score + 0.02, in_circuit=[name in used for name in graph.senders])
+    return table.assign(
+        n=64, se=0.01, low=score - 0.02, high=score + 0.02, p=0.5, q=0.8, in_circuit=[name in used for name in graph.senders]
+    )
 
 
 def curve_table(model: str, graph: Graph, *, speed: float = 1.0) -> pd.DataFrame:
@@ -49,7 +51,8 @@ def curve_table(model: str, graph: Graph, *, speed: float = 1.0) -> pd.DataFrame
     random = fraction**1.5
     return pd.DataFrame(
         {
-            "model": model, "fraction": fraction, "edges": np.round(fraction * len(graph)).astype(int), "value": 3 * faithfulness,
+            "model": model, "fraction": fraction, "edges": np.round(fraction * len(graph)).astype(int), "metric": "logit-diff", "n": 64,
+            "value": 3 * faithfulness,
             "faithfulness": faithfulness, "low": faithfulness - 0.05, "high": faithfulness + 0.04,
             "random": random, "random_low": random - 0.04, "random_high": random + 0.06,
         }
@@ -71,11 +74,11 @@ def summary_table(model: str, *, chosen: int = 200, nodes: int = 70) -> pd.DataF
 
 def components_table(model: str) -> pd.DataFrame:
     rows = [
-        ("a5.h1", -0.91, 0.22, 0.001, "the token after the last same token", " one, two", "induction"),
-        ("m0", -0.64, 0.11, 0.004, "", "the, a", ""),
-        ("a9.h9", 0.2, 0.01, 0.4, TOKENS, "]]><b>x</b>", None),
+        ("a5.h1", 5, -0.91, 0.22, 0.001, 0.003, "the token after the last same token", " one, two", "induction"),
+        ("m0", 0, -0.64, 0.11, 0.004, 0.006, "", "the, a", ""),
+        ("a9.h9", 9, 0.2, 0.01, 0.4, 0.4, TOKENS, "]]><b>x</b>", None),
     ]
-    names = ["component", "score", "minimality", "minimality_p", "attends_to", "top_tokens", "role"]
+    names = ["component", "layer", "score", "minimality", "minimality_p", "minimality_q", "attends_to", "top_tokens", "role"]
     table = pd.DataFrame(rows, columns=names)
     return table.assign(model=model, low=table["score"] - 0.1, high=table["score"] + 0.1)
 
@@ -106,12 +109,13 @@ def diff_tables(layers: int = 12, heads: int = 12) -> dict[str, pd.DataFrame]:
     base, tuned = (edges[edges["model"] == model].reset_index(drop=True) for model in ("base", "tuned"))
     shift = base[["edge", "sender", "receiver", "sender_layer", "receiver_layer"]].assign(base=base["score"], tuned=tuned["score"])
     change = shift["tuned"] - shift["base"]
-    shift = shift.assign(shift=change, low=change - 0.01, high=change + 0.01, q=np.where(change.abs() > 0.02, 0.001, 0.8))
+    shift = shift.assign(shift=change, se=0.005, low=change - 0.01, high=change + 0.01)
+    shift = shift.assign(p=np.where(change.abs() > 0.02, 1e-4, 0.5), q=np.where(change.abs() > 0.02, 0.001, 0.8))
     shift = shift.assign(in_base=base["in_circuit"], in_tuned=tuned["in_circuit"])
     overlap = pd.DataFrame(
         [
             {
-                "what": what, "fraction": fraction, "jaccard": 0.285 + lift + 0.1 * fraction,
+                "what": what, "fraction": fraction, "base_size": 200, "tuned_size": 260, "n": 64, "null_p": 0.001, "jaccard": 0.285 + lift + 0.1 * fraction,
                 "across": 0.25 + lift, "across_low": 0.21 + lift, "across_high": 0.28 + lift,
                 "change": 0.475 - lift / 2, "change_low": 0.43 - lift / 2, "change_high": 0.52 - lift / 2,
                 "null": fraction / (2 - fraction), "null_low": 0.8 * fraction / 2, "null_high": 1.2 * fraction / 2 + 0.01,
@@ -123,13 +127,16 @@ def diff_tables(layers: int = 12, heads: int = 12) -> dict[str, pd.DataFrame]:
     )  # fmt: skip
     gain = pd.DataFrame(
         [
-            {"edges": count, "fraction": count / len(base), "kind": kind, "share": share, "low": share - 0.08, "high": share + 0.08}
+            {
+                "fraction": count / len(base), "edges": count, "n": 64, "kind": kind, "value": 3 * share, "share": share,
+                "low": share - 0.08, "high": share + 0.08,
+            }
             for kind, power in (("tuned", 0.25), ("random", 1.2))
             for count in (10, 30, 100, 300, 1000, 3000, 10000, len(base))
             for share in [(count / len(base)) ** power]
             if count <= len(base)
         ]
-    )
+    )  # fmt: skip
     return {**tables, "circuit_overlap": overlap, "circuit_shift": shift, "circuit_gain": gain}
 
 
@@ -138,8 +145,10 @@ def time_tables(layers: int = 4, heads: int = 4) -> dict[str, pd.DataFrame]:
     models = ("step 0", "step 100", "step 1000", "final")
     time = pd.DataFrame(
         {
-            "model": models, "order": range(4), "faithfulness": (0.2, 0.5, 0.8, 0.86), "edges": (120, 150, 190, 200),
-            "jaccard_base": (1.0, 0.4, 0.2, 0.15), "jaccard_previous": (np.nan, 0.4, 0.5, 0.8),
+            "model": models, "order": range(4), "edges": (120, 150, 190, 200), "faithfulness": (0.2, 0.5, 0.8, 0.86), "low": (0.1, 0.4, 0.7, 0.81),
+            "high": (0.3, 0.6, 0.9, 0.9), "fraction": 0.05, "jaccard_base": (1.0, 0.4, 0.2, 0.15), "jaccard_base_null": 0.03,
+            "jaccard_previous": (np.nan, 0.4, 0.5, 0.8), "jaccard_previous_null": 0.03, "nodes_base": (1.0, 0.6, 0.5, 0.4), "nodes_base_null": 0.3,
+            "nodes_previous": (np.nan, 0.6, 0.7, 0.9), "nodes_previous_null": 0.3,
         }
     )  # fmt: skip
     return {**of_models(models, layers, heads), "circuit_time": time}

@@ -30,7 +30,7 @@ def lens_tokens(texts: Sequence[str], count: int) -> pd.DataFrame:
     half = int(0.75 * count)
     parts = [
         {
-            "text": text, "position": i, "token": names[i], "target": names[i + 1] if i + 1 < count else None,
+            "text": text, "position": i, "token": names[i], "target": names[i + 1] if i + 1 < count else "",
             "segment": "document" if i < half else "summary",
         }
         for text in texts
@@ -44,7 +44,7 @@ def lens_grid(
 ) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     vocabulary, names, parts = np.array([*(f" {word.lower()}" for word in TOKENS), " and", " the", ",", " of"]), tokens_of(count + 1), []
-    rows = [("embedding", -1), *((f"resid{layer}", layer) for layer in range(layers))]
+    rows = [("embed", -1), *((f"resid{layer}", layer) for layer in range(layers))]
     for text in texts:
         hard = rng.uniform(0.3, 1.0, count)
         for m, model in enumerate(models):
@@ -57,7 +57,8 @@ def lens_grid(
                     shares[:, 0] = np.maximum(shares[:, 0], probability)
                     part = pd.DataFrame(
                         {
-                            "model": model, "lens": lens, "text": text, "component": component, "layer": layer, "position": np.arange(count),
+                            "model": model, "lens": lens, "text": text, "site": "residual", "layer": layer, "head": -1, "component": component,
+                            "position": np.arange(count), "token": names[:count], "target": [*names[1:count], None],
                             "probability": probability, "rank": np.floor(1 + 40000 * (1 - known) ** 6).astype(int),
                             "entropy": 9 * (1 - known) + 0.2, "kl": 12 * (1 - depth) * (1 - known) + 1e-3 * (1 - depth),
                         }
@@ -74,7 +75,7 @@ def lens_grid(
 
 def lens_summary(layers: int, heads: int, models: Sequence[str], lenses: Sequence[str], *, seed: int = 1) -> pd.DataFrame:
     rng, records = np.random.default_rng(seed), []
-    sites = [("residual", "embedding", -1, -1), *(("residual", f"resid{layer}", layer, -1) for layer in range(layers))]
+    sites = [("residual", "embed", -1, -1), *(("residual", f"resid{layer}", layer, -1) for layer in range(layers))]
     sites += [
         (site, f"{short}{layer}", layer, -1) for site, short in (("attention_output", "a"), ("mlp_output", "m")) for layer in range(layers)
     ]
@@ -91,6 +92,7 @@ def lens_summary(layers: int, heads: int, models: Sequence[str], lenses: Sequenc
                     "layer": layer,
                     "head": head,
                     "component": component,
+                    "rows": "target",
                     "n": 64,
                 }
                 values = {
@@ -98,13 +100,11 @@ def lens_summary(layers: int, heads: int, models: Sequence[str], lenses: Sequenc
                     "entropy": 8.5 - 6 * known,
                     "kl": 8 * (1 - known),
                     "agreement": known * float(rng.uniform(0.95, 1.0)),
+                    "reciprocal_rank": 0.9 * known,
                 }
                 for name, x in values.items():
-                    record |= {
-                        name: x,
-                        f"{name}_low": x - 0.05 - 0.1 * (name != "agreement"),
-                        f"{name}_high": x + 0.05 + 0.1 * (name != "agreement"),
-                    }
+                    half = 0.05 if name in ("agreement", "reciprocal_rank") else 0.15
+                    record |= {name: x, f"{name}_se": half / 2, f"{name}_low": x - half, f"{name}_high": x + half}
                 records.append(record)
     return pd.DataFrame(records)
 
@@ -114,31 +114,37 @@ def lens_change(summary: pd.DataFrame) -> pd.DataFrame:
     wide = parts[parts["model"] == "base"].merge(
         parts[parts["model"] == "tuned"], on=keys, suffixes=("_base", "_tuned"), validate="one_to_one"
     )
-    found = wide[keys].assign(n=64, lens="logit")
+    table = wide[keys].assign(rows="target", n=64, lens="logit")
     for name in ("log_probability", "entropy", "kl"):
         change = wide[f"{name}_tuned"] - wide[f"{name}_base"]
-        found = found.assign(**{f"{name}_base": wide[f"{name}_base"], f"{name}_tuned": wide[f"{name}_tuned"], f"{name}_change": change})
+        table = table.assign(**{f"{name}_base": wide[f"{name}_base"], f"{name}_tuned": wide[f"{name}_tuned"], f"{name}_change": change})
         p = np.exp(-0.5 * (change / 0.05) ** 2)
-        found = found.assign(
+        table = table.assign(
             **{
+                f"{name}_change_se": 0.05,
                 f"{name}_change_low": change - 0.1,
                 f"{name}_change_high": change + 0.1,
                 f"{name}_change_p": p,
                 f"{name}_change_q": np.minimum(1, 1.5 * p),
             }
         )
-    return found
+    return table
+
+
+def lens_training(layers: int, models: Sequence[str]) -> pd.DataFrame:
+    rows = [(model, step, f"resid{layer}", 2.0 / (1 + step + layer)) for model in models for step in range(5) for layer in range(layers)]
+    return pd.DataFrame(rows, columns=["model", "step", "component", "kl"])
 
 
 def attribution(layers: int, heads: int, models: Sequence[str], *, seed: int = 2) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    places = [("embedding", "embedding", -1, -1), ("position", "position", -1, -1)]
+    places = [("embed", "embedding", -1, -1), ("position", "position", -1, -1)]
     for layer in range(layers):
         places += [(f"a{layer}.h{head}", "head", layer, head) for head in range(heads)]
         places += [
-            (f"a{layer}.bias", "attention bias", layer, -1),
+            (f"a{layer} bias", "attention bias", layer, -1),
             (f"m{layer}", "mlp", layer, -1),
-            (f"m{layer}.bias", "mlp bias", layer, -1),
+            (f"m{layer} bias", "mlp bias", layer, -1),
         ]
     places.append(("constant", "constant", -1, -1))
     effects = rng.standard_t(2.2, len(places)) * 0.12
@@ -156,8 +162,8 @@ def attribution_change(table: pd.DataFrame) -> pd.DataFrame:
     base, tuned = (table[table["model"] == model].reset_index(drop=True) for model in PAIR)
     change = tuned["effect"] - base["effect"]
     p = np.exp(-0.5 * (change / 0.02) ** 2)
-    found = base[["component", "kind", "layer", "head"]].assign(base=base["effect"], tuned=tuned["effect"], change=change)
-    return found.assign(low=change - 0.04, high=change + 0.04, p=p, q=np.minimum(1, 3 * p), n=64)
+    made = base[["component", "kind", "layer", "head"]].assign(base=base["effect"], tuned=tuned["effect"], change=change)
+    return made.assign(low=change - 0.04, high=change + 0.04, p=p, q=np.minimum(1, 3 * p), n=64)
 
 
 def role_definitions() -> pd.DataFrame:
@@ -192,15 +198,15 @@ def head_roles(layers: int, heads: int, models: Sequence[str], *, seed: int = 3)
 
 def head_role_changes(roles: pd.DataFrame) -> pd.DataFrame:
     base, tuned = (roles[roles["model"] == model].reset_index(drop=True) for model in PAIR)
-    found = base[["role", "layer", "head", "component", "n"]].assign(base=base["score"], tuned=tuned["score"])
-    found = found.assign(gained=tuned["has_role"] & ~base["has_role"], lost=base["has_role"] & ~tuned["has_role"])
-    whole = found.groupby("role", sort=False, as_index=False).agg(n=("n", "max"), base=("base", "mean"), tuned=("tuned", "mean"))
+    made = base[["role", "layer", "head", "component", "n"]].assign(base=base["score"], tuned=tuned["score"])
+    made = made.assign(gained=tuned["has_role"] & ~base["has_role"], lost=base["has_role"] & ~tuned["has_role"])
+    whole = made.groupby("role", sort=False, as_index=False).agg(n=("n", "max"), base=("base", "mean"), tuned=("tuned", "mean"))
     whole = whole.assign(component="all", layer=-1, head=-1, gained=False, lost=False)
-    found = pd.concat([whole, found], ignore_index=True)
-    change = found["tuned"] - found["base"]
-    se = np.where(found["component"] == "all", 0.001, 0.01)
+    made = pd.concat([whole, made], ignore_index=True)
+    change = made["tuned"] - made["base"]
+    se = np.where(made["component"] == "all", 0.001, 0.01)
     p = np.exp(-0.5 * (change / se) ** 2)
-    return found.assign(change=change, low=change - 2 * se, high=change + 2 * se, p=p, q=np.minimum(1, 2 * p))
+    return made.assign(change=change, low=change - 2 * se, high=change + 2 * se, p=p, q=np.minimum(1, 2 * p))
 
 
 def head_cards(models: Sequence[str]) -> pd.DataFrame:
@@ -238,28 +244,27 @@ def lens_tables(
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of a run of `mechscope lens`."""
     summary, parts = lens_summary(layers, heads, models, lenses), attribution(layers, heads, models)
-    found = {
+    made = {
         "lens_tokens": lens_tokens(texts, positions),
         "lens_grid": lens_grid(texts, positions, layers, models, lenses),
         "lens_summary": summary,
         "logit_attribution": parts,
+        **({"lens_training": lens_training(layers, models)} if "tuned" in lenses else {}),
     }
-    return (
-        {**found, "lens_change": lens_change(summary), "logit_attribution_change": attribution_change(parts)} if len(models) > 1 else found
-    )
+    return {**made, "lens_change": lens_change(summary), "logit_attribution_change": attribution_change(parts)} if len(models) > 1 else made
 
 
 def heads_tables(layers: int = 12, heads: int = 12, *, positions: int = 300, models: Sequence[str] = PAIR) -> dict[str, pd.DataFrame]:
     """Return the tables of a run of `mechscope heads`."""
     roles, texts = head_roles(layers, heads, models), ("samsum-0001", "samsum-0002")
-    found = {
+    made = {
         "head_roles": roles,
         "role_definitions": role_definitions(),
         "head_cards": head_cards(models),
         "attention_tokens": lens_tokens(texts, positions).drop(columns="target"),
         "attention_edges": attention_edges(texts, positions, ("a1.h0", "a2.h1", "a3.h2"), models),
     }
-    return {**found, "head_role_changes": head_role_changes(roles)} if len(models) > 1 else found
+    return {**made, "head_role_changes": head_role_changes(roles)} if len(models) > 1 else made
 
 
 def all_tables(layers: int = 4, heads: int = 4, *, positions: int = 40) -> dict[str, pd.DataFrame]:

@@ -7,13 +7,13 @@ import itertools
 import pandas as pd
 import pytest
 
-from mechscope.report.attribution import PARTS, attribution_figures
+from mechscope.report.sections.attribution import PARTS
 from tests.report import synthetic_reading as invented
-from tests.report.drawn import named, rows_of
+from tests.report.drawn import figures_of, named, rows_of
 
 
 def test_waterfall_ends_at_the_sum_and_every_bar_begins_where_the_last_ended(tables: dict[str, pd.DataFrame]) -> None:
-    table, drawn = tables["logit_attribution"], attribution_figures(tables)
+    table, drawn = tables["logit_attribution"], figures_of(tables, "attribution")
     for by in ("components", "layers"):
         for i, model in enumerate(invented.PAIR):
             steps = rows_of(named(drawn, f"attribution-{by}-{i + 1}"), "start")
@@ -27,7 +27,7 @@ def test_waterfall_ends_at_the_sum_and_every_bar_begins_where_the_last_ended(tab
 
 
 def test_base_and_tuned_have_the_same_parts_in_the_same_order_on_the_same_axis(tables: dict[str, pd.DataFrame]) -> None:
-    base, tuned = (named(attribution_figures(tables), f"attribution-components-{i}") for i in (1, 2))
+    base, tuned = (named(figures_of(tables, "attribution"), f"attribution-components-{i}") for i in (1, 2))
     assert [row["part"] for row in rows_of(base, "start")] == [row["part"] for row in rows_of(tuned, "start")]
     assert len(rows_of(base, "start")) == PARTS + 2
     domains = [
@@ -39,7 +39,7 @@ def test_base_and_tuned_have_the_same_parts_in_the_same_order_on_the_same_axis(t
 
 def test_interval_of_a_bar_stands_at_its_end(tables: dict[str, pd.DataFrame]) -> None:
     table = tables["logit_attribution"].query("model == 'base'").set_index("component")
-    for step in rows_of(named(attribution_figures(tables), "attribution-components-1"), "start")[:-2]:
+    for step in rows_of(named(figures_of(tables, "attribution"), "attribution-components-1"), "start")[:-2]:
         own = table.loc[step["part"]]
         assert step["low"] - step["end"] == pytest.approx(own["low"] - own["effect"], abs=1e-4)
         assert step["high"] - step["end"] == pytest.approx(own["high"] - own["effect"], abs=1e-4)
@@ -47,7 +47,7 @@ def test_interval_of_a_bar_stands_at_its_end(tables: dict[str, pd.DataFrame]) ->
 
 def test_layers_of_the_waterfall_are_sums_of_heads_and_bias_and_of_the_mlp(tables: dict[str, pd.DataFrame]) -> None:
     table = tables["logit_attribution"].query("model == 'base'")
-    steps = {row["part"]: row["effect"] for row in rows_of(named(attribution_figures(tables), "attribution-layers-1"), "start")}
+    steps = {row["part"]: row["effect"] for row in rows_of(named(figures_of(tables, "attribution"), "attribution-layers-1"), "start")}
     for layer in range(4):
         own = table[table["layer"] == layer]
         attention = own["kind"].isin(["head", "attention bias"])
@@ -56,7 +56,7 @@ def test_layers_of_the_waterfall_are_sums_of_heads_and_bias_and_of_the_mlp(table
 
 
 def test_change_walks_from_the_base_total_to_the_tuned_total(tables: dict[str, pd.DataFrame]) -> None:
-    table, steps = tables["logit_attribution"], rows_of(named(attribution_figures(tables), "attribution-change"), "start")
+    table, steps = tables["logit_attribution"], rows_of(named(figures_of(tables, "attribution"), "attribution-change"), "start")
     totals = table.groupby("model")["effect"].sum()
     assert (steps[0]["part"], steps[-1]["part"]) == ("base, total", "tuned, total")
     assert steps[0]["end"] == pytest.approx(totals["base"], rel=1e-5)

@@ -11,10 +11,11 @@ import pytest
 
 from mechscope.circuits.graph import Graph
 from mechscope.errors import RunError
-from mechscope.report.circuit_picture import HARMS, HOLDS, Grid, circuit_svg
-from mechscope.report.circuit_slider import EDGES_DRAWN, EDGES_IN_PAGE, pictures
+from mechscope.report.marks.circuit_picture import HARMS, HOLDS, Grid, circuit_svg, owner
+from mechscope.report.marks.circuit_slider import EDGES_DRAWN, EDGES_IN_PAGE, pictures
+from mechscope.report.theme import interval, number
 from tests.report import synthetic_circuits as invented
-from tests.report.circuit_pages import SVG, by_title, drawn_edges, drawn_nodes, some_edges
+from tests.report.circuit_pages import SVG, by_title, drawn_edges, drawn_nodes, said, shown_edges, shown_nodes, some_edges
 
 
 def test_every_edge_of_the_circuit_is_drawn_and_no_other() -> None:
@@ -26,26 +27,28 @@ def test_every_edge_of_the_circuit_is_drawn_and_no_other() -> None:
 
 
 def test_only_nodes_with_edges_are_shown() -> None:
-    svg = circuit_svg(some_edges("input->a0.h3<q>", "a0.h3->m2", "m2->logits"), hidden=["a1.h1"])
-    assert sorted(drawn_nodes(svg)) == ["a0.h3", "input", "logits", "m2"]
-    assert 'data-node="a1.h1"' in svg
+    edges = some_edges("embed->a0.h3<q>", "a0.h3->m2", "m2->logits", "a1.h1->m2")
+    assert sorted(drawn_nodes(circuit_svg(edges.head(3)))) == ["a0.h3", "embed", "logits", "m2"]
+    with_slider = circuit_svg(edges.assign(rank=[1, 2, 3, 4], chosen=[True, True, True, False]), steps=[1, 2, 3, 4])
+    assert sorted(shown_nodes(with_slider)) == ["a0.h3", "embed", "logits", "m2"]
+    assert "a1.h1" in drawn_nodes(with_slider)
 
 
 def test_width_grows_with_the_size_of_the_score_whatever_its_sign() -> None:
     scores = [-0.9, 0.5, -0.1, 0.0, 0.7]
-    names = ["input->m0", "m0->m1", "m1->logits", "input->logits", "m0->logits"]
-    found = by_title(circuit_svg(some_edges(*names, scores=scores)))
-    widths = {name: float(found[name].get("stroke-width", "nan")) for name in names}
+    names = ["embed->m0", "m0->m1", "m1->logits", "embed->logits", "m0->logits"]
+    drawn = by_title(circuit_svg(some_edges(*names, scores=scores)))
+    widths = {name: float(drawn[name].get("stroke-width", "nan")) for name in names}
     assert sorted(names, key=lambda name: widths[name]) == sorted(names, key=lambda name: abs(scores[names.index(name)]))
     # linear: what lies above the thinnest line is proportional to |score|
-    thinnest = widths["input->logits"]
-    assert (widths["m0->m1"] - thinnest) / (widths["input->m0"] - thinnest) == pytest.approx(5 / 9, abs=1e-3)
+    thinnest = widths["embed->logits"]
+    assert (widths["m0->m1"] - thinnest) / (widths["embed->m0"] - thinnest) == pytest.approx(5 / 9, abs=1e-3)
 
 
 def test_colour_is_the_sign_of_the_score() -> None:
-    found = by_title(circuit_svg(some_edges("input->m0", "m0->logits", scores=[-0.2, 0.2])))
-    assert found["input->m0"].get("stroke") == HOLDS
-    assert found["m0->logits"].get("stroke") == HARMS
+    drawn = by_title(circuit_svg(some_edges("embed->m0", "m0->logits", scores=[-0.2, 0.2])))
+    assert drawn["embed->m0"].get("stroke") == HOLDS
+    assert drawn["m0->logits"].get("stroke") == HARMS
     assert HOLDS != HARMS
 
 
@@ -55,9 +58,9 @@ def test_query_key_and_value_enter_a_head_from_left_to_right() -> None:
     assert ends[1] == pytest.approx(Grid(4, 4).place("a2.h1")[0], abs=0.1)
 
 
-def test_the_input_is_at_the_bottom_and_layers_rise_to_the_logits() -> None:
+def test_the_embedding_is_at_the_bottom_and_layers_rise_to_the_logits() -> None:
     grid = Grid(3, 2)
-    heights = [grid.place(name)[1] for name in ("input", "a0.h0", "m0", "a1.h1", "m1", "a2.h0", "m2", "logits")]
+    heights = [grid.place(name)[1] for name in ("embed", "a0.h0", "m0", "a1.h1", "m1", "a2.h0", "m2", "logits")]
     assert heights == sorted(heights, reverse=True)
 
 
@@ -109,7 +112,7 @@ def test_an_edge_without_score_is_drawn_thinnest() -> None:
 
 def test_an_edge_of_no_model_is_refused_by_name() -> None:
     edges = some_edges("x0->logits").assign(model="model", in_circuit=True)
-    with pytest.raises(RunError, match="'x0', which is not input"):
+    with pytest.raises(RunError, match="'x0', which is not embed"):
         pictures({"circuit_edges": edges})
 
 
@@ -122,23 +125,87 @@ def test_a_huge_circuit_says_that_only_its_strongest_edges_are_drawn() -> None:
 def test_an_empty_circuit_is_drawn_without_edges() -> None:
     tables = invented.circuit_tables(2, 2)
     (picture,) = pictures({"circuit_edges": tables["circuit_edges"].assign(in_circuit=False)})
-    assert drawn_edges(picture.page_svg()) == []
+    assert not drawn_edges(picture.svg())
+    assert not shown_edges(picture.page_svg())
     assert picture.size_words().startswith("The chosen circuit: 0 of ")
 
 
-def test_slider_holds_the_strongest_edges_and_the_curve_of_the_tables() -> None:
+def test_slider_shows_the_strongest_edges_and_the_nodes_that_they_touch() -> None:
     tables = invented.circuit_tables(12, 12)
     (picture,) = pictures(tables)
-    data, edges = picture.data(), tables["circuit_edges"]
-    wanted = edges.reindex(edges["score"].abs().sort_values(ascending=False).index).head(EDGES_IN_PAGE)
-    names = [f"{data['names'][s]}->{data['names'][r]}" for s, r in zip(data["sender"], data["receiver"], strict=True)]
-    assert names == list(wanted["edge"])
-    for column in ("score", "low", "high", "q"):
-        assert data[column] == pytest.approx(list(wanted[column]), rel=1e-5)
-    curve = tables["circuit_curve"].query("edges > 0")
-    for column in ("edges", "faithfulness", "low", "high", "random", "random_low", "random_high"):
-        assert data["curve"][column] == pytest.approx(list(curve[column]), rel=1e-5)
-    assert data["total"] == len(edges) == 32491
+    svg, edges = picture.page_svg(), tables["circuit_edges"]
+    strongest = edges.reindex(edges["score"].abs().sort_values(ascending=False).index)
+    for count in (1, 32, picture.stops[picture.start], picture.stops[-2], EDGES_IN_PAGE):
+        own = strongest.head(count)
+        assert shown_edges(svg, count)[::-1] == list(own["edge"])
+        assert set(shown_nodes(svg, count)) == {*own["sender"], *own["receiver"].map(owner)}
+    assert set(shown_edges(svg)) == set(edges.loc[edges["in_circuit"], "edge"])
+
+
+def test_every_edge_that_the_slider_can_show_tells_its_score_interval_and_q() -> None:
+    tables = invented.circuit_tables(12, 12)
+    (picture,) = pictures(tables)
+    drawn = by_title(picture.page_svg())
+    assert len(drawn) == EDGES_IN_PAGE
+    for row in tables["circuit_edges"].set_index("edge").loc[list(drawn)[::7]].reset_index().to_dict("records"):
+        score = f"score {number(row['score'], sign=True)} {interval(row['low'], row['high'], sign=True)}, q = {number(row['q'], digits=2)}"
+        assert said(drawn[row["edge"]]) == f"{row['edge']}\n{score}"
+
+
+def test_a_page_draws_an_edge_as_the_file_does() -> None:
+    (picture,) = pictures(invented.circuit_tables(4, 4, chosen=60))
+    in_page, in_file = by_title(picture.page_svg()), by_title(picture.svg())
+    assert len(in_file) == 60
+    for name, edge in in_file.items():
+        assert in_page[name].attrib | {"class": ""} == edge.attrib | {"class": ""}
+
+
+def test_edges_of_a_circuit_beyond_the_sliders_reach_are_drawn_with_it_and_with_no_stop() -> None:
+    edges = invented.circuit_tables(12, 12)["circuit_edges"]
+    weakest = int(edges["score"].abs().to_numpy().argmin())
+    edges["in_circuit"] = np.arange(len(edges)) == weakest
+    (picture,) = pictures({"circuit_edges": edges})
+    assert shown_edges(picture.page_svg()) == [edges["edge"].iloc[weakest]]
+    assert len(shown_edges(picture.page_svg(), EDGES_IN_PAGE)) == EDGES_IN_PAGE
+
+
+def test_every_stop_says_its_size_and_the_faithfulness_of_that_many_edges() -> None:
+    tables = invented.circuit_tables(12, 12)
+    (picture,) = pictures(tables)
+    data, curve = picture.data(), tables["circuit_curve"].set_index("edges")
+    at = {stop["edges"]: stop for stop in data["stops"]}
+    assert list(at) == picture.stops
+    measured = [count for count in curve.index if count in at]
+    assert len(measured) == 7
+    for count in measured:
+        row = curve.loc[count]
+        assert at[count]["faithful"] == f"{number(row['faithfulness'])} {interval(row['low'], row['high'])}"
+        assert at[count]["random"] == f"{number(row['random'])} {interval(row['random_low'], row['random_high'])}"
+        assert at[count]["note"] == "Measured at this size."
+        assert at[count]["size"].startswith(f"The {count:,} strongest of 32,491 edges (")
+    assert at[1]["faithful"] == at[1]["random"] == "not measured"
+    marks = [stop["mark"] for stop in data["stops"]]
+    assert marks == sorted(marks)
+    assert marks[-1] > marks[0]
+
+
+def test_between_two_measured_sizes_faithfulness_is_linear_in_the_logarithm_of_the_number() -> None:
+    tables = invented.circuit_tables(12, 12)
+    (picture,) = pictures(tables)
+    curve = tables["circuit_curve"].set_index("edges")
+    (stop,) = (stop for stop in picture.data()["stops"] if stop["edges"] == next(count for count in picture.stops if 325 < count < 650))
+    share = np.log(stop["edges"] / 325) / np.log(650 / 325)
+    wanted = (1 - share) * curve.loc[325, "faithfulness"] + share * curve.loc[650, "faithfulness"]
+    assert float(stop["faithful"].split()[0]) == pytest.approx(wanted, abs=6e-4)
+    assert stop["note"] == "Between the measured sizes of 325 and 650 edges."
+
+
+def test_the_page_counts_the_nodes_of_a_stop_that_write() -> None:
+    (picture,) = pictures(invented.circuit_tables(4, 4))
+    svg = picture.page_svg()
+    for stop in picture.data()["stops"][:: len(picture.stops) // 5]:
+        nodes = set(shown_nodes(svg, stop["edges"])) - {"logits"}
+        assert stop["size"].endswith(f", {len(nodes)} nodes")
 
 
 def test_slider_stops_at_every_measured_size_and_starts_at_the_chosen_circuit() -> None:

@@ -10,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechscope.report.circuit_slider import pictures
-from mechscope.report.circuit_summary import circuit_sentences
-from mechscope.report.circuit_views import summary_view
-from mechscope.report.circuits import circuit_figures
+from mechscope.report.marks.circuit_slider import pictures
 from tests.report import synthetic
 from tests.report import synthetic_circuits as invented
 from tests.report.circuit_pages import drawn_edges, run_of
-from tests.report.drawn import rows_of
+from tests.report.drawn import cards_of, caveats_of, figures_of, findings_of, named, rows_of, view_of, views_of
 from tests.report.test_page import Page
 
 
@@ -32,28 +29,28 @@ def test_each_figure_is_there_only_with_its_table() -> None:
         "circuit_components": set[str](),
     }
     for name, figures in wanted.items():
-        assert {figure.name for section in circuit_figures({name: tables[name]}).values() for figure in section} == figures
+        assert {figure.name for figure in figures_of({name: tables[name]})} == figures
 
 
 def test_faithfulness_is_drawn_beside_random_circuits_and_without_the_empty_one() -> None:
     tables = invented.diff_tables(4, 4)
-    (figure,) = circuit_figures({"circuit_curve": tables["circuit_curve"]})["circuit"]
-    found = {(row["series"], row["kind"], row["edges"]): (row["value"], row["low"], row["high"]) for row in rows_of(figure, "value")}
+    (figure,) = figures_of({"circuit_curve": tables["circuit_curve"]})
+    drawn = {(row["series"], row["kind"], row["edges"]): (row["value"], row["low"], row["high"]) for row in rows_of(figure, "value")}
     for row in tables["circuit_curve"].to_dict("records"):
         for kind, columns in (("circuit", ("faithfulness", "low", "high")), ("random circuits", ("random", "random_low", "random_high"))):
             key = (row["model"], kind, row["edges"])
             if row["edges"] == 0:
-                assert key not in found
+                assert key not in drawn
             else:
-                assert found[key] == pytest.approx(tuple(row[column] for column in columns), rel=1e-5)
+                assert drawn[key] == pytest.approx(tuple(row[column] for column in columns), rel=1e-5)
 
 
 def test_overlap_is_drawn_with_chance_and_with_each_models_own_noise() -> None:
     overlap = invented.diff_tables(4, 4)["circuit_overlap"]
-    figures = {figure.name: figure for figure in circuit_figures({"circuit_overlap": overlap})["circuit-change"]}
+    figure = named(figures_of({"circuit_overlap": overlap}), "circuit-overlap-edges")
     row = overlap[(overlap["what"] == "edges") & (overlap["fraction"] == 0.01)].iloc[0]
-    found = {each["series"]: each["value"] for each in rows_of(figures["circuit-overlap-edges"], "value") if each["fraction"] == 0.01}
-    assert found == pytest.approx(
+    drawn = {each["series"]: each["value"] for each in rows_of(figure, "value") if each["fraction"] == 0.01}
+    assert drawn == pytest.approx(
         {
             "base and tuned": row["jaccard"],
             "base and tuned, halves": row["across"],
@@ -67,28 +64,28 @@ def test_overlap_is_drawn_with_chance_and_with_each_models_own_noise() -> None:
 
 def test_shift_cell_is_the_mean_size_of_the_shifts_between_two_layers() -> None:
     shift = invented.diff_tables(4, 4)["circuit_shift"]
-    (figure,) = circuit_figures({"circuit_shift": shift})["circuit-change"]
-    found = {(row["sender"], row["receiver"]): row["mean"] for row in rows_of(figure, "mean")}
-    for ends, (sender, receiver) in {("1", "3"): (1, 3), ("input", "0"): (-1, 0), ("2", "logits"): (2, 4)}.items():
+    (figure,) = figures_of({"circuit_shift": shift})
+    drawn = {(row["sender"], row["receiver"]): row["mean"] for row in rows_of(figure, "mean")}
+    for ends, (sender, receiver) in {("1", "3"): (1, 3), ("embed", "0"): (-1, 0), ("2", "logits"): (2, 4)}.items():
         own = shift[(shift["sender_layer"] == sender) & (shift["receiver_layer"] == receiver)]
-        assert found[ends] == pytest.approx(own["shift"].abs().mean(), rel=1e-5)
-    assert ("3", "1") not in found
+        assert drawn[ends] == pytest.approx(own["shift"].abs().mean(), rel=1e-5)
+    assert ("3", "1") not in drawn
 
 
 def test_a_ratio_far_outside_is_drawn_at_the_edge_and_said() -> None:
     curve = invented.circuit_tables(2, 2)["circuit_curve"]
     curve.loc[7, "random"] = -40.0
-    (figure,) = circuit_figures({"circuit_curve": curve})["circuit"]
+    (figure,) = figures_of({"circuit_curve": curve})
     assert "run from -40 to 1" in figure.caption
 
 
 def test_change_is_claimed_only_beyond_noise() -> None:
     overlap = invented.diff_tables(4, 4)["circuit_overlap"]
-    assert "changed the circuit more than noise" in circuit_sentences({"circuit_overlap": overlap}, [])[0]
+    assert "changed the circuit more than noise" in findings_of({"circuit_overlap": overlap})[0]
     noisy = overlap.assign(change_low=-0.01)
-    assert "no change beyond noise was shown" in circuit_sentences({"circuit_overlap": noisy}, [])[0]
+    assert "no change beyond noise was shown" in findings_of({"circuit_overlap": noisy})[0]
     unknown = overlap.drop(columns=["across", "change", "change_low", "change_high"])
-    assert "noise" not in circuit_sentences({"circuit_overlap": unknown}, [])[0]
+    assert "noise" not in findings_of({"circuit_overlap": unknown})[0]
 
 
 def test_what_was_not_measured_is_left_out_rather_than_drawn() -> None:
@@ -97,7 +94,7 @@ def test_what_was_not_measured_is_left_out_rather_than_drawn() -> None:
     tables["circuit_curve"][numbers] = np.nan
     tables["circuit_summary"].loc[0, ["value", "low", "high"]] = np.nan
     (picture,) = pictures(tables)
-    assert circuit_figures({"circuit_curve": tables["circuit_curve"]}) == {}
+    assert figures_of({"circuit_curve": tables["circuit_curve"]}) == []
     assert picture.curve_svg() == ""
     assert picture.faithfulness_words() == ("not measured", "not measured")
 
@@ -113,7 +110,7 @@ def test_random_circuits_of_the_chosen_size_come_from_the_curve_where_the_summar
 def test_measures_of_all_models_stand_side_by_side_with_random_circuits() -> None:
     summary = invented.diff_tables(4, 4)["circuit_summary"]
     summary.loc[(summary["model"] == "tuned") & (summary["measure"] == "CPR"), "value"] = 0.5
-    view = summary_view(summary)
+    view = view_of(views_of({"circuit_summary": summary}), "Measures").view
     assert view.columns == ("measure", "base", "tuned")
     lines = {row[0].text: row[1:] for row in view.rows}
     assert [cell.text for cell in lines["edges"]] == ["200", "260"]
@@ -124,9 +121,32 @@ def test_measures_of_all_models_stand_side_by_side_with_random_circuits() -> Non
 
 def test_sentence_tells_size_and_faithfulness_of_the_circuit() -> None:
     tables = invented.circuit_tables(12, 12)
-    (sentence,) = circuit_sentences({name: tables[name] for name in ("circuit_edges", "circuit_summary")}, pictures(tables))
+    (sentence,) = findings_of(tables)
     assert "200 of 32,491 edges (0.62\u202f%)" in sentence
-    assert "0.861 [0.812, 0.903]" in sentence
+    assert "0.861 [0.812, 0.903] (n = 64 texts)" in sentence
+
+
+def test_large_numbers_are_those_of_the_first_and_the_last_model() -> None:
+    tables = invented.of_models(("base", "step 10", "tuned"), 4, 4)
+    cards = {card.label: card for card in cards_of(tables)}
+    sizes = tables["circuit_edges"].groupby("model")["in_circuit"].sum()
+    assert list(cards) == ["edges in the circuit, base", "faithfulness, base", "edges in the circuit, tuned", "faithfulness, tuned"]
+    assert cards["edges in the circuit, tuned"].value == str(sizes["tuned"])
+    assert cards["faithfulness, base"].note == "[0.812, 0.903]; random circuits of that size: 0.0700 [0.0100, 0.160]"
+
+
+def test_few_texts_are_a_caveat_that_comes_first() -> None:
+    tables = invented.circuit_tables(2, 2)
+    assert not any(caveat.startswith("Only") for caveat in caveats_of(tables))
+    few = tables | {"circuit_edges": tables["circuit_edges"].assign(n=8)}
+    assert caveats_of(few)[0] == "Only 8 texts were scored; intervals from fewer than 30 are rough."
+
+
+def test_sentence_of_a_training_goes_from_the_first_to_the_last_checkpoint() -> None:
+    (sentence,) = findings_of({"circuit_time": invented.time_tables()["circuit_time"].iloc[::-1]})
+    assert "from 0.200 [0.100, 0.300] to 0.860 [0.810, 0.900]" in sentence
+    assert "from 120 to 200 edges" in sentence
+    assert "Jaccard index of 0.150 with the first (chance gives 0.0300)" in sentence
 
 
 def test_page_of_one_circuit_shows_its_sections_and_misses_no_other(tmp_path: Path) -> None:
@@ -150,7 +170,9 @@ def test_page_of_checkpoints_shows_every_circuit_and_its_way_over_training(tmp_p
 def test_a_study_with_circuits_shows_them_beside_its_other_sections(tmp_path: Path) -> None:
     tables = {name: table for name, table in synthetic.tables(4, 4).items() if name in ("heads", "layers")}
     page = Page(
-        (run_of(tmp_path, "summarization", {**tables, **invented.circuit_tables(4, 4)}) / "report.html").read_text(encoding="utf-8")
+        (
+            run_of(tmp_path, "summarization", {**tables, **invented.circuit_tables(4, 4)}, sections=synthetic.STUDY) / "report.html"
+        ).read_text(encoding="utf-8")
     )
     assert {"heads", "layers", "claims", "circuit"} <= page.ids()
     assert "circuit-change" not in page.ids()

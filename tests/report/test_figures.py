@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechscope.report.figure import Figure, script_json
-from mechscope.report.figures import chosen, figures, main_rule
+from mechscope.report.marks.figure import Figure, script_json
+from mechscope.report.shared import chosen, main_rule
 from mechscope.report.theme import STRATEGY_COLOURS
 from tests.report import synthetic
+from tests.report.drawn import figures_of, named
+from tests.report.drawn import rows_of as numbers
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +26,7 @@ def tables() -> dict[str, pd.DataFrame]:
 
 @pytest.fixture(scope="module")
 def drawn(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
-    return {figure.name: figure for section in figures(tables).values() for figure in section}
-
-
-def numbers(figure: Figure, *columns: str) -> list[dict]:
-    """Return the rows of the figure's data that have these columns."""
-    return [row for rows in figure.datasets.values() for row in rows if set(columns) <= set(row)]
+    return {figure.name: figure for figure in figures_of(tables)}
 
 
 def layers_of(spec: dict) -> list[dict]:
@@ -54,7 +51,7 @@ def test_entropy_colours_are_symmetric_about_zero(drawn: dict[str, Figure]) -> N
 def test_a_clipped_colour_scale_says_so(tables: dict[str, pd.DataFrame]) -> None:
     heads = tables["heads"].copy()
     heads.loc[0, "entropy_change"] = 50.0
-    (figure,) = [f for f in figures({"heads": heads})["attention"] if f.name == "entropy-change"]
+    figure = named(figures_of({"heads": heads}), "entropy-change")
     assert "the largest change is 50" in figure.caption
 
 
@@ -89,14 +86,14 @@ def test_layer_curve_band_is_the_tables_interval(tables: dict[str, pd.DataFrame]
 
 def test_layer_curve_uses_the_standard_error_where_there_is_no_interval(tables: dict[str, pd.DataFrame]) -> None:
     layers = tables["layers"].drop(columns=["kl_base_tuned_low", "kl_base_tuned_high"]).assign(kl_base_tuned_se=0.5)
-    (figure,) = [f for f in figures({"layers": layers})["layers"] if f.name == "layer-kl"]
+    figure = named(figures_of({"layers": layers}), "layer-kl")
     for row in numbers(figure, "low"):
         if row["series"].startswith("KL(base"):
             assert row["high"] - row["low"] == pytest.approx(2 * 1.959964 * 0.5, rel=1e-4)
 
 
 def test_layer_curve_without_error_draws_no_band(drawn: dict[str, Figure]) -> None:
-    marks = {layer["mark"]["type"] for layer in layers_of(drawn["layer-cosine"].spec)}
+    marks = {layer["mark"]["type"] for layer in layers_of(drawn["layer-similarity"].spec)}
     assert "area" not in marks
     assert "line" in marks
 
@@ -116,7 +113,7 @@ def test_mean_learning_curve_ends_where_the_first_seed_stops() -> None:
             for step, loss in enumerate(losses)
         ]
     )
-    (figure,) = figures({"learning_curves": curves})["bakeoff"]
+    (figure,) = figures_of({"learning_curves": curves})
     mean = {row["step"]: row["validation_loss"] for row in numbers(figure, "n")}
     assert mean == {0: 3.5, 1: 2.5}
 
@@ -156,7 +153,7 @@ def test_scree_mean_is_geometric() -> None:
             "effective_rank": 2.0, "sv1": [1.0, 4.0], "sv2": [0.5, 0.5],
         }
     )  # fmt: skip
-    (figure,) = [f for f in figures({"weights": weights})["weights"] if f.name == "singular-values"]
+    figure = named(figures_of({"weights": weights}), "singular-values")
     mean = {row["rank"]: row["value"] for row in numbers(figure, "rank") if "layer" not in row}
     assert mean == pytest.approx({1: 2.0, 2: 0.5})
 
@@ -172,15 +169,14 @@ def test_identical_models_give_drawable_figures(tables: dict[str, pd.DataFrame])
     heads["entropy_change_q"] = np.nan
     for column in [*(f"sv{i}" for i in range(1, 9)), "relative_change", "change"]:
         weights[column] = 0.0
-    for section in figures({"heads": heads, "layers": layers, "weights": weights}).values():
-        for figure in section:
-            assert figure.svg().startswith("<svg")
+    for figure in figures_of({"heads": heads, "layers": layers, "weights": weights}):
+        assert figure.svg().startswith("<svg")
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 4), (48, 64)])
 def test_every_head_has_a_cell_whatever_the_models_shape(layers: int, heads: int) -> None:
     table = synthetic.heads_table(layers, heads, np.random.default_rng(0))
-    figure = figures({"heads": table})["attention"][0]
+    figure = named(figures_of({"heads": table}), "attention-kl")
     assert len(re.findall(r'aria-roledescription="rect mark"', figure.svg())) == layers * heads
 
 

@@ -16,11 +16,10 @@ import pytest
 
 from mechscope.errors import RunError
 from mechscope.report.contents import Contents
-from mechscope.report.figures import figures
-from mechscope.report.page import html, render
-from mechscope.report.summary import caveats, sentences
+from mechscope.report.page import fill, html, render
 from mechscope.report.theme import interval, model_name, name_of, number, percent
 from tests.report import synthetic
+from tests.report.drawn import caveats_of, figures_of, findings_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -117,6 +116,19 @@ def test_settings_versions_command_and_data_problems_are_told(page: Page) -> Non
         assert text in page.text
 
 
+def test_tables_about_one_kind_of_query_rows_follow_the_switch(page: Page) -> None:
+    switched = [attributes for tag, attributes in page.elements if tag == "div" and "data-rows" in attributes]
+    assert [attributes["data-rows"] for attributes in switched] == ["all", "document", "summary"] * 2  # heads and layers
+    assert [attributes["data-rows"] for attributes in switched if "hidden" not in attributes] == ["all"] * 2
+    choices = [attributes["value"] for tag, attributes in page.elements if tag == "input" and attributes.get("name") == "query-rows"]
+    assert choices == ["all", "document", "summary"]
+
+
+def test_first_screen_has_at_most_eight_large_numbers(page: Page) -> None:
+    cards = [attributes for tag, attributes in page.elements if tag == "div" and attributes.get("class") == "card"]
+    assert 3 < len(cards) <= 8
+
+
 def test_sample_shows_every_models_summary_beside_the_reference(page: Page) -> None:
     row = synthetic.summaries_table(1).iloc[0]
     for column in ("document", "reference", "base", "tuned", "standard_lora"):
@@ -154,9 +166,8 @@ def test_hostile_text_is_escaped_in_exported_figures(hostile_run: Path) -> None:
 
 def test_equal_tables_give_equal_bytes(run: Path, tmp_path: Path) -> None:
     again = Contents.read(synthetic.write_run(tmp_path / "again", synthetic.tables()))
-    drawn = figures(again.tables)
-    assert html(again, drawn) == (run / "report.html").read_text(encoding="utf-8")
-    for figure in (figure for section in drawn.values() for figure in section):
+    assert html(again, fill(again)) == (run / "report.html").read_text(encoding="utf-8")
+    for figure in figures_of(again.tables):
         assert figure.svg() == (run / "figures" / f"{figure.name}.svg").read_text(encoding="utf-8"), figure.name
 
 
@@ -187,7 +198,7 @@ def test_a_table_without_a_needed_column_is_named(tmp_path: Path) -> None:
 
 def _loss(low: float, high: float) -> str:
     outputs = synthetic.outputs_table().assign(loss_change_low=low, loss_change_high=high)
-    return " ".join(sentences({"outputs": outputs}))
+    return " ".join(findings_of({"outputs": outputs}))
 
 
 def test_the_loss_fell_only_where_its_interval_lies_below_zero() -> None:
@@ -198,22 +209,22 @@ def test_the_loss_fell_only_where_its_interval_lies_below_zero() -> None:
 
 def test_identical_models_are_said_to_attend_alike() -> None:
     layers = synthetic.tables(4, 4)["layers"].assign(kl_base_tuned=1e-9)
-    assert "attend alike" in " ".join(sentences({"layers": layers}))
+    assert "attend alike" in " ".join(findings_of({"layers": layers}))
 
 
 def test_sentences_name_the_layer_and_count_the_significant_heads() -> None:
     tables = synthetic.tables()
     heads = tables["heads"].query("rows == 'all'")
     top = tables["layers"].query("rows == 'all'").nlargest(1, "kl_base_tuned")["layer"].iloc[0]
-    text = " ".join(sentences(tables))
+    text = " ".join(findings_of(tables))
     assert f"changed most in layer {top} " in text
     assert f"{(heads['entropy_change_q'] < 0.05).sum()} of 144 heads" in text
 
 
-def test_few_documents_and_few_seeds_are_confessed() -> None:
+def test_few_documents_and_few_seeds_are_told() -> None:
     tables = synthetic.tables(2, 2)
     few = {"heads": tables["heads"].assign(n=5), "bakeoff": tables["bakeoff"].query("seed == 0")}
-    text = " ".join(caveats(few))
+    text = " ".join(caveats_of(few))
     assert "Only 5 documents" in text
     assert "ran with 1 seed:" in text
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mechscope.report.packed import shown
+from mechscope.report.marks.packed import shown
 from mechscope.report.theme import number
 from tests.report import synthetic_reading as invented
 from tests.report.drawn import hostile, page_of
@@ -25,7 +25,7 @@ POSITIONS = 400
 
 DRIVER = """
 (async () => {
-  const found = {}, tip = document.querySelector(".reading-tip"), at = (selector) => document.querySelector(selector);
+  const seen = {}, tip = document.querySelector(".reading-tip"), at = (selector) => document.querySelector(selector);
   const text = (element) => element.hidden ? null : [...element.querySelectorAll("td, th")].map((cell) => cell.textContent);
   const press = (element, ...keys) => { for (const key of keys) element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true })); };
   const pick = (words, value) => {
@@ -35,55 +35,55 @@ DRIVER = """
   };
   const card = at("[data-lens-grid]"), cells = card.querySelector(".cells"), slider = card.querySelector("input[type=range]");
   const painted = (canvas) => new Set(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data).size;
-  found.first = card.dataset.window;
+  seen.first = card.dataset.window;
   press(cells, "Home");
-  found.home = { window: card.dataset.window, heading: tip.querySelector("p").textContent, cells: text(tip) };
+  seen.home = { window: card.dataset.window, heading: tip.querySelector("p").textContent, cells: text(tip) };
   press(cells, "ArrowRight", "ArrowRight", "ArrowDown");
-  found.moved = { heading: tip.querySelector("p").textContent, cells: text(tip), live: at(".unseen").textContent };
+  seen.moved = { heading: tip.querySelector("p").textContent, cells: text(tip), live: at(".unseen").textContent };
   press(cells, "End");
-  found.end = { window: card.dataset.window, heading: tip.querySelector("p").textContent };
+  seen.end = { window: card.dataset.window, heading: tip.querySelector("p").textContent };
   press(cells, "Escape");
-  found.escaped = text(tip);
+  seen.escaped = text(tip);
   pick("Positions", 2);
   slider.value = 100;
   slider.dispatchEvent(new Event("input"));
-  found.slid = card.dataset.window;
-  found.painted = painted(cells);
+  seen.slid = card.dataset.window;
+  seen.painted = painted(cells);
   for (const [i, name] of [[0, "base"], [1, "tuned"], [2, "difference"]]) {
-    card.querySelectorAll("[name=lens-model]")[i].click();
+    card.querySelectorAll("[name=lens-model-0]")[i].click();
     for (let measure = 0; measure < 4; measure += 1) {
       pick("Colour", measure);
-      found[`legend ${name} ${measure}`] = card.querySelector(".legend").textContent;
+      seen[`legend ${name} ${measure}`] = card.querySelector(".legend").textContent;
     }
   }
   const area = cells.getBoundingClientRect();
   cells.dispatchEvent(new PointerEvent("pointermove", { clientX: area.left + 120, clientY: area.top + 90, bubbles: true }));
-  found.hover = tip.hidden ? null : tip.querySelector("p").textContent;
+  seen.hover = tip.hidden ? null : tip.querySelector("p").textContent;
   cells.dispatchEvent(new PointerEvent("pointermove", { clientX: area.left + 2, clientY: area.top + 2, bubbles: true }));
-  found.beside = tip.hidden;
+  seen.beside = tip.hidden;
 
   const flows = [...document.querySelectorAll(".flow")], words = at("[data-token-attention]");
   const keys = () => [...words.querySelectorAll(".keys tbody tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
   const lit = (flow) => [...flow.querySelectorAll("span")].filter((span) => span.style.background).map((span) => Number(span.dataset.at)).sort((a, b) => a - b);
-  found.spans = flows.map((flow) => flow.querySelectorAll("[data-at]").length);
+  seen.spans = flows.map((flow) => flow.querySelectorAll("[data-at]").length);
   flows[0].querySelector('[data-at="60"]').click();
-  found.clicked = { query: words.dataset.query, keys: keys(), lit: flows.map(lit), marked: flows.map((flow) => flow.querySelector(".query").dataset.at) };
+  seen.clicked = { query: words.dataset.query, keys: keys(), lit: flows.map(lit), marked: flows.map((flow) => flow.querySelector(".query").dataset.at) };
   flows[1].querySelector('[data-at="30"]').dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
-  found.over = words.dataset.query;
+  seen.over = words.dataset.query;
   flows[1].dispatchEvent(new PointerEvent("pointerleave"));
-  found.left = words.dataset.query;
+  seen.left = words.dataset.query;
   press(flows[0], "ArrowRight");
-  found.next = words.dataset.query;
+  seen.next = words.dataset.query;
   press(flows[0], "End");
-  found.last = words.dataset.query;
+  seen.last = words.dataset.query;
   const flow = flows[0].getBoundingClientRect(), query = flows[0].querySelector(".query").getBoundingClientRect();
-  found.visible = query.top >= flow.top && query.bottom <= flow.bottom + 1;
+  seen.visible = query.top >= flow.top && query.bottom <= flow.bottom + 1;
   pick("Head", 1);
   flows[0].querySelector('[data-at="60"]').click();
-  found.other = keys();
+  seen.other = keys();
   const out = document.createElement("output");
   out.id = "driven";
-  out.textContent = JSON.stringify(found);
+  out.textContent = JSON.stringify(seen);
   document.body.append(out);
 })();
 """
@@ -121,8 +121,8 @@ def driven(tables: dict[str, pd.DataFrame], tmp_path_factory: pytest.TempPathFac
     assert complaints == []
     assert 'data-charts="drawn"' in elements
     (output,) = re.findall(r'<output id="driven">(.*?)</output>', elements, flags=re.S)
-    found: dict[str, Any] = json.loads(markup.unescape(output))
-    return found
+    seen: dict[str, Any] = json.loads(markup.unescape(output))
+    return seen
 
 
 def cell_of(tables: dict[str, pd.DataFrame], model: str, component: str, position: int) -> dict[Any, Any]:
@@ -223,4 +223,4 @@ def test_markup_in_tokens_runs_nothing_in_a_browser(tmp_path: Path) -> None:
     assert 'data-lens="drawn"' in elements
     assert 'data-attention="drawn"' in elements
     assert "&lt;script&gt;alert(2)" in elements
-    assert elements.count("<script") == 5  # two of data, the libraries, the page's own, the test's
+    assert elements.count("<script") == 6  # three of data, the libraries, the page's own, the test's

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from mechscope.report import token_attention as attention_module
-from mechscope.report.packed import Words
-from mechscope.report.reading import reading
-from mechscope.report.token_attention import token_attention
+from mechscope.report.marks import token_attention as attention_module
+from mechscope.report.marks.figure import script_json
+from mechscope.report.marks.token_attention import token_attention
 from tests.report import synthetic_reading as invented
 from tests.report.drawn import counts, numbers
 
 
 def test_attention_holds_the_keys_of_every_query_strongest_first(tables: dict[str, pd.DataFrame]) -> None:
-    held = token_attention(tables, Words())
+    held = token_attention(tables)
     assert held is not None
     edges = tables["attention_edges"]
     seen = 0
@@ -31,7 +30,7 @@ def test_attention_holds_the_keys_of_every_query_strongest_first(tables: dict[st
 
 
 def test_a_head_that_has_a_role_is_offered_with_it(tables: dict[str, pd.DataFrame]) -> None:
-    held = token_attention(tables, Words())
+    held = token_attention(tables)
     assert held is not None
     having = tables["head_roles"].query("has_role")
     for head in held["texts"][0]["heads"]:
@@ -42,7 +41,7 @@ def test_a_head_that_has_a_role_is_offered_with_it(tables: dict[str, pd.DataFram
 def test_heads_beyond_the_bound_are_counted(monkeypatch: pytest.MonkeyPatch, tables: dict[str, pd.DataFrame]) -> None:
     edges = tables["attention_edges"]
     monkeypatch.setattr(attention_module, "EDGES", int((edges["text"] == edges["text"].iloc[0]).sum()))
-    held = token_attention(tables, Words())
+    held = token_attention(tables)
     assert held is not None
     assert sum(len(text["heads"]) for text in held["texts"]) + held["dropped"] == 6
     assert held["dropped"] >= 2
@@ -50,6 +49,6 @@ def test_heads_beyond_the_bound_are_counted(monkeypatch: pytest.MonkeyPatch, tab
 
 def test_attention_of_1024_tokens_weighs_little() -> None:
     edges = invented.attention_edges(("a",), 1024, ("a0.h0", "a0.h1", "a0.h2", "a0.h3"), invented.PAIR)
-    held = reading({"attention_edges": edges, "attention_tokens": invented.lens_tokens(("a",), 1024)})
-    assert len(held.json) / len(edges) < 6.5
-    assert len(held.json) < 4e5
+    held = token_attention({"attention_edges": edges, "attention_tokens": invented.lens_tokens(("a",), 1024)})
+    assert len(script_json(held)) / len(edges) < 6.5
+    assert len(script_json(held)) < 4e5

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 from mechscope.stats import bootstrap
-from mechscope.stats.bootstrap import bootstrap_difference, bootstrap_interval, bootstrap_two_level
+from mechscope.stats.bootstrap import bootstrap_interval, bootstrap_two_level
 
 
 def test_the_interval_of_a_mean_approaches_the_normal_one() -> None:
     x = np.random.default_rng(0).exponential(size=400)
-    found = bootstrap_interval(x, n=4000)
+    result = bootstrap_interval(x, n=4000)
     error = x.std(ddof=1) / 20
-    assert found.value == x.mean()
-    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.2 * error)
-    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.2 * error)
+    assert result.value == x.mean()
+    assert result.low == pytest.approx(x.mean() - 1.96 * error, abs=0.2 * error)
+    assert result.high == pytest.approx(x.mean() + 1.96 * error, abs=0.2 * error)
 
 
 def test_two_documents_resample_to_a_known_distribution() -> None:
     # means 0, ½, 1 with shares ¼, ½, ¼: the 2.5 % point is 0, the 40 % point ½
-    found = bootstrap_interval(np.array([0.0, 1.0]), n=4000)
-    assert (found.low, found.high) == (0.0, 1.0)
+    result = bootstrap_interval(np.array([0.0, 1.0]), n=4000)
+    assert (result.low, result.high) == (0.0, 1.0)
     narrow = bootstrap_interval(np.array([0.0, 1.0]), n=4000, level=0.2)
     assert (narrow.low, narrow.high) == (0.5, 0.5)
 
@@ -48,26 +48,10 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
 
 def test_one_document_has_a_value_and_no_interval() -> None:
-    found = bootstrap_interval(np.array([3.0]))
-    assert found.value == 3.0
-    assert np.isnan([found.low, found.high]).all()
+    result = bootstrap_interval(np.array([3.0]))
+    assert result.value == 3.0
+    assert np.isnan([result.low, result.high]).all()
     assert np.isnan(bootstrap_interval(np.array([])).value)
-
-
-def test_pairs_are_kept_together() -> None:
-    # documents differ wildly, the difference does not: an unpaired interval would be hundreds wide
-    before = np.random.default_rng(0).normal(0, 1000, size=50)
-    found = bootstrap_difference(before + 1.0, before)
-    assert found.value == pytest.approx(1.0)
-    assert found.low == pytest.approx(1.0)
-    assert found.high == pytest.approx(1.0)
-
-
-def test_the_difference_of_medians_is_not_the_median_of_differences() -> None:
-    after, before = np.array([0.0, 10.0, 11.0]), np.array([5.0, 0.0, 100.0])
-    assert bootstrap_difference(after, before, np.median).value == 5.0
-    with pytest.raises(ValueError, match="same documents"):
-        bootstrap_difference(after, before[:2])
 
 
 def two_level_loop(values: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -87,11 +71,11 @@ def test_seeds_and_documents_are_both_resampled(between_seeds: float, between_do
     values = (
         between_seeds * random.normal(size=(4, 1)) + between_documents * random.normal(size=(1, 25)) + noise * random.normal(size=(4, 25))
     )
-    found = bootstrap_two_level(values, n=6000)
+    result = bootstrap_two_level(values, n=6000)
     low, high = two_level_loop(values, 3000, seed=1)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(low, abs=0.06 * (high - low))
-    assert found.high == pytest.approx(high, abs=0.06 * (high - low))
+    assert result.value == pytest.approx(values.mean())
+    assert result.low == pytest.approx(low, abs=0.06 * (high - low))
+    assert result.high == pytest.approx(high, abs=0.06 * (high - low))
 
 
 def test_many_seeds_do_not_hide_that_documents_are_few() -> None:
@@ -103,9 +87,9 @@ def test_many_seeds_do_not_hide_that_documents_are_few() -> None:
 
 def test_missing_scores_are_left_out() -> None:
     values = np.array([[1.0, np.nan, 3.0], [2.0, 4.0, np.nan]])
-    found = bootstrap_two_level(values)
-    assert found.value == 2.5
-    assert 1.0 <= found.low < 2.5 < found.high <= 4.0
+    result = bootstrap_two_level(values)
+    assert result.value == 2.5
+    assert 1.0 <= result.low < 2.5 < result.high <= 4.0
 
 
 def test_two_levels_in_pieces_are_still_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The diary holds what mechscope logged while the run was open, even after a kill."""
+"""The log holds what mechscope logged while the run was open, even after a kill."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mechscope.store.run import RunFolder
 
 
 @pytest.fixture
-def diary(tmp_path):
+def log(tmp_path):
     log = RunLog(tmp_path / "log.jsonl")
     log.attach()
     yield log
     log.close()
 
 
-def test_an_event_tells_level_message_stage_and_data(diary, tmp_path):
-    diary.stages.append("difference")
+def test_an_event_tells_level_message_stage_and_data(log, tmp_path):
+    log.stages.append("difference")
     logging.getLogger("mechscope.diff").info("read %d documents", 3, extra={"data": {"truncated": 1}})
     [event] = read_log(tmp_path / "log.jsonl")
     time = event.pop("time")
@@ -27,7 +27,7 @@ def test_an_event_tells_level_message_stage_and_data(diary, tmp_path):
     assert time.endswith("+00:00")
 
 
-def test_other_libraries_do_not_write_into_it(diary, tmp_path):
+def test_other_libraries_do_not_write_into_it(log, tmp_path):
     logging.getLogger("transformers").warning("not ours")
     assert read_log(tmp_path / "log.jsonl") == []
 
@@ -53,7 +53,7 @@ def test_nothing_is_received_after_the_run_is_closed(tmp_path):
     assert logging.getLogger("mechscope").level == level
 
 
-def test_a_warning_still_reaches_a_user_who_set_up_no_logging(diary, monkeypatch, capsys):
+def test_a_warning_still_reaches_a_user_who_set_up_no_logging(log, monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     logging.getLogger("mechscope").warning("look here")
     assert "look here" in capsys.readouterr().err

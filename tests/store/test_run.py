@@ -42,18 +42,17 @@ def test_equal_settings_continue_and_keep_what_is_finished(path):
         assert list(run.manifest["stages"]) == ["difference"]
 
 
-def test_other_settings_are_refused_field_by_field_and_change_nothing(path):
+def test_other_things_are_refused_field_by_field_and_change_nothing(path):
     before = snapshot(path)
     other = SETTINGS | {"data": {"source": "e.jsonl", "limit": None, "split": "test"}, "lr": 1e-4, "device": "cuda"}
     with pytest.raises(RunError) as refusal:
-        RunFolder.open(path, other, kind="diff")
-    expected = "lr: 3e-05 -> 0.0001"
+        RunFolder.open(path, other, kind="diff", identity=("base", "data"))
     message = str(refusal.value)
+    assert "what it has -> what is given" in message
     assert 'data.source: "d.jsonl" -> "e.jsonl"; ' in message
-    assert expected in message
     assert 'data.split: absent -> "test"' in message
     assert "--out, or delete this one" in message
-    assert not {"device", "base", "limit", "seeds"} & set(message.replace(".", " ").replace(":", " ").split())
+    assert not {"device", "base", "limit", "seeds", "lr"} & set(message.replace(".", " ").replace(":", " ").split())
     assert {k: v for k, v in snapshot(path).items() if k != ".mechscope.lock"} == {
         k: v for k, v in before.items() if k != ".mechscope.lock"
     }
@@ -64,12 +63,51 @@ def test_another_kind_of_study_is_refused(path):
         RunFolder.open(path, SETTINGS, kind="summarization")
 
 
-def test_a_volatile_field_may_differ_and_a_field_whose_name_begins_like_it_may_not(tmp_path):
-    settings = {"run": {"workers": 1}, "runs": 1}
-    RunFolder.open(tmp_path / "run", settings, kind="diff").close()
-    RunFolder.open(tmp_path / "run", settings | {"run": {"workers": 2}}, kind="diff", volatile=("run",)).close()
-    with pytest.raises(RunError, match="runs: 1 -> 2"):
-        RunFolder.open(tmp_path / "run", settings | {"runs": 2}, kind="diff", volatile=("run",))
+def test_a_setting_that_says_nothing_of_what_is_studied_may_change_and_the_change_is_kept(path):
+    changed = SETTINGS | {"lr": 1e-4, "device": "cuda"}
+    RunFolder.open(path, changed, kind="diff", identity=("base", "data")).close()
+    run = RunFolder.read(path)
+    assert run.settings == changed | {"seeds": [0, 1]}
+    assert list(run.manifest["stages"]) == ["difference"]
+    assert run.manifest["continued"][0]["changed"] == ['settings.device: "cpu" -> "cuda"', "settings.lr: 3e-05 -> 0.0001"]
+    assert any("settings changed: settings.device" in event["message"] for event in run.events())
+    assert set(verify(path)["status"]) == {"ok"}
+
+
+def test_a_part_of_the_identity_is_refused_and_a_field_whose_name_begins_like_it_is_not(tmp_path):
+    settings = {"data": {"limit": 1}, "database": 1}
+    RunFolder.open(tmp_path / "run", settings, kind="diff", identity=("data",)).close()
+    RunFolder.open(tmp_path / "run", settings | {"database": 2}, kind="diff", identity=("data",)).close()
+    with pytest.raises(RunError, match=r"data\.limit: 1 -> 2"):
+        RunFolder.open(tmp_path / "run", settings | {"data": {"limit": 2}}, kind="diff", identity=("data",))
+
+
+def test_only_the_stages_whose_inputs_changed_run_again(tmp_path):
+    def ran(lr: float) -> list[str]:
+        again = []
+        with RunFolder.open(tmp_path / "run", {"lr": lr, "seed": 0}, kind="diff") as run:
+            for name, inputs in (("read", {"seed": 0}), ("train", {"lr": lr})):
+                with run.stage(name, inputs) as stage:
+                    if not stage.done:
+                        stage.write_text(f"{name}.txt", name)
+                        again.append(name)
+        return again
+
+    assert [ran(1e-4), ran(1e-3), ran(1e-3)] == [["read", "train"], ["train"], []]
+
+
+@pytest.mark.parametrize("goes_on_with", [SETTINGS | {"lr": 1e-4}, SETTINGS, SETTINGS | {"lr": 1e-2}], ids=["new", "old", "third"])
+def test_a_kill_while_settings_change_leaves_a_run_that_goes_on(path, monkeypatch, goes_on_with):
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mechscope.store.run.write_text", die)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.open(path, SETTINGS | {"lr": 1e-4}, kind="diff")
+    RunFolder.open(path, goes_on_with, kind="diff").close()
+    assert RunFolder.read(path).settings["lr"] == goes_on_with["lr"]
+    assert set(verify(path)["status"]) == {"ok"}
 
 
 def test_edited_settings_are_noticed(path):
@@ -158,7 +196,7 @@ def test_reading_changes_nothing_and_cannot_write(path):
     assert run.table("heads")["layer"].tolist() == [0, 1]
     assert run.has_table("heads")
     assert not run.has_table("claims")
-    for write in (run.save, lambda: run.record("seeds", [0]), lambda: run.stage("late", {}).__enter__()):
+    for write in (run.ledger.save, lambda: run.record("seeds", [0]), lambda: run.stage("late", {}).__enter__()):
         with pytest.raises(RunError, match="open for reading only"):
             write()
     assert snapshot(path) == before
@@ -220,7 +258,7 @@ def test_tampering_is_found(path):
     }
 
 
-@pytest.mark.parametrize(("edit", "status"), [("{broken: [", "changed"), (None, "missing")])
+@pytest.mark.parametrize(("edit", "status"), [("{broken: [", "changed"), ("when: 2026-01-01", "changed"), (None, "missing")])
 def test_damaged_settings_are_a_finding_not_a_failure(path, edit, status):
     (path / "study.yaml").unlink()
     if edit:
@@ -232,3 +270,35 @@ def test_a_comment_in_the_settings_is_no_change(path):
     study = path / "study.yaml"
     study.write_text("# for the seminar\n" + study.read_text())
     assert statuses(path)["study.yaml"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff",
+        b"[]",
+        b'{"kind": 1, "settings": 1, "environment": 1, "stages": []}',
+        b'{"kind": 1, "settings": 1, "environment": 1, "stages": {"s": {}}}',
+    ],
+)
+def test_a_damaged_manifest_is_named_in_one_line(path, content):
+    (path / "manifest.json").write_bytes(content)
+    for read in (verify, RunFolder.read):
+        with pytest.raises(RunError, match=r"^[^\n]*manifest\.json[^\n]*$"):
+            read(path)
+
+
+def test_a_file_that_cannot_be_read_is_named_in_one_line(path, monkeypatch):
+    # root may read anything, so the refusal is played
+    def refuse(file: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("mechscope.store.hashing.hash_file", refuse)
+    with pytest.raises(RunError, match=r"^cannot read [^\n]*report\.html: Permission denied[^\n]*$"):
+        verify(path)
+
+
+def test_settings_that_cannot_be_read_are_named_in_one_line(path):
+    (path / "study.yaml").write_text("base: [\n  broken: {")
+    with pytest.raises(RunError, match=r"^cannot read [^\n]*study\.yaml[^\n]*$"):
+        RunFolder.read(path)

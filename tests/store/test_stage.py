@@ -93,7 +93,7 @@ def test_a_done_stage_tells_the_same_outputs_as_when_it_ran(run):
     assert first.outputs == again.outputs == {"a.txt": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
 
 
-def test_other_inputs_run_it_again_and_the_diary_says_which(run):
+def test_other_inputs_run_it_again_and_the_log_says_which(run):
     write(run, {"data": "abc", "model": "m"}, 1)
     assert write(run, {"data": "abd", "model": "m"}, 2)
     assert run.table("t")["value"].tolist() == [2]
@@ -132,16 +132,20 @@ def test_a_table_that_other_inputs_no_longer_make_is_removed(run):
     assert [path.name for path in (run.path / "tables").iterdir()] == ["new.parquet"]
 
 
-def test_scratch_goes_when_the_stage_ends_except_what_was_added(run):
+def test_scratch_goes_when_the_stage_ends_and_so_cannot_be_an_output(run):
     with run.stage("s", {}) as stage:
-        for name in ("kept", "dropped"):
-            (stage.path(name) / "deep").mkdir()
-            (stage.path(name) / "deep" / "weights").write_text(name)
-        stage.add(stage.path("kept"))
-    assert [path.read_text() for path in (run.path / "work").rglob("*") if path.is_file()] == ["kept"]
+        (stage.path("trainer") / "deep").mkdir()
+        (stage.path("trainer") / "deep" / "weights").write_text("x")
+        with pytest.raises(RunError, match=r"trainer/deep/weights is scratch, which goes when its stage ends"):
+            stage.add(stage.path("trainer"))
+        stage.write_text("a.txt", "x")
+    assert list((run.path / "work").iterdir()) == []
     assert set(verify(run.path)["status"]) == {"ok"}
-    with run.stage("s", {}) as stage:
-        assert stage.done
+
+
+def test_scratch_is_inside_the_run(run):
+    with run.stage("s", {}) as stage, pytest.raises(RunError, match="outside the run"):
+        stage.path("../../../../elsewhere")
 
 
 def test_a_models_folder_written_by_another_library_becomes_an_output(run):

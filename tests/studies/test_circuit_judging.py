@@ -13,46 +13,48 @@ import pytest
 from mechscope.circuits import attribute_edges, faithfulness_curve
 from mechscope.circuits.criteria import Minimality
 from mechscope.circuits.scores import Cost
-from mechscope.data.newsroom import newsroom_pairs
+from mechscope.data.newsroom_pairs import newsroom_pairs
 from mechscope.data.pairs import Pairs
-from mechscope.instrument import load
-from mechscope.studies import circuit_judging
-from mechscope.studies.circuit_claims import circuit_claims
-from mechscope.studies.circuit_judging import Asked, judge
-from mechscope.studies.pair_settings import DiscoverySettings
-from tests.studies.asked import MODEL, measure
+from mechscope.instrument import Execution, load
+from mechscope.settings.discovery import DiscoverySettings
+from mechscope.studies import circuits
+from mechscope.studies.circuits import CircuitRequest, judge_circuit
+from mechscope.studies.paper_2505_17073.circuits import circuit_changed, few_edges_carry_gain
+from mechscope.studies.paper_2505_17073.judgement import Scope
+from tests.studies.running import MODEL, measure
 
 
 def test_one_half_of_the_pairs_finds_the_circuit_and_the_other_judges_it() -> None:
     pairs = newsroom_pairs(13, role="where")
-    asked = Asked.of(pairs, DiscoverySettings(), metric="logit-diff", tokens_per_batch=512, seed=0)
-    ids = [{pair.id for pair in part} for part in (asked.found_on, asked.judged_on)]
+    request = CircuitRequest.of(pairs, DiscoverySettings(), seed=0)
+    ids = [{pair.id for pair in part} for part in (request.scored_on, request.judged_on)]
     assert not ids[0] & ids[1]
     assert ids[0] | ids[1] == {pair.id for pair in pairs}
-    assert len(asked.judged_on) == 6
-    everything = Asked.of(pairs, DiscoverySettings(held_out=0.0), metric="logit-diff", tokens_per_batch=512, seed=0)
-    assert everything.found_on is everything.judged_on is pairs
-    few = Asked.of(Pairs(pairs.pairs[:5], "few"), DiscoverySettings(), metric="logit-diff", tokens_per_batch=512, seed=0)
-    assert few.found_on is few.judged_on
+    assert len(request.judged_on) == 6
+    everything = CircuitRequest.of(pairs, DiscoverySettings(held_out=0.0), seed=0)
+    assert everything.scored_on is everything.judged_on is pairs
+    few = CircuitRequest.of(Pairs(pairs.pairs[:5], "few"), DiscoverySettings(), seed=0)
+    assert few.scored_on is few.judged_on
 
 
 def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_the_pairs_that_find_it() -> None:
     subject, pairs = load(MODEL), newsroom_pairs(16, role="what")
     options = DiscoverySettings(method="eap", random_circuits=0, criteria=False)
-    asked = Asked.of(pairs, options, metric="logit-diff", tokens_per_batch=256, seed=0)
-    scores = attribute_edges(subject, asked.found_on, method="eap")
-    own, judged = (faithfulness_curve(subject, part, scores, random=0).table for part in (asked.found_on, asked.judged_on))
+    request = CircuitRequest.of(pairs, options, seed=0)
+    scores = attribute_edges(subject, request.scored_on, method="eap")
+    own, judged = (faithfulness_curve(subject, part, scores, random=0).table for part in (request.scored_on, request.judged_on))
 
     def smallest(curve: pd.DataFrame, level: float) -> float:
         return float(curve.loc[(1 - curve["faithfulness"]).abs() <= 1 - level, "fraction"].iloc[0])
 
-    # a level at which the two halves of the pairs ask for circuits of different sizes
+    # a level at which the two halves of the pairs give circuits of different sizes
     level = next(level for level in np.linspace(0.99, 0.02, 98) if smallest(own, level) != smallest(judged, level))
-    found = judge(subject, scores, replace(asked, settings=replace(options, faithful=level)), progress=None)
-    assert found.fraction == smallest(own, level)
+    execution = Execution(tokens_per_batch=256)
+    report = judge_circuit(subject, scores, replace(request, settings=replace(options, faithful=level)), execution=execution)
+    assert report.fraction == smallest(own, level)
     # and what is said of it was measured on the others
-    here = judged[judged["fraction"] == found.fraction].iloc[0]
-    assert measure(found.tables["circuit_summary"], "faithfulness") == pytest.approx(here["faithfulness"], abs=1e-4)
+    here = judged[judged["fraction"] == report.fraction].iloc[0]
+    assert measure(report.tables["circuit_summary"], "faithfulness") == pytest.approx(here["faithfulness"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +62,13 @@ def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_t
 )
 def test_too_much_of_the_models_effect_is_no_more_faithful_than_too_little(shares: tuple[float, ...], size: float) -> None:
     curve = SimpleNamespace(table=pd.DataFrame({"fraction": [0.01, 0.1, 0.5], "faithfulness": shares}))
-    assert circuit_judging._smallest(curve, 0.9) == size  # type: ignore[arg-type]  # all of a curve that is read
+    assert circuits._smallest(curve, 0.9) == size  # type: ignore[arg-type]  # all of a curve that is read
 
 
 def test_what_is_needed_is_counted_beside_what_chance_gives() -> None:
     def counted(parts: int) -> dict[str, Any]:
         table = pd.DataFrame({"p": [0.01, 0.04, 0.05, 0.5]})
-        return circuit_judging._needed(Minimality(table, np.zeros((4, 2)), np.zeros(parts), Cost(0, 0)))
+        return circuits._needed(Minimality(table, np.zeros((4, 2)), np.zeros(parts), Cost(0, 0)))
 
     assert counted(99)["value"] == 2
     # ranks 1 to 4 of 100 are below 0.05
@@ -87,7 +89,8 @@ def test_the_circuit_changed_only_if_two_models_share_less_than_one_model_with_i
     change: tuple[float, float, float], verdict: str
 ) -> None:
     table = pd.DataFrame([overlap_row("edges", change), overlap_row("nodes", (0.0, -1.0, 1.0))])
-    (claim,) = circuit_claims(table, None, None)
+    claim = circuit_changed({"circuit_overlap": table}, Scope())
+    assert claim is not None
     assert claim.verdict == verdict
     assert "0.50" in claim.measured
     # halvings share texts: their quantiles are told as what they are
@@ -104,12 +107,14 @@ def test_few_edges_carry_the_gain_only_if_they_carry_more_than_random_ones(tuned
         {"fraction": 0.05, "kind": kind, "share": v, "low": a, "high": b}
         for kind, (v, a, b) in {"tuned": tuned, "random": (0.1, 0.05, 0.2)}.items()
     ]
-    (claim,) = circuit_claims(None, pd.DataFrame(rows), None)
+    claim = few_edges_carry_gain({"circuit_gain": pd.DataFrame(rows)}, Scope())
+    assert claim is not None
     assert claim.verdict == verdict
 
 
 def test_no_gain_gives_no_verdict() -> None:
     rows = [{"fraction": 0.05, "kind": kind, "share": np.nan, "low": np.nan, "high": np.nan} for kind in ("tuned", "random")]
-    (claim,) = circuit_claims(None, pd.DataFrame(rows), None)
+    claim = few_edges_carry_gain({"circuit_gain": pd.DataFrame(rows)}, Scope())
+    assert claim is not None
     assert claim.verdict == "undecided"
     assert "too little" in claim.note

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mechscope.difference.selection import selection_table
 from mechscope.errors import SettingsError
-from mechscope.selection import selection_table
-from mechscope.studies.claims import PAPER_KL, claims_table
+from mechscope.studies.paper_2505_17073.attention import PAPER_KL
+from mechscope.studies.paper_2505_17073.claims import CLAIMS, NEEDED, claims_table
 
 COLUMNS = ["claim", "statement", "paper", "measured", "value", "low", "high", "verdict", "note"]
 
@@ -37,7 +38,7 @@ def judged(heads: pd.DataFrame, layers: pd.DataFrame, *, noise: float = 0.0) -> 
     mean = heads["kl_base_tuned"].to_numpy().reshape(1, *shape)
     resampled = {"kl_base_tuned": mean + noise * np.random.default_rng(0).normal(size=(400, shape[0], 1))}
     selection = selection_table(heads, layers, resampled, rules=["layers_by_kl", "heads_by_kl"])
-    return claims_table(heads, layers, selection).set_index("claim")
+    return claims_table({"heads": heads, "layers": layers, "selection": selection}).set_index("claim")
 
 
 def test_the_papers_own_numbers_support_its_claims() -> None:
@@ -146,7 +147,7 @@ def test_without_a_bakeoff_its_claims_are_not_measured() -> None:
 
 def test_every_claim_is_a_readable_row() -> None:
     heads, layers = difference()
-    table = claims_table(heads, layers, selection_table(heads, layers))
+    table = claims_table({"heads": heads, "layers": layers, "selection": selection_table(heads, layers)})
     assert list(table.columns) == COLUMNS
     assert table["claim"].is_unique
     for column in ("statement", "paper", "measured"):
@@ -156,8 +157,29 @@ def test_every_claim_is_a_readable_row() -> None:
 
 def test_tables_that_do_not_fit_are_refused() -> None:
     heads, layers = difference()
-    selection = selection_table(heads, layers, rules=["heads_by_kl"])
+    tables = {"heads": heads, "layers": layers, "selection": selection_table(heads, layers, rules=["heads_by_kl"])}
     with pytest.raises(SettingsError, match=r"no layers chosen by 'layers_by_kl'.*heads_by_kl"):
-        claims_table(heads, layers, selection)
+        claims_table(tables)
     with pytest.raises(SettingsError, match="heads table has no rows='summary': use one of all"):
-        claims_table(heads, layers, selection, rows="summary")
+        claims_table(tables, rows="summary")
+
+
+class Watched(dict[str, pd.DataFrame]):
+    """Tables that note which of them are read."""
+
+    def __init__(self, tables: dict[str, pd.DataFrame]) -> None:
+        super().__init__(tables)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def test_claims_read_the_tables_that_they_declare_and_no_others() -> None:
+    heads, layers = difference()
+    tables = Watched({"heads": heads, "layers": layers, "selection": selection_table(heads, layers), "weights": heads})
+    claims_table(tables)
+    assert tables.read == {"heads", "layers", "selection"}
+    assert set(NEEDED) == {name for claim in CLAIMS for name in claim.needs}
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)

@@ -1,4 +1,4 @@
-"""`mechscope heads`, `lens` and `weights` write what they promise, for one model and for a pair, and continue where they were."""
+"""`mechscope roles`, `lens` and `weights` write what they promise, for one model and for a pair, and continue where they were."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechscope.errors import DataError, SettingsError
+from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.instrument import load
-from mechscope.studies.heads import heads_run, read_documents
-from mechscope.studies.lens import lens_run
-from mechscope.studies.reading_settings import HeadsSettings, LensSettings, WeightsSettings
-from mechscope.studies.resolving import resolve
-from mechscope.studies.weights import weights_run
+from mechscope.settings import resolve
+from mechscope.studies.inputs import read_documents
+from mechscope.studies.jobs.lens import JOB as LENS
+from mechscope.studies.jobs.lens import LensSettings
+from mechscope.studies.jobs.roles import JOB as ROLES
+from mechscope.studies.jobs.weights import JOB as WEIGHTS
+from tests.studies.running import finished, run
 
 SMALL: dict[str, Any] = {"max_tokens": 96, "documents": 6}
 
@@ -35,39 +37,37 @@ def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def started(out: Path) -> int:
-    """Count the stages that ran."""
-    return (out / "log.jsonl").read_text().count("finished")
-
-
 def test_roles_of_one_model(tiny_model, tmp_path):
-    settings = resolve(HeadsSettings, model=str(tiny_model), data="newsroom", probes=4, **SMALL)
-    found = heads_run(settings, tmp_path / "run")
-    roles = found.tables["head_roles"]
+    given = {"model": str(tiny_model), "data": "newsroom", "probes": 4, **SMALL}
+    result = run(ROLES, tmp_path / "run", **given)
+    roles = result.head_roles
     assert set(roles["model"]) == {"model"}
     assert {"previous-token", "induction", "copying", "retrieval", "summary-to-document"} <= set(roles["role"])
     assert (roles.groupby("role").size() == 16).all()
-    definitions = found.tables["role_definitions"]
+    definitions = result.role_definitions
     assert set(definitions["role"]) == set(roles["role"])
     assert not np.isinf(definitions[["low", "high"]].to_numpy(float)).any()
     assert definitions.loc[definitions["low"].isna(), "role"].tolist() == ["ioi-direct-effect"]
-    assert "head_role_changes" not in found.tables
-    assert "previous-token" in found.report.read_text(encoding="utf-8")
-    before = started(tmp_path / "run")
-    again = heads_run(settings, tmp_path / "run")
-    assert started(tmp_path / "run") == before
-    np.testing.assert_array_equal(again.tables["head_roles"]["score"], roles["score"])
+    assert "head_role_changes" not in result.tables
+    assert result.report is not None
+    assert "previous-token" in result.report.read_text(encoding="utf-8")
+    before = finished(tmp_path / "run")
+    again = run(ROLES, tmp_path / "run", **given)
+    assert finished(tmp_path / "run") == before
+    np.testing.assert_array_equal(again.head_roles["score"], roles["score"])
+    # which heads are shown changes no score
+    run(ROLES, tmp_path / "run", **given, show="a2.h0")
+    assert finished(tmp_path / "run")[len(before) :] == ["attention", "report"]
 
 
 def test_roles_of_a_pair_are_compared_text_by_text_and_shown(tiny_model, tuned_model, tmp_path):
-    settings = resolve(HeadsSettings, model=str(tiny_model), tuned=str(tuned_model), probes=4, show="a2.h0,a0.h1", **SMALL)
-    found = heads_run(settings, tmp_path / "run")
-    changes = found.tables["head_role_changes"].set_index(["role", "component"])
+    result = run(ROLES, tmp_path / "run", model=str(tiny_model), tuned=str(tuned_model), probes=4, show="a2.h0,a0.h1", **SMALL)
+    changes = result.head_role_changes.set_index(["role", "component"])
     # the first layers are the same in both, the third is not
     assert (changes.loc[("previous-token", ["a0.h0", "a1.h3"]), "change"] == 0).all()
     assert abs(float(changes["change"]["previous-token", "a2.h0"])) > 1e-4
     assert "retrieval" not in changes.index.get_level_values("role")  # no documents were given
-    edges = pd.read_parquet(tmp_path / "run" / "tables" / "attention_edges.parquet")
+    edges = result.attention_edges
     assert set(edges["component"]) == {"a2.h0", "a0.h1"}
     assert set(edges["model"]) == {"base", "tuned"}
     base, tuned = (
@@ -78,23 +78,22 @@ def test_roles_of_a_pair_are_compared_text_by_text_and_shown(tiny_model, tuned_m
 
 
 def test_a_lens_over_documents_ends_at_the_models_loss(tiny_model, tuned_model, tmp_path):
-    settings = resolve(
-        LensSettings, model=str(tiny_model), tuned=str(tuned_model), data="newsroom", sites="residual,head_output", grid_texts=2, **SMALL
-    )
-    found = lens_run(settings, tmp_path / "run")
-    summary = found.tables["lens_summary"].set_index(["model", "component"])
+    given = {"model": str(tiny_model), "tuned": str(tuned_model), "data": "newsroom", "grid_texts": 2, **SMALL}
+    settings = resolve(LensSettings, **given)
+    result = run(LENS, tmp_path / "run", **given, sites="residual,head_output")
+    summary = result.lens_summary.set_index(["model", "component"])
     assert summary.loc[("base", "resid3"), "kl"] == pytest.approx(0, abs=1e-6)
     assert summary.loc[("base", "resid3"), "agreement"] == 1
     # what is read before the changed layer is the same in both models
     said = summary["log_probability"]
     assert float(said["base", "resid1"]) == float(said["tuned", "resid1"])
-    change = found.tables["lens_change"].set_index("component")
+    change = result.lens_change.set_index("component")
     assert change.loc["resid1", "log_probability_change"] == 0
     assert change.loc["resid3", "log_probability_change"] != 0
-    parts = found.tables["logit_attribution"]
+    parts = result.logit_attribution
     assert abs(parts.loc[parts["kind"] == "residual", "effect"]).max() < 1e-3
-    assert len(found.tables["logit_attribution_change"])
-    grid = pd.read_parquet(tmp_path / "run" / "tables" / "lens_grid.parquet")
+    assert len(result.logit_attribution_change)
+    grid = result.lens_grid
     assert grid["text"].nunique() == 2
     # the likeliest tokens stand in order, and at the end they are the model's
     assert (grid["p_1"] >= grid["p_2"]).all()
@@ -108,8 +107,9 @@ def test_a_lens_over_documents_ends_at_the_models_loss(tiny_model, tuned_model, 
 
 
 def test_a_text_and_a_tuned_lens(tiny_model, tmp_path):
-    settings = resolve(
-        LensSettings,
+    result = run(
+        LENS,
+        tmp_path / "run",
         model=str(tiny_model),
         text="The council of the town voted on the new budget on Monday.",
         lens_data="newsroom",
@@ -117,51 +117,82 @@ def test_a_text_and_a_tuned_lens(tiny_model, tmp_path):
         lens_steps=10,
         **SMALL,
     )
-    found = lens_run(settings, tmp_path / "run")
-    summary = found.tables["lens_summary"]
+    summary = result.lens_summary
     assert set(summary["lens"]) == {"logit", "tuned"}
     assert (tmp_path / "run" / "lenses" / "model.safetensors").is_file()
     kl = summary.set_index(["lens", "component"])["kl"]
-    assert kl["tuned", "embedding"] < kl["logit", "embedding"]
+    assert kl["tuned", "embed"] < kl["logit", "embed"]
 
 
 def test_prompts_with_answers_are_attributed_by_their_logit_difference(tiny_model, tmp_path):
-    found = lens_run(resolve(LensSettings, model=str(tiny_model), pairs="newsroom:where", documents=4), tmp_path / "run")
-    parts = found.tables["logit_attribution"]
+    parts = run(LENS, tmp_path / "run", model=str(tiny_model), pairs="newsroom:where", documents=4).logit_attribution
     assert set(parts["n"]) == {4}
     assert {"head", "mlp", "embedding"} <= set(parts["kind"])
 
 
 @pytest.mark.parametrize("given", [{}, {"text": "a b", "data": "newsroom"}])
-def test_one_source_of_texts_is_needed(tiny_model, tmp_path, given):
+def test_one_source_of_texts_is_needed(given):
     with pytest.raises(SettingsError, match="one of text"):
-        lens_run(resolve(LensSettings, model=str(tiny_model), **given), tmp_path / "run")
+        resolve(LensSettings, model="there/is/none", **given)
+
+
+@pytest.mark.parametrize(("sites", "message"), [("residual,heads", "'heads': the lens reads residual"), (" , ", "'sites' is empty")])
+def test_a_site_that_the_lens_does_not_read_is_refused_before_a_model_is_loaded(sites, message):
+    with pytest.raises(SettingsError, match=message):
+        resolve(LensSettings, model="there/is/none", text="a b", sites=sites)
+
+
+def test_the_settings_of_a_tuned_lens_are_read_from_a_file_by_flag_or_by_group(tmp_path):
+    file = tmp_path / "lens.yaml"
+    for text in ("lens_steps: 7", "training:\n  steps: 7"):
+        file.write_text(f"model: gpt2\ntext: a b\n{text}\n")
+        assert resolve(LensSettings, file).training.steps == 7
+    assert resolve(LensSettings, file, lens_steps=9).training.steps == 9
 
 
 def test_a_text_of_one_token_is_refused(tiny_model, tmp_path):
     with pytest.raises(DataError, match="at least two"):
-        lens_run(resolve(LensSettings, model=str(tiny_model), text="a"), tmp_path / "run")
+        run(LENS, tmp_path / "run", model=str(tiny_model), text="a")
 
 
 def test_weights_of_a_pair_say_what_changed_and_where(tiny_model, tuned_model, tmp_path):
-    settings = resolve(WeightsSettings, model=str(tiny_model), tuned=str(tuned_model), data="newsroom", heads=2, top=3, neurons=5, **SMALL)
-    found = weights_run(settings, tmp_path / "run")
-    changes = found.tables["weight_changes"].set_index("component")
+    result = run(
+        WEIGHTS, tmp_path / "run", model=str(tiny_model), tuned=str(tuned_model), data="newsroom", heads=2, top=3, neurons=5, **SMALL
+    )
+    changes = result.weight_changes.set_index("component")
     assert (changes.drop([f"a2.h{head}" for head in range(4)])[["ov_relative", "qk_relative"]] == 0).all(axis=None)
     assert (changes.loc[[f"a2.h{head}" for head in range(4)], "ov_relative"] > 0.1).all()
-    tokens = found.tables["weight_tokens"]
+    tokens = result.weight_tokens
     assert set(tokens["model"]) == {"base", "tuned", "change"}
     assert set(tokens["component"]) <= {f"a2.h{head}" for head in range(4)}
     assert set(tokens["matrix"]) == {"ov", "qk"}
-    assert set(found.tables["weight_singular"]["model"]) == {"base", "tuned", "change"}
-    assert set(found.tables["composition"]["kind"]) == {"q", "k", "v"}
-    neurons = found.tables["neurons"]
+    assert set(result.weight_singular["model"]) == {"base", "tuned", "change"}
+    assert set(result.composition["kind"]) == {"q", "k", "v"}
+    neurons = result.neurons
     assert len(neurons) == 2 * 4 * 128
     assert (neurons["promotes"] != "").sum() == 2 * 5
-    assert found.tables["neuron_contexts"]["component"].nunique() == 5
+    assert result.neuron_contexts["component"].nunique() == 5
 
 
 def test_weights_without_documents_leave_neurons_out(tiny_model, tmp_path):
-    found = weights_run(resolve(WeightsSettings, model=str(tiny_model), components="a1.h2", top=2), tmp_path / "run")
-    assert set(found.tables["weight_tokens"]["component"]) == {"a1.h2"}
-    assert "neurons" not in found.tables
+    result = run(WEIGHTS, tmp_path / "run", model=str(tiny_model), components="a1.h2", top=2)
+    assert set(result.weight_tokens["component"]) == {"a1.h2"}
+    assert "neurons" not in result.tables
+
+
+@pytest.mark.parametrize(
+    ("job", "wrong", "message"),
+    [
+        (ROLES, {"show": "z9"}, "component 'z9' is not understood"),
+        (ROLES, {"show": "a99.h1"}, "component a99.h1 does not exist"),
+        (ROLES, {"show": "m1"}, "hold no heads"),
+        (WEIGHTS, {"components": "a99.h1"}, "component a99.h1 does not exist"),
+        (WEIGHTS, {"offset": 160}, "'offset' is 160: the model has 160 positions"),
+    ],
+)
+def test_heads_that_do_not_exist_are_refused_before_any_stage_and_mended_in_the_same_folder(tiny_model, tmp_path, job, wrong, message):
+    given: dict[str, Any] = {"model": str(tiny_model), **({"probes": 2} if job is ROLES else {"heads": 1, "top": 1})}
+    with pytest.raises(MechscopeError, match=message):
+        run(job, tmp_path / "run", **given, **wrong)
+    assert finished(tmp_path / "run") == []
+    assert run(job, tmp_path / "run", **given).tables

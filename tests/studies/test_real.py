@@ -24,7 +24,7 @@ def perturbed(model: GPT2LMHeadModel, layer: int) -> GPT2LMHeadModel:
 
 @pytest.mark.parametrize("name", ["gpt2-news-7m", "TinyStories-656K"])
 def test_every_check_passes_on_a_real_model(shared: Path, name: str) -> None:
-    assert all(check.passed for check in mechscope.check(mechscope.load(shared / "models" / name)))
+    assert all(check.passed for check in mechscope.check_subject(mechscope.load(shared / "models" / name)))
 
 
 def test_a_change_of_one_layer_of_a_real_model_is_found_there(shared: Path) -> None:
@@ -32,8 +32,8 @@ def test_a_change_of_one_layer_of_a_real_model_is_found_there(shared: Path) -> N
     tuned = mechscope.load(source)
     perturbed(tuned.model, 3)
     data = str(shared / "data" / "summarization" / "cnn_dailymail.test.jsonl")
-    found = mechscope.diff(mechscope.load(source), tuned, data, documents=4, max_tokens=256)
-    layers = found.layers[found.layers["rows"] == "all"].set_index("layer")
+    result = mechscope.diff(mechscope.load(source), tuned, data, documents=4, max_tokens=256)
+    layers = result.layers[result.layers["rows"] == "all"].set_index("layer")
     assert layers["kl_base_tuned"].idxmax() == 3
     assert layers.loc[3, "weight_change"] == pytest.approx(0.1, abs=0.07)
     assert (layers.loc[[0, 1, 2], ["kl_base_tuned", "cosine_distance", "weight_change"]] == 0).all().all()
@@ -46,8 +46,8 @@ def test_gpt2_small_shape_on_twenty_articles_of_up_to_1024_tokens(shared: Path) 
     base, tuned = GPT2LMHeadModel(GPT2Config()).eval(), GPT2LMHeadModel(GPT2Config()).eval()
     tuned.load_state_dict(base.state_dict())
     corpus = load_documents(shared / "data" / "summarization" / "cnn_dailymail.test.jsonl", limit=20)
-    found = mechscope.diff(base, perturbed(tuned, 5), corpus, tokenizer=tokenizer, max_tokens=1024, tokens_per_batch=4096)
-    heads = found.heads[found.heads["rows"] == "all"]
+    result = mechscope.diff(base, perturbed(tuned, 5), corpus, tokenizer=tokenizer, max_tokens=1024, tokens_per_batch=4096)
+    heads = result.heads[result.heads["rows"] == "all"]
     assert len(heads) == 144
     assert (heads["n"] == 20).all()
     assert heads.groupby("layer")["kl_base_tuned"].mean().idxmax() == 5

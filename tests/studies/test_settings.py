@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from pydantic import TypeAdapter
 
 from mechscope.errors import SettingsError
-from mechscope.studies.resolving import resolve
-from mechscope.studies.settings import BakeOffSettings, DiffSettings, StudySettings, TuneSettings
+from mechscope.settings import leaves, resolve
+from mechscope.studies.jobs import jobs
+from mechscope.studies.jobs.tune import TuneSettings
+from mechscope.studies.paper_2505_17073.settings import StudySettings
 
-KINDS = (StudySettings, DiffSettings, TuneSettings, BakeOffSettings)
+
+@pytest.mark.parametrize("job", jobs().values(), ids=lambda job: job.name)
+def test_every_setting_explains_itself(job):
+    assert leaves(job.settings)
+    for leaf in leaves(job.settings):
+        assert leaf.help.endswith((".", ")", "?")), leaf.name
+        assert leaf.help[0].isupper(), leaf.name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_explains_itself(kind):
-    for item in dataclasses.fields(kind):
-        assert item.metadata["help"].endswith((".", ")")), item.name
+@pytest.mark.parametrize("job", jobs().values(), ids=lambda job: job.name)
+def test_every_default_is_within_its_bounds(job):
+    for leaf in leaves(job.settings):
+        if leaf.default is not dataclasses.MISSING:
+            assert TypeAdapter(leaf.hint).validate_python(leaf.default, strict=True) == leaf.default, leaf.name
 
 
 def test_flags_go_before_the_configuration_file(tmp_path):
@@ -41,7 +51,14 @@ def test_settings_written_to_a_file_come_back_equal(tmp_path):
         ({"base": "a", "data": "b", "max_tokens": "many"}, ["'max_tokens' is 'many'", "integer"]),
         ({"base": "a", "data": "b", "maxtokens": 3}, ["'maxtokens' is not known", "did you mean 'max_tokens'"]),
         ({"base": "a", "data": "b", "resize": "grow"}, ["'resize' is 'grow'", "'refuse' or 'truncate'"]),
-        ({"base": "a", "data": "b", "seeds": 0}, ["'seeds' is 0", "at least 1"]),
+        ({"base": "a", "data": "b", "seeds": 0}, ["'seeds' is 0", "greater than or equal to 1"]),
+        ({"base": "a", "data": "b", "layer_rule": "nonsense"}, ["'layer_rule' is 'nonsense'", "'layers_by_kl'", "'random_layers'"]),
+        ({"base": "a", "data": "b", "circuit_method": "eap-gi"}, ["'circuit_method' is 'eap-gi'", "'eap-ig'"]),
+        ({"base": "a", "data": "b", "circuit_size": 1.5}, ["'circuit_size' is 1.5", "less than or equal to 1"]),
+        ({"base": "a", "data": "b", "warmup": 1.0}, ["'warmup' is 1.0", "less than 1"]),
+        ({"base": "a", "data": "b", "strategies": "standard,best"}, ["'strategies'", "'best'", "targeted_layers"]),
+        ({"base": "a", "data": "b", "protocols": "equal_time"}, ["'protocols'", "'equal_time'", "equal_rank"]),
+        ({"base": "a", "data": "b", "strategies": "circuit", "circuit": False}, ["strategy circuit needs a circuit", "target_circuit"]),
         ({"base": "a", "data": "b", "learning_rate_full": float("nan")}, ["'learning_rate_full'", "finite"]),
     ],
 )
@@ -72,3 +89,11 @@ def test_a_wrong_configuration_file_is_named(tmp_path, text, words):
 def test_a_configuration_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"absent\.yaml.*cannot be read"):
         resolve(StudySettings, tmp_path / "absent.yaml")
+
+
+def test_targets_are_for_lora():
+    settings = resolve(TuneSettings, base="gpt2", data="a.jsonl", targets="layers:2")
+    assert settings.method == "lora"
+    assert resolve(TuneSettings, base="gpt2", data="a.jsonl").method == "full"
+    with pytest.raises(SettingsError, match="targets 'layers:2' are for LoRA, but the method is full"):
+        resolve(TuneSettings, base="gpt2", data="a.jsonl", targets="layers:2", method="full")

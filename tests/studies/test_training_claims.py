@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mechscope.selection import selection_table
-from mechscope.studies.claims import claims_table
-from mechscope.studies.training_claims import Claim, training_claims
+from mechscope.difference.selection import selection_table
+from mechscope.studies.paper_2505_17073.claims import CLAIMS, claims_table
+from mechscope.studies.paper_2505_17073.judgement import Judgement, Scope
 
 NAN = float("nan")
 
@@ -71,10 +71,19 @@ def curves(every: int) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
+def judged(name: str, tables: dict[str, pd.DataFrame], **scope: Any) -> Judgement | None:
+    """Judge one claim by some tables."""
+    (claim,) = [claim for claim in CLAIMS if claim.name == name]
+    return claim.judge({needed: tables[needed] for needed in claim.needs if needed in tables}, Scope(**scope))
+
+
 def claim(
-    name: str, bake: pd.DataFrame | None = None, intervals: pd.DataFrame | None = None, curve: pd.DataFrame | None = None, **options: Any
-) -> Claim:
-    return {found.claim: found for found in training_claims(bake, intervals, curve, **options)}[name]
+    name: str, bake: pd.DataFrame | None = None, intervals: pd.DataFrame | None = None, curve: pd.DataFrame | None = None, **scope: Any
+) -> Judgement:
+    tables = {"bakeoff": bake, "bakeoff_summary": intervals, "learning_curves": curve}
+    judgement = judged(name, {name: table for name, table in tables.items() if table is not None}, **scope)
+    assert judgement is not None
+    return judgement
 
 
 @pytest.mark.parametrize(
@@ -88,9 +97,9 @@ def claim(
     ],
 )
 def test_at_least_as_good_as_standard_means_not_worse_by_the_margin(interval: tuple[float, float, float], verdict: str) -> None:
-    found = claim("targeted_vs_standard.equal_rank", intervals=summary(standard=interval))
-    assert found.verdict == verdict
-    assert (found.value, found.low, found.high) == pytest.approx(interval)
+    judgement = claim("targeted_vs_standard.equal_rank", intervals=summary(standard=interval))
+    assert judgement.verdict == verdict
+    assert (judgement.value, judgement.low, judgement.high) == pytest.approx(interval)
 
 
 def test_the_margin_is_the_readers() -> None:
@@ -113,14 +122,14 @@ def test_the_metric_is_the_readers() -> None:
 
 
 def test_one_seed_decides_nothing() -> None:
-    found = claim("targeted_vs_random.equal_rank", intervals=summary(random=(0.010, 0.002, 0.018), seeds=1))
-    assert found.verdict == "undecided"
-    assert "One training run each" in found.note
+    judgement = claim("targeted_vs_random.equal_rank", intervals=summary(random=(0.010, 0.002, 0.018), seeds=1))
+    assert judgement.verdict == "undecided"
+    assert "One training run each" in judgement.note
 
 
 def test_a_protocol_that_was_not_run_is_not_measured() -> None:
-    found = claim("targeted_vs_standard.equal_parameters", intervals=summary(standard=(0.010, 0.002, 0.018)))
-    assert (found.verdict, found.measured) == ("undecided", "not measured")
+    judgement = claim("targeted_vs_standard.equal_parameters", intervals=summary(standard=(0.010, 0.002, 0.018)))
+    assert (judgement.verdict, judgement.measured) == ("undecided", "not measured")
 
 
 @pytest.mark.parametrize(
@@ -141,20 +150,20 @@ def test_fewer_steps_are_counted_to_standard_loras_best_loss(steps: list[float],
 
 
 def test_the_ratio_of_steps_is_a_geometric_mean_with_a_t_interval() -> None:
-    found = claim("fewer_steps.equal_rank", bake=bakeoff([25.0, 50.0, 100.0]))
+    judgement = claim("fewer_steps.equal_rank", bake=bakeoff([25.0, 50.0, 100.0]))
     # logs −2 ln 2, −ln 2, 0: mean −ln 2, standard error ln 2 / √3, t(.975, 2) = 4.3027
-    assert found.value == pytest.approx(0.5)
-    assert found.low == pytest.approx(0.5 * 2 ** (-4.3027 / 3**0.5), rel=1e-4)
-    assert found.high == pytest.approx(0.5 * 2 ** (4.3027 / 3**0.5), rel=1e-4)
-    assert found.verdict == "undecided"
+    assert judgement.value == pytest.approx(0.5)
+    assert judgement.low == pytest.approx(0.5 * 2 ** (-4.3027 / 3**0.5), rel=1e-4)
+    assert judgement.high == pytest.approx(0.5 * 2 ** (4.3027 / 3**0.5), rel=1e-4)
+    assert judgement.verdict == "undecided"
 
 
 def test_a_saving_no_larger_than_the_distance_between_evaluations_decides_nothing() -> None:
     runs = bakeoff([80.0, 80.0, 80.0])
     assert claim("fewer_steps.equal_rank", bake=runs, curve=curves(10)).verdict == "supported"
-    found = claim("fewer_steps.equal_rank", bake=runs, curve=curves(20))
-    assert found.verdict == "undecided"
-    assert "every 20 steps" in found.note
+    judgement = claim("fewer_steps.equal_rank", bake=runs, curve=curves(20))
+    assert judgement.verdict == "undecided"
+    assert "every 20 steps" in judgement.note
 
 
 def test_a_standard_run_shared_by_the_protocols_is_found() -> None:
@@ -162,15 +171,15 @@ def test_a_standard_run_shared_by_the_protocols_is_found() -> None:
 
 
 def test_standard_lora_that_was_still_improving_is_told() -> None:
-    found = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], stopped=False))
-    assert "In 2 of 2 seeds standard LoRA was still improving" in found.note
+    judgement = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], stopped=False))
+    assert "In 2 of 2 seeds standard LoRA was still improving" in judgement.note
 
 
 @pytest.mark.parametrize(("parameters", "verdict"), [(300, "supported"), (400, "supported"), (600, "undecided"), (1200, "contradicted")])
 def test_fewer_parameters_are_counted(parameters: int, verdict: str) -> None:
-    found = claim("fewer_parameters", bake=bakeoff([50.0], parameters=parameters))
-    assert found.verdict == verdict
-    assert found.value == pytest.approx(1 - parameters / 1200)
+    judgement = claim("fewer_parameters", bake=bakeoff([50.0], parameters=parameters))
+    assert judgement.verdict == verdict
+    assert judgement.value == pytest.approx(1 - parameters / 1200)
 
 
 def judged_with_a_bakeoff(kl: float) -> pd.DataFrame:
@@ -179,9 +188,9 @@ def judged_with_a_bakeoff(kl: float) -> pd.DataFrame:
     heads.columns = pd.Index(["rows", "layer", "head", "kl_base_tuned", "kl_base_tuned_se", "entropy_change", "entropy_change_q"])
     layers = heads.groupby(["rows", "layer"], as_index=False)[["kl_base_tuned"]].mean()
     selection = selection_table(heads, layers, rules=["layers_by_kl"])
-    return claims_table(
-        heads, layers, selection, bakeoff([50.0, 55.0, 60.0]), summary(standard=(0.01, 0.002, 0.018)), curves(10)
-    ).set_index("claim")
+    tables = {"heads": heads, "layers": layers, "selection": selection, "bakeoff": bakeoff([50.0, 55.0, 60.0])}
+    tables |= {"bakeoff_summary": summary(standard=(0.01, 0.002, 0.018)), "learning_curves": curves(10)}
+    return claims_table(tables).set_index("claim")
 
 
 def test_targets_picked_from_equal_models_are_no_targets() -> None:
@@ -216,10 +225,10 @@ def test_the_circuit_is_judged_by_its_own_differences(
     standard: tuple[float, float, float], random: tuple[float, float, float], verdicts: tuple[str, str]
 ) -> None:
     intervals = circuit_summary(standard, random)
-    found = [claim(f"circuit_vs_{other}.equal_parameters", intervals=intervals) for other in ("standard", "random")]
-    assert tuple(one.verdict for one in found) == verdicts
-    assert [(one.value, one.low, one.high) for one in found] == [pytest.approx(standard), pytest.approx(random)]
-    assert "circuit minus random circuits" in found[1].measured
+    judgements = [claim(f"circuit_vs_{other}.equal_parameters", intervals=intervals) for other in ("standard", "random")]
+    assert tuple(one.verdict for one in judgements) == verdicts
+    assert [(one.value, one.low, one.high) for one in judgements] == [pytest.approx(standard), pytest.approx(random)]
+    assert "circuit minus random circuits" in judgements[1].measured
 
 
 def test_one_seed_decides_nothing_about_the_circuit() -> None:
@@ -228,7 +237,8 @@ def test_one_seed_decides_nothing_about_the_circuit() -> None:
 
 
 def circuit_claims(intervals: pd.DataFrame) -> list[str]:
-    return [found.claim for found in training_claims(None, intervals, None) if found.claim.startswith("circuit")]
+    names = [claim.name for claim in CLAIMS if claim.name.startswith("circuit_vs")]
+    return [name for name in names if judged(name, {"bakeoff_summary": intervals}) is not None]
 
 
 def test_claims_about_a_circuit_that_was_not_compared_are_left_out() -> None:

@@ -62,7 +62,7 @@ def test_an_offloaded_model_is_measured_as_if_it_were_in_memory(family: str, way
     for technique in (
         lambda subject: causal.patch(subject, PROMPTS).values,
         lambda subject: causal.ablate(subject, PROMPTS, metric="loss").values,
-        lambda subject: causal.attribute(subject, PROMPTS).values,
+        lambda subject: causal.attribution_patch(subject, PROMPTS).values,
     ):
         assert_same(technique(away[0]), technique(here[0]), tolerance=1e-5)
 
@@ -106,7 +106,7 @@ def test_weights_are_given_back_after_they_were_fetched(tmp_path: Path) -> None:
 
 READERS: dict[str, Callable[[Subject], Any]] = {
     "circuits": lambda subject: circuits.attribute_edges(subject, PROMPTS),
-    "logit lens": lambda subject: lens.read(subject, PROMPTS),
+    "logit lens": lambda subject: lens.logit_lens(subject, PROMPTS),
     "logit attribution": lambda subject: lens.attribute_logits(subject, PROMPTS),
     "heads' weights": lambda subject: weights.ov_tokens(subject),
     "neurons": lambda subject: weights.neuron_tokens(subject),

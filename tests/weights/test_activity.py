@@ -14,10 +14,11 @@ import torch
 
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
 from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.mlp import Mlps
 from mechscope.subject.load import load
 from mechscope.weights.activity import Activity, neuron_activity
 from mechscope.weights.layer_activity import position_group
-from mechscope.weights.mlp import Mlps
 from tests import families
 from tests.weights.run_alone import LENGTHS, from_rows, run, texts_of
 
@@ -54,7 +55,7 @@ def strongest(values: list[np.ndarray], layer: int, neuron: int, k: int, *, by_s
 @torch.no_grad()
 def test_every_statistic_is_that_of_a_loop(family: str) -> None:
     subject, texts, k = families.subject(family, torch.float64), texts_of(), 4
-    table = neuron_activity(subject, texts, contexts=k, tokens_per_batch=64).table()
+    table = neuron_activity(subject, texts, contexts=k, execution=Execution(tokens_per_batch=64)).table()
     neurons, opened = run(subject, texts)
     gated = family in ("llama", "qwen3", "gemma2", "gemma3", "phi3")
     n, tokens = len(texts), sum(LENGTHS)
@@ -103,7 +104,7 @@ def test_every_statistic_is_that_of_a_loop(family: str) -> None:
 @torch.no_grad()
 def test_contexts_are_those_of_a_sort(family: str) -> None:
     subject, texts, k = families.subject(family, torch.float64), texts_of(), 4
-    activity = neuron_activity(subject, texts, contexts=k, tokens_per_batch=64)
+    activity = neuron_activity(subject, texts, contexts=k, execution=Execution(tokens_per_batch=64))
     neurons, _ = run(subject, texts)
     gated = family in ("llama", "qwen3", "gemma2", "gemma3", "phi3")
     for layer in range(3):
@@ -121,9 +122,9 @@ def test_contexts_are_those_of_a_sort(family: str) -> None:
 @torch.no_grad()
 def test_batching_and_the_side_of_the_padding_do_not_matter(family: str) -> None:
     subject, texts = families.subject(family, torch.float64), texts_of()
-    expected = neuron_activity(subject, texts, tokens_per_batch=10_000)
+    expected = neuron_activity(subject, texts, execution=Execution(tokens_per_batch=10_000))
     close = CLOSE if family in ("gpt2", "gpt_neox", "opt") else LOOSE
-    others = [neuron_activity(subject, texts, tokens_per_batch=size) for size in (1, 40, 70)]
+    others = [neuron_activity(subject, texts, execution=Execution(tokens_per_batch=size)) for size in (1, 40, 70)]
     mlps = Mlps(subject)
     for pad_id in (0, 50):
         left = Activity(mlps, texts)
@@ -159,7 +160,7 @@ def test_equal_activations_are_kept_in_the_order_of_texts() -> None:
     texts = from_rows(*[row] * 7)
     subject = families.subject("gpt2", torch.float64)
     for size in (8, 24, 1000):
-        top = neuron_activity(subject, texts, contexts=3, tokens_per_batch=size).layers[0].contexts
+        top = neuron_activity(subject, texts, contexts=3, execution=Execution(tokens_per_batch=size)).layers[0].contexts
         alive = top.filled[0]
         assert alive.any()
         assert torch.equal(top.text[:, alive], torch.arange(3)[:, None].expand(3, int(alive.sum())))
@@ -205,7 +206,9 @@ def test_activations_that_overflow_are_refused() -> None:
 
 def test_progress_ends_with_all_texts() -> None:
     calls: list[tuple[str, int, int]] = []
-    neuron_activity(families.subject("gpt2"), texts_of(), tokens_per_batch=40, progress=lambda *call: calls.append(call))
+    neuron_activity(
+        families.subject("gpt2"), texts_of(), execution=Execution(tokens_per_batch=40, progress=lambda *call: calls.append(call))
+    )
     assert calls[0] == ("texts", 0, 5)
     assert calls[-1] == ("texts", 5, 5)
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mechscope.errors import SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from mechscope.weights import weight_heads
 from tests import families
@@ -80,7 +81,7 @@ def test_a_shift_of_all_logits_changes_nothing() -> None:
 
 def test_the_draw_of_tokens_is_the_seeds() -> None:
     subject = families.subject("gpt2")
-    first, again, other = (weight_heads(subject, n_tokens=20, k=20, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (weight_heads(subject, n_tokens=20, k=20, execution=Execution(seed=seed)) for seed in (0, 0, 1))
     assert first.equals(again)
     assert not first["copied"].equals(other["copied"])
 

@@ -14,6 +14,7 @@ from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import load as checked_load
 from mechscope.instrument import record
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import pair as paired
 from mechscope.weights.activity import neuron_activity
@@ -165,7 +166,7 @@ def nudged(family: str, size: float) -> Subject:
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma3"])
 def test_changes_are_paired_tests_over_texts(family: str) -> None:
     base, tuned, texts = families.subject(family, torch.float64), nudged(family, 0.1), texts_of()
-    found = activity_change(paired(base, tuned), texts, contexts=3, tokens_per_batch=50)
+    found = activity_change(paired(base, tuned), texts, contexts=3, execution=Execution(tokens_per_batch=50))
     table = found.table()
     exact = family in ("gpt2", "opt")
     close: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-5}

@@ -2,11 +2,13 @@
 
 from mechscope.adapt.arms import PROTOCOLS, STRATEGIES, BakeOffSettings
 from mechscope.adapt.bakeoff import BakeOff, bake_off
-from mechscope.adapt.generate import PAPER, Decoding, encode_prompts, summarize
+from mechscope.adapt.generate import PAPER, encode_prompts, summarize
 from mechscope.adapt.lora import attach
-from mechscope.adapt.settings import TrainSettings
 from mechscope.adapt.targets import Placement, find_targets, place
 from mechscope.adapt.training import Tuned, load_tuned, tune
+from mechscope.settings.decoding import Decoding
+from mechscope.settings.lora import LoraSettings
+from mechscope.settings.training import TrainSettings
 
 __all__ = [
     "PAPER",
@@ -15,6 +17,7 @@ __all__ = [
     "BakeOff",
     "BakeOffSettings",
     "Decoding",
+    "LoraSettings",
     "Placement",
     "TrainSettings",
     "Tuned",

@@ -16,38 +16,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mechscope.adapt.budget import spend
-from mechscope.adapt.generate import PAPER, Decoding
+from mechscope.adapt.generate import PAPER
 from mechscope.adapt.places import random_circuit, random_layers
-from mechscope.adapt.settings import TrainSettings
-from mechscope.adapt.targets import Modules, Placement, find_targets, place, placement
+from mechscope.adapt.targets import Placement, find_targets, place, placement
+from mechscope.choices import BudgetProtocol, Strategy
 from mechscope.errors import SettingsError
+from mechscope.settings import Count, Settings, nested
+from mechscope.settings.decoding import Decoding
+from mechscope.settings.lora import LoraSettings
+from mechscope.settings.training import TrainSettings
 from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.components import Components
 
-Strategy = Literal[
-    "standard",
-    "targeted_layers",
-    "targeted_heads",
-    "more_rank",
-    "circuit",
-    "circuit_rank",
-    "random_layers",
-    "random_circuit",
-    "last_layers",
-    "full",
-    "none",
-]
-Protocol = Literal["equal_rank", "equal_parameters", "reference"]
+ArmProtocol = Literal[BudgetProtocol, "reference"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-PROTOCOLS: tuple[Protocol, ...] = ("equal_rank", "equal_parameters")
+PROTOCOLS: tuple[BudgetProtocol, ...] = get_args(BudgetProtocol)
 REFERENCES: tuple[Strategy, ...] = ("full", "none")
 MORE_RANK: tuple[Strategy, ...] = ("more_rank", "circuit_rank")
 NO_SEED = -1  # the untouched base was trained from no seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class BakeOffSettings:
+class BakeOffSettings(Settings):
     """What a bake-off compares.
 
     Attributes:
@@ -58,11 +49,8 @@ class BakeOffSettings:
         strategies: Which strategies run; without any, all whose components are given.
         protocols: Which protocols run.
         seeds: One training of each arm per seed.
-        rank: Rank of standard LoRA.
-        modules: What of a layer LoRA adapts: `"attention"`, `"mlp"` or `"all"`.
-        scaling: LoRA's α/r.
-        dropout: LoRA's dropout.
-        training: How each arm is trained; its seed is replaced by each of `seeds`.
+        lora: Rank of standard LoRA, and what all adapters have in common.
+        training: How each arm is trained, each seed in turn.
         decoding: How the held-out documents are summarized.
     """
 
@@ -71,23 +59,23 @@ class BakeOffSettings:
     circuit: Components = field(default_factory=Components)
     circuit_layers: Components = field(default_factory=Components)
     strategies: tuple[Strategy, ...] = ()
-    protocols: tuple[Protocol, ...] = PROTOCOLS
-    seeds: tuple[int, ...] = (0, 1, 2)
-    rank: int = 8
-    modules: Modules = "attention"
-    scaling: float = 2.0
-    dropout: float = 0.0
-    training: TrainSettings = field(default_factory=TrainSettings)
+    protocols: tuple[BudgetProtocol, ...] = PROTOCOLS
+    seeds: tuple[Count, ...] = (0, 1, 2)
+    lora: LoraSettings = nested(LoraSettings)
+    training: TrainSettings = nested(TrainSettings)
     decoding: Decoding = PAPER
 
     def __post_init__(self) -> None:
-        for name, given, known in (("strategy", self.strategies, STRATEGIES), ("protocol", self.protocols, PROTOCOLS)):
-            if unknown := [item for item in given if item not in known]:
-                raise SettingsError(f"bake-off {name} {unknown[0]!r} is not known: use {', '.join(known)}")
+        """Refuse what cannot be compared; strategies that are not named are filled in.
+
+        Raises:
+            SettingsError: A strategy or protocol is not known, its components are missing, or there are no seeds.
+        """
+        super().__post_init__()
         if not self.seeds or not self.protocols:
             raise SettingsError("a bake-off needs at least one protocol and one seed")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise SettingsError(f"bake-off seeds {self.seeds} must be different numbers from 0 up")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise SettingsError(f"bake-off seeds {self.seeds} must be different numbers")
         for name, layers in (("targeted", self.layers), ("critical", self.circuit_layers)):
             if layers.heads or layers.mlps:
                 raise SettingsError(f"{name} layers {layers} must be whole layers such as 'layers:2,3,5'")
@@ -99,7 +87,7 @@ class BakeOffSettings:
         for strategy in self.strategies:
             if strategy in needs:
                 raise SettingsError(f"the strategy {strategy} needs {needs[strategy]}: name them or leave the strategy out")
-            if strategy in MORE_RANK and self.rank < 2:
+            if strategy in MORE_RANK and self.lora.rank < 2:
                 raise SettingsError(f"the strategy {strategy} keeps half the standard's rank elsewhere, so the rank must be at least 2")
 
     def _missing(self) -> dict[Strategy, str]:
@@ -126,7 +114,7 @@ class Arm:
         placed: Maps and ranks; None for full fine-tuning and the base.
     """
 
-    protocol: Protocol
+    protocol: ArmProtocol
     strategy: Strategy
     seed: int
     components: str
@@ -139,11 +127,7 @@ class Arm:
 
 
 def plan(subject: Any, settings: BakeOffSettings) -> tuple[Arm, ...]:
-    """List all arms, seeds outermost; arms with the same placement and seed are one training listed twice.
-
-    Args:
-        subject: The base `Subject`.
-        settings: What to compare.
+    """List all arms of a base `Subject`, seeds outermost; arms with the same placement and seed are one training listed twice.
 
     Raises:
         SettingsError: A selection does not fit the model, or a placement cannot have the standard's number of parameters.
@@ -164,21 +148,23 @@ def plan(subject: Any, settings: BakeOffSettings) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def _placed(subject: Any, settings: BakeOffSettings, protocol: Protocol, strategy: Strategy, seed: int) -> tuple[Components, Placement]:
+def _placed(
+    subject: Any, settings: BakeOffSettings, protocol: BudgetProtocol, strategy: Strategy, seed: int
+) -> tuple[Components, Placement]:
     """Choose components and ranks of one LoRA arm."""
     everywhere = Components.of_layers(range(subject.anatomy.n_layers))
-    standard = place(subject, everywhere, rank=settings.rank, modules=settings.modules)
+    standard = place(subject, everywhere, rank=settings.lora.rank, modules=settings.lora.lora_modules)
     if strategy == "standard":
         return everywhere, standard
     components = _components(subject.anatomy, settings, strategy, seed)
-    targets = find_targets(subject, components, modules=settings.modules)
-    low = [(target, settings.rank // 2) for target in standard.targets if target not in targets] if strategy in MORE_RANK else []
+    targets = find_targets(subject, components, modules=settings.lora.lora_modules)
+    low = [(target, settings.lora.rank // 2) for target in standard.targets if target not in targets] if strategy in MORE_RANK else []
     if strategy in MORE_RANK and not low:
         raise SettingsError(f"the strategy {strategy} keeps half the rank in other layers than {components}: name some layers, and not all")
     if protocol == "equal_parameters":
         return components, spend(targets, standard.trainable_parameters, fixed=low, what=strategy)
     maps = [*targets, *(target for target, _ in low)]
-    return components, placement(maps, [*[settings.rank] * len(targets), *(rank for _, rank in low)])
+    return components, placement(maps, [*[settings.lora.rank] * len(targets), *(rank for _, rank in low)])
 
 
 def _components(anatomy: Anatomy, settings: BakeOffSettings, strategy: Strategy, seed: int) -> Components:

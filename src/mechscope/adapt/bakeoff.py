@@ -1,14 +1,13 @@
 """The bake-off: is LoRA placed where fine-tuning changed most as good as LoRA everywhere?
 
 Every arm is trained with early stopping, its best checkpoint summarizes the same held-out documents, and the tables compare arms pair by
-pair. An arm that is finished leaves a folder named by the hash of all that determines it; a killed bake-off skips those, continues the arm
+pair. An arm that is finished leaves an artifact named by the hash of all that determines it; a killed bake-off skips those, continues the arm
 it was in at its last checkpoint, and ends with the tables of an undisturbed one. Arms that two protocols share are trained once.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,8 @@ from mechscope.data.prompt import Example, pad_id
 from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
 from mechscope.errors import DataError, ModelError, SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
+from mechscope.store.artifact import Artifact
 from mechscope.store.files import read_json, write_json
 from mechscope.store.hashing import hash_json
 from mechscope.store.tables import read_table, write_table
@@ -67,9 +67,9 @@ class _Contest:
     documents: Sequence[Document]
     prompts: Sequence[tuple[int, ...]]
     settings: BakeOffSettings
-    common: str  # hash of all of the above
+    common: str  # hash of what all arms' results depend on
     base_loss: float
-    progress: Progress | None
+    execution: Execution
 
 
 def bake_off(
@@ -82,7 +82,7 @@ def bake_off(
     settings: BakeOffSettings,
     template: Template | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> BakeOff:
     """Train, score and compare all arms.
 
@@ -90,12 +90,12 @@ def bake_off(
         subject: The base `Subject`, with a tokenizer; its model is not changed.
         train: Examples every arm learns.
         validation: Examples whose loss stops every arm and picks its checkpoint.
-        documents: Held-out documents to summarize; in neither of the above.
+        documents: Held-out documents to summarize, in neither set of examples.
         work: Folder of the finished arms. Adapters stay there (`arms/*/model`), fully tuned weights do not.
         settings: What to compare and how.
         template: The text around article and summary, paper 1's by default; the one the examples were encoded with.
         max_tokens: Most tokens of prompt and summary together; the model's positions by default.
-        progress: Called with ("bake-off", arms done, arms), and within an arm as `tune` and `summarize` do.
+        execution: Progress, called with ("bake-off", arms done, arms), and within an arm as `tune` and `summarize` do.
 
     Raises:
         SettingsError: A placement does not fit the model or the parameter budget; raised before anything is trained.
@@ -113,50 +113,23 @@ def bake_off(
         )
     arms = plan(subject, settings)
     tokenizer = subject.tokenizer
-    prompts = encode_prompts(
-        [document.document for document in documents],
-        tokenizer,
-        decoding=settings.decoding,
-        max_tokens=max_tokens or positions,
-        template=template,
-    )
+    texts = [document.document for document in documents]
+    prompts = encode_prompts(texts, tokenizer, decoding=settings.decoding, max_tokens=max_tokens or positions, template=template)
     examples = [[[example.input_ids, example.summary] for example in group] for group in (train, validation)]
     held_out = [[document.id, document.summary] for document in documents]
     training = settings.training
     collator = Collator(pad_id(tokenizer), training.loss_on)
+    batch = Execution(tokens_per_batch=training.batch_size * max(map(len, validation)))
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=training.bf16):
-        base_loss = mean_loss(
-            subject.model, validation, collator=collator, tokens_per_batch=training.batch_size * max(map(len, validation))
-        )
-    contest = _Contest(
-        subject,
-        train,
-        validation,
-        documents,
-        prompts,
-        settings,
-        hash_json(
-            [
-                subject.fingerprint,
-                examples,
-                held_out,
-                prompts,
-                asdict(training),
-                asdict(settings.decoding),
-                settings.scaling,
-                settings.dropout,
-            ]
-        ),
-        base_loss,
-        progress,
-    )
+        base_loss = mean_loss(subject.model, validation, collator=collator, execution=batch)
+    lora = [settings.lora.lora_scaling, settings.lora.lora_dropout]
+    common = hash_json([subject.fingerprint, examples, held_out, prompts, asdict(training), asdict(settings.decoding), *lora])
+    contest = _Contest(subject, train, validation, documents, prompts, settings, common, base_loss, execution)
     outcomes = []
     for done, arm in enumerate(arms):
-        if progress is not None:
-            progress("bake-off", done, len(arms))
+        execution.told("bake-off", done, len(arms))
         outcomes.append(_outcome(contest, arm, work))
-    if progress is not None:
-        progress("bake-off", len(arms), len(arms))
+    execution.told("bake-off", len(arms), len(arms))
     return BakeOff(
         arms=arms_table(outcomes),
         rouge=rouge_table(outcomes),
@@ -168,41 +141,45 @@ def bake_off(
 
 def _outcome(contest: _Contest, arm: Arm, work: Path) -> Outcome:
     """Read what an arm left, after running it if it has not left everything."""
-    method = "lora" if arm.placed is not None else arm.strategy
-    placed = None if arm.placed is None else asdict(arm.placed)
-    folder = work / "arms" / hash_json([contest.common, method, arm.seed, placed])[:16]
-    if not ranks.by_first((folder / "arm.json").is_file):
-        started = time.monotonic()
-        _run(contest, arm, folder)
-        log.info("bake-off arm %s, %s, seed %d: %.1f s", arm.protocol, arm.strategy, arm.seed, time.monotonic() - started)
-    if arm.strategy == "full" and ranks.is_first():
-        shutil.rmtree(folder / "model", ignore_errors=True)  # a copy of the whole model per seed is not worth its place
-    scores = read_table(folder / "rouge.parquet")
+    request = {
+        "common": contest.common,
+        "method": "lora" if arm.placed is not None else arm.strategy,
+        "seed": arm.seed,
+        "placed": None if arm.placed is None else asdict(arm.placed),
+    }
+    with Artifact(work / "arms", request, replace=True) as artifact:
+        if not artifact.done:
+            started = time.monotonic()
+            _run(contest, arm, artifact)
+            log.info("bake-off arm %s, %s, seed %d: %.1f s", arm.protocol, arm.strategy, arm.seed, time.monotonic() - started)
+    scores = read_table(artifact.path / "rouge.parquet")
     return Outcome(
         arm=arm,
-        facts=read_json(folder / "arm.json"),
-        curve=read_table(folder / "curve.parquet"),
+        facts=read_json(artifact.path / "arm.json"),
+        curve=read_table(artifact.path / "curve.parquet"),
         rouge=scores.drop(columns="summary"),
         summaries=tuple(scores["summary"]),
     )
 
 
-def _run(contest: _Contest, arm: Arm, folder: Path) -> None:
-    """Train one arm, let it summarize, and leave the result; `arm.json` is written last and says that all is there."""
+def _run(contest: _Contest, arm: Arm, artifact: Artifact) -> None:
+    """Train one arm, let it summarize, and write the result."""
     subject, settings = contest.subject, contest.settings
     if arm.trained:
         tuned = tune(
             subject,
             contest.train,
             contest.validation,
-            folder / "model",
+            # a copy of the whole model per seed is not worth its place: it goes with the work folder
+            (artifact.result if arm.placed is not None else artifact.work.folder) / "model",
             method="full" if arm.placed is None else "lora",
             placed=arm.placed,
-            scaling=settings.scaling,
-            dropout=settings.dropout,
-            settings=replace(settings.training, seed=arm.seed),
-            progress=contest.progress,
+            scaling=settings.lora.lora_scaling,
+            dropout=settings.lora.lora_dropout,
+            settings=settings.training,
             initial_loss=contest.base_loss,
+            replace=True,
+            execution=replace(contest.execution, seed=arm.seed),
         )
         model, curve = load_tuned(subject, tuned), tuned.curve
         facts: dict[str, Any] = {
@@ -216,19 +193,17 @@ def _run(contest: _Contest, arm: Arm, folder: Path) -> None:
             "total_parameters": tuned.total_parameters,
         }
     else:
-        model, curve = (
-            subject.model,
-            pd.DataFrame({"step": [0], "tokens": [0], "train_loss": [float("nan")], "validation_loss": [contest.base_loss]}),
-        )
+        model = subject.model
+        curve = pd.DataFrame({"step": [0], "tokens": [0], "train_loss": [float("nan")], "validation_loss": [contest.base_loss]})
         facts = {"rank": "none", "trainable_parameters": 0, "trainable_share": 0.0, "best_loss": contest.base_loss, "best_step": 0}
         facts |= {"tokens_to_best": 0, "stopped_early": False, "total_parameters": total_parameters(subject.model)}
-    written = summarize(model, subject.tokenizer, contest.prompts, decoding=settings.decoding, progress=contest.progress)
+    written = summarize(model, subject.tokenizer, contest.prompts, decoding=settings.decoding, execution=contest.execution)
     scores = rouge(written, [document.summary for document in contest.documents])
     scores.insert(0, "id", [document.id for document in contest.documents])
 
-    def leave() -> None:
-        write_table(curve, folder / "curve.parquet")
-        write_table(scores.assign(summary=written), folder / "rouge.parquet")
-        write_json(facts, folder / "arm.json")
+    def write() -> None:
+        write_table(curve, artifact.result / "curve.parquet")
+        write_table(scores.assign(summary=written), artifact.result / "rouge.parquet")
+        write_json(facts, artifact.result / "arm.json")
 
-    ranks.by_first(leave)
+    ranks.by_first(write)

@@ -88,14 +88,10 @@ def curves_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame:
     """Return one row per protocol, strategy and metric: mean, interval, and paired differences against standard and random.
 
-    Args:
-        outcomes: All arms.
-        seed: Seed of the resampling.
-
     Returns:
-        Fractions with 95 % intervals. A difference is this strategy minus the other; NaN against itself and where the other was not run (the
-        references, outside both protocols, have a standard but no random layers to be compared with). `vs_random` of the circuit is against
-        the random circuits, of all others against the random layers.
+        Fractions with 95 % intervals, resampled with `seed`. A difference is this strategy minus the other; NaN against itself and where the other
+        was not run (the references, outside both protocols, have a standard but no random layers to be compared with). `vs_random` of the circuit
+        is against the random circuits, of all others against the random layers.
     """
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:

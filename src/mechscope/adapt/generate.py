@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,33 +17,14 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from mechscope import ranks
-from mechscope.data.memory import each
-from mechscope.data.prompt import Batch, Example, batches, encode_prompt, pad_id
+from mechscope.data.prompt import Batch, Example, Examples, encode_prompt, pad_id
 from mechscope.data.template import Template
-from mechscope.errors import SettingsError
-from mechscope.progress import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How a summary is written.
-
-    Attributes:
-        beams: Beams of the search; 1 is greedy.
-        no_repeat_ngram: Length of the n-grams that may not occur twice (prompt included, as transformers counts); 0 allows all.
-        max_new_tokens: Tokens after which a summary ends, with or without the end token.
-    """
-
-    beams: int = 1
-    no_repeat_ngram: int = 0
-    max_new_tokens: int = 150
-
-    def __post_init__(self) -> None:
-        if self.beams < 1 or self.max_new_tokens < 1 or self.no_repeat_ngram < 0:
-            raise SettingsError(f"decoding {self}: beams and max_new_tokens are at least 1, no_repeat_ngram at least 0")
-
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.texts import over_texts
+from mechscope.settings.decoding import Decoding
 
 PAPER = Decoding(beams=2, no_repeat_ngram=2, max_new_tokens=150)
+"""How paper 1 (arXiv 2505.17073) decodes."""
 
 
 def encode_prompts(
@@ -67,13 +48,7 @@ def encode_prompts(
 
 @torch.no_grad()
 def summarize(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    decoding: Decoding,
-    tokens_per_batch: int = 16384,
-    progress: Progress | None = None,
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, decoding: Decoding, execution: Execution = Execution()
 ) -> list[str]:
     """Continue prompts until the end token; several ranks share them.
 
@@ -82,8 +57,7 @@ def summarize(
         tokenizer: Turns tokens into text, and names the end token.
         prompts: Token ids, for example from `encode_prompts`.
         decoding: How to search and when to stop.
-        tokens_per_batch: Most prompt tokens of a batch, padding included and counted once per beam.
-        progress: Called with ("summaries", prompts done, prompts).
+        execution: Tokens of a batch (16,384 by default; of prompts, each counted once per beam), progress, called with ("summaries", prompts done, prompts).
 
     Returns:
         One summary per prompt, in the order given, without surrounding white space.
@@ -95,19 +69,18 @@ def summarize(
     written: dict[int, str] = {}
     # the prompts' places travel through the length-sorted batches as their ids
     waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
-    per_batch = max(tokens_per_batch // decoding.beams, 1)
+    texts = Examples(waiting, pad_id(tokenizer), padding="left")
+    per_beam = replace(execution, tokens_per_batch=max(execution.tokens(16384) // decoding.beams, 1))
 
     def answered(batch: Batch) -> dict[int, str]:
         ids = batch.input_ids.to(device)
         answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return {int(example.id): text.strip() for example, text in zip(batch.examples, texts, strict=True)}
+        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return {int(example.id): text.strip() for example, text in zip(batch.examples, decoded, strict=True)}
 
     with _plain_decoding(model, tokenizer, decoding):
-        for texts in each(answered, ranks.own(batches(waiting, tokens_per_batch=per_batch, pad_id=pad_id(tokenizer), padding="left"))):
-            written |= texts
-            if progress is not None:
-                progress("summaries", min(len(written) * ranks.size(), len(prompts)), len(prompts))
+        for _, summaries in over_texts(texts, answered, per_beam, tokens=1, label="summaries", dealt=True):
+            written |= summaries
     everyone = {place: text for part in ranks.exchange(written) for place, text in part.items()}
     return [everyone[place] for place in range(len(prompts))]
 

@@ -24,7 +24,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from mechscope.adapt.targets import Modules, Placement, Target, place
+from mechscope.adapt.targets import Placement, Target, place
+from mechscope.choices import LoraModules
 from mechscope.errors import ModelError, SettingsError
 from mechscope.subject.components import Components
 
@@ -36,7 +37,7 @@ def attach(
     where: Components | Placement,
     *,
     rank: int = 8,
-    modules: Modules = "attention",
+    modules: LoraModules = "attention",
     scaling: float = 2.0,
     dropout: float = 0.0,
     seed: int = 0,
@@ -99,9 +100,7 @@ def lora_config(placed: Placement, *, scaling: float = 2.0, dropout: float = 0.0
 def base_copy(subject: Any, *, share_weights: bool = False) -> Any:
     """Return a copy of the subject's plain model whose structure can be changed freely.
 
-    Args:
-        subject: The `Subject` to copy.
-        share_weights: Give the copy the original's storage (frozen parameters) instead of its own.
+    With `share_weights` it has the original's storage (frozen parameters) instead of its own.
 
     Raises:
         ModelError: The subject carries an adapter, so its plain model is not plain.

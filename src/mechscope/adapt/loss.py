@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechscope import ranks
-from mechscope.data.memory import each
-from mechscope.data.prompt import Batch, Example, batches, collate
+from mechscope.choices import LossOn
+from mechscope.data.prompt import Batch, Example, Examples, collate
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.texts import over_texts
 
-LossOn = Literal["summary", "all"]
 IGNORED = -100  # the label that Hugging Face leaves out of a loss
 NOTHING = Example("", (0,), (0, 0), (0, 0), False)  # fills a batch up: no token of it is predicted or counted
 
@@ -58,26 +59,21 @@ def summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Float[Tens
     rows = torch.zeros_like(labels, dtype=torch.bool)
     rows[:, :-1] = labels[:, 1:] != IGNORED  # row t predicts token t + 1
     # the padding stands to the right of every real token, where causal attention never looks: without a mask the fast kernels apply
-    output: Any = model(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        logits_to_keep=rows,
-        use_cache=False,
-    )
+    output: Any = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], logits_to_keep=rows, use_cache=False)
     logits = output.logits.float() if output.logits.dtype in (torch.bfloat16, torch.float16) else output.logits
     targets = labels[:, 1:][rows[:, :-1]]
     return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collator, tokens_per_batch: int = 8192) -> float:
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collator, execution: Execution = Execution()) -> float:
     """Return the token-weighted loss of a set of examples, in nats per token; several ranks share them.
 
     Args:
         model: A causal language model; left in evaluation mode.
         examples: Encoded documents with summaries.
         collator: Which tokens count.
-        tokens_per_batch: Most tokens of a forward pass, padding included.
+        execution: Tokens of a batch (8,192 by default).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -87,7 +83,7 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collat
         return float(loss), tokens
 
     total, count = 0.0, 0
-    for loss, tokens in each(summed, ranks.own(batches(examples, tokens_per_batch=tokens_per_batch, pad_id=collator.pad_id))):
+    for _, (loss, tokens) in over_texts(Examples(examples, collator.pad_id), summed, execution, tokens=8192, dealt=True):
         total += loss
         count += tokens
     parts = ranks.exchange((total, count))

@@ -42,12 +42,6 @@ def random_circuit(circuit: Components, n_layers: int, n_heads: int, seed: int) 
     Where every layer has all or none of its heads, so that no layer has others to offer, the numbers of heads are dealt to the layers anew. Heads that
     share a key/value head cost less than heads that do not, so with grouped queries the trainable parameters at equal rank can differ a little.
 
-    Args:
-        circuit: Heads and MLPs.
-        n_layers: Layers of the model.
-        n_heads: Query heads of a layer.
-        seed: Seed of the draw.
-
     Raises:
         SettingsError: There is no other circuit of that shape: it has all heads or none, and all MLPs or none.
     """

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mechscope.choices import LoraModules
 from mechscope.errors import SettingsError
 from mechscope.subject.anatomy import Block, Slice, is_conv1d, oriented_weight
 from mechscope.subject.components import Components
-
-Modules = Literal["attention", "mlp", "all"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Placement:
         return str(low) if low == high else f"{low}-{high}"
 
 
-def find_targets(subject: Any, components: Components, *, modules: Modules = "attention") -> tuple[Target, ...]:
+def find_targets(subject: Any, components: Components, *, modules: LoraModules = "attention") -> tuple[Target, ...]:
     """List the linear maps that a selection of components frees.
 
     Args:
@@ -97,23 +96,18 @@ def find_targets(subject: Any, components: Components, *, modules: Modules = "at
     components.validate(anatomy)
     whole = set(components.layers) if modules in ("attention", "all") else set()
     mlps = set(components.mlps) | (set(components.layers) if modules in ("mlp", "all") else set())
-    found: list[Target] = []
+    targets: list[Target] = []
     for layer, block in enumerate(anatomy.blocks):
         heads = None if layer in whole else [head for number, head in components.heads if number == layer]
         if heads is None or heads:
-            found.extend(_attention_targets(block, heads))
+            targets.extend(_attention_targets(block, heads))
         if layer in mlps:
-            found.extend(_mlp_targets(subject.plain, block))
-    return tuple(found)
+            targets.extend(_mlp_targets(subject.plain, block))
+    return tuple(targets)
 
 
 def place(
-    subject: Any,
-    components: Components,
-    *,
-    rank: int = 8,
-    ranks: Mapping[str, int] | None = None,
-    modules: Modules = "attention",
+    subject: Any, components: Components, *, rank: int = 8, ranks: Mapping[str, int] | None = None, modules: LoraModules = "attention"
 ) -> Placement:
     """Give every target of a selection a rank.
 
@@ -122,7 +116,7 @@ def place(
         components: What learns.
         rank: Rank of every map that `ranks` does not name.
         ranks: Rank by module path.
-        modules: What a whole layer means; see `find_targets`.
+        modules: What a whole layer means: `"attention"`, `"mlp"` or `"all"`.
 
     Raises:
         SettingsError: A rank is below one, more than its slice can hold, or given for a map that is not among the targets.

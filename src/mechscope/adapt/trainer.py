@@ -1,7 +1,7 @@
 """The Hugging Face Trainer, bent where summarization needs it.
 
 Three things differ from the stock Trainer. The loss is computed on the rows that predict a summary token, so no other row meets the
-vocabulary. Validation is weighted by token instead of averaging batch means. And nothing is printed, reported or asked of a model hub: progress
+vocabulary. Validation is weighted by token instead of averaging batch means. And nothing is printed, or exchanged with a model hub: progress
 goes to a callback. Checkpoints, resuming, early stopping, mixed precision and the schedule are the Trainer's own.
 
 Several ranks share every batch, so that `batch_size` means the same however many there are; gradients are averaged by the Trainer (DDP, or what
@@ -34,10 +34,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from mechscope import ranks
 from mechscope.adapt.loss import NOTHING, Collator, mean_loss, summed_loss
-from mechscope.adapt.settings import Method, TrainSettings
+from mechscope.choices import TuningMethod
 from mechscope.data.prompt import Example
 from mechscope.errors import RunError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
+from mechscope.settings.training import TrainSettings
 
 # the trainer names a checkpoint's state so, and writes it last: a checkpoint that has it whole is whole
 STATE = "trainer_state.json"
@@ -48,7 +49,7 @@ class Order(Sampler[int]):
     """The order of the examples in an epoch, the same for any number of ranks.
 
     Several ranks need as many rows each, so the last batch is filled up with an example of which nothing is learned or counted, the one behind the last.
-    Left to itself accelerate fills it with other examples, learned once more, and what is learned would depend on the number of ranks.
+    accelerate would fill it with other examples, learned once more, so that the result would depend on the number of ranks.
     """
 
     def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
@@ -101,7 +102,9 @@ class SummaryTrainer(Trainer):
             loss = self.initial_loss
         else:
             with self.compute_loss_context_manager():
-                loss = mean_loss(self.model, self.validation, collator=self.collator, tokens_per_batch=self.tokens_per_batch)
+                loss = mean_loss(
+                    self.model, self.validation, collator=self.collator, execution=Execution(tokens_per_batch=self.tokens_per_batch)
+                )
         if not math.isfinite(loss):
             raise RunError(diverged(f"the validation loss became {loss} at step {self.state.global_step}"))
         metrics = {"eval_loss": loss}
@@ -129,10 +132,10 @@ class SummaryTrainer(Trainer):
 
 
 class Reporter(TrainerCallback):
-    """Tells a progress callback the steps done, and logs the last step's training loss even off the rhythm."""
+    """Reports the steps done, and logs the last step's training loss even between two evaluations."""
 
-    def __init__(self, progress: Progress | None, label: str) -> None:
-        self.progress = progress
+    def __init__(self, execution: Execution, label: str) -> None:
+        self.execution = execution
         self.label = label
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -146,8 +149,7 @@ class Reporter(TrainerCallback):
             control.should_log = True
 
     def _report(self, state: Any) -> None:
-        if self.progress is not None:
-            self.progress(self.label, state.global_step, state.max_steps)
+        self.execution.told(self.label, state.global_step, state.max_steps)
 
 
 def build_trainer(
@@ -157,7 +159,8 @@ def build_trainer(
     work: Path,
     *,
     settings: TrainSettings,
-    method: Method,
+    method: TuningMethod,
+    seed: int,
     pad_id: int,
     first_time: bool,
     callbacks: Sequence[TrainerCallback] = (),
@@ -171,6 +174,7 @@ def build_trainer(
         work: Folder of the checkpoints.
         settings: How to train.
         method: Which learning rate applies.
+        seed: Seed of the order of examples and of dropout.
         pad_id: Token id of the padding.
         first_time: Whether the training starts at step 0, so that the untrained loss is still to be measured.
         callbacks: The trainer's own kind of callbacks.
@@ -191,8 +195,8 @@ def build_trainer(
         lr_scheduler_type=_SCHEDULES[settings.schedule],
         warmup_steps=settings.warmup,
         bf16=settings.bf16,
-        seed=settings.seed,
-        data_seed=settings.seed,
+        seed=seed,
+        data_seed=seed,
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=first_time,
@@ -215,7 +219,7 @@ def build_trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # data parallelism over all visible devices is not what was asked for
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no data parallelism over all visible devices
     widest = max(len(example) for example in (*train, *validation))
     return SummaryTrainer(
         model,
@@ -271,7 +275,7 @@ def finished(state: dict[str, Any], settings: TrainSettings) -> bool:
 
 
 def diverged(what: str) -> str:
-    """Word the error of a training that ran away."""
+    """Word the error of a training that diverged."""
     return f"{what}: lower the learning rate, add warm-up, or check the documents; nothing was saved"
 
 

@@ -1,15 +1,13 @@
 """Fine-tuning on summaries: full or LoRA, stopped early, resumable, saved whole or not at all.
 
-`tune` trains a copy of the subject's model and keeps the checkpoint with the best validation loss. While it runs, a hidden folder beside the
-result holds the trainer's checkpoints. A killed training continues there and ends with the weights an undisturbed one has (bit-equal on a
-CPU), because optimizer, schedule, order of examples and random generators are all restored. A result that is already there and was made
-from the same request is returned, not made again.
+`tune` trains a copy of the subject's model and keeps the checkpoint with the best validation loss. Its result is an artifact (see
+`mechscope.store.artifact`), in whose work folder the trainer keeps its checkpoints. A killed training continues there and ends with the weights
+an undisturbed one has (bit-equal on a CPU), because optimizer, schedule, order of examples and random generators are all restored.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +21,14 @@ from safetensors import SafetensorError
 
 from mechscope import ranks
 from mechscope.adapt.lora import attach, base_copy, leak, total_parameters
-from mechscope.adapt.settings import Method, TrainSettings, check_batch_size
 from mechscope.adapt.targets import Placement
 from mechscope.adapt.trainer import Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
+from mechscope.choices import TuningMethod
 from mechscope.data.prompt import Example, pad_id
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
+from mechscope.settings.training import TrainSettings
+from mechscope.store.artifact import Artifact
 from mechscope.store.files import read_json, refusal, write_json
 from mechscope.store.hashing import hash_json
 
@@ -58,7 +58,7 @@ class Tuned:
     """
 
     path: Path
-    method: Method
+    method: TuningMethod
     rank: str
     curve: pd.DataFrame
     best_loss: float
@@ -77,7 +77,7 @@ class Tuned:
         Raises:
             RunError: The folder holds no readable `training.json`.
         """
-        result = read_json(path / RECORD)["result"]
+        result = read_json(path / RECORD)
         curve = pd.DataFrame(result.pop("curve")).astype({"train_loss": float})
         return cls(path=path, curve=curve, **result)
 
@@ -88,13 +88,14 @@ def tune(
     validation: Sequence[Example],
     out: Path,
     *,
-    method: Method = "full",
+    method: TuningMethod = "full",
     placed: Placement | None = None,
     scaling: float = 2.0,
     dropout: float = 0.0,
     settings: TrainSettings | None = None,
-    progress: Progress | None = None,
     initial_loss: float | None = None,
+    replace: bool = False,
+    execution: Execution = Execution(),
 ) -> Tuned:
     """Fine-tune a copy of a model on summaries and save the best checkpoint.
 
@@ -108,8 +109,9 @@ def tune(
         scaling: LoRA's α/r.
         dropout: LoRA's dropout.
         settings: How to train.
-        progress: Called with ("training", steps done, steps at most).
         initial_loss: The base's validation loss if known already (many trainings of one base); otherwise it is measured.
+        replace: Put the result in the place of a training with other settings, data or base model, which is otherwise refused.
+        execution: Seed of the order of examples, of dropout and of the adapter's start; progress, called with ("training", steps done, steps at most).
 
     Returns:
         What was reached, with the learning curve.
@@ -120,7 +122,7 @@ def tune(
         RunError: The folder is taken by something else or cannot be written, or the loss is no longer a number.
     """
     settings = settings or TrainSettings()
-    check_batch_size(settings.batch_size)
+    settings.check_ranks()
     if (method == "lora") is (placed is None):
         raise SettingsError(
             f"method {method!r} {'needs' if method == 'lora' else 'takes no'} placement: LoRA is placed, full fine-tuning changes everything"
@@ -138,46 +140,27 @@ def tune(
         "scaling": scaling,
         "dropout": dropout,
         "settings": asdict(settings),
+        "seed": execution.seed,
         "examples": [_digest(train), _digest(validation)],
     }
-    request_hash = hash_json(request)
-    work = out.absolute().with_name(f".{out.name}.work")
-    if ranks.by_first(lambda: _begun(out, work, request_hash)):
-        return Tuned.read(out)
-    try:
-        try:
-            model_facts = _train(subject, train, validation, work, method, placed, scaling, dropout, settings, progress, initial_loss)
-        except RunError:
-            if ranks.is_first():
-                shutil.rmtree(work, ignore_errors=True)  # a diverged training would diverge again
-            raise
-        ranks.wait()  # each rank keeps its random generators' state in the folder that goes now
-        ranks.by_first(lambda: _publish(work, out, request, request_hash, subject.tokenizer, settings, model_facts))
-    except (OSError, SafetensorError) as error:
-        raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
+    with Artifact(out.parent, request, name=out.name, replace=replace) as artifact:
+        if not artifact.done:
+            work = artifact.work.path("trainer")
+            try:
+                try:
+                    facts = _train(subject, train, validation, work, method, placed, scaling, dropout, settings, execution, initial_loss)
+                except RunError:
+                    if ranks.is_first():
+                        artifact.work.discard()  # a diverged training would diverge again
+                    raise
+                ranks.by_first(lambda: _write_best(work, artifact.result, subject.tokenizer, facts))
+            except (OSError, SafetensorError) as error:
+                raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     return Tuned.read(out)
 
 
-def _begun(out: Path, work: Path, request_hash: str) -> bool:
-    """Tell whether the result is there already; otherwise take the work folder."""
-    if out.exists():
-        _already_there(out, request_hash)
-        shutil.rmtree(work, ignore_errors=True)  # a kill between the result's renaming and this line leaves it
-        return True
-    try:
-        _claim(work, request_hash)
-    except OSError as error:
-        raise refusal(out, error) from error
-    return False
-
-
 def load_tuned(subject: Any, tuned: Tuned) -> Any:
-    """Return the tuned model, ready for use; an adapter is put on a view of the base's own weights, so do not merge it.
-
-    Args:
-        subject: The base `Subject` that was tuned.
-        tuned: What `tune` returned.
-    """
+    """Return what `tune` made of a base, ready for use; an adapter is put on a view of the base's own weights, so do not merge it."""
     with undisturbed():
         if tuned.method == "lora":
             model: Any = PeftModel.from_pretrained(base_copy(subject, share_weights=True), tuned.path)
@@ -191,12 +174,12 @@ def _train(
     train: Sequence[Example],
     validation: Sequence[Example],
     work: Path,
-    method: Method,
+    method: TuningMethod,
     placed: Placement | None,
     scaling: float,
     dropout: float,
     settings: TrainSettings,
-    progress: Progress | None,
+    execution: Execution,
     initial_loss: float | None,
 ) -> dict[str, Any]:
     """Train up to the last checkpoint in `work`, from the one that is there if there is one, and count parameters."""
@@ -216,7 +199,7 @@ def _train(
         if placed is None:
             model: Any = base_copy(subject).float().requires_grad_(True)
         else:
-            model = attach(subject, placed, scaling=scaling, dropout=dropout, seed=settings.seed, share_weights=True)
+            model = attach(subject, placed, scaling=scaling, dropout=dropout, seed=execution.seed, share_weights=True)
         trainer = build_trainer(
             model,
             train,
@@ -224,9 +207,10 @@ def _train(
             work,
             settings=settings,
             method=method,
+            seed=execution.seed,
             pad_id=0 if subject.tokenizer is None else pad_id(subject.tokenizer),
             first_time=checkpoint is None,
-            callbacks=[Reporter(progress, "training")],
+            callbacks=[Reporter(execution, "training")],
         )
         trainer.initial_loss = initial_loss
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -235,10 +219,8 @@ def _train(
     return facts
 
 
-def _publish(
-    work: Path, out: Path, request: dict[str, Any], request_hash: str, tokenizer: Any, settings: TrainSettings, facts: dict[str, Any]
-) -> None:
-    """Turn the best checkpoint into the result and remove the work folder."""
+def _write_best(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any]) -> None:
+    """Write the best checkpoint and what was reached into the result's folder."""
     last = last_checkpoint(work)
     state = None if last is None else read_state(last)
     if state is None:
@@ -255,14 +237,11 @@ def _publish(
         "stopped_early": state["global_step"] < state["max_steps"],
         "curve": [{key: None if math.isnan(value) else value for key, value in row.items()} for row in curve.to_dict("records")],
     }
-    folder = work / "result"
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)  # what a kill left half copied
     shutil.copytree(work / f"checkpoint-{state['best_global_step']}", folder, ignore=shutil.ignore_patterns(*_NOT_RESULT))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_json({"request": request, "request_hash": request_hash, "result": result}, folder / RECORD)
-    os.rename(folder, out)
-    shutil.rmtree(work)
+    write_json(result, folder / RECORD)
 
 
 def _curve(history: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -279,26 +258,6 @@ def _curve(history: Sequence[dict[str, Any]]) -> pd.DataFrame:
         if "eval_loss" in entry
     ]
     return pd.DataFrame(rows)
-
-
-def _claim(work: Path, request_hash: str) -> None:
-    """Take the work folder, or find it taken by this very request."""
-    owner = work / "request.json"
-    if owner.is_file():
-        if read_json(owner) != request_hash:
-            raise SettingsError(
-                f"{work} holds an unfinished training with other settings or data: delete it, or choose another output folder"
-            )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(request_hash, owner)
-
-
-def _already_there(out: Path, request_hash: str) -> None:
-    if not (out / RECORD).is_file():
-        raise RunError(f"{out} exists already and is not a training of mechscope: choose another output folder")
-    if read_json(out / RECORD)["request_hash"] != request_hash:
-        raise RunError(f"{out} holds a training with other settings, data or base model: choose another output folder, or delete it")
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -16,10 +16,10 @@ from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import Place, edits_of, places, places_of
 from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of
+from mechscope.instrument import CachedRun
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -35,9 +35,7 @@ def ablate(
     mode: Mode = "each",
     metric: str = "loss",
     components: Components | str | None = None,
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Ablate places one at a time, or all but one at a time, on the clean texts.
 
@@ -49,9 +47,7 @@ def ablate(
         mode: `each` leaves one out, `keep` keeps only one (of the places considered).
         metric: `loss`, `logit-diff`, `probability` or `kl`.
         components: Only these.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         One row per place.
@@ -61,10 +57,10 @@ def ablate(
     """
     if mode not in ("each", "keep"):
         raise SettingsError(f"mode {mode!r} is not known: use each (leave one out) or keep (keep only one)")
-    where = _where(subject.anatomy, sites, components)
+    where = ablated_places(subject.anatomy, sites, components)
     sets = [(place,) for place in where] if mode == "each" else [tuple(other for other in where if other != place) for place in where]
-    values, unchanged = _ablated(subject, pairs, sets, source, metric, tokens_per_batch, progress)
-    return effects([place_columns(place) for place in where], values, unchanged, metric=metric, seed=seed, mode=mode)
+    values, unchanged = _ablated(subject, pairs, sets, source, metric, execution)
+    return effects([place_columns(place) for place in where], values, unchanged, metric=metric, seed=execution.seed, mode=mode)
 
 
 def ablate_together(
@@ -74,20 +70,29 @@ def ablate_together(
     *,
     source: str | Source = "zero",
     metric: str = "loss",
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
-    """Ablate whole sets of components, one set at a time; arguments as for `ablate`.
+    """Ablate whole sets of components, one set at a time.
+
+    Args:
+        subject: The model.
+        pairs: The texts; only the clean ones are run, and the corrupt ones where they are the source.
+        sets: Components ablated together.
+        source: `zero`, `resample`, `corrupt`, or a `Mean` from `mean_of`.
+        metric: `loss`, `logit-diff`, `probability` or `kl`.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         One row per set; `component` is the set's text form.
+
+    Raises:
+        MechscopeError: Texts, components or metric do not fit the model or each other.
     """
     parsed = [Components.parse(chosen) if isinstance(chosen, str) else chosen for chosen in sets]
     changed = [places_of(chosen, subject.anatomy) for chosen in parsed]
-    values, unchanged = _ablated(subject, pairs, changed, source, metric, tokens_per_batch, progress)
+    values, unchanged = _ablated(subject, pairs, changed, source, metric, execution)
     rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for chosen in parsed]
-    return effects(rows, values, unchanged, metric=metric, seed=seed)
+    return effects(rows, values, unchanged, metric=metric, seed=execution.seed)
 
 
 def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int = 0) -> list[Components]:
@@ -117,43 +122,41 @@ def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int =
     ]
 
 
-def _where(anatomy: Anatomy, sites: Sequence[str], components: Components | str | None) -> list[Place]:
-    """List the places of all sites; components that one site does not have may belong to another."""
-    found: list[Place] = []
+def ablated_places(anatomy: Anatomy, sites: Sequence[str], components: Components | str | None) -> list[Place]:
+    """List the places of all sites; components that one site does not have may belong to another.
+
+    Raises:
+        SettingsError: A site is not known, a component does not exist, or nothing is left to ablate.
+    """
+    where: list[Place] = []
     failed: SettingsError | None = None
     for site in sites:
         try:
-            found += places(anatomy, site, components)
+            where += places(anatomy, site, components)
         except SettingsError as error:
             failed = error
             if components is None or len(sites) == 1:
                 raise
-    if not found:
+    if not where:
         raise failed or SettingsError("no site was given: name at least one, such as head")
-    return found
+    return where
 
 
 def _ablated(
-    subject: Subject,
-    pairs: Pairs,
-    sets: Sequence[Sequence[Place]],
-    source: str | Source,
-    metric: str,
-    tokens_per_batch: int,
-    progress: Progress | None,
+    subject: Subject, pairs: Pairs, sets: Sequence[Sequence[Place]], source: str | Source, metric: str, execution: Execution
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric of every ablated run and of the whole model."""
     check_fits(subject, pairs)
-    taken = source_named(source)
+    replacement = source_named(source)
     sites = {place.site for chosen in sets for place in chosen}
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def ablated(batch: PairBatch) -> dict[str, np.ndarray]:
-        clean = Prefix(subject, batch.clean, batch.real, sites=sites)
+        clean = CachedRun(subject, batch.clean, batch.real, sites=sites)
         runs = Runs(clean, metric_of(metric, batch, clean))
-        value = taken.bind(subject, batch, sites, {"clean": clean})
+        value = replacement.bind(subject, batch, sites, {"clean": clean})
         units = [edits_of(chosen, value) for chosen in sets]
         return {"unchanged": runs.unchanged(), "ablated": runs.of(units, progress=gathered.step)}
 
-    gathered.run(ablated, tokens_per_batch, label="ablating", progress=progress, units=len(sets))
+    gathered.run(ablated, execution, tokens=1024, label="ablating", units=len(sets))
     return gathered["ablated"], gathered["unchanged"]

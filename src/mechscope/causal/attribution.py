@@ -29,11 +29,11 @@ from mechscope.causal.places import Place, places
 from mechscope.causal.sources import source_named
 from mechscope.data.metrics import Metric
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of, score
 from mechscope.errors import SettingsError
-from mechscope.instrument import AttentionCall, Gradients, Prefix, Reading, attend, gradients, unembed
+from mechscope.instrument import AttentionCall, CachedRun, Gradients, Reading, attend, gradients, unembed
 from mechscope.instrument.edits import HEAD_SITES
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of, score
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
 from mechscope.subject.placement import sent
 
@@ -41,7 +41,7 @@ from mechscope.subject.placement import sent
 _ROWS = 256
 
 
-def attribute(
+def attribution_patch(
     subject: Subject,
     pairs: Pairs,
     *,
@@ -53,26 +53,23 @@ def attribute(
     softmax: bool = False,
     grad_drop: bool = False,
     check: int = 0,
-    tokens_per_batch: int = 2048,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Estimate the effect of patching every place of a site.
 
     Args:
         subject: The model.
         pairs: Clean and corrupt prompts.
-        site: As for `patch`.
+        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual` or `embedding`.
         direction: `denoise` or `noise`.
         metric: `logit-diff`, `probability` or `loss`; the gradient of `kl` is zero in the clean run, so there it needs `denoise`.
-        positions: As for `patch`.
+        positions: Tokens that are patched: `all`, `last`, `changed`, a segment's name, a position or several; `each` makes one row per
+            position, a list of names one row per name.
         components: Only these.
         softmax: For sites `query` and `key`: compute attention again instead of linearising the softmax.
         grad_drop: Average absolute effects over backward passes that each leave out one layer; effects are then not signed.
         check: Also patch this many places exactly, drawn at random.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        seed: Seed of the bootstrap and of the places to check.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (2,048 by default), seed (of the bootstrap and of the places to check), progress.
 
     Returns:
         One row per place and set of positions. With `check`, a column `exact` (NaN where not measured) and the notes `correlation` (Pearson),
@@ -92,56 +89,41 @@ def attribute(
         raise SettingsError("grad_drop leaves out one layer at a time, and this model has only one: leave grad_drop out")
     check_fits(subject, pairs)
     labels = position_labels(positions, pairs)
-    gathered = Gathered(pairs)
-    checked = _drawn(len(where) * len(labels), check, seed)
+    gathered = PerText(pairs)
+    checked = _drawn(len(where) * len(labels), check, execution.seed)
     given, changed = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
 
     def estimated(batch: PairBatch) -> dict[str, np.ndarray]:
-        kept = {where[0].site} if checked else set()
-        runs = {given: Prefix(subject, getattr(batch, given), batch.real, sites={where[0].site})}
+        recorded = {where[0].site} if checked else set()
+        runs = {given: CachedRun(subject, getattr(batch, given), batch.real, sites={where[0].site})}
         if metric == "kl" or checked:
-            runs.setdefault("clean", Prefix(subject, batch.clean, batch.real, sites=kept))
+            runs.setdefault("clean", CachedRun(subject, batch.clean, batch.real, sites=recorded))
         judged = metric_of(metric, batch, runs.get("clean", runs[given]))
-        found = gradients(
-            subject,
-            getattr(batch, changed).to(subject.device),
-            batch.real.to(subject.device),
-            where[0].site,
-            Reading.of(judged.where),
-            partial(_scored, subject, judged),
-            drop=grad_drop,
-        )
-        unchanged = found.score.double().cpu().numpy()
+        ids, real = getattr(batch, changed).to(subject.device), batch.real.to(subject.device)
+        backward = gradients(subject, ids, real, where[0].site, Reading.of(judged.where), partial(_scored, subject, judged), drop=grad_drop)
+        unchanged = backward.score.double().cpu().numpy()
         sets = list(position_masks(positions, batch, pairs))
-        estimate = _estimates(found, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
+        estimate = _estimates(backward, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
         values = estimate + unchanged
         values[np.stack([absent for _, _, absent in sets] * len(where))] = np.nan
         measured = {changed: unchanged, given: Runs(runs[given], judged).unchanged(), "estimate": values}
         if checked:
-            value = source_named(given).bind(subject, batch, kept, runs)
-            base = runs[changed] if changed in runs else Prefix(subject, getattr(batch, changed), batch.real, sites=kept)
-            units = [
-                where[at // len(sets)].edit(value(where[0].site, where[at // len(sets)].layer), sets[at % len(sets)][1]) for at in checked
-            ]
+            value = source_named(given).bind(subject, batch, recorded, runs)
+            base = runs[changed] if changed in runs else CachedRun(subject, getattr(batch, changed), batch.real, sites=recorded)
+            changes = [(where[at // len(sets)], sets[at % len(sets)][1]) for at in checked]
+            units = [(place.edit(value(place.site, place.layer), mask),) for place, mask in changes]
             whole = Runs(base, judged)  # its own unchanged run: the differentiated one may round differently
-            exact = whole.of([(unit,) for unit in units]) - whole.unchanged()
+            exact = whole.of(units) - whole.unchanged()
             exact[np.stack([sets[at % len(sets)][2] for at in checked])] = np.nan  # no such position: nothing was patched
             measured["exact"] = exact
         return measured
 
-    gathered.run(estimated, tokens_per_batch, label=f"attributing {where[0].site}", progress=progress)
+    gathered.run(estimated, execution, tokens=2048, label=f"attributing {where[0].site}")
     rows = [place_columns(place, label) for place in where for label in labels]
-    result = effects(
-        rows,
-        gathered["estimate"],
-        gathered[changed],
-        metric=metric,
-        clean=gathered["clean"],
-        corrupt=gathered["corrupt"],
-        seed=seed,
-        direction=direction,
-        method="attribution" + (" with softmax" if softmax else "") + (" with grad_drop" if grad_drop else ""),
-    )
+    estimate, unchanged, clean, corrupt = (gathered[name] for name in ("estimate", changed, "clean", "corrupt"))
+    method = "attribution" + (" with softmax" if softmax else "") + (" with grad_drop" if grad_drop else "")
+    notes = {"direction": direction, "method": method}
+    result = effects(rows, estimate, unchanged, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, **notes)
     return _with_exact(result, checked, gathered["exact"], absolute=grad_drop) if checked else result
 
 
@@ -167,25 +149,23 @@ def _drawn(n: int, check: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(n, min(check, n), replace=False).tolist()) if check else []
 
 
-def _estimates(found: Gradients, source: Prefix, where: Sequence[Place], masks: Sequence[Tensor], *, softmax: bool) -> np.ndarray:
+def _estimates(backward: Gradients, source: CachedRun, where: Sequence[Place], masks: Sequence[Tensor], *, softmax: bool) -> np.ndarray:
     """Return (place × set of positions, batch), places outermost."""
     site = where[0].site
     rows: dict[int, Tensor] = {}  # (mask, batch, component) by layer
     for layer in sorted({place.layer for place in where}):
         if softmax:
-            rows[layer] = torch.stack([_by_softmax(found, source, site, layer, mask) for mask in masks])
+            rows[layer] = torch.stack([_by_softmax(backward, source, site, layer, mask) for mask in masks])
         else:
-            parts = [_by_token(source, site, layer, found.values[layer], one[layer]) for one in found.gradients]
+            parts = [_by_token(source, site, layer, backward.values[layer], one[layer]) for one in backward.gradients]
             pooled = torch.stack([_pooled(part, masks) for part in parts])
             rows[layer] = pooled[0] if len(parts) == 1 else _averaged(pooled, site)
-    columns = [
-        0 if place.head is None and place.feature is None else place.head if place.head is not None else place.feature for place in where
-    ]
-    taken = [rows[place.layer][:, :, column] for place, column in zip(where, columns, strict=True)]
-    return torch.cat([one.to(taken[0].device) for one in taken]).double().cpu().numpy()
+    columns = [place.head if place.head is not None else place.feature or 0 for place in where]
+    estimates = [rows[place.layer][:, :, column] for place, column in zip(where, columns, strict=True)]
+    return torch.cat([one.to(estimates[0].device) for one in estimates]).double().cpu().numpy()
 
 
-def _by_token(source: Prefix, site: str, layer: int, value: Tensor, gradient: Tensor) -> Tensor:
+def _by_token(source: CachedRun, site: str, layer: int, value: Tensor, gradient: Tensor) -> Tensor:
     """Return (source − value) · gradient, per text, token and component: ``(batch, token, component)``."""
     given = source.recording[site, layer].to(value.device)
     if site in HEAD_SITES and site != "pattern":
@@ -213,10 +193,10 @@ def _averaged(pooled: Tensor, site: str) -> Tensor:
     return pooled.abs().sum(0) / (len(pooled) - (site not in ("embedding", "residual")))
 
 
-def _by_softmax(found: Gradients, source: Prefix, site: str, layer: int, mask: Tensor) -> Tensor:
+def _by_softmax(backward: Gradients, source: CachedRun, site: str, layer: int, mask: Tensor) -> Tensor:
     """Return (z with patched queries or keys − z) · ∂metric/∂z: ``(batch, head)``."""
-    call: AttentionCall = found.calls[layer]
-    z, passes = found.z[layer]
+    call: AttentionCall = backward.calls[layer]
+    z, passes = backward.z[layer]
     own: Tensor = getattr(call, site)
     given = source.recording[site, layer].transpose(1, 2)
     given = given.repeat_interleave(call.query.shape[1] // given.shape[1], dim=1)

@@ -24,10 +24,10 @@ from mechscope.causal.effects import Effects, effects
 from mechscope.causal.parts import Index, Part, parts_of, set_of
 from mechscope.causal.places import edits_of
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, Runs, check_fits, fetched, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, fetched, metric_of
+from mechscope.instrument import CachedRun
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Pair, Subject
 from mechscope.subject.anatomy import base_layer
 
@@ -43,9 +43,7 @@ def cross_patch(
     sets: Sequence[Components | str] = (),
     by: By = "activations",
     metric: str = "loss",
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> dict[Into, Effects]:
     """Exchange components between a base and a tuned model, one at a time, in both directions.
 
@@ -57,9 +55,7 @@ def cross_patch(
         sets: Further sets of heads, MLPs and layers, each exchanged as one.
         by: `activations` or `weights`.
         metric: What fine-tuning was to improve; `loss` of the target tokens.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         For each direction one row per part; `normalised` is the share of the gain that is carried (`into_base`) or lost (`into_tuned`).
@@ -75,58 +71,49 @@ def cross_patch(
         raise SettingsError("nothing to exchange: name levels or sets of components")
     sites = {place.site for part in parts for place in part.places}
     receivers: dict[Into, Subject] = {"into_base": pair.base, "into_tuned": pair.tuned}
-    gathered = Gathered(texts)
+    gathered = PerText(texts)
 
     def exchanged(batch: PairBatch) -> dict[str, np.ndarray]:
-        kept = sites if by == "activations" else ()
-        runs = {into: Prefix(receiver, batch.clean, batch.real, sites=kept) for into, receiver in receivers.items()}
+        recorded = sites if by == "activations" else ()
+        runs = {into: CachedRun(receiver, batch.clean, batch.real, sites=recorded) for into, receiver in receivers.items()}
         judged = metric_of(metric, batch, runs["into_base"])
         values: dict[str, np.ndarray] = {}
         for into in receivers:
             run, giver = Runs(runs[into], judged), runs[_other(into)]
             values[f"{into}.unchanged"] = run.unchanged()
-            exchange = _activations if by == "activations" else _weights
-            values[into] = exchange(run, giver, parts, gathered.step)
+            values[into] = (_activations if by == "activations" else _weights)(run, giver, parts, gathered.step)
         return values
 
-    gathered.run(exchanged, tokens_per_batch, label=f"exchanging {by}", progress=progress, units=2 * len(parts))
-    found: dict[Into, Effects] = {}
+    gathered.run(exchanged, execution, tokens=1024, label=f"exchanging {by}", units=2 * len(parts))
+    columns = [part.columns for part in parts]
+    results: dict[Into, Effects] = {}
     for into in receivers:
-        found[into] = effects(
-            [part.columns for part in parts],
-            gathered[into],
-            gathered[f"{into}.unchanged"],
-            metric=metric,
-            clean=gathered[f"{_other(into)}.unchanged"],
-            corrupt=gathered[f"{into}.unchanged"],
-            seed=seed,
-            by=by,
-        )
-    return found
+        values, own, other = gathered[into], gathered[f"{into}.unchanged"], gathered[f"{_other(into)}.unchanged"]
+        results[into] = effects(columns, values, own, metric=metric, clean=other, corrupt=own, seed=execution.seed, by=by)
+    return results
 
 
 def _other(into: Into) -> Into:
     return "into_tuned" if into == "into_base" else "into_base"
 
 
-def _activations(run: Runs, giver: Prefix, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
+def _activations(run: Runs, giver: CachedRun, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
     def value(site: str, layer: int) -> Tensor:
         return giver.recording[site, layer]
 
-    units = [edits_of(part.places, value) for part in parts]
-    return run.of(units, progress=step)
+    return run.of([edits_of(part.places, value) for part in parts], progress=step)
 
 
 @torch.no_grad()
-def _weights(run: Runs, giver: Prefix, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
-    receiver = run.prefix.subject
+def _weights(run: Runs, giver: CachedRun, parts: Sequence[Part], step: Callable[[int], None]) -> np.ndarray:
+    receiver = run.base.subject
     given, own = dict(giver.subject.weights()), dict(receiver.weights())
-    found = []
+    values = []
     for part in parts:
         with swapped(receiver, {name: _mixed(own[name], given[name], where) for name, where in part.weights.items()}, own):
-            found.append(run.resumed(part.start))
+            values.append(run.resumed(part.start))
         step(1)
-    return fetched(torch.stack(found))
+    return fetched(torch.stack(values))
 
 
 @contextlib.contextmanager
@@ -156,8 +143,8 @@ def swapped(subject: Subject, weights: Mapping[str, Tensor], own: Mapping[str, T
 
 def _parameter(subject: Subject, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
-    found: Tensor = getattr(base_layer(subject.plain.get_submodule(path)), key)
-    return found
+    parameter: Tensor = getattr(base_layer(subject.plain.get_submodule(path)), key)
+    return parameter
 
 
 def _mixed(own: Tensor, given: Tensor, where: Sequence[Index]) -> Tensor:

@@ -13,7 +13,7 @@ moves much of anything.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechscope.causal.interchange import Among, Interchange, Position, exchange_edit, interchanges, judged_by, judgements
+from mechscope.causal.interchange import Interchange, Position, exchange_edit, interchanges, judged_by, judgements
 from mechscope.causal.places import Place
-from mechscope.causal.steering import features_at, vector_site
+from mechscope.causal.steering import check_vector_place, features_at
 from mechscope.causal.subspace import Subspace, exchanged, precision, random_rotation
+from mechscope.choices import Among
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument import Edit, observed
 from mechscope.instrument.edits import EditSite, validate
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.stats.inference import share_interval
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
@@ -75,14 +76,14 @@ class Alignment:
         """
         return exchange_edit(self.site, self.layer, self.head, source_values, mask, lambda value: exchanged(value, self.rotation))
 
-    def accuracy(self, subject: Subject, pairs: Pairs, *, among: Among = "vocabulary", tokens_per_batch: int = 2048) -> float:
+    def accuracy(self, subject: Subject, pairs: Pairs, *, among: Among = "vocabulary", execution: Execution = Execution()) -> float:
         """Return the interchange accuracy: the share of pairs after whose interchange the likeliest token is an answer.
 
         Args:
             subject: The model.
             pairs: Base and source texts with the counterfactual answers; not those it was learned from.
             among: The likeliest of the whole `vocabulary`, or of the right and wrong `answers` (for a model that would rather say something else).
-            tokens_per_batch: Most tokens of a batch of pairs, padding included.
+            execution: Tokens of a batch (2,048 by default).
 
         Raises:
             MechscopeError: Model or pairs do not fit.
@@ -94,7 +95,7 @@ class Alignment:
             def correct(text: Interchange) -> int:
                 return _correct(subject, text, self, among)
 
-            return sum(judgements(correct, subject, judged, place, self.position, tokens_per_batch)) / len(pairs)
+            return sum(judgements(correct, subject, judged, place, self.position, execution, tokens=2048)) / len(pairs)
 
     def save(self, path: Path | str) -> None:
         """Write it to a safetensors file."""
@@ -115,9 +116,9 @@ class Alignment:
         if not isinstance(meta, dict) or meta.get("kind") != _KIND or "rotation" not in tensors:
             raise RunError(f"{path} holds no alignment: give a file that Alignment.save wrote")
         place = {name: meta[name] for name in ("site", "layer", "head", "position", "fingerprint")}
-        found = cls(tensors["rotation"].to(subject.device), **place, curve=pd.DataFrame(meta["curve"]))
-        found._check(subject)
-        return found
+        alignment = cls(tensors["rotation"].to(subject.device), **place, curve=pd.DataFrame(meta["curve"]))
+        alignment._check(subject)
+        return alignment
 
     def _check(self, subject: Subject) -> None:
         if self.fingerprint and self.fingerprint != subject.fingerprint:
@@ -125,7 +126,7 @@ class Alignment:
                 f"the alignment was learned on a model with fingerprint {self.fingerprint[:12]}, {subject.source!r} has "
                 f"{subject.fingerprint[:12]}: load that model, or learn an alignment for this one"
             )
-        _check_place(subject, Place(self.site, self.layer, self.head))
+        validate([Place(self.site, self.layer, self.head).edit(0.0)], subject.anatomy)
         if self.rotation.shape[0] != (width := features_at(subject, self.site, self.layer)):
             raise ModelError(
                 f"the alignment is of {self.rotation.shape[0]} features, {self.site} of layer {self.layer} of {subject.source!r} has {width}"
@@ -145,9 +146,7 @@ def train_das(
     epochs: int = 20,
     learning_rate: float = 0.01,
     size_penalty: float = 1.0,
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Alignment:
     """Learn the subspace of a site that carries a variable.
 
@@ -163,24 +162,20 @@ def train_das(
         epochs: Passes over the pairs.
         learning_rate: Of Adam, falling linearly to zero.
         size_penalty: Of boundless search: what all dimensions together cost, in nats.
-        tokens_per_batch: Most tokens of one step, padding included.
-        seed: Seed of the rotation's beginning and of the order of the pairs.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (512 by default), seed (of the rotation's beginning and of the order of the pairs), progress.
 
     Raises:
         MechscopeError: Place, pairs or numbers do not fit the model or each other.
     """
-    place = _place(subject, site, layer, head)
+    place = check_vector_place(subject, site, layer, head, None if boundless else dimensions)
     width = features_at(subject, place.site, layer)
-    if not boundless and not 1 <= dimensions <= width:
-        raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 1 to {width}")
     if epochs < 1:
         raise SettingsError(f"epochs is {epochs}: train for at least one")
-    order = np.random.default_rng(seed)
+    order = np.random.default_rng(execution.seed)
     shuffled = Pairs(tuple(pairs.pairs[at] for at in order.permutation(len(pairs))), pairs.source)
     with observed(subject):
-        texts = list(interchanges(subject, shuffled, place, position, tokens_per_batch))
-        space = Subspace(width, None if boundless else dimensions, seed, subject)
+        texts = list(interchanges(subject, shuffled, place, position, execution.tokens(512)))
+        space = Subspace(width, None if boundless else dimensions, execution.seed, subject)
         parameters = [*space.turn.parameters(), *([space.boundary] if boundless else [])]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         steps = epochs * len(texts)
@@ -201,17 +196,9 @@ def train_das(
                 space.clamp()
                 total += loss.item() * texts[at].size
                 correct += texts[at].correct(logits)
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "loss": total / len(pairs),
-                    "accuracy": correct / len(pairs),
-                    "dimensions": space.dimensions,
-                    "temperature": space.temperature,
-                }
-            )
-            if progress is not None:
-                progress(f"aligning {place}", epoch + 1, epochs)
+            means = {"loss": total / len(pairs), "accuracy": correct / len(pairs)}
+            rows.append({"epoch": epoch, **means, "dimensions": space.dimensions, "temperature": space.temperature})
+            execution.told(f"aligning {place}", epoch + 1, epochs)
     return Alignment(space.rotation(), place.site, layer, position, head, pd.DataFrame(rows), subject.fingerprint)
 
 
@@ -226,7 +213,7 @@ def random_alignment(
     seed: int = 0,
 ) -> Alignment:
     """Return a random subspace: the control."""
-    place = _place(subject, site, layer, head)
+    place = check_vector_place(subject, site, layer, head)
     width = features_at(subject, place.site, layer)
     if not 0 <= dimensions <= width:
         raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 0 to {width}")
@@ -250,9 +237,7 @@ def das(
     epochs: int = 20,
     learning_rate: float = 0.01,
     size_penalty: float = 1.0,
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Learn a subspace in each layer and judge it on other pairs.
 
@@ -261,36 +246,36 @@ def das(
         train_pairs: What is learned from.
         test_pairs: What is judged on.
         layers: Which blocks; None for all.
-        site: As for `train_das`.
-        position: Likewise.
-        dimensions: Likewise.
-        boundless: Likewise.
-        head: Likewise.
+        site: `residual`, `attention`, `mlp`, `neuron`, `embedding`, or `head` (its z).
+        position: Tokens that are exchanged: `last`, `changed`, a segment's name, one or several positions, or `all`.
+        dimensions: Dimensions of the subspace; not used if boundless.
+        boundless: Learn the number of dimensions too.
+        head: Which head, of site `head`.
         controls: Random subspaces of the same dimension per layer.
-        among: As for `Alignment.accuracy`.
-        epochs: As for `train_das`.
-        learning_rate: Likewise.
-        size_penalty: Likewise.
-        tokens_per_batch: Likewise.
-        seed: Likewise; also of the random subspaces.
-        progress: Called with a label, what is done and how much there is.
+        among: The likeliest of the whole `vocabulary`, or of the right and wrong `answers` (for a model that would rather say something else).
+        epochs: Passes over the pairs.
+        learning_rate: Of Adam, falling linearly to zero.
+        size_penalty: Of boundless search: what all dimensions together cost, in nats.
+        execution: Tokens of a batch (512 by default), seed (of rotations, the order of the pairs and the random subspaces), progress.
 
     Returns:
         Rows per layer: `among`, `method`: `das`, `random` (one row per `draw`), `full` (the whole vector is exchanged) or `none` (nothing is); `dimensions`,
         `n`, `correct`, `accuracy` (see `Alignment.accuracy`) with Wilson's 95 % interval `low`, `high`.
 
     Raises:
-        MechscopeError: As for `train_das`; or the two sets share a pair.
+        MechscopeError: Place, pairs or numbers do not fit the model or each other; or the two sets share a pair.
     """
-    told = {(pair.clean, pair.corrupt) for pair in train_pairs}
+    trained_on = {(pair.clean, pair.corrupt) for pair in train_pairs}
     for pair in test_pairs:
-        if (pair.clean, pair.corrupt) in told:
+        if (pair.clean, pair.corrupt) in trained_on:
             raise DataError(f"test pair {pair.id!r} is also a training pair: judge on pairs that were not learned from")
     judged_by(test_pairs, among)
     chosen = range(subject.anatomy.n_layers) if layers is None else sorted(layers)
+    # all of them before the first is learned
+    places = [check_vector_place(subject, site, layer, head, None if boundless else dimensions) for layer in chosen]
     rows: list[dict[str, Any]] = []
-    for number, layer in enumerate(chosen):
-        place = _place(subject, site, layer, head)
+    quiet = replace(execution, progress=None)  # progress counts layers, not epochs
+    for number, (layer, place) in enumerate(zip(chosen, places, strict=True)):
         learned = train_das(
             subject,
             train_pairs,
@@ -303,12 +288,13 @@ def das(
             epochs=epochs,
             learning_rate=learning_rate,
             size_penalty=size_penalty,
-            tokens_per_batch=tokens_per_batch,
-            seed=seed,
+            execution=quiet,
         )
 
         def control(k: int, draw: int = 0, layer: int = layer) -> Alignment:
-            return random_alignment(subject, site=site, layer=layer, position=position, dimensions=k, head=head, seed=seed + 1 + draw)
+            return random_alignment(
+                subject, site=site, layer=layer, position=position, dimensions=k, head=head, seed=execution.seed + 1 + draw
+            )
 
         judged = [
             ("das", -1, learned),
@@ -321,27 +307,15 @@ def das(
             return [_correct(subject, text, one, among) for _, _, one in judged]
 
         with observed(subject):
-            correct = np.sum([*judgements(counts, subject, test_pairs, place, position, tokens_per_batch)], axis=0).tolist()
+            correct = np.sum([*judgements(counts, subject, test_pairs, place, position, quiet, tokens=512)], axis=0).tolist()
         for (method, draw, one), count in zip(judged, correct, strict=True):
             low, high = share_interval(count, len(test_pairs))
             where = {"component": str(place), "site": place.site, "layer": layer, "head": -1 if head is None else head}
             share = {"n": len(test_pairs), "correct": count, "accuracy": count / len(test_pairs), "low": low, "high": high}
-            rows.append(
-                {**where, "position": str(position), "among": among, "method": method, "draw": draw, "dimensions": one.dimensions, **share}
-            )
-        if progress is not None:
-            progress("aligning", number + 1, len(chosen))
+            design = {"position": str(position), "among": among, "method": method, "draw": draw, "dimensions": one.dimensions}
+            rows.append({**where, **design, **share})
+        execution.told("aligning", number + 1, len(chosen))
     return pd.DataFrame(rows)
-
-
-def _place(subject: Subject, site: str, layer: int, head: int | None) -> Place:
-    place = Place(vector_site(site, head), layer, head)
-    _check_place(subject, place)
-    return place
-
-
-def _check_place(subject: Subject, place: Place) -> None:
-    validate([place.edit(0.0)], subject.anatomy)
 
 
 @torch.no_grad()

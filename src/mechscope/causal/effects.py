@@ -28,7 +28,7 @@ class Effects:
         values: ``(place, text)``: the metric of every changed run.
         unchanged: ``(text)``: the metric of the run that was changed.
         clean: ``(text)``: the metric of the clean run, if there is one.
-        corrupt: ``(text)``: of the corrupt run.
+        corrupt: ``(text)``: the metric of the corrupt run.
         notes: What a reader should know of the run.
     """
 
@@ -46,15 +46,10 @@ class Effects:
 
 
 def place_columns(place: Place, positions: str = "all") -> dict[str, Any]:
-    """Return the columns that say where a row is about."""
-    return {
-        "component": str(place),
-        "site": place.site,
-        "layer": place.layer,
-        "head": -1 if place.head is None else place.head,
-        "feature": -1 if place.feature is None else place.feature,
-        "positions": positions,
-    }
+    """Return the columns that name a row's place."""
+    head, feature = (-1 if index is None else index for index in (place.head, place.feature))
+    where = {"component": str(place), "site": place.site, "layer": place.layer}
+    return {**where, "head": head, "feature": feature, "positions": positions}
 
 
 def effects(
@@ -81,13 +76,13 @@ def effects(
         notes: Kept with the result.
     """
     table = pd.DataFrame(list(rows))
-    found = paired_difference(values.T, np.broadcast_to(unchanged[:, None], values.T.shape))
+    change = paired_difference(values.T, np.broadcast_to(unchanged[:, None], values.T.shape))
     table["metric"] = metric
-    table["n"] = found.n.astype(int)
+    table["n"] = change.n.astype(int)
     counted = ~np.isnan(values)
     table["value"] = np.where(counted.any(1), np.where(counted, values, 0).sum(1) / np.maximum(counted.sum(1), 1), np.nan)
-    table["effect"], table["se"], table["low"], table["high"] = found.mean, found.standard_error, found.low, found.high
-    table["p"], table["q"] = found.p, benjamini_hochberg(found.p)
+    table["effect"], table["se"], table["low"], table["high"] = change.mean, change.standard_error, change.low, change.high
+    table["p"], table["q"] = change.p, benjamini_hochberg(change.p)
     if clean is not None and corrupt is not None:
         ratio, low, high = _normalised(values, clean, corrupt, seed)
         table["normalised"], table["normalised_low"], table["normalised_high"] = ratio, low, high

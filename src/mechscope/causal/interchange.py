@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechscope.causal.places import Place
-from mechscope.data.memory import each
+from mechscope.choices import Among
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import batches, check_fits
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Edit, Walk, intervene, record, unembed
 from mechscope.instrument.edits import EditSite
-from mechscope.scoring import batches, check_fits
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.texts import over_texts
 from mechscope.subject import Subject
 
 Position = str | int | Sequence[int]
-Among = Literal["vocabulary", "answers"]
 R = TypeVar("R")
 
 
@@ -77,7 +78,7 @@ class Interchange:
 
 
 def judged_by(pairs: Pairs, among: Among) -> Pairs:
-    """Refuse pairs whose answers cannot be told right or wrong so."""
+    """Refuse pairs whose answers cannot be judged among these tokens."""
     if among not in ("vocabulary", "answers"):
         raise SettingsError(
             f"among {among!r} is not known: use vocabulary (the likeliest of all tokens) or answers (of right and wrong ones)"
@@ -90,7 +91,7 @@ def judged_by(pairs: Pairs, among: Among) -> Pairs:
 
 @torch.no_grad()
 def _interchange(subject: Subject, batch: PairBatch, place: Place, position: Position) -> Interchange:
-    walks, hiddens, source = [], [], None
+    walks, hiddens = [], []
     for ids in (batch.clean, batch.corrupt):
         walk = Walk(subject, ids, batch.real)
         hidden = walk.hidden
@@ -118,11 +119,19 @@ def interchanges(subject: Subject, pairs: Pairs, place: Place, position: Positio
 
 
 def judgements(
-    judge: Callable[[Interchange], R], subject: Subject, pairs: Pairs, place: Place, position: Position, tokens_per_batch: int
+    judge: Callable[[Interchange], R],
+    subject: Subject,
+    pairs: Pairs,
+    place: Place,
+    position: Position,
+    execution: Execution,
+    *,
+    tokens: int,
 ) -> Iterator[R]:
-    """Yield what is said of every batch, or of its halves where it does not fit into memory."""
+    """Yield the judgement of every batch, or of its halves where it does not fit into memory."""
     _check(subject, pairs)
-    yield from each(lambda batch: judge(_interchange(subject, batch, place, position)), batches(pairs, tokens_per_batch))
+    for _, judgement in over_texts(pairs, lambda batch: judge(_interchange(subject, batch, place, position)), execution, tokens=tokens):
+        yield judgement
 
 
 def _check(subject: Subject, pairs: Pairs) -> None:

@@ -1,7 +1,7 @@
 """Attention knockout: which tokens must see which, and in which layers? (Geva et al. 2023)
 
 Attention from query tokens to key tokens is cut (their scores become −∞) in a window of layers around each layer, because information can take a
-detour through the neighbouring ones; or in one head at a time. `flow` does it for every pair of segments: the way information takes through a text.
+detour through the neighbouring ones; or in one head at a time. `attention_flow` does it for every pair of segments: the way information takes through a text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import places
 from mechscope.data.pairs import PairBatch, Pairs, Where
+from mechscope.data.scoring import PerText, Runs, batches, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Knockout, Prefix
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
+from mechscope.instrument import CachedRun, Knockout
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -27,7 +27,7 @@ from mechscope.subject.anatomy import Anatomy
 Cut = dict[int, tuple[int, ...] | None]
 
 
-def knock_out(
+def attention_knockout(
     subject: Subject,
     pairs: Pairs,
     *,
@@ -38,9 +38,7 @@ def knock_out(
     each_head: bool = False,
     components: Components | str | None = None,
     metric: str = "logit-diff",
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Cut attention between tokens of the clean texts, one window of layers or one head at a time.
 
@@ -53,10 +51,8 @@ def knock_out(
         heads: Cut only these heads of a window's layers; None for all.
         each_head: Cut one head of one layer at a time instead.
         components: Only windows around these layers, or only these heads.
-        metric: As for `patch`.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         One row per window (`layer` is its centre) or head.
@@ -67,16 +63,16 @@ def knock_out(
     """
     if each_head and heads is not None:
         raise SettingsError("heads chooses what is cut in a window of layers, each_head cuts single heads: choose those by components")
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in batches(pairs, execution.tokens(1024)):
         _require_cuttable(batch, queries, keys)
     rows, cuts = _cuts(subject.anatomy, window, heads, each_head=each_head, components=components)
     label = f"{_name(queries)} → {_name(keys)}"
     rows = [{**row, "positions": label} for row in rows]
-    values, unchanged = _cut_off(subject, pairs, cuts, [(queries, keys)], metric, tokens_per_batch, progress)
-    return effects(rows, values, unchanged, metric=metric, seed=seed, window=window)
+    values, unchanged = _cut_off(subject, pairs, cuts, [(queries, keys)], metric, execution)
+    return effects(rows, values, unchanged, metric=metric, seed=execution.seed, window=window)
 
 
-def flow(
+def attention_flow(
     subject: Subject,
     pairs: Pairs,
     segments: Sequence[str],
@@ -85,9 +81,7 @@ def flow(
     heads: Components | str | None = None,
     components: Components | str | None = None,
     metric: str = "logit-diff",
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Cut attention from every segment to every segment it can see, one window of layers at a time.
 
@@ -95,13 +89,11 @@ def flow(
         subject: The model.
         pairs: The texts; only the clean ones are run.
         segments: Names of segments, or `last`, `target`, `changed`.
-        window: As for `knock_out`.
-        heads: As for `knock_out`.
+        window: Layers of a window; it is cut short at the model's ends.
+        heads: Cut only these heads of a window's layers; None for all.
         components: Only windows around these layers.
-        metric: As for `patch`.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         One row per window and ordered pair of segments, `positions` being `query → key`; a text counts where there is something to cut. Pairs that no
@@ -114,16 +106,16 @@ def flow(
         raise SettingsError(f"segments {list(segments)}: give one name or more, each once")
     rows, cuts = _cuts(subject.anatomy, window, heads, each_head=False, components=components)
     possible: dict[tuple[str, str], bool] = {(query, key): False for query in segments for key in segments}
-    for batch in batches(pairs, tokens_per_batch):
+    for batch in batches(pairs, execution.tokens(1024)):
         for query, key in possible:
             possible[query, key] |= bool((~_nothing_to_cut(batch, query, key)).any())
-    asked = [pair for pair, some in possible.items() if some]
-    if not asked:
+    spans = [pair for pair, some in possible.items() if some]
+    if not spans:
         raise SettingsError(f"none of the segments {', '.join(segments)} can see another: there is no attention to cut")
-    values, unchanged = _cut_off(subject, pairs, cuts, asked, metric, tokens_per_batch, progress)
-    labelled = [{**row, "positions": f"{query} → {key}"} for query, key in asked for row in rows]
+    values, unchanged = _cut_off(subject, pairs, cuts, spans, metric, execution)
+    labelled = [{**row, "positions": f"{query} → {key}"} for query, key in spans for row in rows]
     left_out = [f"{query} → {key}" for (query, key), some in possible.items() if not some]
-    return effects(labelled, values, unchanged, metric=metric, seed=seed, window=window, left_out=left_out)
+    return effects(labelled, values, unchanged, metric=metric, seed=execution.seed, window=window, left_out=left_out)
 
 
 def _cuts(
@@ -152,29 +144,23 @@ def _cuts(
 
 
 def _cut_off(
-    subject: Subject,
-    pairs: Pairs,
-    cuts: Sequence[Cut],
-    asked: Sequence[tuple[Where, Where]],
-    metric: str,
-    tokens_per_batch: int,
-    progress: Progress | None,
+    subject: Subject, pairs: Pairs, cuts: Sequence[Cut], spans: Sequence[tuple[Where, Where]], metric: str, execution: Execution
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric of every cut of every pair of positions, pairs of positions outermost, and of the whole model."""
     check_fits(subject, pairs)
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def cut_off(batch: PairBatch) -> dict[str, np.ndarray]:
-        clean = Prefix(subject, batch.clean, batch.real, sites={"mask"})
+        clean = CachedRun(subject, batch.clean, batch.real, sites={"mask"})
         runs = Runs(clean, metric_of(metric, batch, clean))
-        masks = [(batch.positions(queries), batch.positions(keys)) for queries, keys in asked]
+        masks = [(batch.positions(queries), batch.positions(keys)) for queries, keys in spans]
         units = [[Knockout(layer, at, unseen, heads) for layer, heads in cut.items()] for at, unseen in masks for cut in cuts]
-        found = runs.of(units, progress=gathered.step)
-        untouched = np.stack([_nothing_to_cut(batch, queries, keys).numpy() for queries, keys in asked])
-        found[untouched.repeat(len(cuts), axis=0)] = np.nan
-        return {"unchanged": runs.unchanged(), "cut": found}
+        values = runs.of(units, progress=gathered.step)
+        untouched = np.stack([_nothing_to_cut(batch, queries, keys).numpy() for queries, keys in spans])
+        values[untouched.repeat(len(cuts), axis=0)] = np.nan
+        return {"unchanged": runs.unchanged(), "cut": values}
 
-    gathered.run(cut_off, tokens_per_batch, label="knocking out attention", progress=progress, units=len(asked) * len(cuts))
+    gathered.run(cut_off, execution, tokens=1024, label="knocking out attention", units=len(spans) * len(cuts))
     return gathered["cut"], gathered["unchanged"]
 
 

@@ -46,15 +46,15 @@ def parts_of(subject: Subject, levels: Sequence[str], by: str) -> list[Part]:
     Raises:
         SettingsError: A level is not known, or cannot be exchanged that way.
     """
-    found: list[Part] = []
+    parts: list[Part] = []
     for level in levels:
         if level not in LEVELS:
             raise SettingsError(f"level {level!r} is not known: use some of {', '.join(LEVELS)}")
         if (level == "residual" and by == "weights") or (level in ("embedding", "unembedding") and by == "activations"):
             other = "activations" if by == "weights" else "weights"
             raise SettingsError(f"level {level!r} cannot be exchanged by {by}, only by {other}")
-        found += _level(subject, level)
-    return found
+        parts += _level(subject, level)
+    return parts
 
 
 def set_of(subject: Subject, chosen: Components | str) -> Part:
@@ -102,7 +102,6 @@ def _layer(subject: Subject, layer: int) -> Part:
 def _place_part(subject: Subject, place: Place) -> Part:
     block = subject.anatomy.blocks[place.layer]
     if place.head is not None:
-        assert place.head is not None  # a z without a head is not made here
         weights = _of_head(block, place.head)
     elif place.site == "attention_output":
         weights = _under(subject, block.attention_name)
@@ -117,13 +116,13 @@ def _under(subject: Subject, prefix: str) -> dict[str, tuple[Index, ...]]:
 
 
 def _of_head(block: Block, head: int) -> dict[str, tuple[Index, ...]]:
-    found: dict[str, tuple[Index, ...]] = {}
+    weights: dict[str, tuple[Index, ...]] = {}
     for part in (block.query, block.key, block.value, block.output):
         features = slice(part.starts[head], part.starts[head] + part.width)
         for key, index in _pieces(part, features):
             name = f"{part.name}.{key}"
-            found[name] = (*found.get(name, ()), index)
-    return found
+            weights[name] = (*weights.get(name, ()), index)
+    return weights
 
 
 def _pieces(part: Slice, features: slice) -> Iterator[tuple[str, Index]]:
@@ -148,6 +147,6 @@ def _ends(subject: Subject, level: str) -> Part:
     )
     names = [name for name, _ in subject.weights() if not name.startswith(inside)]
     chosen = [name for name in names if name.startswith(behind) is (level == "unembedding")]
-    columns = {"component": level, "site": level, "layer": -1, "head": -1, "feature": -1, "positions": "all"}
-    start = -1 if level == "embedding" else anatomy.n_layers
+    component, start = ("embed", -1) if level == "embedding" else (level, anatomy.n_layers)
+    columns = {"component": component, "site": level, "layer": -1, "head": -1, "feature": -1, "positions": "all"}
     return Part(columns, (), dict.fromkeys(chosen, _WHOLE), start)

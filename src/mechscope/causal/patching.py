@@ -17,10 +17,10 @@ from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import places
 from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of
+from mechscope.instrument import CachedRun
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
 
 Direction = Literal["denoise", "noise"]
@@ -37,9 +37,7 @@ def patch(
     positions: Positions = "all",
     components: Components | str | None = None,
     source: str | Source | None = None,
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Patch every place of a site, one at a time.
 
@@ -53,9 +51,7 @@ def patch(
             of names one row per name.
         components: Only these heads, MLPs or layers.
         source: Where the values come from, if not from the other text.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
         One row per place and set of positions.
@@ -67,39 +63,31 @@ def patch(
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     check_fits(subject, pairs)
     where = places(subject.anatomy, site, components)
-    kept = {where[0].site}
-    taken = source_named(source if source is not None else ("clean" if direction == "denoise" else "corrupt"))
+    recorded = {where[0].site}
+    origin = source_named(source if source is not None else ("clean" if direction == "denoise" else "corrupt"))
     labels = position_labels(positions, pairs)
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def patched(batch: PairBatch) -> dict[str, np.ndarray]:
-        runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
+        runs = {name: CachedRun(subject, getattr(batch, name), batch.real, sites=recorded) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
-        unchanged = {name: Runs(prefix, by).unchanged() for name, prefix in runs.items()}
-        value = taken.bind(subject, batch, kept, runs)
+        unchanged = {name: Runs(run, by).unchanged() for name, run in runs.items()}
+        value = origin.bind(subject, batch, recorded, runs)
         base = Runs(runs["corrupt" if direction == "denoise" else "clean"], by)
         units, missing = [], []
         for place in where:
             for _, mask, absent in position_masks(positions, batch, pairs):
                 units.append((place.edit(value(place.site, place.layer), mask),))
                 missing.append(absent)
-        found = base.of(units, progress=gathered.step)
-        found[np.stack(missing)] = np.nan
-        return {**unchanged, "patched": found}
+        values = base.of(units, progress=gathered.step)
+        values[np.stack(missing)] = np.nan
+        return {**unchanged, "patched": values}
 
-    gathered.run(patched, tokens_per_batch, label=f"patching {where[0].site}", progress=progress, units=len(where) * len(labels))
+    gathered.run(patched, execution, tokens=1024, label=f"patching {where[0].site}", units=len(where) * len(labels))
     rows = [place_columns(place, label) for place in where for label in labels]
-    unchanged = gathered["corrupt" if direction == "denoise" else "clean"]
-    return effects(
-        rows,
-        gathered["patched"],
-        unchanged,
-        metric=metric,
-        clean=gathered["clean"],
-        corrupt=gathered["corrupt"],
-        seed=seed,
-        direction=direction,
-    )
+    values, clean, corrupt = gathered["patched"], gathered["clean"], gathered["corrupt"]
+    base = corrupt if direction == "denoise" else clean
+    return effects(rows, values, base, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, direction=direction)
 
 
 def position_labels(positions: Positions, pairs: Pairs) -> list[str]:

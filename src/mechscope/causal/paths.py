@@ -23,12 +23,12 @@ from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction
 from mechscope.causal.places import Place, places_of
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, Runs, check_fits, fetched, metric_of, score
 from mechscope.errors import ModelError, SettingsError
-from mechscope.instrument import AttentionCall, Edit, Prefix, observed, record
-from mechscope.instrument.stand_ins import stubbed
+from mechscope.instrument import AttentionCall, CachedRun, Edit, observed, record
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.substitutes import stubbed
 from mechscope.instrument.walk import Walk
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, fetched, metric_of, score
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.placement import index_for
@@ -73,7 +73,7 @@ class Receiver:
         raise SettingsError(f"receiver {text!r} is not understood: write a5.h1<q>, a5.h1<k>, a5.h1<v>, m7 or logits")
 
 
-def patch_paths(
+def path_patch(
     subject: Subject,
     pairs: Pairs,
     senders: Components | str | None,
@@ -83,9 +83,7 @@ def patch_paths(
     metric: str = "logit-diff",
     through_mlps: bool = False,
     together: bool = False,
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Patch the paths from senders to receivers.
 
@@ -95,15 +93,13 @@ def patch_paths(
         senders: Heads, MLPs and whole layers; None for every head and MLP.
         receivers: For example `["a5.h1<k>"]`, `["m7", "logits"]`; the paths to all of them are patched at once.
         direction: `noise` (corrupt senders in the clean run) or `denoise`.
-        metric: As for `patch`.
+        metric: `logit-diff`, `probability`, `loss` or `kl`.
         through_mlps: Let the paths lead through the MLPs between sender and receiver; otherwise only the direct path is patched.
         together: Patch all senders at once instead of one at a time.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        seed: Seed of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
 
     Returns:
-        One row per sender, or one for all of them; notes name the receivers.
+        One row per sender, or one for all of them; `receivers` names what the paths lead to.
 
     Raises:
         MechscopeError: Senders, receivers, pairs or metric do not fit the model or each other.
@@ -123,46 +119,41 @@ def patch_paths(
         raise SettingsError("no sender was given: name heads (a3.h5), MLPs (m3) or layers (layers:2)")
     sets = [tuple(each)] if together else [(place,) for place in each]
     check_fits(subject, pairs)
-    kept = {"z", "attention_output", "mlp_output", "query", "key", "value"}
-    gathered = Gathered(pairs)
+    recorded = {"z", "attention_output", "mlp_output", "query", "key", "value"}
+    gathered = PerText(pairs)
 
     def patched(batch: PairBatch) -> dict[str, np.ndarray]:
-        runs = {name: Prefix(subject, getattr(batch, name), batch.real, sites=kept) for name in ("clean", "corrupt")}
+        runs = {name: CachedRun(subject, getattr(batch, name), batch.real, sites=recorded) for name in ("clean", "corrupt")}
         by = metric_of(metric, batch, runs["clean"])
-        unchanged = {name: Runs(prefix, by).unchanged() for name, prefix in runs.items()}
+        unchanged = {name: Runs(run, by).unchanged() for name, run in runs.items()}
         base, source = (runs["clean"], runs["corrupt"]) if direction == "noise" else (runs["corrupt"], runs["clean"])
         paths = _Paths(base, source, wanted, through_mlps=through_mlps)
         changed = Runs(base, by)
-        found = []
+        scores = []
         for senders_at_once in sets:
             noted = paths.send(senders_at_once)
             logits = noted.pop("logits", None)
             if logits is not None and noted:
                 # both at once: what the other receivers add behind them meets Δ in the last residual stream
-                found.append(_with_direct(changed, noted, logits - base.recording["residual", anatomy.n_layers - 1]))
+                scores.append(_with_direct(changed, noted, logits - base.recording["residual", anatomy.n_layers - 1]))
             elif logits is not None:
                 with torch.no_grad():
-                    found.append(score(subject, changed.reading.take(logits[None]), by))
+                    scores.append(score(subject, changed.reading.take(logits[None]), by))
             else:
-                found.append(changed.launch([_edits(noted)]))
+                scores.append(changed.launch([_edits(noted)]))
             gathered.step(1)
-        return {**unchanged, "patched": fetched(torch.cat(found))}
+        return {**unchanged, "patched": fetched(torch.cat(scores))}
 
-    gathered.run(patched, tokens_per_batch, label="patching paths", progress=progress, units=len(sets))
+    gathered.run(patched, execution, tokens=1024, label="patching paths", units=len(sets))
     rows = [place_columns(place) for place in each]
     if together:
         rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"}]
+    rows = [{**row, "receivers": ", ".join(receivers)} for row in rows]
+    values, clean, corrupt = gathered["patched"], gathered["clean"], gathered["corrupt"]
+    base = clean if direction == "noise" else corrupt
+    seed = execution.seed
     return effects(
-        rows,
-        gathered["patched"],
-        gathered["clean" if direction == "noise" else "corrupt"],
-        metric=metric,
-        clean=gathered["clean"],
-        corrupt=gathered["corrupt"],
-        seed=seed,
-        direction=direction,
-        receivers=", ".join(receivers),
-        through_mlps=through_mlps,
+        rows, values, base, metric=metric, clean=clean, corrupt=corrupt, seed=seed, direction=direction, through_mlps=through_mlps
     )
 
 
@@ -180,7 +171,7 @@ def _edits(noted: Noted) -> list[Edit]:
 
 def _with_direct(runs: Runs, noted: Noted, delta: Tensor) -> Tensor:
     """Read the metric where some receivers' inputs are changed and Δ also reaches the logits directly."""
-    last = runs.prefix.subject.anatomy.n_layers - 1
+    last = runs.base.subject.anatomy.n_layers - 1
     added = Edit("residual", last, lambda hidden: hidden + delta.to(hidden.device))
     return runs.launch([[*_edits(noted), added]])
 
@@ -188,11 +179,8 @@ def _with_direct(runs: Runs, noted: Noted, delta: Tensor) -> Tensor:
 class _Paths:
     """Sends changes from senders to the receivers' inputs."""
 
-    def __init__(self, base: Prefix, source: Prefix, receivers: Sequence[Receiver], *, through_mlps: bool) -> None:
-        self.base = base
-        self.source = source
-        self.receivers = receivers
-        self.through_mlps = through_mlps
+    def __init__(self, base: CachedRun, source: CachedRun, receivers: Sequence[Receiver], *, through_mlps: bool) -> None:
+        self.base, self.source, self.receivers, self.through_mlps = base, source, receivers, through_mlps
         self.anatomy = base.subject.anatomy
         self.walk = Walk(base.subject, base.input_ids, base.real)
 

@@ -1,6 +1,6 @@
 """Where a sweep changes the model: one place at a time, named as the circuit literature names it.
 
-input      embedding            r3      residual stream behind block 3      a3      attention output of layer 3
+embed      embedding            resid3  residual stream behind block 3      a3      attention output of layer 3
 a3.h5      head (its z)         a3.h5<q>, <k>, <v>   its query, key, value   a3.h5<p>   its attention pattern
 m3         MLP output           m3.n17  neuron 17 of its MLP
 """
@@ -19,15 +19,7 @@ from mechscope.subject import Components
 from mechscope.subject.anatomy import Anatomy
 
 # what a person may call a site
-ALIASES = {
-    "head": "z",
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "attention": "attention_output",
-    "mlp": "mlp_output",
-    "input": "embedding",
-}
+ALIASES = {"head": "z", "q": "query", "k": "key", "v": "value", "attention": "attention_output", "mlp": "mlp_output", "embed": "embedding"}
 _MARKS = {"query": "<q>", "key": "<k>", "value": "<v>", "pattern": "<p>", "z": ""}
 
 
@@ -52,8 +44,8 @@ class Place:
             return f"a{self.layer}.h{self.head}{_MARKS[self.site]}"
         if self.site == "neuron":
             return f"m{self.layer}" if self.feature is None else f"m{self.layer}.n{self.feature}"
-        prefix = {"attention_output": "a", "mlp_output": "m", "residual": "r"}.get(self.site)
-        return f"{prefix}{self.layer}" if prefix else "input"
+        prefix = {"attention_output": "a", "mlp_output": "m", "residual": "resid"}.get(self.site)
+        return f"{prefix}{self.layer}" if prefix else "embed"
 
     def edit(self, value: Value, positions: Tensor | None = None) -> Edit:
         """Return the edit that puts a value here."""
@@ -90,12 +82,12 @@ def places(anatomy: Anatomy, site: str, components: Components | str | None = No
     if isinstance(components, str):
         components = Components.parse(components)
     chosen = None if components is None else components.validate(anatomy)
-    found = tuple(_places(anatomy, site, chosen))
-    if not found:
+    listed = tuple(_places(anatomy, site, chosen))
+    if not listed:
         raise SettingsError(
             f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, layers layers:2,3"
         )
-    return found
+    return listed
 
 
 def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iterator[Place]:
@@ -121,10 +113,7 @@ def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iter
 def places_of(components: Components, anatomy: Anatomy) -> tuple[Place, ...]:
     """Return the places that stand for components: z of heads, outputs of MLPs; a whole layer is its heads and its MLP."""
     each = components.validate(anatomy).expand(anatomy.n_heads)
-    return (
-        *(Place("z", layer, head=head) for layer, head in each.heads),
-        *(Place("mlp_output", layer) for layer in each.mlps),
-    )
+    return (*(Place("z", layer, head=head) for layer, head in each.heads), *(Place("mlp_output", layer) for layer in each.mlps))
 
 
 def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value], positions: Tensor | None = None) -> list[Edit]:
@@ -132,14 +121,9 @@ def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value], posit
     together: dict[tuple[EditSite, int], list[Place]] = {}
     for place in changed:
         together.setdefault((place.site, place.layer), []).append(place)
-    return [
-        Edit(
-            site,
-            layer,
-            value(site, layer),
-            heads=None if members[0].head is None else tuple(place.head for place in members if place.head is not None),
-            features=None if members[0].feature is None else tuple(place.feature for place in members if place.feature is not None),
-            positions=positions,
-        )
-        for (site, layer), members in together.items()
-    ]
+    edits = []
+    for (site, layer), members in together.items():
+        heads = None if members[0].head is None else tuple(place.head for place in members if place.head is not None)
+        features = None if members[0].feature is None else tuple(place.feature for place in members if place.feature is not None)
+        edits.append(Edit(site, layer, value(site, layer), heads=heads, features=features, positions=positions))
+    return edits

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from mechscope.causal.effects import effects
 from mechscope.causal.places import Place, places_of
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import DataError, SettingsError
-from mechscope.instrument import Edit, Prefix
+from mechscope.instrument import CachedRun, Edit
 from mechscope.instrument.edits import EditSite
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.texts import over_texts
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -76,9 +76,7 @@ def scrub(
     *,
     metric: str = "logit-diff",
     samples: int = 5,
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Scrubbed:
     """Exchange what a hypothesis allows, and see what it costs.
 
@@ -90,9 +88,7 @@ def scrub(
             exchanged. A text that is alone with its label keeps its value. Embeddings are never exchanged.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         samples: How often partners are drawn.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the draws and of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), seed (of the draws and of the bootstrap), progress.
 
     Raises:
         MechscopeError: Texts differ in length, components do not exist or are named twice, or labels do not fit the texts.
@@ -103,33 +99,26 @@ def scrub(
         raise SettingsError(f"samples is {samples}: draw partners at least once")
     labels = _labels(hypothesis, pairs, subject.anatomy)
     everywhere = dict.fromkeys(places_of(Components.of_layers(range(subject.anatomy.n_layers)), subject.anatomy), (0,) * len(pairs))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(execution.seed)
     drawn, free = (_draw(of, samples, random) for of in (labels, everywhere))
-    store = _recorded(subject, pairs, tokens_per_batch)
-    index = {id(pair): at for at, pair in enumerate(pairs)}
-    gathered = Gathered(pairs)
+    store = _recorded(subject, pairs, execution)
+    gathered = PerText(pairs)
 
     def scrubbed(batch: PairBatch) -> dict[str, np.ndarray]:
-        rows = np.array([index[id(pair)] for pair in batch.pairs])
-        prefix = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output"))
-        runs = Runs(prefix, metric_of(metric, batch, prefix))
-        found = {"full": runs.unchanged()}
+        rows = np.array(batch.indices)
+        run = CachedRun(subject, batch.clean, batch.real, sites=("z", "mlp_output"))
+        runs = Runs(run, metric_of(metric, batch, run))
+        values = {"full": runs.unchanged()}
         for name, partners in (("scrubbed", drawn), ("everything", free)):
-            found[name] = runs.of([_unit(store, partners, sample, rows) for sample in range(samples)])
-        return found
+            values[name] = runs.of([_unit(store, partners, sample, rows) for sample in range(samples)])
+        return values
 
-    gathered.run(scrubbed, tokens_per_batch, label="scrubbing", progress=progress)
-    table, summary = _tables(gathered, metric, seed)
+    gathered.run(scrubbed, execution, tokens=1024, label="scrubbing")
+    table, summary = _tables(gathered, metric, execution.seed)
     alone = {str(place): sum(of.count(label) == 1 for label in of) for place, of in labels.items()}
-    return Scrubbed(
-        table,
-        summary,
-        gathered["full"],
-        gathered["everything"],
-        gathered["scrubbed"],
-        {str(place): of for place, of in drawn.items()},
-        {"seed": seed, "alone": alone},
-    )
+    full, everything, values = gathered["full"], gathered["everything"], gathered["scrubbed"]
+    partners = {str(place): of for place, of in drawn.items()}
+    return Scrubbed(table, summary, full, everything, values, partners, {"seed": execution.seed, "alone": alone})
 
 
 def _check_texts(pairs: Pairs) -> None:
@@ -145,7 +134,7 @@ def _check_texts(pairs: Pairs) -> None:
 
 def _labels(hypothesis: Hypothesis, pairs: Pairs, anatomy: Anatomy) -> dict[Place, tuple[Hashable, ...]]:
     """Return every text's label at every place; all are equal where a place is irrelevant."""
-    found: dict[Place, tuple[Hashable, ...]] = {}
+    by_place: dict[Place, tuple[Hashable, ...]] = {}
     for name, freedom in hypothesis.items():
         if freedom is None:
             labels: tuple[Hashable, ...] = (0,) * len(pairs)
@@ -156,15 +145,15 @@ def _labels(hypothesis: Hypothesis, pairs: Pairs, anatomy: Anatomy) -> dict[Plac
         if len(labels) != len(pairs):
             raise SettingsError(f"component {name!r} has {len(labels)} labels for {len(pairs)} texts: give one per text")
         for place in places_of(Components.parse(name), anatomy):
-            if place in found:
+            if place in by_place:
                 raise SettingsError(f"the hypothesis names {place} twice, the second time in {name!r}: say once what it may depend on")
-            found[place] = labels
-    return found
+            by_place[place] = labels
+    return by_place
 
 
 def _draw(labels: Mapping[Place, tuple[Hashable, ...]], samples: int, random: np.random.Generator) -> Partners:
     """Draw for every place, sample and text another text with the same label."""
-    found: Partners = {}
+    by_place: Partners = {}
     for place, of in labels.items():
         groups: dict[Hashable, list[int]] = {}
         for at, label in enumerate(of):
@@ -175,23 +164,22 @@ def _draw(labels: Mapping[Place, tuple[Hashable, ...]], samples: int, random: np
             # one of the others: so many steps further on in the circle of those with this label
             steps = random.integers(1, max(2, len(members)), size=(samples, len(members)))
             partners[:, members] = np.array(members)[(own + steps) % len(members)]
-        found[place] = partners
-    return found
+        by_place[place] = partners
+    return by_place
 
 
 @torch.no_grad()
-def _recorded(subject: Subject, pairs: Pairs, tokens_per_batch: int) -> dict[tuple[str, int], Tensor]:
+def _recorded(subject: Subject, pairs: Pairs, execution: Execution) -> dict[tuple[str, int], Tensor]:
     """Return every text's values, (text, token, …), in the order of the pairs."""
-    place = {id(pair): at for at, pair in enumerate(pairs)}
     order: list[int] = []
     parts: dict[tuple[str, int], list[Tensor]] = {}
 
-    def recorded(batch: PairBatch) -> tuple[PairBatch, dict[tuple[str, int], Tensor]]:
-        recording = Prefix(subject, batch.clean, batch.real, sites=("z", "mlp_output")).recording
-        return batch, {key: value for key, value in recording.values.items() if key[0] in ("z", "mlp_output")}
+    def recorded(batch: PairBatch) -> dict[tuple[str, int], Tensor]:
+        recording = CachedRun(subject, batch.clean, batch.real, sites=("z", "mlp_output")).recording
+        return {key: value for key, value in recording.values.items() if key[0] in ("z", "mlp_output")}
 
-    for batch, values in each(recorded, batches(pairs, tokens_per_batch)):
-        order += [place[id(pair)] for pair in batch.pairs]
+    for batch, values in over_texts(pairs, recorded, execution, tokens=1024):
+        order += batch.indices
         for key, value in values.items():
             parts.setdefault(key, []).append(value)
     back = torch.tensor(order).argsort()
@@ -217,13 +205,13 @@ def _unit(store: Mapping[tuple[str, int], Tensor], partners: Partners, sample: i
     return tuple(Edit(site, layer, partial(value, site=site, layer=layer)) for site, layer in together)
 
 
-def _tables(gathered: Gathered, metric: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _tables(gathered: PerText, metric: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     full, everything, scrubbed = gathered["full"], gathered["everything"].mean(0), gathered["scrubbed"]
     names = {"normalised": "recovered", "normalised_low": "recovered_low", "normalised_high": "recovered_high"}
 
     def table(rows: list[dict[str, Any]], values: np.ndarray) -> pd.DataFrame:
-        found = effects(rows, values, full, metric=metric, clean=full, corrupt=everything, seed=seed)
-        return found.table.drop(columns=["p", "q"]).rename(columns=names)
+        result = effects(rows, values, full, metric=metric, clean=full, corrupt=everything, seed=seed)
+        return result.table.drop(columns=["p", "q"]).rename(columns=names)
 
     samples = [{"sample": at} for at in range(len(scrubbed))]
     runs = [{"run": name} for name in ("full", "everything", "scrubbed")]

@@ -20,12 +20,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix, model_inputs, record
+from mechscope.instrument import CachedRun, model_inputs, record
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.record import Site
-from mechscope.scoring import batches
+from mechscope.instrument.texts import over_texts
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
@@ -37,13 +37,13 @@ class Source(ABC):
     """Where values come from."""
 
     @abstractmethod
-    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Return a function of (site, layer) for one batch.
 
         Args:
             subject: The model that is changed.
             batch: The pairs.
-            sites: Sites that will be asked for.
+            sites: Sites whose values will be read.
             runs: Runs of that model over the batch that are there already, by `clean` or `corrupt`; what is run here is added.
         """
 
@@ -60,13 +60,13 @@ class Text(Source):
     which: Which
     model: Subject | None = None
 
-    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Run the text, unless it was."""
         if self.model is not None:
-            run = Prefix(self.model, getattr(batch, self.which), batch.real, sites=sites)
+            run = CachedRun(self.model, getattr(batch, self.which), batch.real, sites=sites)
         else:
             if self.which not in runs:
-                runs[self.which] = Prefix(subject, getattr(batch, self.which), batch.real, sites=sites)
+                runs[self.which] = CachedRun(subject, getattr(batch, self.which), batch.real, sites=sites)
             run = runs[self.which]
         return lambda site, layer: run.recording[site, layer]
 
@@ -77,8 +77,8 @@ class Vector(Source):
 
     value: Tensor | float
 
-    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
-        """Return the value for whatever is asked."""
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
+        """Return the same value for every site and layer."""
         return lambda site, layer: self.value
 
 
@@ -94,7 +94,7 @@ class Resample(Source):
     seed: int = 0
     which: Which = "clean"
 
-    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Choose for every text another one."""
         size, length = batch.real.shape
         if size < 2:
@@ -104,7 +104,7 @@ class Resample(Source):
             )
         values = Text(self.which).bind(subject, batch, sites, runs)
         generator = torch.Generator().manual_seed(self.seed)
-        # a random cycle: nobody is given its own value, everybody's is used once
+        # a random cycle: no text is given its own value, and each value is used once
         order = torch.randperm(size, generator=generator)
         other = torch.empty_like(order)
         other[order] = order.roll(1)
@@ -114,10 +114,10 @@ class Resample(Source):
         token = first[other][:, None] + own % lengths[other][:, None]
 
         def value(site: str, layer: int) -> Tensor | float:
-            found = values(site, layer)
-            if not isinstance(found, Tensor) or site == "pattern":
+            given = values(site, layer)
+            if not isinstance(given, Tensor) or site == "pattern":
                 raise SettingsError("attention patterns cannot be resampled: texts differ in their tokens; resample 'z' instead")
-            return found[sent(other, found.device)[:, None], sent(token, found.device)]
+            return given[sent(other, given.device)[:, None], sent(token, given.device)]
 
         return value
 
@@ -134,7 +134,7 @@ class Mean(Source):
     values: dict[tuple[str, int], Tensor]
     tokens: int | None = None
 
-    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, Prefix]) -> Bound:
+    def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Check that the reference fits the batch."""
         if self.tokens is not None:
             unfit = [pair for pair in batch.pairs if len(pair.clean) != self.tokens]
@@ -158,7 +158,7 @@ class Mean(Source):
 
 @torch.no_grad()
 def mean_of(
-    subject: Subject, reference: Pairs, sites: Collection[str], *, per_position: bool = False, tokens_per_batch: int = 4096
+    subject: Subject, reference: Pairs, sites: Collection[str], *, per_position: bool = False, execution: Execution = Execution()
 ) -> Mean:
     """Average sites over a reference set's clean texts.
 
@@ -167,7 +167,7 @@ def mean_of(
         reference: The texts.
         sites: What to average.
         per_position: Keep a mean per position; the texts must then be equally long.
-        tokens_per_batch: Most tokens of a forward pass.
+        execution: Tokens of a batch (4,096 by default).
 
     Raises:
         SettingsError: Per position, and the texts differ in length; or a site that has no mean.
@@ -192,7 +192,7 @@ def mean_of(
             totals[key] = real.unflatten(0, (len(batch), -1)).sum(0) if per_position else real.sum(0)
         return len(batch) if per_position else int(batch.real.sum()), totals
 
-    for number, totals in each(summed, batches(reference, tokens_per_batch)):
+    for _, (number, totals) in over_texts(reference, summed, execution, tokens=4096):
         count += number
         for key, total in totals.items():
             sums[key] = sums[key] + total if key in sums else total

@@ -16,16 +16,18 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechscope.causal.effects import effects
+from mechscope.causal.marked_prompt import MarkedPrompt
 from mechscope.causal.places import Place, site_named
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs, Where
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Edit, Prefix, intervene, model_inputs, record
+from mechscope.instrument import CachedRun, Edit, intervene, model_inputs, record
 from mechscope.instrument.edits import EditSite, Value, validate
-from mechscope.scoring import Gathered, Runs, batches, check_fits, metric_of
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.texts import over_texts
 from mechscope.subject import Subject
 
 # sites that hold one vector per token (of z: per token and head)
@@ -108,13 +110,34 @@ def vector_site(site: str, head: int | None) -> EditSite:
     Raises:
         SettingsError: It does not, or a head is missing or too much.
     """
-    found = site_named(site)
-    if found not in VECTOR_SITES:
+    chosen = site_named(site)
+    if chosen not in VECTOR_SITES:
         raise SettingsError(f"site {site!r} does not hold one vector per token: use one of {', '.join(VECTOR_SITES)}")
-    if (found == "z") != (head is not None):
-        told = "site 'z' belongs to heads: say which, e.g. head=3" if head is None else f"site {site!r} has no heads: leave head out"
-        raise SettingsError(told)
-    return found
+    if (chosen == "z") != (head is not None):
+        problem = "site 'z' belongs to heads: say which, e.g. head=3" if head is None else f"site {site!r} has no heads: leave head out"
+        raise SettingsError(problem)
+    return chosen
+
+
+def check_vector_place(subject: Subject, site: str, layer: int, head: int | None, dimensions: int | None = None) -> Place:
+    """Return a place that holds one vector per token.
+
+    Args:
+        subject: The model.
+        site: `residual`, `attention`, `mlp`, `neuron`, `embedding`, or `head` (its z).
+        layer: Which block.
+        head: Which head, of site `head`.
+        dimensions: How many the vector must have at least.
+
+    Raises:
+        SettingsError: The model has no such place, it holds no vectors, or they have fewer dimensions.
+    """
+    place = Place(vector_site(site, head), layer, head)
+    validate([place.edit(0.0)], subject.anatomy)
+    width = features_at(subject, place.site, layer)
+    if dimensions is not None and not 1 <= dimensions <= width:
+        raise SettingsError(f"{dimensions} dimensions do not fit {place}, which has {width}: use 1 to {width}")
+    return place
 
 
 def features_at(subject: Subject, site: str, layer: int) -> int:
@@ -133,30 +156,29 @@ def difference_of_means(
     layer: int,
     positions: Where = "last",
     head: int | None = None,
-    tokens_per_batch: int = 4096,
+    execution: Execution = Execution(),
 ) -> Direction:
     """Subtract the mean activation on one set of texts from that on another (Marks & Tegmark 2023).
 
     Args:
         subject: The model.
         positive: Texts whose clean versions are read; the direction points to them.
-        negative: Likewise; it points away from them.
-        site: As for `Direction.from_vector`.
+        negative: The texts it points away from.
+        site: `residual`, `attention`, `mlp`, `neuron`, `embedding`, or `head` (its z).
         layer: Which block.
         positions: Tokens whose activations are averaged: first within a text, then over texts.
         head: Which head, of site `head`.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
+        execution: Tokens of a batch (4,096 by default).
 
     Raises:
         MechscopeError: Texts, positions or place do not fit the model.
     """
-    found = vector_site(site, head)
-    validate([Place(found, layer, head).edit(0.0)], subject.anatomy)
+    edit_site = check_vector_place(subject, site, layer, head).site
 
     def summed(batch: PairBatch) -> Float[Tensor, " features"]:
-        with subject.active(), record(subject, cast(Any, found), layers=[layer]) as recording:
+        with subject.active(), record(subject, cast(Any, edit_site), layers=[layer]) as recording:
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
-        value = recording[found, layer].to(subject.device, torch.float64)
+        value = recording[edit_site, layer].to(subject.device, torch.float64)
         value = value if head is None else value[:, :, head]
         weight = batch.positions(positions).to(value)
         weight = weight / weight.sum(1, keepdim=True)
@@ -165,12 +187,12 @@ def difference_of_means(
     means = []
     for texts in (positive, negative):
         check_fits(subject, texts)
-        total = torch.zeros(features_at(subject, found, layer), dtype=torch.float64, device=subject.device)
-        for part in each(summed, batches(texts, tokens_per_batch)):
+        total = torch.zeros(features_at(subject, edit_site, layer), dtype=torch.float64, device=subject.device)
+        for _, part in over_texts(texts, summed, execution, tokens=4096):
             total += part
         means.append(total / len(texts))
     name = f"{positive.source} − {negative.source}"
-    return Direction((means[0] - means[1]).to(subject.dtype), found, layer, head, name)
+    return Direction((means[0] - means[1]).to(subject.dtype), edit_site, layer, head, name)
 
 
 @contextlib.contextmanager
@@ -195,7 +217,16 @@ def steer(
 
 @contextlib.contextmanager
 def remove(subject: Subject, direction: Direction, *, positions: Bool[Tensor, "batch token"] | None = None) -> Iterator[None]:
-    """Project a direction out in every forward pass inside the context: h − (h·d̂) d̂; arguments as for `steer`."""
+    """Project a direction out in every forward pass inside the context: h − (h·d̂) d̂.
+
+    Args:
+        subject: The model.
+        direction: What is taken away, and where.
+        positions: ``(batch, token)`` of the prompt, True where it is taken away; None for every token, those that `generate` makes included.
+
+    Raises:
+        SettingsError: The direction is zero or does not fit the model, or, when the model runs, the positions do not fit its batch.
+    """
     direction.check(subject)
     unit = direction.unit().vector
 
@@ -224,25 +255,14 @@ def _changed(subject: Subject, direction: Direction, value: Value, positions: Te
         with intervene(subject, place.edit(value)):
             yield
         return
-    first = 0
-
-    def notice(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal first
-        cache = kwargs.get("past_key_values")
-        first = 0 if cache is None else int(cache.get_seq_length())
+    prompt = MarkedPrompt(positions)
 
     def at_positions(part: Tensor) -> Tensor:
-        if positions.shape[0] not in (1, len(part)) or (first == 0 and part.shape[1] != positions.shape[1]):
-            raise SettingsError(
-                f"positions of shape {tuple(positions.shape)} do not fit {len(part)} texts of {first + part.shape[1]} tokens: "
-                "give one mark per token of the prompt, padding included"
-            )
-        here = positions[:, first : first + part.shape[1]].to(part.device)
-        here = nn.functional.pad(here, (0, part.shape[1] - here.shape[1]))  # what is generated is not marked
+        here = prompt.marks(part)
         new = value(part) if callable(value) else value
         return torch.where(here[..., *[None] * (part.ndim - 2)], new, part)
 
-    handle = subject.anatomy.backbone.register_forward_pre_hook(notice, with_kwargs=True)
+    handle = subject.anatomy.backbone.register_forward_pre_hook(prompt.notice, with_kwargs=True)
     try:
         with intervene(subject, place.edit(at_positions)):
             yield
@@ -259,8 +279,7 @@ def sweep_strength(
     strengths: Sequence[float],
     metric: str = "logit-diff",
     controls: int = 1,
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Measure what steering does to a metric, and what it costs on neutral text, at several strengths.
 
@@ -272,8 +291,7 @@ def sweep_strength(
         strengths: How many times the vector is added.
         metric: Of the pairs: `logit-diff`, `probability`, `loss` or `kl`.
         controls: Random directions of equal length.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the random directions.
+        execution: Tokens of a batch (1,024 by default), seed (of the random directions).
 
     Returns:
         One row per direction, strength and set of texts: `direction`, `draw` (−1 for the direction itself), `strength`, `texts` (`pairs` or `neutral`),
@@ -286,29 +304,29 @@ def sweep_strength(
     direction.check(subject)
     if not strengths:
         raise SettingsError("there is no strength to steer with: give at least one, e.g. strengths=(-2, 0, 2)")
-    drawn = [(-1, direction), *((draw, direction.random_like(seed + draw)) for draw in range(controls))]
+    drawn = [(-1, direction), *((draw, direction.random_like(execution.seed + draw)) for draw in range(controls))]
     runs = [(draw, each, strength) for draw, each in drawn for strength in strengths]
     place = Place(direction.site, direction.layer, direction.head)
     units: list[tuple[Edit, ...]] = [(place.edit(adding(each, strength)),) for _, each, strength in runs]
     tables = []
     for texts, of, by in (("pairs", pairs, metric), ("neutral", neutral, "loss")):
-        steered, unsteered = _metrics(subject, of, by, direction.site, units, tokens_per_batch)
+        steered, unsteered = _metrics(subject, of, by, direction.site, units, execution)
         rows = [{"direction": each.name, "draw": draw, "strength": strength, "texts": texts} for draw, each, strength in runs]
         tables.append(effects(rows, steered, unsteered, metric=by).table.drop(columns=["p", "q"]).rename(columns={"effect": "mean"}))
     return pd.concat(tables, ignore_index=True)
 
 
 def _metrics(
-    subject: Subject, texts: Pairs, metric: str, site: str, units: Sequence[Sequence[Edit]], tokens_per_batch: int
+    subject: Subject, texts: Pairs, metric: str, site: str, units: Sequence[Sequence[Edit]], execution: Execution
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the metric of every changed run, (units, texts), and of the unchanged one."""
     check_fits(subject, texts)
-    gathered = Gathered(texts)
+    gathered = PerText(texts)
 
     def steered(batch: PairBatch) -> dict[str, np.ndarray]:
-        prefix = Prefix(subject, batch.clean, batch.real, sites={site})
-        runs = Runs(prefix, metric_of(metric, batch, prefix))
-        return {"unchanged": runs.unchanged(), "changed": runs.of(units)}
+        run = CachedRun(subject, batch.clean, batch.real, sites={site})
+        runs = Runs(run, metric_of(metric, batch, run))
+        return {"unchanged": runs.unchanged(), "changed": runs.of(units, progress=gathered.step)}
 
-    gathered.run(steered, tokens_per_batch)
+    gathered.run(steered, execution, tokens=1024, label=f"steering, {metric}", units=len(units))
     return gathered["changed"], gathered["unchanged"]

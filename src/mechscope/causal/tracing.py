@@ -8,32 +8,26 @@ texts of different length are compared by their role: first, middle and last sub
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechscope.causal.effects import Effects, effects
+from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.places import edits_of, places
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import DataError, SettingsError
-from mechscope.instrument import Edit, Prefix, intervene
+from mechscope.instrument import CachedRun, Edit, intervene
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import Walk
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, Runs, check_fits, metric_of
 from mechscope.subject import Subject
 
-ROLES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first subsequent token",
-    "further tokens",
-    "last token",
-)
+ROLES = ("first subject token", "middle subject tokens", "last subject token", "first subsequent token", "further tokens", "last token")
 
 
-def trace(
+def causal_trace(
     subject: Subject,
     pairs: Pairs,
     *,
@@ -43,9 +37,7 @@ def trace(
     samples: int = 10,
     window: int = 1,
     metric: str = "probability",
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Effects:
     """Corrupt the subject with noise and restore clean values layer by layer and token by token.
 
@@ -57,10 +49,8 @@ def trace(
         noise: Standard deviation of the noise, in standard deviations of the texts' embeddings (Meng et al.: 3).
         samples: Draws of noise per text.
         window: Layers around each layer that are restored together (Meng et al.: 10 for MLP and attention).
-        metric: As for `patch`; `probability` in the paper.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of the noise and of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        metric: `logit-diff`, `probability`, `loss` or `kl`; `probability` in the paper.
+        execution: Tokens of a batch (512 by default), seed (of the noise and of the bootstrap), progress.
 
     Returns:
         One row per layer and role of a token; `normalised` is 0 where nothing was restored and 1 where the corruption is undone.
@@ -78,14 +68,13 @@ def trace(
             f"a window of {window} layers does not fit a model of {subject.anatomy.n_layers}: choose 1 to {subject.anatomy.n_layers}"
         )
     check_fits(subject, pairs)
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
     spread = noise * _spread(subject, pairs)
-    index = {id(pair): at for at, pair in enumerate(pairs)}
 
     def traced(batch: PairBatch) -> dict[str, np.ndarray]:
         # each text has noise of its own, however texts are batched
-        generators = [_generator(seed, index[id(pair)]) for pair in batch.pairs]
-        clean = Prefix(subject, batch.clean, batch.real, sites={where[0].site})
+        generators = [_generator(execution.seed, index) for index in batch.indices]
+        clean = CachedRun(subject, batch.clean, batch.real, sites={where[0].site})
         by = metric_of(metric, batch, clean)
         unchanged = Runs(clean, by).unchanged()
         corrupted, restored = [], []
@@ -107,24 +96,11 @@ def trace(
         mean[:, absent] = np.nan
         return {"clean": unchanged, "corrupt": np.mean(corrupted, axis=0), "restored": mean.reshape(-1, mean.shape[-1])}
 
-    gathered.run(traced, tokens_per_batch, label="tracing", progress=progress, units=len(where) * len(ROLES) * samples)
-    rows = [
-        {"component": str(place), "site": place.site, "layer": place.layer, "head": -1, "feature": -1, "positions": role}
-        for place in where
-        for role in ROLES
-    ]
-    return effects(
-        rows,
-        gathered["restored"],
-        gathered["corrupt"],
-        metric=metric,
-        clean=gathered["clean"],
-        corrupt=gathered["corrupt"],
-        seed=seed,
-        noise=float(spread),
-        samples=samples,
-        window=window,
-    )
+    gathered.run(traced, execution, tokens=512, label="tracing", units=len(where) * len(ROLES) * samples)
+    rows = [place_columns(place, role) for place in where for role in ROLES]
+    values, corrupt, clean = gathered["restored"], gathered["corrupt"], gathered["clean"]
+    notes: dict[str, Any] = {"noise": float(spread), "samples": samples, "window": window}
+    return effects(rows, values, corrupt, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, **notes)
 
 
 def _spread(subject: Subject, pairs: Pairs) -> float:
@@ -146,7 +122,9 @@ def _generator(seed: int, text: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, text)).generate_state(1)[0]))
 
 
-def _corrupted(clean: Prefix, batch: PairBatch, segment: str, spread: float, generators: Sequence[torch.Generator], site: str) -> Prefix:
+def _corrupted(
+    clean: CachedRun, batch: PairBatch, segment: str, spread: float, generators: Sequence[torch.Generator], site: str
+) -> CachedRun:
     """Run the texts with noise on the embeddings of a segment."""
     embedding = clean.recording["embedding"]
     drawn = torch.zeros(embedding.shape, dtype=torch.float64)
@@ -156,7 +134,7 @@ def _corrupted(clean: Prefix, batch: PairBatch, segment: str, spread: float, gen
     drawn[~batch.positions(segment)] = 0.0
     noisy = embedding + (spread * drawn).to(embedding)
     with intervene(clean.subject, Edit("embedding", 0, noisy)):
-        run = Prefix(clean.subject, batch.clean, batch.real, sites={site})
+        run = CachedRun(clean.subject, batch.clean, batch.real, sites={site})
     # reruns begin where something is restored, and the first block then reads this
     run.recording.values["embedding", 0] = noisy
     return run

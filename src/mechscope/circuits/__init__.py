@@ -15,16 +15,16 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import jaccard, node_jaccard, overlap, random_like, robustness
 from mechscope.circuits.pruning import prune_edges
 from mechscope.circuits.routes import flow_routes
-from mechscope.circuits.scores import Scores, from_json, to_json
-from mechscope.circuits.written import Written
+from mechscope.circuits.scores import EdgeScores, from_json, to_json
+from mechscope.circuits.sender_outputs import SenderOutputs
 
 __all__ = [
     "MIB_FRACTIONS",
     "Circuit",
     "CircuitRuns",
+    "EdgeScores",
     "Graph",
-    "Scores",
-    "Written",
+    "SenderOutputs",
     "acdc",
     "attribute_edges",
     "auroc",

@@ -27,13 +27,13 @@ from torch import Tensor
 from mechscope import ranks
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import Source, require_source, source_name
-from mechscope.data.memory import each
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import Source, require_source, source_name
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import batches, check_fits
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
-from mechscope.scoring import batches, check_fits
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.memory import each
 from mechscope.subject import Subject
 
 # the mean metric over all texts of some edge sets
@@ -57,7 +57,7 @@ class AcdcResult:
     circuits: tuple[Circuit, ...]
     values: Float[np.ndarray, " threshold"]
     clean: float
-    scores: Scores
+    scores: EdgeScores
 
     def __getitem__(self, threshold: float) -> Circuit:
         """Return the circuit of one of the thresholds."""
@@ -78,8 +78,7 @@ def acdc(
     metric: str = "kl",
     source: Source = "corrupt",
     edges: Sequence[str] | Circuit | None = None,
-    tokens_per_batch: int = 512,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> AcdcResult:
     """Find the circuits of several thresholds.
 
@@ -97,10 +96,9 @@ def acdc(
         pairs: Clean and corrupt prompts.
         thresholds: Each at least 0, in the metric's unit (nats for `kl` and `loss`).
         metric: `kl` counts only rises; for `logit-diff`, `probability` and `loss` a change in either direction counts.
-        source: What an edge outside the circuit carries, as for `CircuitRuns`: the `corrupt` run's value, `zero`, means, or another model's.
+        source: What an edge outside the circuit carries: the `corrupt` run's value, `zero`, means (`SenderOutputs.mean_over`), or another model's value.
         edges: Candidates, by name or as a circuit; None for all. Others stay in.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (512 by default), progress.
 
     Raises:
         SettingsError: There are no thresholds, one is negative or not a number, or the candidates are not this model's edges.
@@ -111,7 +109,7 @@ def acdc(
     candidates = _candidates(graph, edges)
     check_fits(subject, pairs)
     require_source(pairs, source)
-    texts = _Texts(pairs, lambda batch: CircuitRuns(subject, batch, metric, source=source), tokens_per_batch)
+    texts = _Texts(pairs, lambda batch: CircuitRuns(subject, batch, metric, source=source), execution.tokens(512))
 
     def measure(sets: Bool[np.ndarray, "units edge"]) -> Float[np.ndarray, " units"]:
         wanted = torch.from_numpy(sets)
@@ -119,14 +117,14 @@ def acdc(
 
     clean = float(texts.mean(lambda runs: runs.clean[None], units=1)[0])
     search = _Search(graph, candidates, levels, clean, rises_only=metric == "kl")
-    found = search.run(measure, progress)
-    survived = np.where(found, levels[:, None], 0.0).max(0)
+    inside = search.run(measure, execution)
+    survived = np.where(inside, levels[:, None], 0.0).max(0)
     notes = {"metric": metric, "source": source_name(source), "thresholds": levels.tolist(), "trials": search.trials}
     notes["score"] = "largest threshold that the edge survives; unsigned"
     # the clean and the source's run, then the layers that trials ran
     cost = Cost(forward=2 + search.passes, backward=0)
-    scores = Scores(graph, np.where(candidates, survived, np.nan), None, "acdc", cost, notes)
-    return AcdcResult(tuple(levels.tolist()), tuple(Circuit(graph, one) for one in found), search.values, clean, scores)
+    scores = EdgeScores(graph, np.where(candidates, survived, np.nan), None, "acdc", cost, notes)
+    return AcdcResult(tuple(levels.tolist()), tuple(Circuit(graph, one) for one in inside), search.values, clean, scores)
 
 
 class _Ready:
@@ -150,21 +148,21 @@ class _Ready:
 
 
 class _Texts:
-    """All texts: this rank's batches are kept ready, what is measured is put together with what the others measure."""
+    """All texts: this rank's batches stay ready, and its measurements are joined with those of the others."""
 
     def __init__(self, pairs: Pairs, prepare: Callable[[PairBatch], CircuitRuns], tokens_per_batch: int) -> None:
         every = list(batches(pairs, tokens_per_batch))
         places = np.split(np.arange(len(pairs)), np.cumsum([len(batch) for batch in every])[:-1])
         self._ready = [_Ready(batch, prepare) for batch in ranks.own(every)]
-        # where what the ranks bring belongs: halves stand where their batch stood
+        # places of the ranks' texts, one rank after the other: halves stand where their batch stood
         self._order: Int[np.ndarray, " text"] = np.concatenate([place for own in ranks.exchange([*ranks.own(places)]) for place in own])
 
     def mean(self, of: Callable[[CircuitRuns], Float[Tensor, "units batch"]], *, units: int) -> Float[np.ndarray, " units"]:
         """Return the mean over all texts, the same on every rank and, to the last bit, for every number of ranks."""
-        found = list(each(lambda ready: (ready, of(ready.runs).double().cpu().numpy()), self._ready))
-        self._ready = [ready for ready, _ in found]
+        results = list(each(lambda ready: (ready, of(ready.runs).double().cpu().numpy()), self._ready))
+        self._ready = [ready for ready, _ in results]
         # a rank may have no batch
-        own = np.concatenate([np.empty((units, 0)), *(values for _, values in found)], axis=1)
+        own = np.concatenate([np.empty((units, 0)), *(values for _, values in results)], axis=1)
         whole = np.empty((units, len(self._order)))
         whole[:, self._order] = np.concatenate(ranks.exchange(own), axis=1)
         return whole.mean(1)
@@ -226,11 +224,11 @@ class _Search:
         self.values = np.full(len(levels), clean)
         self.trials, self.passes = 0, 0.0
 
-    def run(self, measure: _Measure, progress: Progress | None) -> Bool[np.ndarray, "threshold edge"]:
+    def run(self, measure: _Measure, execution: Execution) -> Bool[np.ndarray, "threshold edge"]:
         """Visit every candidate edge and return the circuits."""
         free = np.isinf(self.levels)
         self.inside[np.ix_(free, self.candidates)] = False
-        open_to_doubt = np.flatnonzero((self.levels > 0) & ~free)
+        undecided = np.flatnonzero((self.levels > 0) & ~free)
         # (sender, receiver) matrix of the edges' places in the order
         places = self.graph.matrix(np.arange(len(self.graph)), fill=-1)
         done, total = 0, int(self.candidates.sum())
@@ -238,13 +236,13 @@ class _Search:
             column = places[:, receiver][::-1]
             incoming = column[column >= 0]
             incoming = incoming[self.candidates[incoming]]
-            heard = np.array([at for at in open_to_doubt if self._reaches_logits(int(at), receiver)], dtype=np.int64)
-            self.inside[np.ix_(np.setdiff1d(open_to_doubt, heard), incoming)] = False
-            for place in incoming if len(heard) else ():
-                self._try_without(int(place), heard, measure)
+            connected = np.array([at for at in undecided if self._reaches_logits(int(at), receiver)], dtype=np.int64)
+            self.inside[np.ix_(np.setdiff1d(undecided, connected), incoming)] = False
+            for place in incoming if len(connected) else ():
+                self._try_without(int(place), connected, measure)
             done += len(incoming)
-            if progress is not None:
-                progress("closing edges", done, total)
+            if len(incoming):
+                execution.told("closing edges", done, total)
         if free.any():
             self.values[free] = measure(self.inside[free][:1])
             self.trials, self.passes = self.trials + 1, self.passes + 1

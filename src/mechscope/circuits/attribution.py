@@ -8,14 +8,14 @@
     eap-ig-activations   for each sender layer, the mean over m points between what it writes in both runs     Marks et al. 2024
 
 Integrated gradients mend what a single gradient misses where the metric is flat at one end. The score of a node is the sum over the edges that
-leave it (`Scores.node_table`): attribution patching.
+leave it (`EdgeScores.node_table`): attribution patching.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,43 +23,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope import ranks
+from mechscope.choices import GradientMethod, PathPoints
 from mechscope.circuits.contraction import Contraction
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.readings import Readings
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import SITES, Source, Written, differences, require_source, scaled, source_name, written_in
+from mechscope.circuits.receiver_gradients import ReceiverGradients
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import SITES, SenderOutputs, Source, differences, require_source, scaled, source_name, written_in
 from mechscope.data.metrics import Metric
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix, Reading
-from mechscope.instrument.stand_ins import stubbed
+from mechscope.instrument import CachedRun, Reading
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.substitutes import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits, metric_of
+from mechscope.settings.discovery import check_combination
 from mechscope.subject import Subject
 
-Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[GradientMethod, ...] = get_args(GradientMethod)
 # those whose scores depend on how many points there are and where
 _INTEGRATED = ("eap-ig", "eap-ig-activations")
-Points = Literal["left", "midpoint"]
-# numbers of per-text scores that are kept: 800 MB in float32
-_KEPT = 200_000_000
+# most per-text scores that are held: 800 MB in float32
+_MOST_PER_TEXT = 200_000_000
 
 
 def attribute_edges(
     subject: Subject,
     pairs: Pairs,
     *,
-    method: Method = "eap-ig",
+    method: GradientMethod = "eap-ig",
     steps: int = 5,
-    points: Points = "left",
+    points: PathPoints = "left",
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 256,
-    progress: Progress | None = None,
-) -> Scores:
+    execution: Execution = Execution(),
+) -> EdgeScores:
     """Score every edge of a model by gradients.
 
     Args:
@@ -70,10 +69,9 @@ def attribute_edges(
         points: Where they lie: `left` at k/m from the corrupt end, k = 0 … m − 1, as in the authors' code; `midpoint` at (k + ½)/m, which converges
             faster.
         metric: One of `mechscope.data.metrics.METRICS`.
-        source: What edges carry when they are closed: the corrupt run's values, `zero`, or means (`Written.mean_over`); `eap-ig` and `clean-corrupted`
+        source: What edges carry when they are closed: the corrupt run's values, `zero`, or means (`SenderOutputs.mean_over`); `eap-ig` and `clean-corrupted`
             need the corrupt run.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included; decides the memory.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (256 by default; they decide the memory), progress.
 
     Returns:
         Scores with `per_text` (kept unless there are more than 2·10⁸ of them); negative where closing the edge lowers the metric.
@@ -81,12 +79,12 @@ def attribute_edges(
     Raises:
         MechscopeError: Pairs, metric, method or source do not fit the model or each other.
     """
-    check_method(method, steps=steps, points=points, metric=metric, source=source)
+    _check_method(method, steps=steps, points=points, metric=metric, source=source)
     check_fits(subject, pairs)
     require_source(pairs, source)
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
-    gathered, keep = Gathered(pairs), len(pairs) * len(graph) <= _KEPT
+    gathered, keep = PerText(pairs), len(pairs) * len(graph) <= _MOST_PER_TEXT
     total = np.zeros(len(graph))
 
     def scores(batch: PairBatch) -> dict[str, np.ndarray]:
@@ -96,30 +94,24 @@ def attribute_edges(
             scored.along_activations(_fractions(steps, points))
         else:
             scored.along_inputs({"eap": [1.0], "clean-corrupted": [1.0, 0.0]}.get(method) or _fractions(steps, points))
-        found = graph.flat(scored.scores.float().cpu().numpy() if subject.dtype != torch.float64 else scored.scores.cpu().numpy())
-        total += found.sum(0, dtype=np.float64)  # nothing can fail after this
-        return {"scores": found.T} if keep else {}
+        by_text = graph.flat(scored.scores.float().cpu().numpy() if subject.dtype != torch.float64 else scored.scores.cpu().numpy())
+        total += by_text.sum(0, dtype=np.float64)  # nothing can fail after this
+        return {"scores": by_text.T} if keep else {}
 
-    gathered.run(scores, tokens_per_batch, label=f"scoring edges by {method}", progress=progress)
+    gathered.run(scores, execution, tokens=256, label=f"scoring edges by {method}")
     per_text = gathered["scores"].T if keep else None
     total = np.sum(ranks.exchange(total), axis=0)
     integrated = {"steps": steps, "points": points} if method in _INTEGRATED else {}
-    return Scores(
-        graph,
-        total / len(pairs),
-        per_text,
-        method,
-        _cost(graph, method, steps, points, metric, source),
-        {"metric": metric, "source": source_name(source), **integrated, "texts": pairs.hash},
-    )
+    notes = {"metric": metric, "source": source_name(source), **integrated, "texts": pairs.hash}
+    return EdgeScores(graph, total / len(pairs), per_text, method, _cost(graph, method, steps, points, metric, source), notes)
 
 
-def _fractions(steps: int, points: Points) -> list[float]:
+def _fractions(steps: int, points: PathPoints) -> list[float]:
     """Return the shares of the clean end at which gradients are taken."""
     return [(step + (0.5 if points == "midpoint" else 0.0)) / steps for step in range(steps)]
 
 
-def _cost(graph: Graph, method: Method, steps: int, points: Points, metric: str, source: Source) -> Cost:
+def _cost(graph: Graph, method: GradientMethod, steps: int, points: PathPoints, metric: str, source: Source) -> Cost:
     # means and zero need no run of their own; the metric kl runs the clean texts once more to compare with
     other, again = int(source == "corrupt" or isinstance(source, Subject)), int(metric == "kl")
     match method:
@@ -135,33 +127,14 @@ def _cost(graph: Graph, method: Method, steps: int, points: Points, metric: str,
     return Cost(1 + other + passes, passes)
 
 
-def check_method(method: str, *, steps: int, points: str, metric: str, source: object) -> None:
-    """Refuse options of `attribute_edges` that do not fit each other, before anything is loaded.
-
-    Args:
-        method: As for `attribute_edges`, like all arguments.
-        steps: Points of the integrated gradients.
-        points: Where they lie.
-        metric: The metric.
-        source: What closed edges carry, or a word for it.
-
-    Raises:
-        SettingsError: A method or place of points is not known, there are no steps, or method, metric and source contradict each other.
-    """
+def _check_method(method: str, *, steps: int, points: str, metric: str, source: object) -> None:
     if method not in METHODS:
         raise SettingsError(f"method {method!r} is not known: use one of {', '.join(METHODS)}")
-    if points not in get_args(Points):
-        raise SettingsError(f"points {points!r} are not known: use {' or '.join(get_args(Points))}")
+    if points not in get_args(PathPoints):
+        raise SettingsError(f"points {points!r} are not known: use {' or '.join(get_args(PathPoints))}")
     if steps < 1:
         raise SettingsError(f"integrated gradients need at least one step, not {steps}")
-    if metric == "kl" and method == "eap":
-        raise SettingsError(
-            "metric 'kl' is least, so flat, at the clean run: its gradient there is 0; use eap-ig or clean-corrupted, or logit-diff"
-        )
-    if source != "corrupt" and method in ("eap-ig", "clean-corrupted"):
-        raise SettingsError(
-            f"method {method!r} runs between the clean and the corrupt text, so the source must be 'corrupt': use eap or eap-ig-activations"
-        )
+    check_combination(method, metric=metric, source=source)
 
 
 class _Scored:
@@ -169,9 +142,7 @@ class _Scored:
 
     def __init__(self, subject: Subject, wiring: Wiring, graph: Graph, batch: PairBatch, metric: str, source: Source) -> None:
         self.subject, self.wiring, self.graph, self.batch, self.source = subject, wiring, graph, batch, source
-        self.clean_run: Prefix | None = None
-        if metric == "kl":
-            self.clean_run = Prefix(subject, batch.clean, batch.real, sites=SITES)
+        self.clean_run = CachedRun(subject, batch.clean, batch.real, sites=SITES) if metric == "kl" else None
         self.metric: Metric = metric_of(metric, batch, self.clean_run)
         self.reading = Reading.of(self.metric.where)
         self.real = None if bool(batch.real.all()) else batch.real
@@ -198,8 +169,8 @@ class _Scored:
 
     def along_activations(self, fractions: Sequence[float]) -> None:
         """For each layer's heads, each MLP and the input, add gradients at points between what they write in both runs."""
-        run = self.clean_run or Prefix(self.subject, self.batch.clean, self.batch.real, sites=SITES)
-        clean = Written.by(run, self.wiring)
+        run = self.clean_run or CachedRun(self.subject, self.batch.clean, self.batch.real, sites=SITES)
+        clean = SenderOutputs.by(run, self.wiring)
         other = written_in(self.source, self.batch, clean)
         apart = self._apart(other, clean)
         for stage in self._stages(run, clean, other):
@@ -208,47 +179,32 @@ class _Scored:
                 summed.add(stage.read(self, fraction), 1 / len(fractions))
             summed.into(self.scores, apart, stage.senders)
 
-    def _stages(self, run: Prefix, clean: Written, other: Written) -> Iterator[_Stage]:
+    def _stages(self, run: CachedRun, clean: SenderOutputs, other: SenderOutputs) -> Iterator[_Stage]:
         graph = self.graph
-        yield _Stage(
-            slice(0, 1),
-            0,
-            run.input_of(0),
-            (other.embedding.to(clean.embedding.device) - clean.embedding).expand_as(clean.embedding),
-            inside=False,
-        )
+        change = (other.embedding.to(clean.embedding.device) - clean.embedding).expand_as(clean.embedding)
+        yield _Stage(slice(0, 1), 0, run.input_of(0), change, inside=False)
         for layer in range(graph.n_layers):
             written = run.recording["attention_output", layer]
             change = other.attention(layer).to(written.device) - clean.attention(layer)
             yield _Stage(graph.heads_of(layer), layer, run.input_of(layer), change.expand_as(written), inside=True, written=written)
-            place = graph.mlp_sender(layer)
-            after = run.recording["residual", layer]
-            yield _Stage(
-                slice(place, place + 1),
-                layer + 1,
-                after,
-                (other.mlp[layer].to(after.device) - clean.mlp[layer]).expand_as(after),
-                inside=False,
-            )
+            place, after = graph.mlp_sender(layer), run.recording["residual", layer]
+            change = (other.mlp[layer].to(after.device) - clean.mlp[layer]).expand_as(after)
+            yield _Stage(slice(place, place + 1), layer + 1, after, change, inside=False)
 
-    def _read(self, hidden: Tensor, first: int) -> Readings:
-        return Readings(self.walk, self.wiring, self.metric, self.reading, lambda walk: (hidden, first))
+    def _read(self, hidden: Tensor, first: int) -> ReceiverGradients:
+        return ReceiverGradients(self.walk, self.wiring, self.metric, self.reading, lambda walk: (hidden, first))
 
-    def _of(self, ids: Tensor) -> Written:
-        return Written.by(Prefix(self.subject, ids, self.batch.real, sites=SITES), self.wiring)
+    def _of(self, ids: Tensor) -> SenderOutputs:
+        return SenderOutputs.by(CachedRun(self.subject, ids, self.batch.real, sites=SITES), self.wiring)
 
-    def _written(self, readings: Readings, embedding: Tensor) -> Written:
+    def _written(self, readings: ReceiverGradients, embedding: Tensor) -> SenderOutputs:
         layers = range(self.graph.n_layers)
         with torch.no_grad():
-            return Written(
-                embedding.detach(),
-                [scaled(self.wiring, layer, readings.z[layer]) for layer in layers],
-                [readings.mlp[layer] for layer in layers],
-                self.wiring,
-            )
+            z = [scaled(self.wiring, layer, readings.z[layer]) for layer in layers]
+            return SenderOutputs(embedding.detach(), z, [readings.mlp[layer] for layer in layers], self.wiring)
 
     @torch.no_grad()
-    def _apart(self, other: Written, clean: Written) -> Float[Tensor, "sender batch token d_model"]:
+    def _apart(self, other: SenderOutputs, clean: SenderOutputs) -> Float[Tensor, "sender batch token d_model"]:
         return differences(self.graph, other, clean)
 
 
@@ -272,7 +228,7 @@ class _Stage:
     inside: bool
     written: Tensor | None = None
 
-    def read(self, scored: _Scored, fraction: float) -> Readings:
+    def read(self, scored: _Scored, fraction: float) -> ReceiverGradients:
         """Run from here with a share of the clean values."""
 
         def begin(walk: Walk) -> tuple[Tensor, int]:
@@ -286,4 +242,4 @@ class _Stage:
             with stubbed(block.attention, (self.hidden, None)), stubbed(block.attention_write, mixed):
                 return walk.step(self.layer, self.hidden), self.layer + 1
 
-        return Readings(scored.walk, scored.wiring, scored.metric, scored.reading, begin)
+        return ReceiverGradients(scored.walk, scored.wiring, scored.metric, scored.reading, begin)

@@ -18,7 +18,7 @@ import pandas as pd
 from mechscope.circuits.choosing import Manner, choose
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import jaccard, node_jaccard, overlap
-from mechscope.circuits.scores import Scores
+from mechscope.circuits.scores import EdgeScores
 from mechscope.errors import DataError
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 
@@ -27,7 +27,7 @@ _NOTED = ("metric", "source", "texts", "steps", "points")
 _MEASURES = {"edges": jaccard, "nodes": node_jaccard}
 
 
-def edge_shift(base: Scores, tuned: Scores, base_circuit: Circuit, tuned_circuit: Circuit) -> pd.DataFrame:
+def edge_shift(base: EdgeScores, tuned: EdgeScores, base_circuit: Circuit, tuned_circuit: Circuit) -> pd.DataFrame:
     """Compare every edge's score in two models on the same texts.
 
     Returns:
@@ -39,24 +39,16 @@ def edge_shift(base: Scores, tuned: Scores, base_circuit: Circuit, tuned_circuit
     """
     first, second = _same_texts(base, tuned)
     table = base.table()[["edge", "sender", "receiver", "sender_layer", "receiver_layer"]]
-    found = paired_difference(second, first)
-    return table.assign(
-        base=base.mean,
-        tuned=tuned.mean,
-        shift=found.mean,
-        se=found.standard_error,
-        low=found.low,
-        high=found.high,
-        p=found.p,
-        q=benjamini_hochberg(found.p),
-        in_base=base_circuit.edges,
-        in_tuned=tuned_circuit.edges,
-    )
+    shift = paired_difference(second, first)
+    shifts = {"shift": shift.mean, "se": shift.standard_error, "low": shift.low, "high": shift.high}
+    tests = {"p": shift.p, "q": benjamini_hochberg(shift.p)}
+    inside = {"in_base": base_circuit.edges, "in_tuned": tuned_circuit.edges}
+    return table.assign(base=base.mean, tuned=tuned.mean, **shifts, **tests, **inside)
 
 
 def overlap_table(
-    base: Scores,
-    tuned: Scores,
+    base: EdgeScores,
+    tuned: EdgeScores,
     fractions: Sequence[float],
     *,
     resamples: int = 50,
@@ -105,32 +97,19 @@ def overlap_table(
             # a quiet model agrees with itself more than it can agree with a noisy one
             change = own.min(1) - across
             null = by_chance[(by_chance["of"] == what) & (by_chance["null"] == "layer-matched")].iloc[0]
-            rows.append(
-                {
-                    "what": what,
-                    "fraction": fraction,
-                    "base_size": int(null["first"]),
-                    "tuned_size": int(null["second"]),
-                    "jaccard": measure(*whole),
-                    "null": null["expected"],
-                    "null_low": null["low"],
-                    "null_high": null["high"],
-                    "null_p": null["p"],
-                    "across": across.mean(),
-                    "across_low": np.quantile(across, 0.025),
-                    "across_high": np.quantile(across, 0.975),
-                    "self_base": own[:, 0].mean(),
-                    "self_tuned": own[:, 1].mean(),
-                    "change": change.mean(),
-                    "change_low": np.quantile(change, 0.025),
-                    "change_high": np.quantile(change, 0.975),
-                    "n": texts,
-                }
-            )
+            sizes = {"base_size": int(null["first"]), "tuned_size": int(null["second"]), "jaccard": measure(*whole)}
+            nulls = {"null": null["expected"], "null_low": null["low"], "null_high": null["high"], "null_p": null["p"]}
+            selves = {"self_base": own[:, 0].mean(), "self_tuned": own[:, 1].mean()}
+            spread = {**_quantiles("across", across), **selves, **_quantiles("change", change)}
+            rows.append({"what": what, "fraction": fraction, **sizes, **nulls, **spread, "n": texts})
     return pd.DataFrame(rows)
 
 
-def _same_texts(base: Scores, tuned: Scores) -> tuple[np.ndarray, np.ndarray]:
+def _quantiles(name: str, values: np.ndarray) -> dict[str, float]:
+    return {name: values.mean(), f"{name}_low": np.quantile(values, 0.025), f"{name}_high": np.quantile(values, 0.975)}
+
+
+def _same_texts(base: EdgeScores, tuned: EdgeScores) -> tuple[np.ndarray, np.ndarray]:
     if base.graph != tuned.graph:
         raise DataError(f"circuits of {base.graph} and {tuned.graph} cannot be compared: both models need one architecture")
     if base.per_text is None or tuned.per_text is None:

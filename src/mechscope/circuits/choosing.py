@@ -15,16 +15,15 @@ from typing import Literal, TypedDict, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mechscope.choices import EdgeSign, EdgeUnit
 from mechscope.circuits.graph import Circuit, Graph, sums_by_node
-from mechscope.circuits.scores import Scores
+from mechscope.circuits.scores import EdgeScores
 from mechscope.errors import DataError, SettingsError
 
 Rule = Literal["top", "threshold", "greedy"]
-Unit = Literal["edges", "nodes"]
-Sign = Literal["absolute", "helpful"]
 
 # scores of the edges, or a graph and one number per edge (by nodes also per sender)
-Scored = Scores | tuple[Graph, Float[np.ndarray, " scored"]]
+Scored = EdgeScores | tuple[Graph, Float[np.ndarray, " scored"]]
 
 # the shares of all edges at which MIB measures faithfulness
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -34,15 +33,15 @@ class Manner(TypedDict, total=False):
     """The options of `choose` but a circuit's size, for functions that hand them on."""
 
     rule: Rule
-    by: Unit
-    sign: Sign
+    by: EdgeUnit
+    sign: EdgeSign
     higher_is_better: bool | None
     prune: bool
     fill: bool
 
 
 class Choice(Manner, total=False):
-    """All options of `choose`, likewise."""
+    """All options of `choose`, for functions that hand them on."""
 
     number: int | None
     fraction: float | None
@@ -56,8 +55,8 @@ def choose(
     number: int | None = None,
     fraction: float | None = None,
     threshold: float | None = None,
-    by: Unit = "edges",
-    sign: Sign = "absolute",
+    by: EdgeUnit = "edges",
+    sign: EdgeSign = "absolute",
     higher_is_better: bool | None = None,
     prune: bool = True,
     fill: bool = False,
@@ -79,7 +78,7 @@ def choose(
         sign: `absolute`, or `helpful`: strongest is what makes the metric better. Harmful edges then come last, so the whole budget is still spent;
             a threshold of 0 leaves them out. Needs a method whose scores have a sign (not acdc, edge-pruning or flow-routes).
         higher_is_better: Which way the metric counts (true for logit-diff and probability, false for loss and kl); needed for `helpful`.
-        prune: Remove dead ends, edges on no path from `input` to `logits`. The circuit may then be much smaller than the budget.
+        prune: Remove dead ends, edges on no path from `embed` to `logits`. The circuit may then be much smaller than the budget.
         fill: Take further edges for those removed: the largest pruned circuit within the budget, which an edge more would exceed.
 
     Raises:
@@ -110,8 +109,8 @@ def fractions_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     *,
     rule: Literal["top", "greedy"] = "top",
-    by: Unit = "edges",
-    sign: Sign = "absolute",
+    by: EdgeUnit = "edges",
+    sign: EdgeSign = "absolute",
     higher_is_better: bool | None = None,
     prune: bool = True,
     fill: bool = False,
@@ -119,12 +118,12 @@ def fractions_curve(
     """Choose a circuit for each of some fractions, in the order given; a larger one contains every smaller one.
 
     Args:
-        scores: As for `choose`, like all options.
+        scores: Scores of the edges, or a graph and one number per edge. By nodes also a graph and one number per sender.
         fractions: Shares in (0, 1] of all edges (or nodes), before pruning.
-        rule: `top` or `greedy`.
-        by: Edges or nodes.
-        sign: What counts as strong.
-        higher_is_better: Which way the metric counts.
+        rule: `top`: the strongest; `greedy`: grown backwards from the logits.
+        by: `edges` or `nodes`.
+        sign: What counts as strong: `absolute`, or `helpful` (what makes the metric better).
+        higher_is_better: Which way the metric counts; needed for `helpful`.
         prune: Remove dead ends.
         fill: Take further edges for those removed.
 
@@ -142,12 +141,12 @@ def fractions_curve(
 
 def values_of(scores: Scored) -> tuple[Graph, Float[np.ndarray, " scored"]]:
     """Return the graph and one number per edge, as float64."""
-    graph, values = (scores.graph, scores.mean) if isinstance(scores, Scores) else scores
+    graph, values = (scores.graph, scores.mean) if isinstance(scores, EdgeScores) else scores
     return graph, np.asarray(values, dtype=np.float64)
 
 
 def _check_options(rule: str, by: str, sign: str, higher_is_better: bool | None, prune: bool, fill: bool) -> None:
-    for name, value, kind in (("rule", rule, Rule), ("by", by, Unit), ("sign", sign, Sign)):
+    for name, value, kind in (("rule", rule, Rule), ("by", by, EdgeUnit), ("sign", sign, EdgeSign)):
         if value not in get_args(kind):
             raise SettingsError(f"{name} {value!r} is not known: use one of {', '.join(get_args(kind))}")
     if sign == "helpful" and higher_is_better is None:
@@ -160,9 +159,9 @@ def _check_options(rule: str, by: str, sign: str, higher_is_better: bool | None,
         )
 
 
-def _strength(scores: Scored, by: Unit, sign: Sign, higher_is_better: bool | None) -> tuple[Graph, Float[np.ndarray, " scored"]]:
+def _strength(scores: Scored, by: EdgeUnit, sign: EdgeSign, higher_is_better: bool | None) -> tuple[Graph, Float[np.ndarray, " scored"]]:
     """Return the strength of every edge or sender; NaN for what cannot be chosen."""
-    if sign == "helpful" and isinstance(scores, Scores) and not scores.signed:
+    if sign == "helpful" and isinstance(scores, EdgeScores) and not scores.signed:
         raise SettingsError(
             f"sign 'helpful' needs scores with a sign, and those of {scores.method!r} only say how important an edge is: use sign='absolute'"
         )
@@ -222,7 +221,7 @@ def _share(fraction: float, total: int) -> int:
 
 
 def _nested(
-    graph: Graph, strength: Float[np.ndarray, " scored"], budgets: Sequence[int], rule: str, by: Unit, prune: bool, fill: bool
+    graph: Graph, strength: Float[np.ndarray, " scored"], budgets: Sequence[int], rule: str, by: EdgeUnit, prune: bool, fill: bool
 ) -> list[Circuit]:
     """Return the circuit of each budget."""
     order = _order(graph, strength, rule, len(strength) if fill else max(budgets, default=0))
@@ -233,7 +232,7 @@ def _nested(
         return _circuit(graph, chosen, by, prune)
 
     def filled(budget: int) -> int:
-        # taking more edges never prunes to fewer, so the last count that fits is found by halving
+        # taking more edges never prunes to fewer, so the last count that fits can be searched by halving
         low, high = min(budget, len(order)), len(order)
         while low < high:
             middle = (low + high + 1) // 2
@@ -243,7 +242,7 @@ def _nested(
     return [of(filled(budget) if fill else budget) for budget in budgets]
 
 
-def _circuit(graph: Graph, chosen: Bool[np.ndarray, " scored"], by: Unit, prune: bool) -> Circuit:
+def _circuit(graph: Graph, chosen: Bool[np.ndarray, " scored"], by: EdgeUnit, prune: bool) -> Circuit:
     if by == "nodes":
         inside = np.concatenate([[True], chosen[1:], [True]])
         senders, receivers = graph.edges.T

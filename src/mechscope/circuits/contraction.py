@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.readings import Readings
+from mechscope.circuits.receiver_gradients import ReceiverGradients
 from mechscope.instrument import Reading
 from mechscope.instrument.parts import PARTS
 from mechscope.instrument.wiring import Wiring
@@ -28,33 +28,20 @@ class Contraction:
     """Gradients of some passes of one batch, added up, and what they make of senders' differences."""
 
     def __init__(self, graph: Graph, wiring: Wiring, reading: Reading) -> None:
-        """Begin with nothing.
-
-        Args:
-            graph: The model's edges.
-            wiring: How the model reads.
-            reading: The rows of the last residual stream that the metric reads.
-        """
-        self.graph = graph
-        self.wiring = wiring
-        self.reading = reading
+        """Begin with nothing; `reading` are the rows of the last residual stream that the metric reads."""
+        self.graph, self.wiring, self.reading = graph, wiring, reading
         self._heads: dict[int, Tensor] = {}
         self._along: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._mlp: dict[int, Tensor] = {}
         self._logits: Tensor | None = None
 
-    def add(self, readings: Readings, weight: float) -> None:
-        """Add a pass.
-
-        Args:
-            readings: Its gradients.
-            weight: Its weight in the mean over passes.
-        """
+    def add(self, readings: ReceiverGradients, weight: float) -> None:
+        """Add a pass's gradients, with its weight in the mean over passes."""
         for layer in readings.layers_of_heads:
-            found = readings.heads(layer)
-            self._heads[layer] = _sum(self._heads.get(layer), found.at, weight)
-            if found.standard is not None and found.along is not None:
-                self._along[layer].append((found.standard, found.along * weight))
+            gradients = readings.heads(layer)
+            self._heads[layer] = _sum(self._heads.get(layer), gradients.at, weight)
+            if gradients.standard is not None and gradients.along is not None:
+                self._along[layer].append((gradients.standard, gradients.along * weight))
         for layer in readings.layers_of_mlps:
             self._mlp[layer] = _sum(self._mlp.get(layer), readings.mlp_input(layer), weight)
         self._logits = _sum(self._logits, readings.above, weight)
@@ -126,8 +113,8 @@ class Contraction:
         products += torch.bmm(within, along.to(within.device))
 
 
-def _sum(total: Tensor | None, found: Tensor, weight: float) -> Tensor:
-    return found * weight if total is None else total.add_(found, alpha=weight)
+def _sum(total: Tensor | None, gradient: Tensor, weight: float) -> Tensor:
+    return gradient * weight if total is None else total.add_(gradient, alpha=weight)
 
 
 def _products(differences: Tensor, gradients: Tensor) -> Float[Tensor, "batch sender receiver"]:

@@ -24,10 +24,10 @@ from jaxtyping import Float
 from mechscope.circuits.evaluation import Evaluated, evaluate, of_span
 from mechscope.circuits.graph import Circuit, edges_at
 from mechscope.circuits.scores import Cost
-from mechscope.circuits.written import Source
+from mechscope.circuits.sender_outputs import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 from mechscope.subject import Subject
 
@@ -63,9 +63,9 @@ class Minimality:
     Attributes:
         table: One row per node: `component`, `layer`, `edges` (of the circuit, at it), `beside` (the set K beside which its removal matters most),
             `metric`, `n`, `change` (of the metric by its removal beside K) with `se`, `low`, `high` (over texts), `minimality` (its absolute value),
-            `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` as for `Completeness`, `control` (mean minimality of the
-            superfluous parts), `p` (share of parts whose removal matters at least as much, the node itself counted: small where the node is needed)
-            and `q` (Benjamini–Hochberg over the nodes; how small it can be is told in the notes).
+            `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` (bootstrap over texts; from 0 where the sign is not certain),
+            `control` (mean minimality of the superfluous parts), `p` (share of parts whose removal matters at least as much, the node itself counted:
+            small where the node is needed) and `q` (Benjamini–Hochberg over the nodes; the notes say how small it can be).
         changes: The change of every node and text.
         controls: Minimality of every superfluous part, by the same search over K.
         cost: Passes that were made.
@@ -90,9 +90,7 @@ def completeness(
     candidates: int = 5,
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Completeness:
     """Take nodes of a circuit from it and from the model, and see how far apart the two are.
 
@@ -105,23 +103,21 @@ def completeness(
         steps: How many nodes each of them gets.
         candidates: Nodes tried at each step, drawn at random; that which widens the gap most is added.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        source: What closed edges carry, as for `evaluate`.
-        tokens_per_batch: As for `evaluate`.
-        seed: Seed of the sets and of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
+        execution: Tokens of a batch (512 by default), seed (of the sets and of the bootstrap), progress.
 
     Raises:
-        MechscopeError: The circuit has no node but the input, or as for `evaluate`.
+        MechscopeError: The circuit has no node but the input or is of another graph, or texts do not fit the model or the metric.
     """
-    runs = _Runs(partial(evaluate, subject, pairs, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress))
-    nodes, chance = _nodes(circuit), np.random.default_rng(seed)
+    runs = _Runs(partial(evaluate, subject, pairs, metric=metric, source=source, execution=execution))
+    nodes, chance = _nodes(circuit), np.random.default_rng(execution.seed)
     model = Circuit.full(circuit.graph)
 
     def sides(taken: Nodes) -> Sides:
         return circuit.without(taken), model.without(taken)
 
     sets: list[Nodes] = [(), *(_subset(nodes, chance) for _ in range(random))]
-    found = ["none", *["random"] * random]
+    origins = ["none", *["random"] * random]
     values = [runs.of([sides(taken) for taken in sets])]
     grown: list[Nodes] = [()] * greedy
     for _ in range(min(steps, len(nodes)) if greedy else 0):
@@ -133,15 +129,15 @@ def completeness(
         gap = np.abs(every[:, 0].mean(1) - every[:, 1].mean(1)).reshape(greedy, -1)
         best = gap.argmax(1)
         grown = [of_one[at] for of_one, at in zip(tried, best, strict=True)]
-        sets, found = [*sets, *grown], [*found, *["greedy"] * greedy]
+        sets, origins = [*sets, *grown], [*origins, *["greedy"] * greedy]
         values.append(every[np.arange(greedy) * gap.shape[1] + best])
     both = np.concatenate(values)
     gaps = both[:, 0] - both[:, 1]
-    table = pd.DataFrame({"component": [",".join(taken) for taken in sets], "found": found, "size": [len(taken) for taken in sets]})
+    table = pd.DataFrame({"component": [",".join(taken) for taken in sets], "found": origins, "size": [len(taken) for taken in sets]})
     table["metric"], table["n"] = metric, len(pairs)
     table["circuit"], table["model"] = both.mean(-1).T
-    note = _fill(table, gaps, runs, ("gap", "incompleteness"), seed)
-    return Completeness(table, gaps, runs.cost, {"seed": seed, "nodes": len(nodes), "candidates": candidates, "normalised": note})
+    note = _fill(table, gaps, runs, ("gap", "incompleteness"), execution.seed)
+    return Completeness(table, gaps, runs.cost, {"seed": execution.seed, "nodes": len(nodes), "candidates": candidates, "normalised": note})
 
 
 def minimality(
@@ -154,9 +150,7 @@ def minimality(
     controls: int = 50,
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Minimality:
     """Take every node from a circuit, alone and beside some sets K, and compare with superfluous parts that were added for it.
 
@@ -170,16 +164,15 @@ def minimality(
         random: Random sets K to try as well.
         controls: Superfluous parts; the smallest p is 1 / (controls + 1), and q of a large circuit is bounded by it (`notes["q"]`).
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        source: What closed edges carry, as for `evaluate`.
-        tokens_per_batch: As for `evaluate`.
-        seed: Seed of the sets, the parts and the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
+        execution: Tokens of a batch (512 by default), seed (of the sets, the parts and the bootstrap), progress.
 
     Raises:
-        MechscopeError: The circuit has no node but the input, a set names a node outside it, or as for `evaluate`.
+        MechscopeError: The circuit has no node but the input or is of another graph, a set names a node outside it, or texts do not fit the model or
+            the metric.
     """
-    runs = _Runs(partial(evaluate, subject, pairs, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress))
-    nodes, chance = _nodes(circuit), np.random.default_rng(seed)
+    runs = _Runs(partial(evaluate, subject, pairs, metric=metric, source=source, execution=execution))
+    nodes, chance = _nodes(circuit), np.random.default_rng(execution.seed)
     for node in (node for taken in sets for node in taken):
         if node not in nodes:
             raise SettingsError(f"node {node!r} of the given sets is not a head or MLP of the circuit, which has {', '.join(nodes)}")
@@ -202,13 +195,13 @@ def minimality(
     table["edges"] = [int((circuit.edges & edges_at(circuit.graph, [node])).sum()) for node in nodes]
     table["beside"] = [",".join(other for other in taken[at] if other != node) for node, at in zip(nodes, largest, strict=False)]
     table["metric"], table["n"] = metric, len(pairs)
-    note = _fill(table, changes[: len(nodes)], runs, ("change", "minimality"), seed)
+    note = _fill(table, changes[: len(nodes)], runs, ("change", "minimality"), execution.seed)
     table["control"] = control.mean() if len(control) else np.nan
     # parts that matter as much up to rounding count against the node
     matter_more = (control >= own[:, None] * (1 - 1e-9)).sum(1)
     table["p"] = (1 + matter_more) / (1 + len(control)) if len(control) else np.nan
     table["q"] = benjamini_hochberg(table["p"])
-    notes: dict[str, Any] = {"seed": seed, "sets": [list(of_one) for of_one in taken], "normalised": note}
+    notes: dict[str, Any] = {"seed": execution.seed, "sets": [list(of_one) for of_one in taken], "normalised": note}
     if parts:
         # q is p · nodes / rank at best, and no p is below 1 / (parts + 1)
         fewest = math.floor(len(nodes) / (_LEVEL * (len(parts) + 1))) + 1
@@ -228,10 +221,10 @@ class _Runs:
         self.clean = self.empty = np.zeros(0)
 
     def of(self, sides: Sequence[Sides]) -> Float[np.ndarray, "pair two text"]:
-        found = self._run([circuit for pair in sides for circuit in pair])
-        self.cost = Cost(self.cost.forward + found.cost.forward, 0)
-        self.clean, self.empty = found.clean, found.empty
-        return found.values.reshape(len(sides), 2, -1)
+        evaluated = self._run([circuit for pair in sides for circuit in pair])
+        self.cost = Cost(self.cost.forward + evaluated.cost.forward, 0)
+        self.clean, self.empty = evaluated.clean, evaluated.empty
+        return evaluated.values.reshape(len(sides), 2, -1)
 
 
 def _fill(table: pd.DataFrame, differences: np.ndarray, runs: _Runs, names: tuple[str, str], seed: int) -> str | None:
@@ -249,7 +242,7 @@ def _fill(table: pd.DataFrame, differences: np.ndarray, runs: _Runs, names: tupl
 
 
 def _nodes(circuit: Circuit) -> list[str]:
-    nodes = [name for name, inside in zip(circuit.graph.senders, circuit.nodes, strict=True) if inside and name != "input"]
+    nodes = [name for name, inside in zip(circuit.graph.senders, circuit.nodes, strict=True) if inside and name != "embed"]
     if not nodes:
         raise SettingsError(f"a circuit of {len(circuit)} edges without heads and MLPs has nothing to take away: choose a larger one")
     return nodes

@@ -9,21 +9,25 @@ flow-routes                                         what flows where (`routes`):
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
+from mechscope.choices import DiscoveryMethod, PathPoints
 from mechscope.circuits.acdc import acdc
 from mechscope.circuits.attribution import METHODS as GRADIENTS
-from mechscope.circuits.attribution import Points, attribute_edges
+from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.exact import exact_effects
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.pruning import prune_edges
 from mechscope.circuits.routes import flow_routes
-from mechscope.circuits.scores import Scores
-from mechscope.circuits.written import Source
+from mechscope.circuits.scores import EdgeScores
+from mechscope.circuits.sender_outputs import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
-DISCOVERIES: tuple[str, ...] = (*GRADIENTS, "exact", "acdc", "edge-pruning", "flow-routes")
+DISCOVERIES: tuple[str, ...] = get_args(DiscoveryMethod)
 # those whose scores depend on the seed
 SEEDED = ("edge-pruning",)
 # nats or logits: a sweep that ranks edges
@@ -36,16 +40,14 @@ def discover(
     *,
     method: str = "eap-ig",
     steps: int = 5,
-    points: Points = "left",
+    points: PathPoints = "left",
     metric: str = "logit-diff",
     source: Source = "corrupt",
     thresholds: tuple[float, ...] = _LEVELS,
     fraction: float = 0.05,
     pruning_steps: int = 500,
-    tokens_per_batch: int = 256,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Scores:
+    execution: Execution = Execution(),
+) -> EdgeScores:
     """Score every edge of a model by some method.
 
     Args:
@@ -53,51 +55,31 @@ def discover(
         pairs: Clean and corrupt prompts.
         method: One of `DISCOVERIES`.
         steps: Points of integrated gradients.
-        points: Where they lie, as for `attribute_edges`.
+        points: Where they lie: `left` (k/m from the corrupt end, k = 0 … m − 1) or `midpoint` ((k + ½)/m).
         metric: One of `mechscope.data.metrics.METRICS`; not used by `flow-routes`.
         source: What closed edges carry.
         thresholds: Of `acdc`, in the metric's unit.
         fraction: Of all edges, that `edge-pruning` keeps.
         pruning_steps: Steps of `edge-pruning`.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        seed: Seed of `edge-pruning`; the other methods use none.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (256 by default), seed (of `edge-pruning`; the other methods use none), progress.
 
     Raises:
         MechscopeError: The method is not known, or does not fit the other arguments.
     """
+    # of one size for all methods, so that they can be compared
+    execution = replace(execution, tokens_per_batch=execution.tokens(256))
     if method in GRADIENTS:
-        return attribute_edges(
-            subject,
-            pairs,
-            method=method,
-            steps=steps,
-            points=points,
-            metric=metric,
-            source=source,
-            tokens_per_batch=tokens_per_batch,
-            progress=progress,
-        )
+        return attribute_edges(subject, pairs, method=method, steps=steps, points=points, metric=metric, source=source, execution=execution)
     match method:
         case "exact":
-            return exact_effects(subject, pairs, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress)
+            return exact_effects(subject, pairs, metric=metric, source=source, execution=execution)
         case "acdc":
-            return acdc(
-                subject, pairs, thresholds=thresholds, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress
-            ).scores
+            return acdc(subject, pairs, thresholds=thresholds, metric=metric, source=source, execution=execution).scores
         case "edge-pruning":
             number = max(1, round(fraction * len(Graph.of(subject))))
             return prune_edges(
-                subject,
-                pairs,
-                n_edges=number,
-                steps=pruning_steps,
-                metric=metric,
-                source=source,
-                tokens_per_batch=tokens_per_batch,
-                seed=seed,
-                progress=progress,
+                subject, pairs, n_edges=number, steps=pruning_steps, metric=metric, source=source, execution=execution
             ).scores
         case "flow-routes":
-            return flow_routes(subject, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
+            return flow_routes(subject, pairs, execution=execution)
     raise SettingsError(f"method {method!r} is not known: use one of {', '.join(DISCOVERIES)}")

@@ -25,12 +25,12 @@ from mechscope.circuits.choosing import MIB_FRACTIONS, fractions_curve
 from mechscope.circuits.forward import RUN, CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_like
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import Source
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import Source
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, check_fits, fetched
 from mechscope.errors import DataError, ModelError, SettingsError
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits, fetched
+from mechscope.instrument.execution import Execution
 from mechscope.stats.inference import paired_difference
 from mechscope.subject import Subject
 
@@ -140,8 +140,7 @@ def evaluate(
     *,
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Evaluated:
     """Run the model with only the edges of each circuit.
 
@@ -150,9 +149,8 @@ def evaluate(
         pairs: Clean and corrupt texts.
         circuits: Edge sets of this model's graph.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        source: What closed edges carry, as for `CircuitRuns`: `corrupt`, `zero` or means of what is written.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        progress: Called with a label, what is done and how much there is.
+        source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
+        execution: Tokens of a batch (512 by default), progress.
 
     Raises:
         MechscopeError: There is no circuit, one is of another graph, texts do not fit the model or the metric, or values are not finite.
@@ -168,18 +166,18 @@ def evaluate(
     packed = np.stack([np.packbits(circuit.edges) for circuit in circuits])
     _, first, place = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     distinct = np.stack([circuits[index].edges for index in first])
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def evaluated(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = CircuitRuns(subject, batch, metric, source=source)
-        found = []
+        launched = []
         for edges in torch.from_numpy(distinct).split(_AT_ONCE):
-            found.append(runs.launch(edges))
+            launched.append(runs.launch(edges))
             gathered.step(len(edges))
         clean, empty = (values.double().cpu().numpy() for values in (runs.clean, runs.corrupt))
-        return {"values": fetched(torch.cat(found), of=RUN), "clean": clean, "empty": empty}
+        return {"values": fetched(torch.cat(launched), of=RUN), "clean": clean, "empty": empty}
 
-    gathered.run(evaluated, tokens_per_batch, label="evaluating circuits", progress=progress, units=len(distinct))
+    gathered.run(evaluated, execution, tokens=512, label="evaluating circuits", units=len(distinct))
     clean, empty = gathered["clean"], gathered["empty"]
     if not (np.isfinite(clean).all() and np.isfinite(empty).all()):
         raise ModelError("the model gave values that are NaN or infinite: its type is too narrow for it, try dtype float32")
@@ -221,15 +219,13 @@ def of_span(
 def faithfulness_curve(
     subject: Subject,
     pairs: Pairs,
-    scores: Scores,
+    scores: EdgeScores,
     *,
     fractions: Sequence[float] = MIB_FRACTIONS,
     random: int = 10,
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
     **choice: Any,
 ) -> Curve:
     """Choose circuits of several sizes by scores and see how much of the model each is.
@@ -241,14 +237,12 @@ def faithfulness_curve(
         fractions: Sizes as fractions of all edges, rising.
         random: Random circuits per size, by `random_like`.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        source: What closed edges carry, as for `evaluate`.
-        tokens_per_batch: As for `evaluate`.
-        seed: Seed of the random circuits and of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
         choice: How edges are chosen: `rule`, `by`, `sign` and the other options of `fractions_curve`.
+        execution: Tokens of a batch (512 by default), seed (of the random circuits and of the bootstrap), progress.
 
     Raises:
-        MechscopeError: Fractions do not rise within 0 to 1, or as for `evaluate` and `fractions_curve`.
+        MechscopeError: Fractions do not rise within 0 to 1, options of the choice contradict each other, or texts do not fit the model or the metric.
     """
     at = np.asarray(fractions, dtype=np.float64)
     if len(at) < 2 or (np.diff(at) <= 0).any() or at[0] <= 0 or at[-1] > 1 or random < 0:
@@ -257,10 +251,10 @@ def faithfulness_curve(
             f"{what} are not usable: give at least two fractions, rising, above 0 and up to 1, and 0 or more random circuits"
         )
     circuits = fractions_curve(scores, at.tolist(), **choice)
-    drawn = [random_like(circuit, number=random, seed=seed + place) for place, circuit in enumerate(circuits)]
+    drawn = [random_like(circuit, number=random, seed=execution.seed + place) for place, circuit in enumerate(circuits)]
     everything = [*circuits, *(circuit for of_size in zip(*drawn, strict=True) for circuit in of_size)]
-    every = evaluate(subject, pairs, everything, metric=metric, source=source, tokens_per_batch=tokens_per_batch, progress=progress)
-    share = every.faithfulness(seed=seed)
+    every = evaluate(subject, pairs, everything, metric=metric, source=source, execution=execution)
+    share = every.faithfulness(seed=execution.seed)
     by_chance = share.value[len(at) :].reshape(random, len(at))
     table = pd.DataFrame({"fraction": at, "edges": [len(circuit) for circuit in circuits], "metric": metric, "n": len(pairs)})
     table["value"] = every.values[: len(at)].mean(1)
@@ -268,7 +262,7 @@ def faithfulness_curve(
     table["random"], table["random_low"], table["random_high"] = _band(by_chance)
     heights = (share.value[: len(at)], share.replicates[: len(at)].T, by_chance)
     cpr, cmd = _area(at, *heights), _area(at, *(np.abs(1 - each) for each in heights))
-    notes = {"method": scores.method, **choice, "random": random, "seed": seed, "faithfulness": share.note}
+    notes = {"method": scores.method, **choice, "random": random, "seed": execution.seed, "faithfulness": share.note}
     return Curve(table, cpr, cmd, tuple(circuits), replace(every, values=every.values[: len(at)]), by_chance, every.cost, notes)
 
 
@@ -282,7 +276,7 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(0), *np.quantile(values, _ENDS, axis=0)
 
 
-def auroc(scores: Scores, truth: Circuit) -> float:
+def auroc(scores: EdgeScores, truth: Circuit) -> float:
     """Return the probability that an edge of the true circuit has a larger |score| than one outside it, ties counting half.
 
     Args:

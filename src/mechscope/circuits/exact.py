@@ -16,11 +16,11 @@ from jaxtyping import Bool
 
 from mechscope.circuits.forward import RUN, CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import Source, require_source, source_name
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import Source, require_source, source_name
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits, fetched
+from mechscope.data.scoring import PerText, check_fits, fetched
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 # edges of one call: their sets are matrices of this many times all edges
@@ -34,9 +34,8 @@ def exact_effects(
     edges: Sequence[str] | Circuit | None = None,
     metric: str = "logit-diff",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    progress: Progress | None = None,
-) -> Scores:
+    execution: Execution = Execution(),
+) -> EdgeScores:
     """Close edges one at a time.
 
     Args:
@@ -45,11 +44,10 @@ def exact_effects(
         edges: Which edges, by name or as a circuit; None for all.
         metric: One of `mechscope.data.metrics.METRICS`.
         source: What a closed edge carries: the corrupt run's value, `zero`, or a mean.
-        tokens_per_batch: Most tokens of a batch of pairs, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (512 by default), progress.
 
     Returns:
-        Scores with `per_text`; NaN for edges that were not asked for.
+        Scores with `per_text`; NaN for edges that were not chosen.
 
     Raises:
         MechscopeError: Edges, pairs or metric do not fit the model.
@@ -60,7 +58,7 @@ def exact_effects(
     chosen = np.flatnonzero(_chosen(graph, edges))
     # edges into one receiver stand together: they begin at the same place
     chosen = chosen[np.argsort(graph.edges[chosen, 1], kind="stable")]
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def effects(batch: PairBatch) -> dict[str, np.ndarray]:
         runs = CircuitRuns(subject, batch, metric, source=source)
@@ -71,17 +69,17 @@ def exact_effects(
             sets[torch.arange(len(part)), torch.from_numpy(part)] = False
             launched.append(runs.launch(sets) - runs.clean)
             gathered.step(len(part))
-        found = np.full((len(graph), len(batch.pairs)), np.nan)
+        values = np.full((len(graph), len(batch.pairs)), np.nan)
         if launched:
-            found[chosen] = fetched(torch.cat(launched), of=RUN)
-        return {"effects": found}
+            values[chosen] = fetched(torch.cat(launched), of=RUN)
+        return {"effects": values}
 
-    gathered.run(effects, tokens_per_batch, label="closing edges", progress=progress, units=len(chosen))
+    gathered.run(effects, execution, tokens=512, label="closing edges", units=len(chosen))
     per_text = gathered["effects"].T
     depth = np.array(graph.layer_of(graph.receivers))[graph.edges[chosen, 1]]
     passes = 2 + float((1 - depth / graph.n_layers).sum())
     notes = {"metric": metric, "source": source_name(source), "edges": len(chosen), "texts": pairs.hash}
-    return Scores(graph, per_text.mean(0), per_text, "exact", Cost(passes, 0), notes)
+    return EdgeScores(graph, per_text.mean(0), per_text, "exact", Cost(passes, 0), notes)
 
 
 def _chosen(graph: Graph, edges: Sequence[str] | Circuit | None) -> Bool[np.ndarray, " edge"]:

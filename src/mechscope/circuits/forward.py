@@ -9,7 +9,7 @@ receivers cost one matrix product with the senders' differences, then each passe
 
     1. Receivers before the first closed edge compute what the clean run computed: nothing is run, many edge sets share it.
     2. From there on every receiver gets its mixture.
-    3. Behind the last closed edge everybody reads the same stream: the model's own blocks run.
+    3. Behind the last closed edge all receivers read the same stream: the model's own blocks run.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.mixer import Mixer, Other
-from mechscope.circuits.written import SITES, Source, Written, differences, expanded, scaled, written_in
+from mechscope.circuits.sender_outputs import SITES, SenderOutputs, Source, differences, expanded, scaled, written_in
 from mechscope.data.pairs import PairBatch
+from mechscope.data.scoring import fetched, metric_of, score
 from mechscope.errors import SettingsError
-from mechscope.instrument import Prefix, Reading, observed
+from mechscope.instrument import CachedRun, Reading, observed
 from mechscope.instrument.parts import attention_of, mlp_of
-from mechscope.instrument.stand_ins import fused_activations
+from mechscope.instrument.substitutes import fused_activations
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
-from mechscope.scoring import fetched, metric_of, score
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
@@ -57,21 +57,19 @@ class CircuitRuns:
             subject: The model.
             batch: The pairs.
             metric: One of `mechscope.data.metrics.METRICS`.
-            source: What closed edges carry: values of the `corrupt` run, `zero`, means (`Written.mean_over`), or another model's clean run.
+            source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
 
         Raises:
             MechscopeError: The pairs, the metric or the model cannot be used.
         """
-        self.subject = subject
-        self.batch = batch
-        self.wiring = Wiring(subject)
+        self.subject, self.batch, self.wiring = subject, batch, Wiring(subject)
         self.graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, self.wiring.parallel)
-        self._clean = Prefix(subject, batch.clean, batch.real, sites=SITES)
+        self._clean = CachedRun(subject, batch.clean, batch.real, sites=SITES)
         # where mixtures are made: on the device of what the first block reads
         self._device = self._clean.input_of(0).device
         self.metric = metric_of(metric, batch, self._clean)
         self._reading = Reading.of(self.metric.where)
-        self._clean_written = Written.by(self._clean, self.wiring)
+        self._clean_written = SenderOutputs.by(self._clean, self.wiring)
         self._other = Other.of(written_in(source, batch, self._clean_written), self.wiring, self._clean.input_of(0))
         self.clean: Float[Tensor, " batch"] = self._score(self._clean.read(self._reading)[None], read=True)[0]
         self.corrupt: Float[Tensor, " batch"] = self._score(self._other.final[None])[0]
@@ -112,7 +110,7 @@ class CircuitRuns:
         end = 2 * self.graph.n_layers + 1
         first = torch.where(closed, self._place, end).amin(1)
         last = torch.where(closed, self._place, -1).amax(1)
-        found = []
+        parts = []
         order = torch.arange(len(edges)) if learning else first.argsort(stable=True)
         with torch.set_grad_enabled(learning), observed(self.subject), fused_activations(self.subject):
             start = 0
@@ -123,9 +121,9 @@ class CircuitRuns:
                 # sets that begin further up wait for their own pass, unless it is this place
                 same = chunk if learning else chunk[first[chunk] // 2 == begin // 2]
                 here = edges if len(same) == len(edges) and learning else edges[sent(same, edges.device)]
-                found.append(self._run(here, closed[same], begin, end if learning else int(last[same].amax()), learning=learning))
+                parts.append(self._run(here, closed[same], begin, end if learning else int(last[same].amax()), learning=learning))
                 start += len(same)
-        whole = torch.cat(found)
+        whole = torch.cat(parts)
         return whole[sent(order.argsort(), whole.device)]
 
     def _at_once(self, begin: int, last: int) -> int:
@@ -163,7 +161,7 @@ class CircuitRuns:
         return self._score(mixer.at_rows(self._other.final, self._reading), read=True)
 
     def _finish(self, walk: Walk, mixer: Mixer, layer: int, z: Tensor, units: int) -> Tensor:
-        """Go on from a layer's z where nothing behind it is closed: heads need not be told apart any more."""
+        """Go on from a layer's z where nothing behind it is closed: heads need not be kept separate any more."""
         before = mixer.whole(self._other.before[layer], self.graph.heads_of(layer).start).flatten(0, 1).to(z.device)
         weight, bias = self.wiring.writer(layer)
         written = scaled(self.wiring, layer, z).flatten(2) @ weight.flatten(0, 1)
@@ -173,10 +171,10 @@ class CircuitRuns:
 
     def _heads(self, layer: int, z: Tensor, units: int) -> Tensor:
         """Return what each head writes less what it writes in the other run, ``(unit, head, batch, token, d_model)``."""
-        kept, other = scaled(self.wiring, layer, z).unflatten(0, (units, -1)), self._other.written
+        own, other = scaled(self.wiring, layer, z).unflatten(0, (units, -1)), self._other.written
         if other.wiring.subject is self.subject:
-            return expanded(self.wiring, layer, (kept - other.z[layer]).flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1)
-        return expanded(self.wiring, layer, kept.flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1) - other.heads(layer).to(z.device)
+            return expanded(self.wiring, layer, (own - other.z[layer]).flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1)
+        return expanded(self.wiring, layer, own.flatten(0, 1)).unflatten(1, (units, -1)).transpose(0, 1) - other.heads(layer).to(z.device)
 
     def _partial(self, closed: Tensor, layer: int, *, learning: bool) -> list[int]:
         """Return the receivers of a layer's heads that some unit does not let read everything."""
@@ -194,9 +192,8 @@ class CircuitRuns:
     def _walk(self, units: int) -> Walk:
         if units not in self._walks:
             real = self._clean.real
-            self._walks = {
-                units: Walk(self.subject, self._clean.input_ids.repeat(units, 1), None if real is None else real.repeat(units, 1))
-            }
+            repeated = None if real is None else real.repeat(units, 1)
+            self._walks = {units: Walk(self.subject, self._clean.input_ids.repeat(units, 1), repeated)}
         return self._walks[units]
 
     def _shared(self, first: int) -> int:
@@ -207,7 +204,7 @@ class CircuitRuns:
         return heads.stop if first % 2 else heads.start
 
     def clean_differences(self, senders: int) -> Float[Tensor, "sender batch token d_model"]:
-        """Return what the first senders write in the clean run less what they write in the other one, kept for later calls."""
+        """Return what the first senders write in the clean run less what they write in the other one; cached for later calls."""
         if self._differences is None or len(self._differences) < senders:
             self._differences = differences(self.graph, self._clean_written, self._other.written, senders=senders)
         return self._differences[:senders]

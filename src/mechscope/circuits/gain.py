@@ -13,21 +13,22 @@ the same layers stand beside. Readers keep the base's weights: this is about wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mechscope.circuits.attribution import Method, attribute_edges
+from mechscope.choices import GradientMethod
+from mechscope.circuits.attribution import attribute_edges
 from mechscope.circuits.evaluation import evaluate, of_span
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import random_like
-from mechscope.circuits.scores import Cost, Scores
+from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.data.pairs import Pairs
+from mechscope.data.scoring import check_fits
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
-from mechscope.scoring import check_fits
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Pair
 
 
@@ -46,7 +47,7 @@ class Gain:
     """
 
     table: pd.DataFrame
-    scores: Scores
+    scores: EdgeScores
     base: float
     tuned: float
     cost: Cost
@@ -61,11 +62,9 @@ def tuned_edges(
     scored_on: Pairs | None = None,
     random: int = 10,
     metric: str = "logit-diff",
-    method: Method = "eap",
+    method: GradientMethod = "eap",
     steps: int = 5,
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Gain:
     """Put tuned edges into the base model.
 
@@ -79,9 +78,7 @@ def tuned_edges(
         metric: What fine-tuning changed: `logit-diff`, `probability` or `loss`.
         method: How edges are ranked: `eap` or `eap-ig-activations`.
         steps: Points of `eap-ig-activations`.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        seed: Seed of random sets and of the bootstrap.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (512 by default), seed (of random sets and of the bootstrap), progress.
 
     Raises:
         MechscopeError: Texts, metric or method do not fit the models.
@@ -93,7 +90,7 @@ def tuned_edges(
     ranked_on = texts if scored_on is None else scored_on
     for read in (texts, ranked_on):
         check_fits(pair.tuned, read)
-    options: dict[str, Any] = {"metric": metric, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    options: dict[str, Any] = {"metric": metric, "execution": replace(execution, tokens_per_batch=execution.tokens(512))}
     scores = attribute_edges(pair.base, ranked_on, method=method, steps=steps, source=pair.tuned, **options)
     whole = Circuit.full(scores.graph)
 
@@ -111,24 +108,22 @@ def tuned_edges(
         edges = np.zeros(len(scores.graph), dtype=bool)
         edges[ranked[: max(1, round(fraction * len(edges)))]] = True
         sets.append(Circuit(scores.graph, edges))
-    drawn = [random_like(chosen, number=random, seed=seed + place) for place, chosen in enumerate(sets)]
+    drawn = [random_like(chosen, number=random, seed=execution.seed + place) for place, chosen in enumerate(sets)]
     everything = [*sets, *(one for of_size in drawn for one in of_size)]
-    found = evaluate(pair.base, texts, [whole - one for one in everything], source=pair.tuned, **options)
-    share = of_span(found.values - own, tuned, own, seed=seed)
+    evaluated = evaluate(pair.base, texts, [whole - one for one in everything], source=pair.tuned, **options)
+    share = of_span(evaluated.values - own, tuned, own, seed=execution.seed)
     rows = []
     for place, (fraction, chosen) in enumerate(zip(fractions, sets, strict=True)):
         row = {"fraction": fraction, "edges": len(chosen), "n": len(texts)}
-        value = found.values[place].mean()
-        rows.append(
-            {**row, "kind": "tuned", "value": value, "share": share.value[place], "low": share.low[place], "high": share.high[place]}
-        )
+        chosen_share = {"share": share.value[place], "low": share.low[place], "high": share.high[place]}
+        rows.append({**row, "kind": "tuned", "value": evaluated.values[place].mean(), **chosen_share})
         if random:
             these = slice(len(sets) + place * random, len(sets) + (place + 1) * random)
             low, high = np.quantile(share.value[these], [0.025, 0.975])
-            by_chance = {"value": found.values[these].mean(), "share": share.value[these].mean(), "low": low, "high": high}
+            by_chance = {"value": evaluated.values[these].mean(), "share": share.value[these].mean(), "low": low, "high": high}
             rows.append({**row, "kind": "random", **by_chance})
     note = None
     if share.note is not None:
         measured = f"base ({own.mean():.4g}) and tuned ({tuned.mean():.4g})"
         note = f"{measured} are not shown to differ in {metric} by {len(texts)} texts, so there is no gain to share"
-    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), found.cost, note)
+    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), evaluated.cost, note)

@@ -1,11 +1,11 @@
 """A model as a graph of what writes to the residual stream and what reads from it (Elhage et al. 2021; Hanna et al. 2024).
 
-    senders      input, a0.h0 … a0.h11, m0, a1.h0 …           write to the residual stream, in this order
+    senders      embed, a0.h0 … a0.h11, m0, a1.h0 …           write to the residual stream, in this order
     receivers    a0.h0<q> …, a0.h0<k> …, a0.h0<v> …, m0, …, logits      read from it: all queries of a layer, all keys, all values, its MLP
 
 There is an edge from every sender to every receiver that reads after it has written. In parallel blocks (GPT-NeoX, Phi) a layer's MLP does not read
 its heads. A grouped-query head has a query, key and value of its own here, though the weights of key and value are shared. Edges have one
-fixed order, and scores and membership are arrays over it; names are made when asked for.
+fixed order, and scores and membership are arrays over it; names are made at their first use.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class Graph:
 
     @cached_property
     def senders(self) -> tuple[str, ...]:
-        """Names of what writes, in order: `input`, then each layer's heads and MLP."""
+        """Names of what writes, in order: `embed`, then each layer's heads and MLP."""
         blocks = ([*(f"a{layer}.h{head}" for head in range(self.n_heads)), f"m{layer}"] for layer in range(self.n_layers))
-        return ("input", *(name for block in blocks for name in block))
+        return ("embed", *(name for block in blocks for name in block))
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
         """Names of what reads, in order: each layer's queries, keys, values and MLP, then `logits`."""
-        found: list[str] = []
+        names: list[str] = []
         for layer in range(self.n_layers):
-            found += [f"a{layer}.h{head}<{part}>" for part in "qkv" for head in range(self.n_heads)]
-            found.append(f"m{layer}")
-        return (*found, "logits")
+            names += [f"a{layer}.h{head}<{part}>" for part in "qkv" for head in range(self.n_heads)]
+            names.append(f"m{layer}")
+        return (*names, "logits")
 
     @cached_property
     def real(self) -> Bool[np.ndarray, "sender receiver"]:
@@ -84,11 +84,11 @@ class Graph:
     @cached_property
     def owner(self) -> Int[np.ndarray, " receiver"]:
         """The sender each receiver belongs to (a head's query to the head); for the logits the number of senders."""
-        found: list[int] = []
+        owners: list[int] = []
         for layer in range(self.n_layers):
             heads = self.heads_of(layer)
-            found += [*range(heads.start, heads.stop)] * 3 + [self.mlp_sender(layer)]
-        return np.array([*found, len(self.senders)])
+            owners += [*range(heads.start, heads.stop)] * 3 + [self.mlp_sender(layer)]
+        return np.array([*owners, len(self.senders)])
 
     def __len__(self) -> int:
         """Return the number of edges."""
@@ -122,13 +122,12 @@ class Graph:
         Raises:
             SettingsError: The graph has no such edge; the message says why.
         """
-        found = self._index.get(edge)
-        if found is not None:
-            return found
+        if (place := self._index.get(edge)) is not None:
+            return place
         sender, arrow, receiver = edge.partition("->")
         if not arrow:
-            raise SettingsError(f"edge {edge!r} is not understood: write a0.h3->m5, m2->a4.h1<q> or input->logits")
-        for name, known, example in ((sender, self.senders, "input, a0.h3, m2"), (receiver, self.receivers, "a4.h1<q>, m5, logits")):
+            raise SettingsError(f"edge {edge!r} is not understood: write a0.h3->m5, m2->a4.h1<q> or embed->logits")
+        for name, known, example in ((sender, self.senders, "embed, a0.h3, m2"), (receiver, self.receivers, "a4.h1<q>, m5, logits")):
             if name not in known:
                 raise SettingsError(
                     f"edge {edge!r}: {name!r} is not one of this graph's (for example {example}); it has layers 0-{self.n_layers - 1} with "
@@ -154,7 +153,7 @@ class Graph:
 
     def layer_of(self, names: Iterable[str]) -> list[int]:
         """Return the layer of each node or receiver: −1 for the input, the number of layers for the logits."""
-        return [-1 if name == "input" else self.n_layers if name == "logits" else int(name[1:].partition(".")[0]) for name in names]
+        return [-1 if name == "embed" else self.n_layers if name == "logits" else int(name[1:].partition(".")[0]) for name in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +239,7 @@ class Circuit:
         return Circuit(self.graph, self.edges & ~edges_at(self.graph, nodes))
 
     def pruned(self) -> Circuit:
-        """Return the circuit without dead ends: edges that no path from `input` to `logits` takes.
+        """Return the circuit without dead ends: edges that no path from `embed` to `logits` takes.
 
         A node without an incoming edge computes what the other run computes, so nothing of the clean run flows through its outgoing edges.
         """
@@ -281,7 +280,7 @@ def edges_at(graph: Graph, nodes: Iterable[str]) -> Bool[np.ndarray, " edge"]:
     places = []
     for name in nodes:
         if name not in graph.senders:
-            raise SettingsError(f"node {name!r} is not one of this graph's: write input, a3.h5 or m3 within layers 0-{graph.n_layers - 1}")
+            raise SettingsError(f"node {name!r} is not one of this graph's: write embed, a3.h5 or m3 within layers 0-{graph.n_layers - 1}")
         places.append(graph.senders.index(name))
     senders, receivers = graph.edges.T
     return np.isin(senders, places) | np.isin(graph.owner[receivers], places)

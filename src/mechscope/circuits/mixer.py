@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.written import Written
+from mechscope.circuits.sender_outputs import SenderOutputs
 from mechscope.instrument import Reading
 from mechscope.instrument.parts import PARTS
 from mechscope.instrument.wiring import Wiring
@@ -24,14 +24,11 @@ class Other:
         final: Behind the last block.
     """
 
-    def __init__(self, written: Written, before: list[Tensor], after_heads: list[Tensor], final: Tensor) -> None:
-        self.written = written
-        self.before = before
-        self.after_heads = after_heads
-        self.final = final
+    def __init__(self, written: SenderOutputs, before: list[Tensor], after_heads: list[Tensor], final: Tensor) -> None:
+        self.written, self.before, self.after_heads, self.final = written, before, after_heads, final
 
     @classmethod
-    def of(cls, written: Written, wiring: Wiring, like: Float[Tensor, "batch token d_model"]) -> Other:
+    def of(cls, written: SenderOutputs, wiring: Wiring, like: Float[Tensor, "batch token d_model"]) -> Other:
         """Add up what every sender writes, on the device of the embedding.
 
         The biases of output projections, which are no sender's, are those of the model that is run.
@@ -82,12 +79,8 @@ class Mixer:
             shared: What the first senders write in the clean run less what they write in the other one.
             learning: Keep what a backward pass needs.
         """
-        self.graph = graph
-        self.wiring = wiring
-        self.other = other
-        self.weights = weights
-        self.shared = shared
-        self.learning = learning
+        self.graph, self.wiring, self.other, self.learning = graph, wiring, other, learning
+        self.weights, self.shared = weights, shared
         self._own: list[Tensor] = []
         units, stream = len(weights), self.shared.shape[1:]
         room = 0 if learning else len(graph.senders) - len(self.shared)
@@ -152,7 +145,7 @@ class Mixer:
         if len(partial) < 3 * heads:
             whole = self.whole(stream, graph.heads_of(layer).start)
             whole = whole if norm is None else norm.module(whole)
-        found = []
+        projections = []
         for number, part in enumerate(PARTS):
             reader = wiring.reader(layer, part)
             group = heads // len(reader.weight)
@@ -180,6 +173,6 @@ class Mixer:
                     projected = projected.contiguous()
                     projected[:, :, :, index_for(chosen, projected)] = mine
             assert projected is not None  # every head is either partial or not
-            found.append(projected.flatten(0, 1))
-        query, key, value = found
+            projections.append(projected.flatten(0, 1))
+        query, key, value = projections
         return query, key, value

@@ -25,7 +25,7 @@ from scipy.stats import rankdata
 
 from mechscope.circuits.choosing import Choice, Scored, choose, values_of
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Scores
+from mechscope.circuits.scores import EdgeScores
 from mechscope.errors import DataError, SettingsError
 
 # which of all edges, or of all heads and MLPs, are in a circuit
@@ -108,9 +108,9 @@ def overlap(a: Circuit, b: Circuit, *, draws: int = 1000, seed: int = 0) -> Over
     random = np.random.default_rng(seed)
     rows = []
     for of, one, other, cell in (("edges", a.edges, b.edges, cells(a.graph)), ("nodes", a.nodes[1:], b.nodes[1:], _node_cells(a.graph))):
-        found = {"of": of, "jaccard": _jaccard(one, other), "shared": (one & other).sum(), "first": one.sum(), "second": other.sum()}
-        rows.append(found | {"null": "uniform"} | _uniform(one, other))
-        rows.append(found | {"null": "layer-matched"} | _matched(one, other, cell, random, draws))
+        columns = {"of": of, "jaccard": _jaccard(one, other), "shared": (one & other).sum(), "first": one.sum(), "second": other.sum()}
+        rows.append(columns | {"null": "uniform"} | _uniform(one, other))
+        rows.append(columns | {"null": "layer-matched"} | _matched(one, other, cell, random, draws))
     return Overlap(pd.DataFrame(rows), jaccard(a, b), node_jaccard(a, b))
 
 
@@ -128,14 +128,14 @@ def random_like(circuit: Circuit, *, number: int, seed: int) -> list[Circuit]:
     cell = cells(circuit.graph)
     counts, by_cell = np.bincount(cell[circuit.edges], minlength=cell.max() + 1), np.sort(cell)
     taken = np.arange(len(cell)) - np.searchsorted(by_cell, by_cell) < counts[by_cell]
-    found = []
+    circuits = []
     for _ in range(number):
         # edges in random order, then stably by cell: every cell is shuffled in itself
         order = random.permutation(len(cell))
         edges = np.zeros(len(cell), dtype=bool)
         edges[order[np.argsort(cell[order], kind="stable")][taken]] = True
-        found.append(Circuit(circuit.graph, edges))
-    return found
+        circuits.append(Circuit(circuit.graph, edges))
+    return circuits
 
 
 def random_circuits(graph: Graph, size: int, *, number: int, seed: int) -> list[Circuit]:
@@ -156,14 +156,14 @@ def random_circuits(graph: Graph, size: int, *, number: int, seed: int) -> list[
     return [Circuit(graph, random.permutation(len(graph)) < size) for _ in range(number)]
 
 
-def robustness(scores: Scores, *, resamples: int = 100, seed: int = 0, **choice: Unpack[Choice]) -> Robustness:
+def robustness(scores: EdgeScores, *, resamples: int = 100, seed: int = 0, **choice: Unpack[Choice]) -> Robustness:
     """Choose circuits again from resampled texts; no model is run.
 
     Args:
-        scores: Scores with those of every text.
+        scores: Scores of the edges, with those of every text.
         resamples: How many bootstrap circuits, and how many pairs of halves.
         seed: Seed of the resampling.
-        **choice: As for `choose`.
+        **choice: Options of `choose`: `rule`, `number` or `fraction` or `threshold`, `by`, `sign`, `higher_is_better`, `prune`, `fill`.
 
     Raises:
         DataError: The scores of the texts were not kept, or there are fewer than two texts.
@@ -237,9 +237,9 @@ def cells(graph: Graph) -> Int[np.ndarray, " edge"]:
     into = [f"{name.partition('.')[0]}{name[-3:] if '<' in name else ''}" for name in graph.receivers]
     sender = np.array(graph.layer_of(graph.senders))[senders] + 1
     receiver = np.unique(into, return_inverse=True)[1][receivers]
-    found = np.unique(sender * len(into) + receiver, return_inverse=True)[1]
+    numbers = np.unique(sender * len(into) + receiver, return_inverse=True)[1]
     # NumPy sorts the smallest integers by radix, three times as fast
-    return found.astype(np.min_scalar_type(found.max()))
+    return numbers.astype(np.min_scalar_type(numbers.max()))
 
 
 def _node_cells(graph: Graph) -> Int[np.ndarray, " node"]:
@@ -285,9 +285,9 @@ def _jaccard(a: Members, b: Members) -> float:
 
 
 def _compared(a: Circuit, b: Circuit) -> dict[str, float]:
-    found = {"edges": jaccard(a, b), "nodes": node_jaccard(a, b)}
+    observed = {"edges": jaccard(a, b), "nodes": node_jaccard(a, b)}
     nulls = _uniform(a.edges, b.edges)["expected"], _uniform(a.nodes[1:], b.nodes[1:])["expected"]
-    return found | {"edges_null": nulls[0], "nodes_null": nulls[1]}
+    return observed | {"edges_null": nulls[0], "nodes_null": nulls[1]}
 
 
 def _same_graph(a: Circuit, b: Circuit) -> None:

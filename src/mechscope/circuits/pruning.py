@@ -31,12 +31,12 @@ from torch import Tensor
 from mechscope import ranks
 from mechscope.circuits.forward import CircuitRuns
 from mechscope.circuits.graph import Circuit, Graph
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import Source, require_source, source_name
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import Source, require_source, source_name
 from mechscope.data.pairs import Pairs
+from mechscope.data.scoring import batches, check_fits
 from mechscope.errors import DataError, ModelError, SettingsError
-from mechscope.progress import Progress
-from mechscope.scoring import batches, check_fits
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
@@ -56,12 +56,12 @@ class Pruned:
 
     Attributes:
         scores: For every edge the probability that its gate is not closed. Unsigned: large means important.
-        circuit: As many edges as were asked for, those with the highest probabilities.
+        circuit: The `n_edges` edges with the highest probabilities.
         history: One row per step: `step`, `distance` (of that step's texts, with drawn gates), `sparsity` (expected share of closed gates), `target`,
             `linear` and `quadratic` (the multipliers).
     """
 
-    scores: Scores
+    scores: EdgeScores
     circuit: Circuit
     history: pd.DataFrame
 
@@ -76,9 +76,7 @@ def prune_edges(
     multiplier_rate: float = 0.8,
     metric: str = "kl",
     source: Source = "corrupt",
-    tokens_per_batch: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Pruned:
     """Learn which edges keep the model's behaviour.
 
@@ -93,13 +91,11 @@ def prune_edges(
         n_edges: How many edges the circuit has.
         steps: Steps of the optimiser; in fewer than about 200 the sparsity does not arrive where it should.
         learning_rate: Of log α, by Adam, falling linearly to zero.
-        multiplier_rate: Likewise of λ₁ and λ₂.
+        multiplier_rate: Learning rate of λ₁ and λ₂.
         metric: `kl`: the distance is the divergence from the model's next-token distribution; `logit-diff`, `probability` and `loss`: the mean absolute
             difference from the model's value, text by text.
-        source: What a closed edge carries, as for `CircuitRuns`: the `corrupt` run's value, `zero`, means, or another model's.
-        tokens_per_batch: Most tokens of one step, padding included.
-        seed: Seed of the gates' beginning, the draws and the order of the batches.
-        progress: Called with a label, what is done and how much there is.
+        source: What a closed edge carries: the `corrupt` run's value, `zero`, means (`SenderOutputs.mean_over`), or another model's value.
+        execution: Tokens of a batch (512 by default), seed (of the gates' beginning, the draws and the order of the batches), progress.
 
     Raises:
         SettingsError: The number of edges, of steps or a rate is out of range.
@@ -117,7 +113,7 @@ def prune_edges(
             raise SettingsError(f"{name} is {rate}: give a number above 0, such as 0.3")
     check_fits(subject, pairs)
     require_source(pairs, source)
-    every = list(batches(pairs, tokens_per_batch))
+    every = list(batches(pairs, execution.tokens(512)))
     runs = {at: CircuitRuns(subject, batch, metric, source=source) for at, batch in ranks.own(enumerate(every))}
     distances = _together({at: _distance(run, run.corrupt).sum().item() for at, run in runs.items()})
     empty = sum(distances[at] for at in range(len(every))) / len(pairs)
@@ -126,12 +122,11 @@ def prune_edges(
             f"metric {metric!r} is the same with all edges and with none, so there is nothing to keep: choose other pairs or metric"
         )
     # draws are made on the processor, so that every device sees the same
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(execution.seed)
     log_alpha = (_START + _SPREAD * torch.randn(len(graph), generator=generator)).requires_grad_()
     multipliers = torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.Adam(
-        [{"params": [log_alpha], "lr": learning_rate}, {"params": [multipliers], "lr": multiplier_rate, "maximize": True}]
-    )
+    groups = [{"params": [log_alpha], "lr": learning_rate}, {"params": [multipliers], "lr": multiplier_rate, "maximize": True}]
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     end, order = 1 - n_edges / len(graph), _in_turn(len(every), generator)
     rows: list[dict[str, float]] = []
@@ -152,19 +147,18 @@ def prune_edges(
         with torch.no_grad():
             log_alpha.clamp_(_LOWEST, _HIGHEST)
         texts += len(every[at])
-        if progress is not None:
-            progress("learning gates", step + 1, steps)
+        execution.told("learning gates", step + 1, steps)
     learned = log_alpha.detach().double().numpy()
-    # gates at the upper bound are told apart by how strongly they are still pushed open
+    # gates at the upper bound are ranked by how strongly they are still pushed open
     push = optimizer.state[log_alpha]["exp_avg"].numpy()
-    kept = np.zeros(len(graph), dtype=bool)
-    kept[np.lexsort((push, -learned))[:n_edges]] = True
+    chosen = np.zeros(len(graph), dtype=bool)
+    chosen[np.lexsort((push, -learned))[:n_edges]] = True
     passes = texts / len(pairs)
-    notes = {"metric": metric, "source": source_name(source), "n_edges": n_edges, "steps": steps, "seed": seed, "empty_distance": empty}
-    notes["score"] = "probability that the edge's gate is not closed; unsigned"
+    notes = {"metric": metric, "source": source_name(source), "n_edges": n_edges, "steps": steps, "seed": execution.seed}
+    notes |= {"empty_distance": empty, "score": "probability that the edge's gate is not closed; unsigned"}
     probability = open_probability(torch.from_numpy(learned)).numpy()
-    scores = Scores(graph, probability, None, "edge-pruning", Cost(forward=2 + passes, backward=passes), notes)
-    return Pruned(scores, Circuit(graph, kept), pd.DataFrame(rows))
+    scores = EdgeScores(graph, probability, None, "edge-pruning", Cost(forward=2 + passes, backward=passes), notes)
+    return Pruned(scores, Circuit(graph, chosen), pd.DataFrame(rows))
 
 
 def _gradients(
@@ -181,8 +175,8 @@ def _gradients(
 
 
 def _together(own: dict[int, T]) -> dict[int, T]:
-    """Return by batch what the ranks found on their own batches."""
-    return {at: found for part in ranks.exchange(own) for at, found in part.items()}
+    """Return by batch the results of all ranks on their own batches."""
+    return {at: result for part in ranks.exchange(own) for at, result in part.items()}
 
 
 def open_probability(log_alpha: Float[Tensor, "*gates"]) -> Float[Tensor, "*gates"]:

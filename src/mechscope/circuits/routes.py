@@ -15,25 +15,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.circuits.graph import Graph
-from mechscope.circuits.scores import Cost, Scores
-from mechscope.circuits.written import SITES, Written, differences
+from mechscope.circuits.scores import Cost, EdgeScores
+from mechscope.circuits.sender_outputs import SITES, SenderOutputs, differences
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.instrument import Prefix
+from mechscope.data.scoring import PerText, check_fits
+from mechscope.instrument import CachedRun
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.wiring import Wiring
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits
 from mechscope.subject import Subject
 
 
 @torch.no_grad()
-def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, progress: Progress | None = None) -> Scores:
+def flow_routes(subject: Subject, pairs: Pairs, *, execution: Execution = Execution()) -> EdgeScores:
     """Score every edge by its share in what its receiver reads.
 
     Args:
         subject: The model.
         pairs: The clean texts are run.
-        tokens_per_batch: Most tokens of a batch of texts, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (512 by default), progress.
 
     Returns:
         Scores between 0 and 1; the edges into one receiver sum to 1.
@@ -44,12 +43,12 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
     check_fits(subject, pairs)
     wiring = Wiring(subject)
     graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
-    gathered = Gathered(pairs)
+    gathered = PerText(pairs)
 
     def shares(batch: PairBatch) -> dict[str, np.ndarray]:
-        run = Prefix(subject, batch.clean, batch.real, sites=SITES)
-        clean = Written.by(run, wiring)
-        written = differences(graph, clean, Written.nothing(clean))
+        run = CachedRun(subject, batch.clean, batch.real, sites=SITES)
+        clean = SenderOutputs.by(run, wiring)
+        written = differences(graph, clean, SenderOutputs.nothing(clean))
         real = batch.real.to(written.device)
         scores = torch.zeros(len(batch.pairs), *graph.real.shape, dtype=subject.dtype, device=written.device)
         for layer in range(graph.n_layers):
@@ -63,9 +62,9 @@ def flow_routes(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 512, 
         scores[:, :, -1] = _shares(run.recording["residual", graph.n_layers - 1], written, real)
         return {"shares": graph.flat(scores.double().cpu().numpy()).T}
 
-    gathered.run(shares, tokens_per_batch, label="following the flow", progress=progress)
+    gathered.run(shares, execution, tokens=512, label="following the flow")
     per_text: Float[np.ndarray, "text edge"] = gathered["shares"].T
-    return Scores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none", "texts": pairs.hash})
+    return EdgeScores(graph, per_text.mean(0), per_text, "flow-routes", Cost(1, 0), {"source": "none", "texts": pairs.hash})
 
 
 def _shares(read: Tensor, written: Float[Tensor, "sender batch token d_model"], real: Tensor) -> Float[Tensor, "batch sender"]:

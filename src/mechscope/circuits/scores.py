@@ -7,14 +7,16 @@ holds the metric up. Per-text scores are kept where memory allows, so that inter
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from mechscope.choices import UnsignedMethod
 from mechscope.circuits.graph import Circuit, Graph, sums_by_node
 from mechscope.errors import DataError
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
@@ -37,11 +39,11 @@ class Cost:
 
 
 # methods whose scores say how important an edge is but not which way it moves the metric
-UNSIGNED = ("acdc", "edge-pruning", "flow-routes")
+UNSIGNED: tuple[str, ...] = get_args(UnsignedMethod)
 
 
 @dataclass(frozen=True)
-class Scores:
+class EdgeScores:
     """The scores of all edges by one method.
 
     Attributes:
@@ -70,7 +72,7 @@ class Scores:
         return float(self.mean[self.graph.index(edge)])
 
     def table(self) -> pd.DataFrame:
-        """Return one row per edge: `edge`, `sender`, `receiver`, their layers, `score` and, where texts are kept, `se`, `low`, `high`, `p`, `q`."""
+        """Return one row per edge: `edge`, `sender`, `receiver`, their layers, `score` and, with scores per text, `se`, `low`, `high`, `p`, `q`."""
         graph = self.graph
         senders, receivers = graph.edges.T
         table = pd.DataFrame({"edge": graph.names})
@@ -92,16 +94,16 @@ class Scores:
 def _with_intervals(table: pd.DataFrame, per_text: np.ndarray | None) -> pd.DataFrame:
     table["n"] = 0
     if per_text is not None:
-        found = paired_difference(per_text.astype(np.float64), np.zeros_like(per_text, dtype=np.float64))
-        table["n"] = found.n.astype(int)
-        table["se"], table["low"], table["high"] = found.standard_error, found.low, found.high
-        table["p"], table["q"] = found.p, benjamini_hochberg(found.p)
+        estimate = paired_difference(per_text.astype(np.float64), np.zeros_like(per_text, dtype=np.float64))
+        table["n"] = estimate.n.astype(int)
+        table["se"], table["low"], table["high"] = estimate.standard_error, estimate.low, estimate.high
+        table["p"], table["q"] = estimate.p, benjamini_hochberg(estimate.p)
     return table
 
 
 def to_json(
     circuit: Circuit,
-    scores: Scores | None = None,
+    scores: EdgeScores | None = None,
     *,
     d_model: int | None = None,
     model: str | None = None,
@@ -120,12 +122,12 @@ def to_json(
     values = np.zeros(len(graph)) if scores is None else np.nan_to_num(scores.mean.astype(np.float64))
     by_node = sums_by_node(graph, values)
     nodes: dict[str, dict[str, Any]] = {
-        name: {"in_graph": bool(inside), "score": float(by_node[place])}
+        _in_file(name): {"in_graph": bool(inside), "score": float(by_node[place])}
         for place, (name, inside) in enumerate(zip(graph.senders, circuit.nodes, strict=True))
     }
     nodes["logits"] = {"in_graph": bool(circuit.edges[graph.edges[:, 1] == len(graph.receivers) - 1].any())}
     edges = {
-        name: {"score": float(value), "in_graph": bool(inside)}
+        _in_file(name): {"score": float(value), "in_graph": bool(inside)}
         for name, value, inside in zip(graph.names, values, circuit.edges, strict=True)
     }
     cfg = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
@@ -133,6 +135,11 @@ def to_json(
         cfg["d_model"] = d_model
     about = {"model": model, "fingerprint": fingerprint, "method": None if scores is None else scores.method}
     return json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges, "mechscope": about})
+
+
+def _in_file(name: str) -> str:
+    """Return what the format calls a node, or an edge by its nodes: the sender before the first block is `input` there."""
+    return re.sub(r"^embed\b", "input", name)
 
 
 def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = None) -> tuple[Circuit, Float[np.ndarray, " edge"]]:
@@ -176,7 +183,7 @@ def from_json(source: str | Path, graph: Graph, *, fingerprint: str | None = Non
                 f"circuit file {str(source)!r} takes single neurons of {name!r}: only circuits of whole heads and MLPs can be read"
             )
     edges, scores = np.zeros(len(graph), dtype=bool), np.zeros(len(graph))
-    places = {name: place for place, name in enumerate(graph.names)}
+    places = {_in_file(name): place for place, name in enumerate(graph.names)}
     for name, entry in held["edges"].items():
         if name not in places:
             raise DataError(f"circuit file {str(source)!r} names edge {name!r}, which this model does not have")

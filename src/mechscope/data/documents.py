@@ -79,7 +79,7 @@ class Corpus:
 def describe_problems(problems: Mapping[str, int]) -> str:
     """Say in one line what was counted, for example `3 rows left out: 2 empty text, 1 duplicate`; `no problems` where nothing was.
 
-    Truncated articles are used all the same, so they are told apart from rows left out.
+    Truncated articles are used all the same, so they are counted apart from rows left out.
     """
     left_out = {reason: count for reason, count in problems.items() if count and reason != "truncated"}
     parts = []
@@ -106,14 +106,13 @@ def load_documents(
     """Load documents and their reference summaries.
 
     Args:
-        source: a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file; a hub data set such as `"cnn_dailymail:3.0.0"`; or `"newsroom"`
-            (`"newsroom:train"`), the generated corpus.
+        source: a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file; a hub data set (`"cnn_dailymail:3.0.0"`); or the generated `"newsroom"`
+            (`"newsroom:train"`).
         split: which split of a hub data set or of the newsroom (its default is `train`); files have none.
-        document_column: the column with the text. Of hub data sets, article/highlights, dialogue/summary and document/summary are also found
-            by themselves.
+        document_column: the column with the text; the usual pairs of columns of hub data sets (`sources.HUB_COLUMNS`) need no naming.
         summary_column: the column with the reference summary.
-        limit: take at most so many documents: those whose hash of seed and id is smallest, in that order, so that a smaller limit is the start
-            of a larger one. Without a limit: all, in file order. The newsroom generates as many as the limit asks for.
+        limit: at most so many documents: those whose hash of seed and id is smallest, in that order, so that a smaller limit is the start of a
+            larger one; the newsroom generates that many. Without a limit: all, in file order.
         seed: of the sample, and of the newsroom's articles.
         on_problem: `"skip"` leaves unusable rows out and counts them; `"error"` raises at the first.
         name: what error messages call these documents.
@@ -135,15 +134,15 @@ def load_documents(
     reader = _Reader(name, text, document_column, summary_column, on_problem, guess=not is_file, counts=counts)
     documents = reader.documents(rows)
     if limit is None:
-        kept = list(documents)
+        chosen = list(documents)
     else:  # reads every row but holds only `limit` of them
-        kept = heapq.nsmallest(limit, documents, key=lambda document: _order(document.id, seed))
-    if not kept:
+        chosen = heapq.nsmallest(limit, documents, key=lambda document: _order(document.id, seed))
+    if not chosen:
         what = describe_problems(counts) if counts else "it has no rows"
         raise DataError(f"{name}: {text} has no usable document ({what}): look at columns {document_column!r} and {summary_column!r}")
     if counts:
         log.warning("%s: %s: %s", name, text, describe_problems(counts))
-    return Corpus(tuple(kept), text, split, dict(counts))
+    return Corpus(tuple(chosen), text, split, dict(counts))
 
 
 def split_corpus(corpus: Corpus, sizes: Mapping[str, int], seed: int) -> dict[str, Corpus]:
@@ -165,8 +164,8 @@ def split_corpus(corpus: Corpus, sizes: Mapping[str, int], seed: int) -> dict[st
     unique = list(_unique(corpus.documents))
     total = sum(sizes.values())
     if total > len(unique):
-        asked = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        raise DataError(f"{corpus.source} has {len(unique):,} different documents, the splits ask for {total:,} ({asked}): ask for fewer")
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise DataError(f"{corpus.source} has {len(unique):,} different documents, the splits ask for {total:,} ({listed}): ask for fewer")
     unique.sort(key=lambda document: _order(document.id, seed))
     parts: dict[str, Corpus] = {}
     start = 0
@@ -220,7 +219,7 @@ class _Reader:
 
     def documents(self, rows: Iterable[Row]) -> Iterator[Document]:
         columns: tuple[str, str] | None = None
-        found: dict[str, None] = {}  # an ordered set
+        names: dict[str, None] = {}  # the columns of rows without both, an ordered set
         seen: set[bytes] = set()  # digests: the texts of a large data set need not be held to tell duplicates
         for row in rows:
             if row.values is None:
@@ -228,9 +227,9 @@ class _Reader:
                 continue
             columns = columns or self._columns(row.values)
             if columns is None:  # rows of JSON lines may differ: a later one can still have both columns
-                found |= dict.fromkeys(row.values)
+                names |= dict.fromkeys(row.values)
                 if self.on_problem == "error":
-                    raise self._no_column(found)
+                    raise self._no_column(names)
                 self.counts["missing"] += 1
                 continue
             document = self._text(row, row.values, columns[0])
@@ -246,19 +245,19 @@ class _Reader:
                 continue
             seen |= keys
             yield Document(identity, document, summary)
-        if columns is None and found:
-            raise self._no_column(found)
+        if columns is None and names:
+            raise self._no_column(names)
 
     def _columns(self, values: Mapping[str, object]) -> tuple[str, str] | None:
         """Find the two columns in a row, or say that it lacks them."""
-        asked = (self.document_column, self.summary_column)
-        choices = [asked, *HUB_COLUMNS] if self.guess and asked == ("document", "summary") else [asked]
+        named = (self.document_column, self.summary_column)
+        choices = [named, *HUB_COLUMNS] if self.guess and named == ("document", "summary") else [named]
         return next(((document, summary) for document, summary in choices if document in values and summary in values), None)
 
-    def _no_column(self, found: Iterable[str]) -> DataError:
-        absent = " and ".join(repr(column) for column in (self.document_column, self.summary_column) if column not in found)
+    def _no_column(self, names: Iterable[str]) -> DataError:
+        absent = " and ".join(repr(column) for column in (self.document_column, self.summary_column) if column not in names)
         return DataError(
-            f"{self.name}: {self.source} has no column {absent or 'pair of this name in one row'}; its columns are {', '.join(map(repr, found))}: "
+            f"{self.name}: {self.source} has no column {absent or 'pair of this name in one row'}; its columns are {', '.join(map(repr, names))}: "
             "name the right ones with document_column and summary_column"
         )
 
@@ -276,9 +275,9 @@ class _Reader:
             return value.strip()
         return None
 
-    def _problem(self, reason: str, row: Row, found: str) -> None:
+    def _problem(self, reason: str, row: Row, fault: str) -> None:
         if self.on_problem == "error":
             raise DataError(
-                f'{self.name}: {self.source}, {row.place}: {found}: mend the row, or pass on_problem="skip" to leave such rows out'
+                f'{self.name}: {self.source}, {row.place}: {fault}: mend the row, or pass on_problem="skip" to leave such rows out'
             )
         self.counts[reason] += 1

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from mechscope.data.pairs import PairBatch
+from mechscope.choices import MetricName
+from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
 from mechscope.errors import DataError
 from mechscope.subject.placement import sent
 
-METRICS = ("logit-diff", "probability", "loss", "kl")
+METRICS: tuple[str, ...] = get_args(MetricName)
 
 
 class Metric(ABC):
@@ -45,12 +46,7 @@ class Metric(ABC):
 
     @abstractmethod
     def score(self, logits: Float[Tensor, "*units some vocab"], rows: slice) -> Float[Tensor, "*units some"]:
-        """Score some of the rows that are read.
-
-        Args:
-            logits: Their logits.
-            rows: Which of the rows that `where` marks, counted text by text.
-        """
+        """Score some of the rows that are read, from their logits; `rows` says which of those that `where` marks, counted text by text."""
 
     def mean(self, scores: Float[Tensor, "*units read"]) -> Float[Tensor, "*units batch"]:
         """Average the rows of each text."""
@@ -167,13 +163,30 @@ def pair_metric(name: str, batch: PairBatch, reference: Float[Tensor, "read voca
         if reference is None:
             raise DataError("metric 'kl' compares with a reference run: give its logits")
         return Divergence(where, reference)
+    _require_answers(name, batch)
+    kind = LogitDifference if name == "logit-diff" else Probability
+    return kind(where, [pair.answers for pair in batch.pairs], [pair.wrong_answers for pair in batch.pairs])
+
+
+def check_metric(name: str, pairs: Pairs) -> None:
+    """Refuse texts that lack what a metric needs, without a run of a model.
+
+    Raises:
+        DataError: The metric is not known, or a pair has no target span or no answers for it.
+    """
+    for pair in pairs:
+        batch = collate_pairs([pair])
+        read_at(name, batch)
+        if name in ("logit-diff", "probability"):
+            _require_answers(name, batch)
+
+
+def _require_answers(name: str, batch: PairBatch) -> None:
     for pair in batch.pairs:
         if not pair.answers:
             raise DataError(f"pair {pair.id!r} names no right answer, which metric {name!r} needs")
         if name == "logit-diff" and not pair.wrong_answers:
             raise DataError(f"pair {pair.id!r} names no wrong answer, which metric 'logit-diff' needs: use probability or loss")
-    kind = LogitDifference if name == "logit-diff" else Probability
-    return kind(where, [pair.answers for pair in batch.pairs], [pair.wrong_answers for pair in batch.pairs])
 
 
 def _table(ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch most"], Float[Tensor, "batch most"]]:

@@ -65,21 +65,22 @@ def read_facts(
         source: a JSONL file with `prompt`, `subject` and `answer` (with its leading space), and `id` if wanted.
         tokenizer: a Hugging Face tokenizer with offsets.
         limit: read so many usable facts, from the start.
-        on_problem: as in `read_pairs`.
+        on_problem: `"error"` raises at the first row that cannot be used; `"skip"` counts such rows by reason in `Pairs.problems`.
 
     Raises:
-        DataError: as in `read_pairs`, or the subject does not stand in the prompt.
+        DataError: the file is absent, empty or not JSON; no row is usable; with `on_problem="error"` any row is not: a key is missing or of another
+            type, the subject does not stand in the prompt, or the answer begins with an unknown token.
     """
     texts = _Texts(tokenizer)
     return _read(source, lambda values, name: _fact(values, name, texts), limit, on_problem)
 
 
 class _Unusable(Exception):
-    """A row that cannot be used: the reason it counts under, what was found, and what to do about it."""
+    """A row that cannot be used: the reason it counts under, the fault, and what to do about it."""
 
-    def __init__(self, reason: str, found: str, remedy: str) -> None:
-        super().__init__(found)
-        self.reason, self.found, self.remedy = reason, found, remedy
+    def __init__(self, reason: str, fault: str, remedy: str) -> None:
+        super().__init__(fault)
+        self.reason, self.fault, self.remedy = reason, fault, remedy
 
 
 def _read(source: str | Path, make: Callable[[Mapping[str, Any], str], PromptPair], limit: int | None, on_problem: OnProblem) -> Pairs:
@@ -99,7 +100,7 @@ def _read(source: str | Path, make: Callable[[Mapping[str, Any], str], PromptPai
                 raise _Unusable("duplicate", f"the same id {pair.id!r} as an earlier row", "give each row its own id, or none")
         except _Unusable as problem:
             if on_problem == "error":
-                message = f'{path}, {row.place}: {problem.found}: {problem.remedy}, or pass on_problem="skip" to leave such rows out'
+                message = f'{path}, {row.place}: {problem.fault}: {problem.remedy}, or pass on_problem="skip" to leave such rows out'
                 raise DataError(message) from problem
             counts[problem.reason] += 1
             continue
@@ -204,7 +205,7 @@ def _unique(ids: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass
 class _Texts:
-    """A tokenizer, asked for the prompts, answers and segments of rows."""
+    """A tokenizer that turns the prompts, answers and segments of rows into tokens."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -216,14 +217,14 @@ class _Texts:
 
     def answers(self, texts: Sequence[str]) -> list[int]:
         """Return the one token of each answer."""
-        found = []
+        tokens = []
         for text, ids in zip(texts, self.pieces.ids(texts), strict=True):
             if len(ids) != 1:
                 pieces = ", ".join(repr(self.tokenizer.decode([one])) for one in ids)
                 remedy = "choose a word of one token (behind a space it is written with that space, ' so')"
                 raise _Unusable("answer_not_one_token", f"answer {text!r} is {len(ids)} tokens, not one: {pieces}", remedy)
-            found.append(self._known(ids[0], text))
-        return found
+            tokens.append(self._known(ids[0], text))
+        return tokens
 
     def first_answer(self, text: str) -> int:
         return self._known(self.pieces.ids([text])[0][0], text)
@@ -231,7 +232,7 @@ class _Texts:
     def segments(self, text: str, named: Mapping[str, str]) -> dict[str, tuple[Span, ...]]:
         """Find where named texts stand, in tokens of the prompt."""
         start = len(self.pieces.start_ids)
-        found = {}
+        segments = {}
         for name, wanted in named.items():
             places = _occurrences(text, wanted)
             if not places:
@@ -240,14 +241,14 @@ class _Texts:
                 spans = self.pieces.token_spans(text, places, first=True)
             except DataError as error:
                 raise _Unusable("segment_unplaced", str(error), "leave the segment out") from error
-            found[name] = tuple((start + begin, start + end) for begin, end in spans)
-        return found
+            segments[name] = tuple((start + begin, start + end) for begin, end in spans)
+        return segments
 
     def _known(self, answer: int, text: str) -> int:
         # byte-level tokenizers name an unknown token (GPT-2 its end token) but never make it of a text
         if answer == self.tokenizer.unk_token_id:
-            found = f"answer {text!r} is not in the tokenizer's vocabulary (it becomes {self.tokenizer.unk_token!r})"
-            raise _Unusable("answer_unknown", found, "choose a word that it knows")
+            fault = f"answer {text!r} is not in the tokenizer's vocabulary (it becomes {self.tokenizer.unk_token!r})"
+            raise _Unusable("answer_unknown", fault, "choose a word that it knows")
         return answer
 
 

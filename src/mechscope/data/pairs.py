@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechscope.data.prompt import Encoded, Padding
+from mechscope.data.prompt import Encoded, Padding, packs
 from mechscope.errors import DataError
 
 Span = tuple[int, int]
@@ -109,14 +109,8 @@ class Pairs:
             pad_id: Token to pad with; it is masked.
             padding: Side to pad on.
         """
-        waiting: list[PromptPair] = []
-        for pair in sorted(self.pairs, key=lambda pair: len(pair.clean), reverse=True):  # stable
-            if waiting and len(waiting[0].clean) * (len(waiting) + 1) > tokens_per_batch:
-                yield collate_pairs(waiting, pad_id=pad_id, padding=padding)
-                waiting = []
-            waiting.append(pair)
-        if waiting:
-            yield collate_pairs(waiting, pad_id=pad_id, padding=padding)
+        for indices in packs([len(pair.clean) for pair in self.pairs], tokens_per_batch=tokens_per_batch):
+            yield collate_pairs([self.pairs[index] for index in indices], indices=indices, pad_id=pad_id, padding=padding)
 
 
 @dataclass(frozen=True)
@@ -125,10 +119,11 @@ class PairBatch:
 
     Attributes:
         clean: ``(batch, token)`` ids, padded.
-        corrupt: Likewise.
+        corrupt: ``(batch, token)`` ids of the corrupt texts, padded.
         real: ``(batch, token)``, True where a token is real.
         pairs: The pairs, row by row.
         padding: The side of the padding.
+        indices: The place of each row's pair in the `Pairs` that were batched; the same pair may stand at several.
     """
 
     clean: Int[Tensor, "batch token"]
@@ -136,6 +131,7 @@ class PairBatch:
     real: Bool[Tensor, "batch token"]
     pairs: tuple[PromptPair, ...]
     padding: Padding
+    indices: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -143,8 +139,11 @@ class PairBatch:
     def halves(self) -> tuple[PairBatch, PairBatch]:
         """Return the first and the second half of the pairs, each padded no further than it needs."""
         middle = (len(self) + 1) // 2
-        first, second = self.pairs[:middle], self.pairs[middle:]
-        return collate_pairs(first, padding=self.padding), collate_pairs(second, padding=self.padding)
+        first, second = (
+            collate_pairs(self.pairs[part], indices=self.indices[part], padding=self.padding)
+            for part in (slice(middle), slice(middle, None))
+        )
+        return first, second
 
     def shift(self, row: int) -> int:
         """Return the column of a text's first token."""
@@ -168,10 +167,10 @@ class PairBatch:
             return self.real.clone()
         marked = torch.zeros_like(self.real)
         for row, pair in enumerate(self.pairs):
-            found = _positions(pair, which)
-            if not found:
+            places = _positions(pair, which)
+            if not places:
                 raise DataError(f"pair {pair.id!r} has no token at {which!r}: leave the pair out, or choose other positions")
-            marked[row, [at + self.shift(row) for at in found]] = True
+            marked[row, [at + self.shift(row) for at in places]] = True
         return marked
 
 
@@ -195,8 +194,16 @@ def _positions(pair: PromptPair, which: str | int | Sequence[int]) -> list[int]:
     return [at for span in pair.segments[which] for at in range(*span)]
 
 
-def collate_pairs(pairs: Sequence[PromptPair], *, pad_id: int = 0, padding: Padding = "right") -> PairBatch:
+def collate_pairs(
+    pairs: Sequence[PromptPair], *, indices: Sequence[int] | None = None, pad_id: int = 0, padding: Padding = "right"
+) -> PairBatch:
     """Put pairs side by side in the order given.
+
+    Args:
+        pairs: The pairs.
+        indices: Their places in the `Pairs` they come from; by default 0, 1, ….
+        pad_id: Token to pad with; it is masked.
+        padding: Side to pad on.
 
     Raises:
         DataError: There are none.
@@ -211,7 +218,7 @@ def collate_pairs(pairs: Sequence[PromptPair], *, pad_id: int = 0, padding: Padd
         place = slice(width - length, width) if padding == "left" else slice(0, length)
         clean[row, place], corrupt[row, place] = torch.tensor(pair.clean), torch.tensor(pair.corrupt)
         real[row, place] = True
-    return PairBatch(clean, corrupt, real, tuple(pairs), padding)
+    return PairBatch(clean, corrupt, real, tuple(pairs), padding, tuple(range(len(pairs)) if indices is None else indices))
 
 
 def from_examples(encoded: Encoded, source: str) -> Pairs:

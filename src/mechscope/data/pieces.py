@@ -28,7 +28,7 @@ def _bare(text: str) -> str:
 
 
 class Pieces:
-    """A tokenizer, asked for the tokens of pieces."""
+    """A tokenizer applied to pieces of texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -49,23 +49,15 @@ class Pieces:
         return anchor if both == anchor + both[len(anchor) :] and both[len(anchor) :] != alone else []
 
     def ids(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
-        """Tokenise pieces, each on its own.
-
-        Args:
-            texts: the pieces.
-            first: whether they stand at the start of a text rather than inside one.
-
-        Returns:
-            Token ids per piece, without special tokens.
-        """
+        """Tokenise pieces, each on its own, without special tokens; `first` for pieces that stand at the start of a text rather than inside one."""
         anchor = [] if first else self.anchor_ids
         if not anchor:
             return self._tokenise(texts)
-        found = self._tokenise([ANCHOR + text for text in texts])
+        anchored = self._tokenise([ANCHOR + text for text in texts])
         # a merge across the anchor (several line feeds in one token) leaves only the piece alone to go by
-        merged = [at for at, ids in enumerate(found) if ids[: len(anchor)] != anchor]
+        merged = [at for at, ids in enumerate(anchored) if ids[: len(anchor)] != anchor]
         alone = dict(zip(merged, self._tokenise([texts[at] for at in merged]), strict=True)) if merged else {}
-        return [alone[at] if at in alone else ids[len(anchor) :] for at, ids in enumerate(found)]
+        return [alone[at] if at in alone else ids[len(anchor) :] for at, ids in enumerate(anchored)]
 
     def token_spans(self, text: str, spans: Sequence[tuple[int, int]], *, first: bool = False) -> list[tuple[int, int]]:
         """Find the tokens that hold given characters of a piece.
@@ -73,7 +65,7 @@ class Pieces:
         Args:
             text: the piece.
             spans: half-open character spans in it.
-            first: as in `ids`.
+            first: whether the piece stands at the start of a text rather than inside one.
 
         Returns:
             Half-open token spans, each the fewest tokens that cover its characters.
@@ -91,7 +83,7 @@ class Pieces:
         shift = len(ANCHOR) if skip else 0
         offsets = [(begin - shift, end - shift) for begin, end in encoded["offset_mapping"][0][skip:]]
         ids = encoded["input_ids"][0][skip:]
-        found = []
+        covering = []
         for begin, end in spans:
             inside = [at for at, (left, right) in enumerate(offsets) if left < end and begin < right]
             read = self.tokenizer.decode(ids[inside[0] : inside[-1] + 1]) if inside else ""
@@ -100,17 +92,17 @@ class Pieces:
                 raise DataError(
                     f"{name} places {text[begin:end]!r} at tokens that read {read!r}: its offsets do not fit this text; use another tokenizer"
                 )
-            found.append((inside[0], inside[-1] + 1))
-        return found
+            covering.append((inside[0], inside[-1] + 1))
+        return covering
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = []
+        tokens: list[list[int]] = []
         # a part at a time: what the tokenizer notes of every token is many times its id
         for start in range(0, len(texts), AT_ONCE):
             parts = self._call(texts[start : start + AT_ONCE])["input_ids"]
             # one object per word of the vocabulary, not per token of the corpus: 8 bytes for each of these instead of 36
-            found += [[self._ids.setdefault(token, token) for token in ids] for ids in parts]
-        return found
+            tokens += [[self._ids.setdefault(token, token) for token in ids] for ids in parts]
+        return tokens
 
     def _call(self, texts: Sequence[str], **options: bool) -> dict[str, list]:
         # split_special_tokens: "<|endoftext|>" written in an article is text and must not end the prompt

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,18 +106,18 @@ def encode(
     for document, article, summary in zip(corpus.documents, articles, summaries, strict=True):
         room = max_tokens - frame.around - len(summary)
         if len(article) < min_document_tokens:
-            problem, found = "too_short", f"its article has {len(article)} tokens, fewer than {min_document_tokens}"
+            problem, fault = "too_short", f"its article has {len(article)} tokens, fewer than {min_document_tokens}"
         elif max_summary_tokens is not None and len(summary) > max_summary_tokens:
-            problem, found = "summary_too_long", f"its summary has {len(summary)} tokens, more than max_summary_tokens={max_summary_tokens}"
+            problem, fault = "summary_too_long", f"its summary has {len(summary)} tokens, more than max_summary_tokens={max_summary_tokens}"
         elif room < min(len(article), min_document_tokens):
             problem = "summary_too_long"
-            found = f"its summary has {len(summary)} tokens, which leaves {max(room, 0)} of max_tokens={max_tokens} for the article"
+            fault = f"its summary has {len(summary)} tokens, which leaves {max(room, 0)} of max_tokens={max_tokens} for the article"
         else:
             examples.append(_example(frame, document.id, article[:room], summary, truncated=len(article) > room))
             counts["truncated"] += len(article) > room
             continue
         if on_problem == "error":
-            raise DataError(f'document {document.id!r}: {found}: shorten the one or raise the other, or pass on_problem="skip"')
+            raise DataError(f'document {document.id!r}: {fault}: shorten the one or raise the other, or pass on_problem="skip"')
         counts[problem] += 1
     problems = {reason: count for reason, count in counts.items() if count}
     if not examples:
@@ -126,12 +126,7 @@ def encode(
 
 
 def encode_prompt(
-    document: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: Template | None = None,
-    max_tokens: int,
-    max_new_tokens: int,
+    document: str, tokenizer: PreTrainedTokenizerBase, *, template: Template | None = None, max_tokens: int, max_new_tokens: int
 ) -> tuple[int, ...]:
     """Encode the prompt to generate from, up to and including `Summary:`.
 
@@ -231,10 +226,7 @@ class Batch:
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id to pad with: the tokenizer's pad token, or its end token, or 0 (any id does, as padding is masked)."""
-    for choice in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if choice is not None:
-            return int(choice)
-    return 0
+    return next((int(choice) for choice in (tokenizer.pad_token_id, tokenizer.eos_token_id) if choice is not None), 0)
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, padding: Padding = "right") -> Batch:
@@ -259,39 +251,58 @@ def collate(examples: Sequence[Example], *, pad_id: int, padding: Padding = "rig
     return Batch(input_ids, attention_mask, position_ids, tuple(examples), padding, pad_id)
 
 
-def packs(examples: Iterable[Example], *, tokens_per_batch: int) -> Iterator[list[Example]]:
-    """Divide examples into what makes a batch each, longest first: what needs most memory comes at once, not after an hour.
+def packs(lengths: Sequence[int], *, tokens_per_batch: int) -> Iterator[list[int]]:
+    """Divide texts into what makes a batch each, longest first: what needs most memory comes at once, not after an hour.
 
     Args:
-        examples: each goes into exactly one pack; the order is the same on every call.
-        tokens_per_batch: most tokens of a batch, padding included; an example longer than this is a pack by itself.
+        lengths: tokens of each text.
+        tokens_per_batch: most tokens of a batch, padding included; a text longer than this is a pack by itself.
+
+    Yields:
+        Places among the lengths; each stands in exactly one pack, and the order is the same on every call.
 
     Raises:
         DataError: `tokens_per_batch` is below one.
     """
     if tokens_per_batch < 1:
         raise DataError(f"tokens_per_batch is {tokens_per_batch}: at least 1 is needed")
-    waiting: list[Example] = []
-    for example in sorted(examples, key=len, reverse=True):  # stable: equal lengths keep their order
-        if waiting and len(waiting[0]) * (len(waiting) + 1) > tokens_per_batch:
+    waiting: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place], reverse=True):  # stable: equal lengths keep their order
+        if waiting and lengths[waiting[0]] * (len(waiting) + 1) > tokens_per_batch:
             yield waiting
             waiting = []
-        waiting.append(example)
+        waiting.append(place)
     if waiting:
         yield waiting
 
 
-def batches(examples: Iterable[Example], *, tokens_per_batch: int, pad_id: int, padding: Padding = "right") -> Iterator[Batch]:
+def batches(examples: Sequence[Example], *, tokens_per_batch: int, pad_id: int, padding: Padding = "right") -> Iterator[Batch]:
     """Batch examples by length, longest first.
 
     Args:
-        examples: see `packs`.
-        tokens_per_batch: see `packs`.
-        pad_id: the id to pad with; see `pad_id`.
+        examples: each goes into exactly one batch.
+        tokens_per_batch: most tokens of a batch, padding included; a longer example is a batch by itself.
+        pad_id: the id to pad with, which is masked.
         padding: the side to pad on.
 
     Raises:
         DataError: `tokens_per_batch` is below one, or the padding is unknown.
     """
-    for pack in packs(examples, tokens_per_batch=tokens_per_batch):
-        yield collate(pack, pad_id=pad_id, padding=padding)
+    for pack in packs([len(example) for example in examples], tokens_per_batch=tokens_per_batch):
+        yield collate([examples[place] for place in pack], pad_id=pad_id, padding=padding)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that can be run batch by batch (`mechscope.instrument.texts`), padded on a side with `pad_id`, which is masked."""
+
+    examples: Sequence[Example]
+    pad_id: int
+    padding: Padding = "right"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batches(self, *, tokens_per_batch: int) -> Iterator[Batch]:
+        """Batch the examples by length, longest first."""
+        return batches(self.examples, tokens_per_batch=tokens_per_batch, pad_id=self.pad_id, padding=self.padding)

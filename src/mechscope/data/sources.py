@@ -53,8 +53,8 @@ def file_rows(path: Path) -> Iterator[Row]:
     readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        found = f"extension {path.suffix!r}" if path.suffix else "no extension"
-        raise DataError(f"{path}: {found}: documents come as {', '.join(readers)}; convert the file or rename it")
+        ending = f"extension {path.suffix!r}" if path.suffix else "no extension"
+        raise DataError(f"{path}: {ending}: documents come as {', '.join(readers)}; convert the file or rename it")
     if path.is_dir():
         raise DataError(f"{path} is a folder: name one data file ({', '.join(readers)})")
     if not path.exists():

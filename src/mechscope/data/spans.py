@@ -43,20 +43,15 @@ def locate(
     """
     template = template or Template()
     pieces = Pieces(tokenizer)
-    found = []
+    tokens = []
+    opens = Frame(pieces, template).document_is_first
     parts = (
-        (
-            example.document,
-            document.document,
-            template.document(document.document),
-            document_spans,
-            Frame(pieces, template).document_is_first,
-        ),
+        (example.document, document.document, template.document(document.document), document_spans, opens),
         (example.summary, document.summary, template.summary(document.summary), summary_spans, False),
     )
     for (start, stop), text, padded, spans, first in parts:
         shift = len(padded) - len(text.strip()) - (len(text) - len(text.lstrip()))
         for begin, end in pieces.token_spans(padded, [(begin + shift, end + shift) for begin, end in spans], first=first):
             if start + begin < stop:
-                found.append((start + begin, min(start + end, stop)))
-    return tuple(found)
+                tokens.append((start + begin, min(start + end, stop)))
+    return tuple(tokens)

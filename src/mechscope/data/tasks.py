@@ -126,9 +126,9 @@ def greater_than(tokenizer: PreTrainedTokenizerBase, n: int, *, seed: int = 0) -
         if f"{FIRST_YEAR:02d}" in good:
             starts[str(century)] = [digit for digit in good if FIRST_YEAR < int(digit) < 99]
     if len(set(years.values())) < 100 or not any(starts.values()):
-        found = ", ".join(repr(tokenizer.decode([one])) for one in words.pieces.ids([" 1363"])[0])
+        cut = ", ".join(repr(tokenizer.decode([one])) for one in words.pieces.ids([" 1363"])[0])
         raise DataError(
-            f"greater_than: {type(tokenizer).__name__} does not make two-digit tokens: ' 1363' becomes {found}, not ' 13', '63': "
+            f"greater_than: {type(tokenizer).__name__} does not make two-digit tokens: ' 1363' becomes {cut}, not ' 13', '63': "
             "choose another task for this model"
         )
     words.known |= years
@@ -238,13 +238,13 @@ def _collect(task: str, make: Callable[[random.Random, int], PromptPair], n: int
     """Make pairs until there are n different ones."""
     if n < 1:
         raise DataError(f"{task} was asked for {n} pairs: ask for at least 1")
-    found: dict[tuple[int, ...], PromptPair] = {}
+    pairs: dict[tuple[int, ...], PromptPair] = {}
     for number in range(20 * n + 100):  # beyond that, hardly any new ones turn up
         pair = make(random.Random(f"{task}/{seed}/{number}"), number)
-        found.setdefault(pair.clean, pair)
-        if len(found) == n:
-            return Pairs(tuple(found.values()), f"task {task}, seed {seed}")
-    raise DataError(f"{task}: only {len(found):,} different pairs turned up, {n:,} were asked for: ask for fewer")
+        pairs.setdefault(pair.clean, pair)
+        if len(pairs) == n:
+            return Pairs(tuple(pairs.values()), f"task {task}, seed {seed}")
+    raise DataError(f"{task}: only {len(pairs):,} different pairs turned up, {n:,} were asked for: ask for fewer")
 
 
 @dataclass(frozen=True)
@@ -267,24 +267,20 @@ class _Words:
         self.known: dict[str, int] = {}
 
     def choose(self, what: str, words: Sequence[str], least: int) -> list[str]:
-        """Return the words that are one token of their own behind a space.
-
-        Raises:
-            DataError: fewer than needed.
-        """
+        """Return the words that are one token of their own behind a space; `DataError` where they are fewer than needed."""
         unknown = self.pieces.tokenizer.unk_token_id
-        found: dict[int, str] = {}
+        single: dict[int, str] = {}
         for word, ids in zip(words, self.pieces.ids([f" {word}" for word in words]), strict=True):
             if len(ids) == 1 and ids[0] != unknown:
-                found.setdefault(ids[0], word)
-        if len(found) < least:
-            cut = ", ".join(word for word in words if word not in found.values())
+                single.setdefault(ids[0], word)
+        if len(single) < least:
+            cut = ", ".join(word for word in words if word not in single.values())
             raise DataError(
-                f"{type(self.pieces.tokenizer).__name__} has {len(found)} of {len(words)} {what} as single tokens, at least {least} are needed "
+                f"{type(self.pieces.tokenizer).__name__} has {len(single)} of {len(words)} {what} as single tokens, at least {least} are needed "
                 f"(not single: {cut}): choose another task for this model"
             )
-        self.known |= {word: at for at, word in found.items()}
-        return list(found.values())
+        self.known |= {word: at for at, word in single.items()}
+        return list(single.values())
 
     def id(self, word: str) -> int:
         return self.known[word]

@@ -31,8 +31,8 @@ class Template:
     def __post_init__(self) -> None:
         fields = [match.group(1) for match in FIELD.finditer(self.text)]
         if fields != ["document", "summary"]:
-            found = ", ".join(f"{{{name}}}" for name in fields) or "neither"
-            raise DataError(f"template {self.text!r} must hold {{document}} once and then {{summary}} once; found: {found}")
+            named = ", ".join(f"{{{name}}}" for name in fields) or "neither"
+            raise DataError(f"template {self.text!r} must hold {{document}} once and then {{summary}} once; found: {named}")
         if not self.joint.strip():
             raise DataError(
                 f"template {self.text!r} has no words between {{document}} and {{summary}}: the model could not tell where to begin"

@@ -26,16 +26,7 @@ class Accumulated:
     def __init__(
         self, *, n_layers: int, n_heads: int, gini: bool = False, replicates: int = 200, geometry_documents: int = 300, seed: int = 0
     ) -> None:
-        """Start with no documents.
-
-        Args:
-            n_layers: Layers of the models.
-            n_heads: Query heads per layer.
-            gini: Whether the Gini coefficients are among the head measures.
-            replicates: Bootstrap replicates for the stability of selections.
-            geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
-            seed: Seed of the bootstrap and of the sample.
-        """
+        """Start with no documents; pooled states of at most `geometry_documents` are kept, and the seed is that of bootstrap and sample."""
         self.head_measures = HEAD_MEASURES + (GINI_MEASURES if gini else ())
         self.heads = Moments((len(ROWS), len(self.head_measures), n_layers, n_heads))
         self.layers = Moments((len(ROWS), len(LAYER_MEASURES), n_layers))

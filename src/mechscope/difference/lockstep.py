@@ -28,7 +28,7 @@ from mechscope.instrument import AttentionCall, PatternStatistics, Walk, compare
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.padding import Padding
 from mechscope.instrument.patterns import Method
-from mechscope.instrument.stand_ins import fused_activations
+from mechscope.instrument.substitutes import fused_activations
 from mechscope.subject import Pair, Subject
 from mechscope.subject.placement import index_for, sent
 
@@ -116,20 +116,15 @@ class Pending:
 
 
 def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "auto") -> Measured:
-    """Run both models over a batch and return every document's means; arguments and errors as for `launch` and `Pending.fetch`."""
+    """Run both models over a batch and return every document's means: `launch` for one pair, waiting for the result (raises as `Pending.fetch`)."""
     return launch([pair], batch, gini=(0,) if gini else (), method=method)[0].fetch()
 
 
 @torch.no_grad()
 def launch(
-    pairs: Sequence[Pair],
-    batch: Batch,
-    *,
-    gini: Collection[int] = (),
-    sample: Collection[str] | None = None,
-    method: Method = "auto",
+    pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), sample: Collection[str] | None = None, method: Method = "auto"
 ) -> list[Pending]:
-    """Run all models of some pairs over a batch; on a GPU this returns before the work is done.
+    """Run all models of some pairs over a batch and return each pair's numbers, in their order; on a GPU before the work is done.
 
     Args:
         pairs: The base and the tuned models; a model (the same `Subject`) that several pairs have in common is run once.
@@ -137,10 +132,7 @@ def launch(
         gini: Numbers of the pairs of which the Gini coefficient of every pattern is measured too (takes the exact path, several times slower on long
             documents).
         sample: The ids of the documents whose pooled states are wanted; all by default.
-        method: How pattern statistics are computed; see `mechscope.instrument.patterns.describe`.
-
-    Returns:
-        Each pair's numbers, in their order.
+        method: How pattern statistics are computed: `auto`, `fused` or `exact`; see `mechscope.instrument.patterns.describe`.
     """
     subjects = models_of(pairs)
     place = {id(subject): at for at, subject in enumerate(subjects)}
@@ -174,8 +166,8 @@ def launch(
                 heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
             states = [_pooled(stream, rows, sampled).to(real.device) for stream in hidden]
-            for kept, (base, tuned) in zip(pooled, places, strict=True):
-                kept[:, 0, :, layer], kept[:, 1, :, layer] = states[base], states[tuned]
+            for whole, (base, tuned) in zip(pooled, places, strict=True):
+                whole[:, 0, :, layer], whole[:, 1, :, layer] = states[base], states[tuned]
             calls.clear()
     outputs = _outputs(pairs, subjects, places, batch, hidden, rows)
     finite = [(stream.isfinite().all(-1).to(real.device) | ~real).all(1) for stream in hidden]
@@ -202,13 +194,7 @@ def models_of(pairs: Sequence[Pair]) -> list[Subject]:
 
 
 def _attention(
-    base: AttentionCall,
-    tuned: AttentionCall,
-    padding: Padding,
-    rows: Bool[Tensor, "batch rows token"],
-    *,
-    gini: bool,
-    method: Method,
+    base: AttentionCall, tuned: AttentionCall, padding: Padding, rows: Bool[Tensor, "batch rows token"], *, gini: bool, method: Method
 ) -> Float[Tensor, "batch rows measure head"]:
     compared = compare(base, tuned, padding, gini=gini, method=method)
     z_distance = cosine_distance(base.z, tuned.z.to(base.z.device)).transpose(1, 2)
@@ -268,7 +254,7 @@ def _outputs(
 ) -> list[Float[Tensor, "batch rows measure"]]:
     """Compare next-token distributions: at the position before each real token, counted to the kind of row of the token predicted."""
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-    # found on the CPU and sent at once: an index from the CPU for every chunk would wait for the device every time
+    # computed on the CPU and sent at once: an index from the CPU for every chunk would wait for the device every time
     at = predicted.nonzero()
     targets = sent(batch.input_ids[at[:, 0], at[:, 1] + 1], rows.device)
     sites = [sent(at, stream.device) for stream in hidden]
@@ -284,12 +270,12 @@ def _outputs(
                     logs[side, size] = _log_probabilities(subjects[side], chosen, size)
             parts[number].append(_compare_logits(logs[sides[0], size], logs[sides[1], size], wanted))
     row, token = sites[0].to(rows.device).unbind(1)
-    found = []
+    means = []
     for values in parts:
         by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
         by_token[:, row, token] = torch.cat(values, dim=1).to(rows.device)
-        found.append(_row_means(by_token.transpose(0, 1), rows[:, :, 1:]))
-    return found
+        means.append(_row_means(by_token.transpose(0, 1), rows[:, :, 1:]))
+    return means
 
 
 def _log_probabilities(subject: Subject, hidden: Float[Tensor, "n d"], size: int) -> Float[Tensor, "n vocab"]:

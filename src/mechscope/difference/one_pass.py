@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from mechscope import ranks
-from mechscope.data.memory import FEWEST, Halving, tokens_that_fit
 from mechscope.data.prompt import Encoded
 from mechscope.difference.accumulate import Accumulated
 from mechscope.difference.lockstep import Pending, launch, models_of
@@ -29,7 +28,8 @@ from mechscope.difference.share import Share
 from mechscope.difference.tables import heads_table, layers_table, outputs_table
 from mechscope.difference.weights import WeightDifference, compare_weights_of
 from mechscope.errors import DataError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.memory import FEWEST, Halving, tokens_that_fit
 from mechscope.stats.geometry import BottomK
 from mechscope.subject import Pair
 
@@ -66,27 +66,23 @@ def difference(
     pair: Pair,
     encoded: Encoded,
     *,
-    tokens_per_batch: int | None = None,
     gini: bool = False,
     replicates: int = 200,
     geometry_documents: int = 300,
-    seed: int = 0,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Difference:
-    """Measure the difference between two models over documents; arguments and errors as for `differences`."""
+    """Measure the difference between two models over documents: `differences` for one pair, with the same arguments and errors."""
     return differences(
         {"pair": pair},
         encoded,
-        tokens_per_batch=tokens_per_batch,
         gini=gini,
         replicates=replicates,
         geometry_documents=geometry_documents,
-        seed=seed,
         stage=stage,
         checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
+        execution=execution,
     )["pair"]
 
 
@@ -95,14 +91,12 @@ def differences(
     encoded: Encoded,
     *,
     in_full: Collection[str] | None = None,
-    tokens_per_batch: int | None = None,
     gini: bool = False,
     replicates: int = 200,
     geometry_documents: int = 300,
-    seed: int = 0,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> dict[str, Difference]:
     """Measure the differences of several pairs of models over documents, running a model that they have in common once.
 
@@ -111,16 +105,14 @@ def differences(
     Args:
         pairs: The base and the tuned model of each, by name.
         encoded: The documents as tokens.
-        in_full: Names of the pairs that get Gini coefficients and bootstrap replicates, if they are asked for; all by default. The others have neither.
-        tokens_per_batch: Tokens of every model's batches, padding included; decides the memory. By default what free memory allows. What
-            continues from a checkpoint keeps its batches, unless a smaller number is given here.
+        in_full: Names of the pairs that get Gini coefficients and bootstrap replicates, where those are wanted; all by default.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
-        seed: Seed of the bootstrap and of that sample.
         stage: A stage of a run folder to keep partial state in; a killed run continues from it with an equal result.
         checkpoint_seconds: About how often that state is saved.
-        progress: Called with a label, documents done and documents in all.
+        execution: Tokens of every model's batches (by default what free memory allows; a continued run keeps its batches, unless a smaller number is
+            given), seed (of the bootstrap and of that sample), progress.
 
     Raises:
         DataError: A document is longer than the models can read.
@@ -141,14 +133,14 @@ def differences(
                 gini=gini and name in whole,
                 replicates=replicates if name in whole else 0,
                 geometry_documents=geometry_documents,
-                seed=seed,
+                seed=execution.seed,
             )
             for name, pair in pairs.items()
         ]
 
-    share = Share(encoded.examples, nothing, tokens_per_batch or chosen(pairs, encoded))
+    share = Share(encoded.examples, nothing, execution.tokens_per_batch or chosen(pairs, encoded))
     if stage is not None:
-        share.resume(stage, most=tokens_per_batch)
+        share.resume(stage, most=execution.tokens_per_batch)
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
@@ -156,7 +148,7 @@ def differences(
         launch,
         tuple(pairs.values()),
         gini=[at for at, name in enumerate(pairs) if gini and name in whole],
-        sample=BottomK.chosen((example.id for example in encoded.examples), geometry_documents, seed),
+        sample=BottomK.chosen((example.id for example in encoded.examples), geometry_documents, execution.seed),
     )
     # while a device works on a batch, the numbers of the one before are fetched; a CPU has done its work, and need not hold them
     ahead = int(any(subject.device.type != "cpu" for subject in models_of(tuple(pairs.values()))))
@@ -176,18 +168,16 @@ def differences(
             waiting.append((number, list(halving.run(measured, batch))))
             take(ahead)
             sent += len(batch)
-        if progress is not None:  # the others have done about as much
-            progress("comparing documents", min(before + sent * ranks.size(), len(encoded)), len(encoded))
+        execution.told("comparing documents", min(before + sent * ranks.size(), len(encoded)), len(encoded))
         if stage is not None and turn % every == 0:
             take(0)
             share.save(stage)
             every = ranks.agreed(max(1, round(every * checkpoint_seconds / max(time.monotonic() - saved, 1e-3))))
             saved = time.monotonic()
     take(0)
-    if progress is not None and before + sent * ranks.size() != len(encoded):
-        progress("comparing documents", len(encoded), len(encoded))
-    label = None if progress is None else lambda at, of: progress("comparing weights", at, of)
-    weights = compare_weights_of(tuple(pairs.values()), progress=label)
+    if before + sent * ranks.size() != len(encoded):
+        execution.told("comparing documents", len(encoded), len(encoded))
+    weights = compare_weights_of(tuple(pairs.values()), execution=execution)
     return {
         name: assemble(accumulated, changed, encoded.problems)
         for name, accumulated, changed in zip(pairs, share.together(), weights, strict=True)
@@ -195,7 +185,7 @@ def differences(
 
 
 def chosen(pairs: Mapping[str, Pair], encoded: Encoded) -> int:
-    """Return the tokens of a batch where nobody says: what memory allows, but for ranks to share at least 32 batches, unless documents are few."""
+    """Return the default tokens of a batch: what memory allows, but for ranks to share at least 32 batches, unless documents are few."""
     shared = max(1, sum(map(len, encoded.examples)) // 32)
     models = models_of(tuple(pairs.values()))
     return ranks.agreed(min(tokens_that_fit(models[0], models=len(models)), max(FEWEST, 2 ** (shared.bit_length() - 1))))

@@ -15,15 +15,11 @@ from mechscope.subject import Pair
 def attention_patterns(pair: Pair, example: Example) -> dict[str, Tensor]:
     """Return both models' attention patterns over one document.
 
-    Args:
-        pair: The base and the tuned model.
-        example: The document as tokens.
-
     Returns:
         `base` and `tuned`, each ``(layer, head, query, key)`` in float16: four significant digits, a quarter of the memory of float64.
     """
     ids = torch.tensor([example.input_ids])
-    found = {}
+    patterns = {}
     for name, subject in (("base", pair.base), ("tuned", pair.tuned)):
         layers: list[Tensor] = []
 
@@ -32,5 +28,5 @@ def attention_patterns(pair: Pair, example: Example) -> dict[str, Tensor]:
 
         with subject.active(), observed(subject, keep):
             subject.anatomy.backbone(**model_inputs(ids.to(subject.device), None), use_cache=False)
-        found[name] = torch.stack(layers)
-    return found
+        patterns[name] = torch.stack(layers)
+    return patterns

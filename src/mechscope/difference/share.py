@@ -2,8 +2,8 @@
 
 Batches are made of documents sorted by length and dealt out like cards, so that all ranks carry about the same number of tokens. A checkpoint,
 written by rank 0, holds every rank's statistics, and of every batch its documents, whose it is and whether it is done. Continued by as many ranks as
-before, each goes on with its own, to the last bit; by another number, what is done goes to rank 0 and the rest is dealt out anew. Where smaller batches
-are asked for than before, because those did not fit, the rest is divided anew too.
+before, each goes on with its own, to the last bit; by another number, what is done goes to rank 0 and the rest is dealt out anew. With smaller batches
+than before, because those did not fit, the rest is divided anew too.
 """
 
 from __future__ import annotations
@@ -31,34 +31,23 @@ class Share:
     """
 
     def __init__(self, examples: Sequence[Example], nothing: Callable[[], list[Accumulated]], tokens_per_batch: int) -> None:
-        """Deal out all batches.
-
-        Args:
-            examples: All documents.
-            nothing: Makes statistics over no documents, of each pair.
-            tokens_per_batch: Most tokens of a batch.
-        """
+        """Deal out all documents in batches of at most so many tokens; `nothing` makes each pair's statistics over no documents."""
         self.accumulated = nothing()
         self._examples, self._nothing = examples, nothing
         self._tokens_per_batch = tokens_per_batch
-        self._packs = list(packs(examples, tokens_per_batch=tokens_per_batch))
+        # places among the examples
+        self._packs = self._packed(range(len(examples)), tokens_per_batch)
         self._owner = np.arange(len(self._packs), dtype=np.int32) % ranks.size()
         self._done = np.zeros(len(self._packs), dtype=bool)
 
     def resume(self, stage: Stage, *, most: int | None) -> None:
-        """Go on from the stage's checkpoint, if there is one.
-
-        Args:
-            stage: The stage.
-            most: Most tokens of a batch where somebody asked for that; batches that are larger are made anew, others are as they were.
-        """
-        kept = stage.resume()
-        if kept is not None:
-            self._continue(*kept, most)
+        """Go on from the stage's checkpoint, if there is one; batches of more than `most` tokens are divided anew, None keeps all as they were."""
+        saved = stage.resume()
+        if saved is not None:
+            self._continue(*saved, most)
 
     def _continue(self, state: dict[str, Tensor], meta: dict[str, Any], most: int | None) -> None:
-        documents = state["documents"].split(state["sizes"].tolist())
-        self._packs = [[self._examples[number] for number in part.tolist()] for part in documents]
+        self._packs = [part.tolist() for part in state["documents"].split(state["sizes"].tolist())]
         self._owner, self._done = state["owner"].numpy(), state["done"].numpy().astype(bool)
         self._tokens_per_batch = meta["tokens_per_batch"]
         if meta["ranks"] == ranks.size():
@@ -78,11 +67,16 @@ class Share:
     def _divide_anew(self, tokens_per_batch: int) -> None:
         """Make smaller batches of what is not done."""
         done = [pack for pack, is_done in zip(self._packs, self._done, strict=True) if is_done]
-        left = [example for pack, is_done in zip(self._packs, self._done, strict=True) if not is_done for example in pack]
-        self._packs = done + list(packs(left, tokens_per_batch=tokens_per_batch))
+        left = [place for pack, is_done in zip(self._packs, self._done, strict=True) if not is_done for place in pack]
+        self._packs = done + self._packed(left, tokens_per_batch)
         self._owner = np.zeros(len(self._packs), dtype=np.int32)
         self._done = np.arange(len(self._packs)) < len(done)
         self._tokens_per_batch = tokens_per_batch
+
+    def _packed(self, places: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+        """Divide some of the examples into batches."""
+        lengths = [len(self._examples[place]) for place in places]
+        return [[places[at] for at in pack] for pack in packs(lengths, tokens_per_batch=tokens_per_batch)]
 
     @property
     def done(self) -> int:
@@ -96,7 +90,7 @@ class Share:
         for turn in range(max(map(len, left))):
             if turn < len(mine):
                 # padding on the right is seen by nothing, so any token will do and no tokenizer is needed
-                yield int(mine[turn]), collate(self._packs[mine[turn]], pad_id=0)
+                yield int(mine[turn]), collate([self._examples[place] for place in self._packs[mine[turn]]], pad_id=0)
             else:
                 yield -1, None
 
@@ -115,8 +109,7 @@ class Share:
             for number, state in enumerate(states)
             for name, value in state.items()
         }
-        place = {id(example): number for number, example in enumerate(self._examples)}
-        tensors["documents"] = torch.tensor([place[id(example)] for pack in self._packs for example in pack])
+        tensors["documents"] = torch.tensor([place for pack in self._packs for place in pack])
         tensors["sizes"] = torch.tensor([len(pack) for pack in self._packs])
         tensors["owner"] = torch.from_numpy(self._owner)
         tensors["done"] = torch.from_numpy(np.logical_or.reduce([done for _, done in parts])).to(torch.uint8)

@@ -42,20 +42,15 @@ _HEADS = (
 
 
 def heads_table(accumulated: Accumulated, weight_change: np.ndarray) -> pd.DataFrame:
-    """Build the table `heads`, one row per kind of rows, layer and head.
-
-    Args:
-        accumulated: The statistics over documents.
-        weight_change: ``(layer, head)``.
-    """
-    found = estimate(accumulated.heads)
+    """Build the table `heads`, one row per kind of rows, layer and head; `weight_change` is ``(layer, head)``."""
+    estimates = estimate(accumulated.heads)
     names = accumulated.head_measures
     wanted = (*_HEADS, *(name for name in GINI_MEASURES if name in names))
     n_layers, n_heads = weight_change.shape
     layer, head = (index.ravel() for index in np.indices((n_layers, n_heads)))
     tables = []
     for index, rows in enumerate(ROWS):
-        columns = _columns(found, names, index)
+        columns = _columns(estimates, names, index)
         columns["entropy_change_q"] = benjamini_hochberg(columns["entropy_change_p"])
         table = pd.DataFrame(
             {
@@ -73,20 +68,14 @@ def heads_table(accumulated: Accumulated, weight_change: np.ndarray) -> pd.DataF
 
 
 def layers_table(accumulated: Accumulated, heads: pd.DataFrame, weight_change: np.ndarray) -> pd.DataFrame:
-    """Build the table `layers`, one row per kind of rows and layer.
-
-    Args:
-        accumulated: The statistics over documents.
-        heads: The heads table, for the share of heads that became more focused.
-        weight_change: ``(layer,)``.
-    """
-    found = estimate(accumulated.layers)
+    """Build the table `layers`, one row per kind of rows and layer; `heads` is the heads table, `weight_change` is ``(layer,)``."""
+    estimates = estimate(accumulated.layers)
     change = heads["entropy_change"]
     # a head that was not measured (no document has such rows) is neither focused nor not
     focused = heads.assign(focused=(change < 0).where(change.notna())).groupby(["rows", "layer"])["focused"].mean()
     tables = []
     for index, rows in enumerate(ROWS):
-        columns = _columns(found, LAYER_MEASURES, index)
+        columns = _columns(estimates, LAYER_MEASURES, index)
         layers = range(len(weight_change))
         table = pd.DataFrame(
             {
@@ -109,10 +98,10 @@ def layers_table(accumulated: Accumulated, heads: pd.DataFrame, weight_change: n
 
 def outputs_table(accumulated: Accumulated) -> pd.DataFrame:
     """Build the table `outputs`: next-token KL (nats) and loss (nats per token), one row per kind of predicted tokens."""
-    found = estimate(accumulated.outputs)
+    estimates = estimate(accumulated.outputs)
     rows = []
     for index, kind in enumerate(ROWS):
-        columns = {name: float(value) for name, value in _columns(found, OUTPUT_MEASURES, index).items()}
+        columns = {name: float(value) for name, value in _columns(estimates, OUTPUT_MEASURES, index).items()}
         row: dict[str, object] = {"rows": kind, "n": int(columns["loss_change_n"])}
         for name in ("kl_base_tuned", "kl_tuned_base"):
             row.update({key: columns[key] for key in (name, f"{name}_se", f"{name}_low", f"{name}_high")})
@@ -122,16 +111,16 @@ def outputs_table(accumulated: Accumulated) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _columns(found: Estimate, names: tuple[str, ...], rows: int) -> dict[str, np.ndarray]:
+def _columns(estimates: Estimate, names: tuple[str, ...], rows: int) -> dict[str, np.ndarray]:
     """Name every measure's mean, standard error, interval, p and n for one kind of rows."""
     columns = {}
     for index, name in enumerate(names):
-        columns[name] = found.mean[rows, index]
-        columns[f"{name}_se"] = found.standard_error[rows, index]
-        columns[f"{name}_low"] = found.low[rows, index]
-        columns[f"{name}_high"] = found.high[rows, index]
-        columns[f"{name}_p"] = found.p[rows, index]
-        columns[f"{name}_n"] = found.n[rows, index]
+        columns[name] = estimates.mean[rows, index]
+        columns[f"{name}_se"] = estimates.standard_error[rows, index]
+        columns[f"{name}_low"] = estimates.low[rows, index]
+        columns[f"{name}_high"] = estimates.high[rows, index]
+        columns[f"{name}_p"] = estimates.p[rows, index]
+        columns[f"{name}_n"] = estimates.n[rows, index]
     return columns
 
 

@@ -9,7 +9,7 @@ is decomposed once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from mechscope import ranks
 from mechscope.difference.lockstep import models_of
 from mechscope.errors import ModelError
+from mechscope.instrument.execution import Execution
 from mechscope.stats.spectra import Spectrum, weight_change
 from mechscope.subject import Pair, Subject
 from mechscope.subject.anatomy import Slice, is_conv1d
@@ -47,21 +48,16 @@ class WeightDifference:
     layers: np.ndarray
 
 
-def compare_weights(pair: Pair, *, progress: Callable[[int, int], None] | None = None) -> WeightDifference:
-    """Compare the weights of two models; arguments and errors as for `compare_weights_of`."""
-    return compare_weights_of([pair], progress=progress)[0]
+def compare_weights(pair: Pair, *, execution: Execution = Execution()) -> WeightDifference:
+    """Compare the weights of two models; `ModelError` where they do not have the same parameters."""
+    return compare_weights_of([pair], execution=execution)[0]
 
 
 @torch.no_grad()
-def compare_weights_of(pairs: Sequence[Pair], *, progress: Callable[[int, int], None] | None = None) -> list[WeightDifference]:
-    """Compare the weights of the models of some pairs; every rank calls this and gets the whole result.
+def compare_weights_of(pairs: Sequence[Pair], *, execution: Execution = Execution()) -> list[WeightDifference]:
+    """Compare the weights of the models of some pairs, in their order; every rank calls this and gets the whole result.
 
-    Args:
-        pairs: The base and the tuned models; a model (the same `Subject`) that several pairs have in common is decomposed once.
-        progress: Called with the number of parameters done and their total.
-
-    Returns:
-        Each pair's, in their order.
+    A model (the same `Subject`) that several pairs have in common is decomposed once.
 
     Raises:
         ModelError: The models of a pair do not have the same parameters.
@@ -74,8 +70,7 @@ def compare_weights_of(pairs: Sequence[Pair], *, progress: Callable[[int, int], 
     rows: dict[str, list[list[dict[str, Any]]]] = {}
     # the largest first, so that all ranks are dealt about as much
     for done, name in enumerate(ranks.own(sorted(sizes, key=lambda name: -sizes[name]))):
-        if progress is not None:
-            progress(done * ranks.size(), len(sizes))
+        execution.told("comparing weights", done * ranks.size(), len(sizes))
         known: _Known = {}
         rows[name] = [
             [_row(pair, name, part, known) for part in _parts(pair, name, base[name], tuned[name])] if name in base else []
@@ -83,8 +78,7 @@ def compare_weights_of(pairs: Sequence[Pair], *, progress: Callable[[int, int], 
         ]
     for others in ranks.exchange(rows):
         rows |= others
-    if progress is not None:
-        progress(len(sizes), len(sizes))
+    execution.told("comparing weights", len(sizes), len(sizes))
     tables = [pd.DataFrame([row for name in base for row in rows[name][number]]) for number, (base, _) in enumerate(sides)]
     return [
         WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
@@ -165,8 +159,8 @@ def _place(subject: Subject, name: str, part: str) -> tuple[int, str]:
     for layer, block in enumerate(subject.anatomy.blocks):
         if not name.startswith(f"{block.name}."):
             continue
-        found = next((found for _, found, where in _readers(subject) if where.name == module_name), None)
-        kind = part or found or ("mlp" if module_name in block.mlp_linears else "norm")
+        reader = next((reader for _, reader, where in _readers(subject) if where.name == module_name), None)
+        kind = part or reader or ("mlp" if module_name in block.mlp_linears else "norm")
         return layer, kind if key == "weight" else f"{kind}_{key}"
     return -1, "position" if "pos" in name or "wpe" in name else "norm"
 
@@ -184,8 +178,8 @@ def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.
         squares[layer].append(of_heads.to(pair.base.device))
     # fetched once: a wait for every head's number would leave the device without work
     change, size = torch.stack([torch.stack(parts).sum(0) for parts in squares], dim=1).cpu().numpy()
-    found: np.ndarray = np.sqrt(change / size)
-    return found
+    relative: np.ndarray = np.sqrt(change / size)
+    return relative
 
 
 def _by_stored_head(where: Slice, weight: Tensor) -> Float[Tensor, "stored width d_model"]:

@@ -9,7 +9,7 @@ from mechscope.heads.pattern_roles import pattern_roles
 from mechscope.heads.roles import Role, RoleScores, role_changes, roles_table
 from mechscope.heads.shown import attention_edges
 from mechscope.heads.task_roles import task_roles
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 __all__ = [
@@ -28,16 +28,15 @@ __all__ = [
 ]
 
 
-def head_roles(subject: Subject, *, probes: int = 32, seed: int = 0, progress: Progress | None = None) -> tuple[RoleScores, ...]:
+def head_roles(subject: Subject, *, probes: int = 32, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
     """Score every role that needs neither a task nor documents: where heads look in random text, and what they copy.
 
     Args:
         subject: The model.
         probes: Random texts.
-        seed: Of the texts and of sampled tokens.
-        progress: Called with what is done, of how much.
+        execution: Seed (of the texts and of sampled tokens), progress.
 
     Raises:
         MechscopeError: The model's heads cannot be taken apart, or it has too few tokens or positions.
     """
-    return (*pattern_roles(subject, n=probes, seed=seed, progress=progress), *copying_roles(subject, seed=seed, progress=progress))
+    return (*pattern_roles(subject, n=probes, execution=execution), *copying_roles(subject, execution=execution))

@@ -1,9 +1,10 @@
-"""Roles that are told by what a head would write of a token it attends to: the token itself, anything but it, or the one that comes next.
+"""Roles recognised by what a head would write of a token it attends to: the token itself, anything but it, or the one that comes next.
 
 Row t of a head's OV circuit in vocabulary space says what attending to token t adds to every logit (Elhage et al. 2021). A copying head raises t itself, a
-copy-suppressing head lowers it (McDougall et al. 2023, "Copy Suppression"), a successor head raises what follows t in its order (Gould et al. 2023,
-"Successor Heads"). Scores are ranks, so that no head's size counts. Heads behind the first layer read tokens with what the first MLP makes of them where
-asked for: Gould et al. do, since GPT-2's first MLP widens the embedding.
+head of negative OV lowers it, a successor head raises what follows t in its order (Gould et al. 2023, "Successor Heads"). Negative OV is what weights can
+show of copy suppression (McDougall et al. 2023), in which such a head also attends to a token because it is predicted; that is not measured here. Scores
+are ranks, so that no head's size counts. Heads behind the first layer read tokens with what the first MLP makes of them where `effective` says so: Gould
+et al. do, since GPT-2's first MLP widens the embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mechscope.data.pieces import Pieces
 from mechscope.heads.roles import Role, RoleScores
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 from mechscope.weights import Forms, Vocabulary
 
@@ -32,12 +33,11 @@ COPYING = Role(
     # the token among the highest tenth, on average
     threshold=0.9,
 )
-SUPPRESSION = replace(
+NEGATIVE_OV = replace(
     COPYING,
-    name="copy-suppression",
+    name="negative-ov",
     definition="Share of the vocabulary whose logit a token, as it is embedded, lowers less than its own, by the head's OV circuit straight to the "
-    "logits; mean over sampled tokens.",
-    source="McDougall et al. 2023, Copy Suppression",
+    "logits; mean over sampled tokens: 1 - copying.",
 )
 SUCCESSOR = Role(
     name="successor",
@@ -69,26 +69,23 @@ class _Step:
 
 
 @torch.no_grad()
-def copying_roles(
-    subject: Subject, *, n: int = 256, seed: int = 0, effective: bool = False, progress: Progress | None = None
-) -> tuple[RoleScores, ...]:
+def copying_roles(subject: Subject, *, n: int = 256, effective: bool = False, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
     """Score what every head writes of the tokens it attends to.
 
     Args:
         subject: The model.
         n: Sampled tokens; fewer where the vocabulary is smaller.
-        seed: Of the sample.
         effective: Heads behind the first layer read tokens with what the first MLP makes of them.
-        progress: Called with what is done, of how much.
+        execution: Seed (of the sample), progress.
 
     Returns:
-        Copying and copy-suppression with the sampled tokens as texts, and, where the tokenizer has the words as single tokens, successor.
+        Copying and negative-ov with the sampled tokens as texts, and, where the tokenizer has the words as single tokens, successor.
 
     Raises:
         ModelError: The model's heads cannot be taken apart.
     """
     forms, vocabulary, anatomy = Forms(subject), Vocabulary(subject, effective=effective), subject.anatomy
-    order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(execution.seed))
     tokens, steps = order[:n].sort().values, successions(subject)
     own = np.empty((len(tokens), anatomy.n_layers, anatomy.n_heads))
     next_one = np.empty((len(steps), anatomy.n_layers, anatomy.n_heads))
@@ -97,25 +94,24 @@ def copying_roles(
         a, b = vocabulary.read(form, layer), vocabulary.written(form.right)
         own[:, layer, head] = _ranks(a, b.to(a), tokens)
         next_one[:, layer, head] = [_succeeds(a, b.to(a), step) for step in steps]
-        if progress is not None:
-            progress("reading what heads copy", layer * anatomy.n_heads + head + 1, anatomy.n_layers * anatomy.n_heads)
+        execution.told("reading what heads copy", layer * anatomy.n_heads + head + 1, anatomy.n_layers * anatomy.n_heads)
     names = tuple(map(str, tokens.tolist()))
     even = np.full_like(own, 0.5)
-    found = [RoleScores(COPYING, names, own, even), RoleScores(SUPPRESSION, names, 1 - own, even)]
+    roles = [RoleScores(COPYING, names, own, even), RoleScores(NEGATIVE_OV, names, 1 - own, even)]
     if not steps:
         log.info("%s: its tokenizer has too few days, months, numbers and letters as single tokens for the role successor", subject.source)
     else:
         chance = np.array([1 / len(step.others) for step in steps])[:, None, None]
         ids = tuple(f"{step.token}>{step.others[0]}" for step in steps)
-        found.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance, next_one.shape).copy()))
-    return tuple(found)
+        roles.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance, next_one.shape).copy()))
+    return tuple(roles)
 
 
 def successions(subject: Subject) -> tuple[_Step, ...]:
     """Return the steps of all orders whose words are single tokens behind a space; none without a tokenizer."""
     if subject.tokenizer is None:
         return ()
-    pieces, found = Pieces(subject.tokenizer), []
+    pieces, steps = Pieces(subject.tokenizer), []
     for words in map(str.split, ORDERS):
         ids = [
             ids[0] if len(ids) == 1 and ids[0] < subject.anatomy.vocab_size else None for ids in pieces.ids([f" {word}" for word in words])
@@ -125,8 +121,8 @@ def successions(subject: Subject) -> tuple[_Step, ...]:
             continue
         for token, successor in itertools.pairwise(ids):
             if token is not None and successor is not None:
-                found.append(_Step(token, (successor, *(other for other in known if other not in (token, successor)))))
-    return tuple(found)
+                steps.append(_Step(token, (successor, *(other for other in known if other not in (token, successor)))))
+    return tuple(steps)
 
 
 def _ranks(a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"], tokens: Tensor) -> np.ndarray:

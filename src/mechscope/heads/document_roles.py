@@ -2,7 +2,7 @@
 
 Segment roles are masses of attention: a row's share on document, summary or lead sentence, averaged over the rows of a text. Copying from a long context
 is the work of few heads (Wu et al. 2024, "Retrieval head mechanistically explains long-context factuality"): a head retrieves a token if the key it
-attends to most holds the very token that is written next. There the needle's tokens are asked for; here, with the reference summary given, the summary's
+attends to most holds the very token that is written next. They test the tokens of a planted needle; here, with the reference summary given, the summary's
 tokens that stand in the document and were not written before.
 
 All rows of all roles come from one forward pass over the documents.
@@ -22,6 +22,7 @@ from mechscope.data.documents import Corpus
 from mechscope.data.pairs import PairBatch, PromptPair, Span, from_examples
 from mechscope.data.prompt import Encoded
 from mechscope.data.salience import sentence_spans
+from mechscope.data.scoring import check_fits
 from mechscope.data.spans import locate
 from mechscope.data.template import Template
 from mechscope.errors import DataError
@@ -29,8 +30,7 @@ from mechscope.heads.attention import run_probes, strongest
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
 from mechscope.instrument import AttentionCall
-from mechscope.progress import Progress
-from mechscope.scoring import check_fits
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 _SUMMARIZATION = "mechscope: what arXiv 2505.17073 calls topic tracking and salience, measured"
@@ -65,12 +65,7 @@ RETRIEVAL = Role(
 
 @torch.no_grad()
 def document_roles(
-    subject: Subject,
-    encoded: Encoded,
-    *,
-    lead: Mapping[str, Span] | None = None,
-    tokens_per_batch: int = 4096,
-    progress: Progress | None = None,
+    subject: Subject, encoded: Encoded, *, lead: Mapping[str, Span] | None = None, execution: Execution = Execution()
 ) -> tuple[RoleScores, ...]:
     """Score every head's part in summarization on documents with their reference summaries.
 
@@ -79,8 +74,7 @@ def document_roles(
         encoded: Documents and summaries.
         lead: Half-open token span of the first sentence by the document's id, as `lead_spans` gives; documents without one score NaN there. Without
             any, the role is left out.
-        tokens_per_batch: Most tokens of a batch.
-        progress: Called with what is done, of how much.
+        execution: Tokens of a batch (4,096 by default), progress.
 
     Returns:
         The roles `within-document`, `within-summary`, `summary-to-document`, `lead-sentence` and `retrieval`. A summary that copies nothing scores
@@ -92,10 +86,10 @@ def document_roles(
     pairs = from_examples(encoded, "documents")
     check_fits(subject, pairs)
     _check_lead(encoded, lead)
-    found = run_probes(subject, pairs, _Documents(lead), tokens_per_batch=tokens_per_batch, progress=progress)
+    values = run_probes(subject, pairs, _Documents(lead), execution=execution)
     roles = (WITHIN_DOCUMENT, WITHIN_SUMMARY, TO_DOCUMENT, *(() if lead is None else (LEAD,)), RETRIEVAL)
     texts = tuple(pair.id for pair in pairs)
-    return tuple(RoleScores(role, texts, found[..., at, 0], found[..., at, 1]) for at, role in enumerate(roles))
+    return tuple(RoleScores(role, texts, values[..., at, 0], values[..., at, 1]) for at, role in enumerate(roles))
 
 
 def lead_spans(
@@ -116,8 +110,8 @@ def lead_spans(
         DataError: There is no tokenizer, or it gives no offsets.
     """
     if tokenizer is None or not tokenizer.is_fast:
-        found = "there is no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__} gives no character offsets"
-        raise DataError(f"first sentences cannot be found among tokens: {found}: give the model a fast tokenizer")
+        problem = "there is no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__} gives no character offsets"
+        raise DataError(f"first sentences cannot be found among tokens: {problem}: give the model a fast tokenizer")
     documents = {document.id: document for document in corpus.documents}
     spans: dict[str, Span] = {}
     for example in encoded.examples:
@@ -148,13 +142,13 @@ class _Documents:
         segments = {"document": document, "summary": summary}
         if self.lead is not None:
             segments["lead"] = marked(batch, self.lead)
-        found, chance = masses(call, batch, segments)
+        shares, chance = masses(call, batch, segments)
         scores = [(document, "document"), (summary, "summary"), (summary, "document")]
-        parts = [(row_means(found[segment], rows), row_means(chance[segment], rows)) for rows, segment in scores]
+        parts = [(row_means(shares[segment], rows), row_means(chance[segment], rows)) for rows, segment in scores]
         if self.lead is not None:
             rows = summary & segments["lead"].any(1, keepdim=True)
-            evenly = spread(found["document"], chance["lead"], chance["document"])
-            parts.append((row_means(found["lead"], rows), row_means(evenly, rows)))
+            evenly = spread(shares["document"], chance["lead"], chance["document"])
+            parts.append((row_means(shares["lead"], rows), row_means(evenly, rows)))
         parts.append(_retrieved(call, batch))
         return torch.stack([torch.stack([score, null.expand_as(score)], -1).double() for score, null in parts], 2)
 

@@ -5,11 +5,10 @@ The newsroom's articles state five facts (who, what, where, when, how many) in t
     entity      attention from the tokens of a fact's second mention to those of its first
     salience    attention from the summary's rows to the document's mentions of the five facts
 
-Chance for the first is the same row's attention to the same place when another article's fact of the same kind, of as many tokens, stands there: a
-liking for the lead, for names or for a distance is in both. Later mentions repeat words of the first (of a person the surname; the newsroom has no
-pronouns), so heads that match equal tokens, or go on where a name was begun, follow entities too: compare with their duplicate-token and induction scores.
-Chance for the second is the same row's attention
-to the document, spread evenly over it.
+Chance for the first is the same row's attention to the same place when another article's fact of the same kind, of as many tokens, stands there: a liking
+for the lead, for names or for a distance is in both. Later mentions repeat words of the first (of a person the surname; the newsroom has no pronouns), so
+heads that match equal tokens, or go on where a name was begun, follow entities too: compare with their duplicate-token and induction scores. Chance for the
+second is the same row's attention to the document, spread evenly over it.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from mechscope.data.newsroom import ROLES, Article, split_articles
 from mechscope.data.newsroom import Role as Kind
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair, Span
 from mechscope.data.prompt import Example, encode
+from mechscope.data.scoring import check_fits
 from mechscope.data.spans import locate
 from mechscope.errors import DataError
 from mechscope.heads.attention import mass_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
 from mechscope.instrument import AttentionCall
-from mechscope.progress import Progress
-from mechscope.scoring import check_fits
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -61,51 +60,44 @@ SALIENCE = Role(
 
 
 @torch.no_grad()
-def entity_roles(
-    subject: Subject, *, n: int = 50, seed: int = 0, tokens_per_batch: int = 4096, progress: Progress | None = None
-) -> tuple[RoleScores, ...]:
+def entity_roles(subject: Subject, *, n: int = 50, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
     """Score how every head follows the facts of newsroom articles.
 
     Args:
         subject: The model, with a tokenizer that gives offsets (a "fast" one).
         n: How many articles, of the newsroom's test split; those longer than the model reads are cut.
-        seed: Of the articles, and of the facts that stand in for theirs.
-        tokens_per_batch: Most tokens of a batch.
-        progress: Called with what is done, of how much.
+        execution: Tokens of a batch (4,096 by default), seed (of the articles, and of the facts that replace theirs), progress.
 
     Returns:
-        The roles `entity` and `salience`. An article whose facts are all cut away, or have no stand-in, scores NaN in the first.
+        The roles `entity` and `salience`. An article whose facts are all cut away, or have no substitute, scores NaN in the first.
 
     Raises:
         DataError: The model has no such tokenizer, or reads too few tokens for an article.
     """
-    pairs = entity_pairs(subject.tokenizer, n, seed=seed, max_tokens=subject.anatomy.max_positions)
-    return roles_on(subject, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
+    pairs = entity_pairs(subject.tokenizer, n, seed=execution.seed, max_tokens=subject.anatomy.max_positions)
+    return roles_on(subject, pairs, execution=execution)
 
 
 @torch.no_grad()
-def roles_on(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 4096, progress: Progress | None = None) -> tuple[RoleScores, ...]:
-    """Score the roles on pairs as `entity_pairs` makes them; the rest is as for `entity_roles`."""
+def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
+    """Score the roles `entity` and `salience` on pairs made by `entity_pairs`; raises DataError where one does not fit the model."""
     check_fits(subject, pairs)
-    clean = run_probes(subject, pairs, _facts, tokens_per_batch=tokens_per_batch, progress=progress)
-    corrupt = run_probes(subject, pairs.swapped(), _followed, tokens_per_batch=tokens_per_batch, progress=progress)
+    clean = run_probes(subject, pairs, _facts, execution=execution)
+    corrupt = run_probes(subject, pairs.swapped(), _followed, execution=execution)
     texts = tuple(pair.id for pair in pairs)
-    return (
-        RoleScores(ENTITY, texts, clean[..., 0], corrupt),
-        RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2]),
-    )
+    return (RoleScores(ENTITY, texts, clean[..., 0], corrupt), RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2]))
 
 
 def entity_pairs(tokenizer: PreTrainedTokenizerBase | None, n: int, *, seed: int = 0, max_tokens: int) -> Pairs:
     """Make newsroom articles with their summaries, and the same with other facts at the first mentions alone.
 
     Segments: "document", "summary", "salient" (all mentions in the document), and for each fact whose second mention was not cut away and that has a
-    stand-in, for example, "who first" and "who again".
+    substitute, for example, "who first" and "who again".
 
     Args:
         tokenizer: It must give offsets.
         n: How many articles.
-        seed: Of the articles, and of the facts that stand in for theirs.
+        seed: Of the articles, and of the facts that replace theirs.
         max_tokens: Most tokens of a text.
 
     Returns:
@@ -115,8 +107,8 @@ def entity_pairs(tokenizer: PreTrainedTokenizerBase | None, n: int, *, seed: int
         DataError: No tokenizer, one without offsets, or no article fits.
     """
     if tokenizer is None or not tokenizer.is_fast:
-        found = "there is no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__} gives no character offsets"
-        raise DataError(f"facts cannot be found among tokens: {found}: give the model a fast tokenizer")
+        problem = "there is no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__} gives no character offsets"
+        raise DataError(f"facts cannot be found among tokens: {problem}: give the model a fast tokenizer")
     articles = split_articles("test", limit=n, seed=seed)
     corpus = Corpus(tuple(Document(article.id, article.document, article.summary) for article in articles), "newsroom", "test")
     encoded = encode(corpus, tokenizer, max_tokens=max_tokens)
@@ -160,7 +152,7 @@ def _pair(story: _Story, stories: Sequence[_Story], seed: int) -> PromptPair:
     salient = tuple(span for spans in story.mentions.values() for span in spans)
     segments = {"document": (example.document,), "summary": (example.summary,), "salient": salient}
     for role in ROLES:
-        other = _stand_in(story, stories, role, random.Random(f"{seed}/{example.id}/{role}"))
+        other = _substitute(story, stories, role, random.Random(f"{seed}/{example.id}/{role}"))
         if len(story.mentions[role]) > 1 and other:
             first, again = story.mentions[role][:2]
             corrupt[slice(*first)] = other
@@ -168,7 +160,7 @@ def _pair(story: _Story, stories: Sequence[_Story], seed: int) -> PromptPair:
     return PromptPair(example.id, example.input_ids, tuple(corrupt), target=example.summary, segments=segments)
 
 
-def _stand_in(story: _Story, stories: Sequence[_Story], role: Kind, rng: random.Random) -> tuple[int, ...]:
+def _substitute(story: _Story, stories: Sequence[_Story], role: Kind, rng: random.Random) -> tuple[int, ...]:
     """Choose another article's fact of a kind, with as many tokens and no word that the story holds; nothing if there is none."""
     for other in rng.sample(stories, len(stories)):
         words = other.article.fact(role).text.split()
@@ -181,9 +173,9 @@ def _facts(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head 3
     """Return each head's attention to first mentions and to salient tokens, and chance for the second."""
     salient = marked(batch, {pair.id: pair.segments["salient"] for pair in batch.pairs})
     document, summary = batch.positions("document"), batch.positions("summary")
-    found, chance = masses(call, batch, {"salient": salient, "document": document})
-    evenly = spread(found["document"], chance["salient"], chance["document"])
-    return torch.stack([_followed(call, batch), row_means(found["salient"], summary), row_means(evenly, summary)], -1)
+    shares, chance = masses(call, batch, {"salient": salient, "document": document})
+    evenly = spread(shares["document"], chance["salient"], chance["document"])
+    return torch.stack([_followed(call, batch), row_means(shares["salient"], summary), row_means(evenly, summary)], -1)
 
 
 def _followed(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head"]:

@@ -1,4 +1,4 @@
-"""Roles that are told by where a head looks in random text: before itself, at what stood there already, behind it, at the first token, at everything.
+"""Roles recognised by where a head looks in random text: before itself, at what stood there already, behind it, at the first token, at everything.
 
 The probes are random tokens A and B, all different: a text A A, in which every token of the second half stood before, and its control A B, in which none
 did. A head that looks L back in both does so for the distance and not for the token; so the control is the null of the roles that are about
@@ -23,7 +23,7 @@ from mechscope.heads.attention import masses_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import row_means, uniform
 from mechscope.instrument import AttentionCall, describe
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 _OLSSON = "Olsson et al. 2022, In-context Learning and Induction Heads"
@@ -76,17 +76,13 @@ ROLES = (PREVIOUS, DUPLICATE, INDUCTION, OFFSET, SINK, BROAD)
 
 
 @torch.no_grad()
-def pattern_roles(
-    subject: Subject, *, n: int = 32, seed: int = 0, tokens_per_batch: int = 4096, progress: Progress | None = None
-) -> tuple[RoleScores, ...]:
+def pattern_roles(subject: Subject, *, n: int = 32, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
     """Score where every head looks in random text.
 
     Args:
         subject: The model.
         n: How many texts, each with its control.
-        seed: Of the texts.
-        tokens_per_batch: Most tokens of a batch.
-        progress: Called with what is done, of how much.
+        execution: Tokens of a batch (4,096 by default), seed (of the texts), progress.
 
     Returns:
         The roles in `ROLES`. A sliding window shorter than the distance hides the key: the score is then 0.
@@ -94,13 +90,12 @@ def pattern_roles(
     Raises:
         DataError: The model has too few tokens or positions for repeated random text.
     """
-    texts = repeated_texts(subject, n, seed=seed)
+    texts = repeated_texts(subject, n, seed=execution.seed)
     names = tuple(pair.id for pair in texts)
-    options = {"tokens_per_batch": tokens_per_batch}
-    repeated = run_probes(subject, texts, _repetition, progress=progress, **options)
-    control = run_probes(subject, texts.swapped(), _control, progress=progress, **options)
+    repeated = run_probes(subject, texts, _repetition, execution=execution)
+    control = run_probes(subject, texts.swapped(), _control, execution=execution)
     again, behind, offset_null, previous, previous_null, sink, sink_null, broad = (control[..., at] for at in range(8))
-    found = (
+    scores = (
         (PREVIOUS, previous, previous_null),
         (DUPLICATE, repeated[..., 0], again),
         (INDUCTION, repeated[..., 1], behind),
@@ -108,7 +103,7 @@ def pattern_roles(
         (SINK, sink, sink_null),
         (BROAD, broad, broad * 0 + 1),
     )
-    return tuple(RoleScores(role, names, score, null) for role, score, null in found)
+    return tuple(RoleScores(role, names, score, null) for role, score, null in scores)
 
 
 def repeated_texts(subject: Subject, n: int, *, seed: int = 0) -> Pairs:

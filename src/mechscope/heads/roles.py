@@ -1,4 +1,4 @@
-"""Roles of heads and their scores: what a head is told by, text by text, beside what chance gives on the same text.
+"""Roles of heads and their scores, text by text, beside what chance gives on the same text.
 
 A role is a number per head and text ("attention to the previous token") with its null: the number that a head without the role gets on that text. A
 head has a role if its mean score reaches the role's threshold and stands above the null by more than texts vary: Student's t over texts, and
@@ -18,14 +18,14 @@ from mechscope.errors import DataError
 from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 
-# the share of false heads among those said to have a role
+# the share of false heads among those given a role
 _FALSE_DISCOVERIES = 0.05
 ALL_HEADS = "all"
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a head can be told to do.
+    """A job that a head may have.
 
     Attributes:
         name: For example `previous-token`.
@@ -35,7 +35,7 @@ class Role:
         threshold: The mean score from which on a head has the role, if it is also significantly above the null; None for a role that is measured
             and never ascribed.
         low: Least score there can be; None for one without a bound.
-        high: Largest score there can be; likewise.
+        high: Largest score there can be; None for one without a bound.
     """
 
     name: str
@@ -55,7 +55,7 @@ class RoleScores:
         role: The role.
         texts: Names of the probes: texts, or tokens where weights are looked at.
         score: ``(text, layer, head)``; NaN where a text says nothing.
-        null: Likewise: what chance gives on the same text.
+        null: What chance gives on the same text, in the same shape.
     """
 
     role: Role
@@ -86,9 +86,8 @@ def roles_table(found: Sequence[RoleScores], *, model: str = "model") -> pd.Data
     Returns:
         One row per role and head: `model`, `role`, `layer`, `head`, `component`, `n` (texts that say something), `score` with `low` and `high` (95 %
         interval over texts), `null`, `excess` (score − null) with `excess_low` and `excess_high`, `p` (the excess is zero, two-sided), `q`
-        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05). The
-        threshold asks for the score itself, not for the excess: of a head that does much it is then enough that chance does less, however
-        little. A head is not given a role by a large excess alone, nor is any head given one that has no threshold.
+        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05; never for a
+        role without a threshold). The threshold is on the score, not on the excess, which has only to be above zero, however little.
     """
     if not found:
         return pd.DataFrame(columns=["model", "role", *_HEAD, "n", *_SCORE, *_EXCESS, "p", "q", "has_role"])
@@ -105,13 +104,9 @@ def _table(scores: RoleScores, model: str) -> pd.DataFrame:
     silent = np.isnan(excess)  # of what is silent on either side, neither is averaged
     score, null, above = (_estimated(np.where(silent, np.nan, part)) for part in (scores.score, scores.null, excess))
     q = benjamini_hochberg(above.p)
-    columns = {
-        **dict(zip(_SCORE, (score.mean, score.low, score.high, null.mean), strict=True)),
-        **dict(zip(_EXCESS, (above.mean, above.low, above.high), strict=True)),
-        "p": above.p,
-        "q": q,
-        "has_role": _has(scores.role, score.mean, above.mean, q),
-    }
+    measured = (score.mean, score.low, score.high, null.mean, above.mean, above.low, above.high)
+    columns = dict(zip((*_SCORE, *_EXCESS), measured, strict=True))
+    columns |= {"p": above.p, "q": q, "has_role": _has(scores.role, score.mean, above.mean, q)}
     return _rows({"model": model, "role": scores.role.name}, above.n, columns)
 
 
@@ -159,22 +154,22 @@ def role_changes(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> pd.
         has_before, has_after = (_table(scores, "")["has_role"].to_numpy().reshape(before.shape) for scores in (one, two))
         columns = {**_change(before, after, paired_difference(two.score, one.score)), "gained": has_after & ~has_before}
         columns["lost"] = has_before & ~has_after
-        found = _rows({"role": one.role.name}, (~silent).sum(0), columns)
-        tables.append(found.assign(q=benjamini_hochberg(found["p"])))
+        table = _rows({"role": one.role.name}, (~silent).sum(0), columns)
+        tables.append(table.assign(q=benjamini_hochberg(table["p"])))
         wholes.append(_of_all_heads(one.role, *(_text_means(scores.score, silent) for scores in (one, two))))
+    order = ["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"]
     if not tables:
-        return pd.DataFrame(columns=["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"])
+        return pd.DataFrame(columns=order)
     all_heads = pd.concat(wholes, ignore_index=True)
     all_heads["q"] = benjamini_hochberg(all_heads["p"])
-    order = ["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"]
     return pd.concat([*tables, all_heads], ignore_index=True)[order]
 
 
 _CHANGE = ("base", "tuned", "change", "low", "high", "p")
 
 
-def _change(before: np.ndarray, after: np.ndarray, found: Estimate) -> dict[str, np.ndarray]:
-    return dict(zip(_CHANGE, (before, after, found.mean, found.low, found.high, found.p), strict=True))
+def _change(before: np.ndarray, after: np.ndarray, change: Estimate) -> dict[str, np.ndarray]:
+    return dict(zip(_CHANGE, (before, after, change.mean, change.low, change.high, change.p), strict=True))
 
 
 def _paired(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> list[tuple[RoleScores, RoleScores]]:
@@ -197,8 +192,8 @@ def _text_means(score: np.ndarray, silent: np.ndarray) -> Float[np.ndarray, " te
 
 
 def _of_all_heads(role: Role, before: Float[np.ndarray, " text"], after: Float[np.ndarray, " text"]) -> pd.DataFrame:
-    found = paired_difference(after, before)
-    columns = _change(_estimated(before).mean, _estimated(after).mean, found)
+    change = paired_difference(after, before)
+    columns = _change(_estimated(before).mean, _estimated(after).mean, change)
     values = {name: float(value) for name, value in columns.items()}
     head = dict(zip(_HEAD, (-1, -1, ALL_HEADS), strict=True))
-    return pd.DataFrame([{"role": role.name, **head, "n": int(found.n), **values, "gained": False, "lost": False}])
+    return pd.DataFrame([{"role": role.name, **head, "n": int(change.n), **values, "gained": False, "lost": False}])

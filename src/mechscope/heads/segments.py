@@ -27,19 +27,19 @@ def uniform(call: AttentionCall) -> AttentionCall:
 
 def marked(batch: PairBatch, spans: Mapping[str, Sequence[Span]]) -> Bool[Tensor, "batch token"]:
     """Mark token spans, by the id of the pair; a text without any has nothing marked."""
-    found = torch.zeros_like(batch.real)
+    mask = torch.zeros_like(batch.real)
     for row, pair in enumerate(batch.pairs):
         for begin, end in spans.get(pair.id, ()):
-            found[row, batch.shift(row) + begin : batch.shift(row) + end] = True
-    return found
+            mask[row, batch.shift(row) + begin : batch.shift(row) + end] = True
+    return mask
 
 
 def masses(
     call: AttentionCall, batch: PairBatch, segments: Mapping[str, Bool[Tensor, "batch token"]]
 ) -> tuple[dict[str, Float[Tensor, "batch head token"]], dict[str, Float[Tensor, "batch 1 token"]]]:
     """Return every row's mass on each segment, and the same for a head that looks at all keys alike."""
-    found, chance = (describe(one, batch.real, segments=segments) for one in (call, uniform(call)))
-    return dict(found.segments), dict(chance.segments)
+    own, chance = (describe(one, batch.real, segments=segments) for one in (call, uniform(call)))
+    return dict(own.segments), dict(chance.segments)
 
 
 def row_means(values: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch head"]:

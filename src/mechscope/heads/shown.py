@@ -1,7 +1,6 @@
 """Where chosen heads look in a text, token by token: the strongest keys of every query, for a person to see.
 
-A whole pattern of 1,024 tokens has half a million entries, nearly all of them next to nothing. Kept are a few keys per query, and only those that
-matter.
+A whole pattern of 1,024 tokens has half a million entries, nearly all of them next to nothing. Kept are a few keys per query, and only those that matter.
 """
 
 from __future__ import annotations
@@ -17,19 +16,14 @@ from mechscope.instrument import AttentionCall, Walk, observed
 from mechscope.instrument.kernels import pattern_blocks
 from mechscope.subject import Subject
 
-# a row's largest eight keys hold nearly all that can be told apart by colour
+# a row's largest eight keys hold nearly all that colours can distinguish
 STRONGEST = 8
 LEAST = 0.01
 
 
 @torch.no_grad()
 def attention_edges(
-    subject: Subject,
-    input_ids: Sequence[int],
-    heads: Collection[tuple[int, int]],
-    *,
-    strongest: int = STRONGEST,
-    least: float = LEAST,
+    subject: Subject, input_ids: Sequence[int], heads: Collection[tuple[int, int]], *, strongest: int = STRONGEST, least: float = LEAST
 ) -> pd.DataFrame:
     """List the strongest attention of some heads over one text.
 
@@ -41,7 +35,7 @@ def attention_edges(
         least: Smallest weight that is listed, 0 to 1.
 
     Returns:
-        One row per kept (head, query, key): `component`, `query`, `key` (positions) and `weight` (share of the query's attention).
+        One row per listed (head, query, key): `component`, `query`, `key` (positions) and `weight` (share of the query's attention).
 
     Raises:
         SettingsError: A head does not exist.
@@ -56,11 +50,11 @@ def attention_edges(
     wanted: dict[int, list[int]] = defaultdict(list)
     for layer, head in sorted(set(heads)):
         wanted[layer].append(head)
-    found: list[pd.DataFrame] = []
+    edges: list[pd.DataFrame] = []
 
     def tap(call: AttentionCall) -> None:
         for head in wanted.get(call.layer, ()):
-            found.append(_edges(call, head, strongest, least).assign(component=f"a{call.layer}.h{head}"))
+            edges.append(_edges(call, head, strongest, least).assign(component=f"a{call.layer}.h{head}"))
 
     with observed(subject, tap):
         walk = Walk(subject, torch.tensor([list(input_ids)]))
@@ -68,7 +62,7 @@ def attention_edges(
         for layer in range(max(wanted, default=-1) + 1):
             hidden = walk.step(layer, hidden)
     columns = ["component", "query", "key", "weight"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    return pd.concat(edges, ignore_index=True)[columns] if edges else pd.DataFrame(columns=columns)
 
 
 def _edges(call: AttentionCall, head: int, strongest: int, least: float) -> pd.DataFrame:
@@ -77,11 +71,7 @@ def _edges(call: AttentionCall, head: int, strongest: int, least: float) -> pd.D
     mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, head : head + 1]
     key_head = head // group
     blocks = pattern_blocks(
-        call.query[:, head : head + 1],
-        call.key[:, key_head : key_head + 1],
-        scaling=call.scaling,
-        mask=mask,
-        softcap=call.softcap,
+        call.query[:, head : head + 1], call.key[:, key_head : key_head + 1], scaling=call.scaling, mask=mask, softcap=call.softcap
     )
     queries, keys, weights = [], [], []
     for block in blocks:
@@ -90,10 +80,5 @@ def _edges(call: AttentionCall, head: int, strongest: int, least: float) -> pd.D
         queries.append(row + block.start)
         keys.append(top.indices[row, place])
         weights.append(top.values[row, place])
-    return pd.DataFrame(
-        {
-            "query": torch.cat(queries).cpu().numpy(),
-            "key": torch.cat(keys).cpu().numpy(),
-            "weight": torch.cat(weights).double().cpu().numpy(),
-        }
-    )
+    query, key, weight = (torch.cat(parts).cpu() for parts in (queries, keys, weights))
+    return pd.DataFrame({"query": query.numpy(), "key": key.numpy(), "weight": weight.double().numpy()})

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.data.scoring import check_fits
 from mechscope.data.tasks import ioi
 from mechscope.errors import DataError
 from mechscope.heads.attention import mass_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.instrument import AttentionCall
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
-from mechscope.progress import Progress
-from mechscope.scoring import check_fits
 from mechscope.subject import Subject
 
 _WANG = "Wang et al. 2022, Interpretability in the Wild"
@@ -61,11 +61,7 @@ S_INHIBITION = replace(
     name="s-inhibition",
     definition="Attention from the last token to the subject's second mention (observed, not shown to inhibit).",
 )
-DUPLICATE = replace(
-    NAME_MOVER,
-    name="ioi-duplicate-token",
-    definition="Attention from the subject's second mention to its first.",
-)
+DUPLICATE = replace(NAME_MOVER, name="ioi-duplicate-token", definition="Attention from the subject's second mention to its first.")
 INDUCTION = replace(
     DUPLICATE, name="ioi-induction", definition="Attention from the subject's second mention to the token behind its first."
 )
@@ -82,38 +78,32 @@ ROLES = (NAME_MOVER, NEGATIVE_NAME_MOVER, S_INHIBITION, DUPLICATE, INDUCTION, DI
 
 
 @torch.no_grad()
-def task_roles(
-    subject: Subject, *, n: int = 50, seed: int = 0, tokens_per_batch: int = 4096, progress: Progress | None = None
-) -> tuple[RoleScores, ...]:
+def task_roles(subject: Subject, *, n: int = 50, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
     """Score every head's jobs in indirect-object identification.
 
     Args:
         subject: The model, with its tokenizer.
         n: How many prompt pairs.
-        seed: Of the pairs.
-        tokens_per_batch: Most tokens of a batch.
-        progress: Called with what is done, of how much.
+        execution: Tokens of a batch (4,096 by default), seed (of the pairs), progress.
 
     Returns:
         The roles in `ROLES`: attention as shares of a row, the direct effect in nats.
 
     Raises:
-        DataError: The model has no tokenizer, or one that makes too few names single tokens: these roles cannot be told for it.
+        DataError: The model has no tokenizer, or one that makes too few names single tokens: these roles cannot be measured on it.
         ModelError: The model's heads or its readout cannot be taken apart.
     """
     if subject.tokenizer is None:
         raise DataError(f"{subject.source} has no tokenizer to write prompts with: load it with one")
-    return roles_on(subject, ioi(subject.tokenizer, n, seed=seed), tokens_per_batch=tokens_per_batch, progress=progress)
+    return roles_on(subject, ioi(subject.tokenizer, n, seed=execution.seed), execution=execution)
 
 
 @torch.no_grad()
-def roles_on(subject: Subject, pairs: Pairs, *, tokens_per_batch: int = 4096, progress: Progress | None = None) -> tuple[RoleScores, ...]:
-    """Score the roles on given pairs; segments "io", "s1" and "s2" are one token each. The rest is as for `task_roles`."""
+def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution()) -> tuple[RoleScores, ...]:
+    """Score the roles on given pairs; segments "io", "s1" and "s2" are one token each. Raises what `task_roles` raises."""
     check_fits(subject, pairs)  # before a name is looked up in the unembedding
     names = _names(pairs)
-    score, null = (
-        _Jobs(subject, names).run(texts, tokens_per_batch=tokens_per_batch, progress=progress) for texts in (pairs, pairs.swapped())
-    )
+    score, null = (_Jobs(subject, names).run(texts, execution) for texts in (pairs, pairs.swapped()))
     texts = tuple(pair.id for pair in pairs)
     return tuple(RoleScores(role, texts, score[..., at], null[..., at]) for at, role in enumerate(ROLES))
 
@@ -138,14 +128,14 @@ class _Jobs:
         self.batch: PairBatch | None = None
         self.scale: dict[int, float] = {}
 
-    def run(self, pairs: Pairs, *, tokens_per_batch: int, progress: Progress | None) -> Float[np.ndarray, "text layer head role"]:
+    def run(self, pairs: Pairs, execution: Execution) -> Float[np.ndarray, "text layer head role"]:
         """Score all texts in one pass."""
         with self._final_scales():
-            found = run_probes(self.subject, pairs, self, tokens_per_batch=tokens_per_batch, progress=progress)
+            scores = run_probes(self.subject, pairs, self, execution=execution)
         # every text ran on one of the ranks
-        scales = np.sum(ranks.exchange([self.scale.get(id(pair), 0.0) for pair in pairs]), axis=0)
-        found[..., -1] *= scales[:, None, None]
-        return found
+        scales = np.sum(ranks.exchange([self.scale.get(index, 0.0) for index in range(len(pairs))]), axis=0)
+        scores[..., -1] *= scales[:, None, None]
+        return scores
 
     def __call__(self, call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head role"]:
         self.batch = batch
@@ -187,7 +177,7 @@ class _Jobs:
             hidden = output[0] if isinstance(output, tuple) else output
             ends = hidden[torch.arange(len(self.batch.pairs)), _columns(self.batch, "end")]
             scales = self.readout.scale(ends)[:, 0].tolist()
-            self.scale |= {id(pair): scale for pair, scale in zip(self.batch.pairs, scales, strict=True)}
+            self.scale |= zip(self.batch.indices, scales, strict=True)
 
         handle = self.subject.anatomy.blocks[-1].module.register_forward_hook(hook)
         try:

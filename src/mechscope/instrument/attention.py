@@ -114,7 +114,7 @@ def _attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     watches = tuple(_WATCHES.get(module, ()))
-    found = AttentionInputs(
+    given = AttentionInputs(
         layer=watches[0].layer if watches else -1,
         query=query,
         key=key,
@@ -124,11 +124,11 @@ def _attention(
         window=sliding_window,
         softcap=softcap,
     )
-    inputs = found
+    inputs = given
     for watch in watches:
         if watch.rewrite is not None:
             inputs = watch.rewrite(inputs)
-    if inputs is found and softcap is None:
+    if inputs is given and softcap is None:
         # as the model itself would have called it, so that watching changes no bit
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     else:

@@ -2,7 +2,7 @@
 
 An `Edit` says where (a site of a layer, some heads or neurons of it, some tokens, some rows of the batch) and what stands there instead: a tensor,
 a number, or a function of what stood there. A `Knockout` cuts attention between query and key positions. Both are declared once and used by
-`intervene` (any forward pass, `generate` included) and by `Prefix.rerun` (sweeps that start in the middle of the model).
+`intervene` (any forward pass, `generate` included) and by `CachedRun.rerun` (sweeps that start in the middle of the model).
 """
 
 from __future__ import annotations

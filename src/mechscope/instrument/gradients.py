@@ -20,7 +20,7 @@ from mechscope.instrument.attention import AttentionCall, AttentionInputs, obser
 from mechscope.instrument.edits import EditSite
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.rerun import Reading
-from mechscope.instrument.stand_ins import only_at
+from mechscope.instrument.substitutes import only_at
 from mechscope.instrument.walk import Walk
 from mechscope.subject.load import Subject
 
@@ -30,7 +30,7 @@ Scored = Callable[[Float[Tensor, "read d_model"]], Float[Tensor, " batch"]]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass found.
+    """What a backward pass gave.
 
     Values and gradients have the layout of `record`, but key and value have one entry per query head, each with a gradient of its own.
 
@@ -93,8 +93,8 @@ def gradients(
         for dropped in range(anatomy.n_layers) if drop else (None,):
             graph.dropped = dropped
             again = drop and dropped != anatomy.n_layers - 1
-            found = torch.autograd.grad([read], wanted, [above], retain_graph=again, allow_unused=True)
-            passes.append([torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)])
+            taken = torch.autograd.grad([read], wanted, [above], retain_graph=again, allow_unused=True)
+            passes.append([torch.zeros_like(x) if g is None else g for x, g in zip(wanted, taken, strict=True)])
     batch, length = input_ids.shape
 
     def by_token(value: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ def gradients(
         return value.transpose(1, 2) if site in ("query", "key", "value") else by_token(value)
 
     values = {layer: shaped(graph.values[layer]) for layer in layers}
-    found_at = [{layer: shaped(g) for layer, g in zip(layers, one[: len(layers)], strict=True)} for one in passes]
+    by_layer = [{layer: shaped(g) for layer, g in zip(layers, one[: len(layers)], strict=True)} for one in passes]
     z = {layer: (graph.z[layer].detach(), [one[len(layers) + at].detach() for one in passes]) for at, layer in enumerate(sorted(graph.z))}
-    return Gradients(score.detach(), values, found_at, z, graph.calls)
+    return Gradients(score.detach(), values, by_layer, z, graph.calls)
 
 
 class _Graph:

@@ -23,11 +23,7 @@ _ATTENTION = frozenset({"query", "key", "value", "mask", "pattern", "z"})
 
 @contextlib.contextmanager
 def intervene(subject: Subject, *changes: Change) -> Iterator[None]:
-    """Run the model with some of its values replaced.
-
-    Args:
-        subject: The model.
-        changes: `Edit`s and `Knockout`s.
+    """Run the model with some of its values replaced, by `Edit`s and `Knockout`s.
 
     Raises:
         SettingsError: A change names something the model does not have; or, when the model runs, its value does not fit.

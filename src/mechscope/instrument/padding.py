@@ -1,8 +1,7 @@
-"""Where a batch's padding stands, found out once.
+"""Where a batch's padding stands, read once.
 
-Whether a fused kernel may be used, and how far each text must be turned to begin at the first token, depends on the padding alone. Asking a device
-that for every layer would make the host wait for all work queued there, so it is asked once per batch; a model over several devices gets its copies
-once per device.
+Whether a fused kernel may be used, and how far each text must be turned to begin at the first token, depends on the padding alone. Reading that
+from a device for every layer would make the host wait for all work queued there, so it is read once per batch and copied once per device.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.instrument.attention import AttentionInputs, attend, observed
-from mechscope.instrument.stand_ins import stubbed
+from mechscope.instrument.substitutes import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.load import Subject
@@ -37,26 +37,26 @@ def attention_inputs(
         walk: A pass of as many texts.
         layer: Which block.
         query: Each head's projection of what it read, bias included.
-        key: Likewise, one for every query head, also where key weights are shared.
-        value: Likewise.
+        key: Each head's projection, bias included, one for every query head, also where key weights are shared.
+        value: Each head's projection, one for every query head.
     """
     block = walk.subject.anatomy.blocks[layer]
     group = walk.subject.anatomy.n_heads // walk.subject.anatomy.n_kv_heads
-    # of a model over several devices: stand-ins for modules do not move what they are given, as accelerate's hooks do
+    # of a model over several devices: substitutes for modules do not move what they are given, as accelerate's hooks do
     place = place_of(block.module)
     query, key, value = (x.to(place) for x in (query, key, value))
-    found = []
+    calls = []
     for member in range(group):  # of each group of query heads, one brings its key and value
         given = {"query": query, "key": key[:, :, member::group], "value": value[:, :, member::group]}
-        found.append(_caught(walk, layer, _outputs(block, given)))
+        calls.append(_caught(walk, layer, _outputs(block, given)))
     if group == 1:
-        return found[0]
-    own = {name: torch.stack([getattr(one, name) for one in found], dim=2).flatten(1, 2) for name in ("key", "value")}
-    return AttentionInputs(**{**vars(found[0]), **own})
+        return calls[0]
+    own = {name: torch.stack([getattr(one, name) for one in calls], dim=2).flatten(1, 2) for name in ("key", "value")}
+    return AttentionInputs(**{**vars(calls[0]), **own})
 
 
 def attention_of(walk: Walk, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "batch token head d"]:
-    """Return the heads' z from their projections; arguments as for `attention_inputs`."""
+    """Return the heads' z from their projections, ``(batch, token, head, d)`` each, with a key and value for every query head."""
     return attend(attention_inputs(walk, layer, query, key, value))
 
 
@@ -82,27 +82,27 @@ def _caught(walk: Walk, layer: int, outputs: dict[nn.Module, Tensor]) -> Attenti
 
 
 def _outputs(block: Block, given: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
-    """Lay projections out as the modules that make them give them."""
+    """Lay projections out as their modules return them."""
     slices: dict[str, Slice] = {part: getattr(block, part) for part in PARTS}
-    found: dict[nn.Module, Tensor] = {}
+    outputs: dict[nn.Module, Tensor] = {}
     for part, values in given.items():
         where = slices[part]
         module = where.module
         sharing = [name for name in PARTS if slices[name].module is module]
         if len(sharing) == 1:
-            found[module] = values.flatten(2)
+            outputs[module] = values.flatten(2)
             continue
         width = sum(given[name].shape[2] * given[name].shape[3] for name in sharing)
-        whole = found.get(module)
+        whole = outputs.get(module)
         if whole is None:
-            whole = found[module] = values.new_empty(*values.shape[:2], width)
+            whole = outputs[module] = values.new_empty(*values.shape[:2], width)
         places = torch.cat([where.features(head) for head in _first_of_each(where)])
         start, end = int(places[0]), int(places[-1]) + 1
         if end - start == len(places):
             whole[..., start:end] = values.flatten(2)
         else:
             whole[..., places.to(values.device)] = values.flatten(2)
-    return found
+    return outputs
 
 
 def _first_of_each(part: Slice) -> list[int]:
@@ -123,11 +123,11 @@ def without_attention(subject: Subject, layer: int, like: Tensor) -> Iterator[No
 
 def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
     """Return what a layer's MLP adds when it reads a given residual stream."""
-    block, kept = walk.subject.anatomy.blocks[layer], []
+    block, outputs = walk.subject.anatomy.blocks[layer], []
     hidden = hidden.to(place_of(block.module))
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-        kept.append(output)
+        outputs.append(output)
 
     handle = block.mlp_write.register_forward_hook(hook)
     try:
@@ -135,4 +135,4 @@ def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"])
             walk.step(layer, hidden)
     finally:
         handle.remove()
-    return kept[0].view_as(hidden)
+    return outputs[0].view_as(hidden)

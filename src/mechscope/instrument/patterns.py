@@ -40,7 +40,7 @@ class PatternStatistics:
         distance: Expected distance in tokens from the query back to the key.
         sink: Mass on the first real token.
         segments: Mass on each named set of keys.
-        gini: Gini coefficient of the row over the keys it can see; None unless asked for.
+        gini: Gini coefficient of the row over the keys it can see; None unless wanted.
     """
 
     entropy: Float[Tensor, "batch head query"]
@@ -101,9 +101,17 @@ def compare(
     gini: bool = False,
     method: Method = "auto",
 ) -> PatternComparison:
-    """Compute both models' statistics and the divergence between their patterns, in both directions; arguments as in `describe`.
+    """Compute both models' statistics and the divergence between their patterns, in both directions.
 
     The models may lie on different devices: results are on the first one's.
+
+    Args:
+        base: One attention call of the first model.
+        tuned: The same layer's call of the second model.
+        real: True where a token is real; None if there is no padding.
+        segments: Named sets of key positions whose share of the attention is wanted.
+        gini: Also compute the Gini coefficient, by the exact path.
+        method: `auto`, `fused` or `exact`; see `describe`.
     """
     padding, segments = _here(base.query.device, real, segments)
     tuned = _beside(tuned, base.query.device)

@@ -91,12 +91,12 @@ class Readout:
     def constant(self, tokens: Int[Tensor, "*some"]) -> Float[Tensor, "*some"]:
         """Return the part of tokens' logits that nothing wrote: the unembedding's bias and the norm's shift."""
         tokens = tokens.to(self.weight.device)
-        found = self.weight.new_zeros(tokens.shape)
+        total = self.weight.new_zeros(tokens.shape)
         if self.norm is not None and self.norm.shift is not None:
-            found = found + self.weight[tokens] @ self.norm.shift.to(self.weight.device)
+            total = total + self.weight[tokens] @ self.norm.shift.to(self.weight.device)
         if self.bias is not None:
-            found = found + self.bias[tokens]
-        return found * self.multiplier
+            total = total + self.bias[tokens]
+        return total * self.multiplier
 
     def logits(self, hidden: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows 1"] | None = None) -> Float[Tensor, "*rows vocab"]:
         """Return logits before any soft cap.
@@ -128,7 +128,7 @@ def _linear(subject: Subject, module: torch.nn.Module) -> tuple[Tensor, Tensor |
     """Return a map's weight as (output, input) and its bias, with an active adapter's change."""
     bias = getattr(base_layer(module), "bias", None)
     if subject.is_adapter:
-        name = next(name for name, found in subject.plain.named_modules() if found is module)
+        name = next(name for name, other in subject.plain.named_modules() if other is module)
         own = {key.removeprefix(f"{name}."): value for key, value in subject.weights() if key.startswith(f"{name}.")}
         if "weight" in own:  # tied to the embedding, it is listed there only, and no adapter acts on it
             return own["weight"], own.get("bias")

@@ -1,7 +1,7 @@
 """Recording what flows through a model: residual stream, attention, heads, MLPs, logits.
 
-`record` is a context manager: inside it any forward pass of the model (its own call, a `Walk`, `generate`) fills the recording with what was
-asked for and nothing else. Values are those of the last pass. What is written to the residual stream is recorded as it is added, so
+`record` is a context manager: inside it any forward pass of the model (its own call, a `Walk`, `generate`) fills the recording with the
+chosen sites and nothing else. Values are those of the last pass. What is written to the residual stream is recorded as it is added, so
 h_L = embedding + Σ attention_output + Σ mlp_output for families that add plainly (checked at load).
 """
 
@@ -24,18 +24,7 @@ from mechscope.subject.load import Subject
 from mechscope.subject.placement import require_in_memory
 
 Site = Literal[
-    "embedding",
-    "residual",
-    "query",
-    "key",
-    "value",
-    "pattern",
-    "z",
-    "head_output",
-    "attention_output",
-    "neuron",
-    "mlp_output",
-    "logits",
+    "embedding", "residual", "query", "key", "value", "pattern", "z", "head_output", "attention_output", "neuron", "mlp_output", "logits"
 ]
 SITES: tuple[Site, ...] = get_args(Site)
 _ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}

@@ -1,6 +1,6 @@
 """Running a model again with something changed, from where the change is (idea 7 of the design).
 
-A change in layer l leaves the layers before it untouched. A `Prefix` is a run that keeps what its layers computed; `rerun` takes any number of
+A change in layer l leaves the layers before it untouched. A `CachedRun` is a run that keeps what its layers computed; `rerun` takes any number of
 changed runs ("units"), puts those that begin at the same place side by side as rows of one batch, and begins there:
 
 1. a change inside attention (q, k, v, pattern, z, a knockout) begins after the projections: z is patched, W_O applied, and the rest of the
@@ -30,7 +30,7 @@ from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate,
 from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.record import Recording, Site, record
-from mechscope.instrument.stand_ins import fused_activations, only_at, stubbed
+from mechscope.instrument.substitutes import fused_activations, only_at, stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
@@ -52,12 +52,7 @@ TOKENS_PER_PASS = 4096
 
 @dataclass(frozen=True)
 class Reading:
-    """Which rows of the last residual stream are read.
-
-    Attributes:
-        example: ``(read,)``: row of the batch.
-        position: ``(read,)``: token.
-    """
+    """Which rows of the last residual stream are read: ``(read,)`` rows of the batch (`example`) and tokens in them (`position`)."""
 
     example: Int[Tensor, " read"]
     position: Int[Tensor, " read"]
@@ -76,14 +71,14 @@ class Reading:
         return hidden[:, sent(self.example, hidden.device), sent(self.position, hidden.device)]
 
 
-class Prefix:
+class CachedRun:
     """One run of a batch that keeps what `rerun` needs.
 
     Attributes:
         subject: The model.
         input_ids: ``(batch, token)``.
         real: ``(batch, token)`` on the CPU, True where a token is real; None if all are.
-        recording: What was asked for besides.
+        recording: The chosen sites, and the residual streams.
     """
 
     def __init__(
@@ -94,14 +89,7 @@ class Prefix:
         *,
         sites: Collection[Site | str] = (),
     ) -> None:
-        """Run the batch.
-
-        Args:
-            subject: The model.
-            input_ids: Tokens.
-            real: True where a token is real; None if all are.
-            sites: What changes begin at and sources are taken from; residual streams are always kept.
-        """
+        """Run the batch; `sites` are what changes begin at and sources are taken from, and residual streams are always kept."""
         self.subject = subject
         self.input_ids = sent(input_ids, subject.device)
         # on the CPU: every walk asks where the padding stands, and must not wait for a device to know
@@ -109,18 +97,18 @@ class Prefix:
         self.real = None if real is None or bool(real.all()) else real
         self._walks: dict[int, Walk] = {}
         self._calls: dict[int, AttentionCall] = {}
-        kept = {site for site in sites if site not in ("mask", "pattern")}
-        if "neuron" in kept:
-            kept.add("mlp_output")
+        needed = {site for site in sites if site not in ("mask", "pattern")}
+        if "neuron" in needed:
+            needed.add("mlp_output")
         inside = any(_STAGE.get(site) == 1 for site in sites)
-        sites_kept = cast(set[Site], (kept - {"embedding"}) | {"residual"} | ({"pattern"} if "pattern" in sites else set()))
+        recorded = cast(set[Site], (needed - {"embedding"}) | {"residual"} | ({"pattern"} if "pattern" in sites else set()))
 
         def tap(call: AttentionCall) -> None:
             self._calls[call.layer] = call
 
         with torch.no_grad(), observed(subject, tap if inside else None), fused_activations(subject):
             walk = self._walk(1)
-            with record(subject, *sorted(sites_kept)) as recording:
+            with record(subject, *sorted(recorded)) as recording:
                 walk.run()
         self.recording: Recording = recording
         self.recording.values["embedding", 0] = walk.hidden
@@ -153,7 +141,7 @@ class Prefix:
             reading: Which rows are read.
         """
         if layer < 0:
-            return Prefix(self.subject, self.input_ids, self.real).read(reading)
+            return CachedRun(self.subject, self.input_ids, self.real).read(reading)
         with observed(self.subject), fused_activations(self.subject):
             hidden = self.input_of(layer)
             return reading.take(self._walk(1).run(hidden, start=layer)[None])[0]
@@ -177,7 +165,7 @@ class Prefix:
             Indices of some units, and the rows that are read of their last residual streams. Units come in order of their layers.
 
         Raises:
-            SettingsError: A change names something the model does not have, or a site this prefix did not keep.
+            SettingsError: A change names something the model does not have, or a site this run did not keep.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, unit in enumerate(units):
@@ -239,7 +227,7 @@ class Prefix:
             attention = block.output.module(z.flatten(2))
             with stubbed(block.attention, (attention, None)):
                 return walk.step(layer, given), layer + 1
-        written = torch.cat([apply(_edits(changes, "attention_output"), self._kept("attention_output", layer)) for changes in now])
+        written = torch.cat([apply(_edits(changes, "attention_output"), self._recorded("attention_output", layer)) for changes in now])
         if block.attention_write is block.attention:
             with stubbed(block.attention, (written, None)):
                 return walk.step(layer, given), layer + 1
@@ -251,7 +239,7 @@ class Prefix:
         try:
             call = self._calls[layer]
         except KeyError:
-            raise SettingsError("this prefix did not keep attention: name the sites to change when it is made, e.g. sites=('z',)") from None
+            raise SettingsError("this run did not keep attention: name the sites to change when it is made, e.g. sites=('z',)") from None
         z = call.z
         inside = [change for change in changes if change.site in ("query", "key", "value", "mask")]
         inputs = rewritten(call, inside)
@@ -272,20 +260,20 @@ class Prefix:
                 raise ModelError(
                     f"{self.subject.family} scales what its MLPs add (residual_multiplier): changing MLP outputs is not supported"
                 )
-            old = written = self._kept("mlp_output", layer)
+            old = written = self._recorded("mlp_output", layer)
             if neurons:
-                written = block.mlp_down(apply(neurons, self._kept("neuron", layer)))
+                written = block.mlp_down(apply(neurons, self._recorded("neuron", layer)))
                 if _is_norm(block):
                     written = block.mlp_write(written)
             hidden = hidden + (apply(outputs, written) - old)
         return apply(_edits(changes, "residual"), hidden)
 
-    def _kept(self, site: str, layer: int) -> Tensor:
+    def _recorded(self, site: str, layer: int) -> Tensor:
         try:
             return self.recording.values[site, layer]
         except KeyError:
             raise SettingsError(
-                f"this prefix did not keep {site!r}: name the sites to change when it is made, e.g. sites=({site!r},)"
+                f"this run did not keep {site!r}: name the sites to change when it is made, e.g. sites=({site!r},)"
             ) from None
 
     def _walk(self, units: int) -> Walk:

@@ -1,4 +1,4 @@
-"""Which norms heads and MLPs read through, found out on one tiny forward pass.
+"""Which norms heads and MLPs read through, seen on one tiny forward pass.
 
 A norm is the module of a block whose output reaches the reader and which reads the residual stream. Where something else stands there (a norm over
 all heads' queries as in OLMo 2, a residual stream that is normalised itself as in OPT 350m, a norm between heads and their output projection as in
@@ -64,8 +64,8 @@ def discovered(subject: Subject) -> Structure:
             seen, hidden = _seen(walk, layer, hidden)
             if not calls:
                 raise ModelError(f"{subject.family}: block {layer} does not call its attention where it can be observed")
-            found, reads_block_input = _layer_of(subject.family, layer, block, seen)
-            layers.append(found)
+            norms, reads_block_input = _layer_of(subject.family, layer, block, seen)
+            layers.append(norms)
             if reads_block_input is not None:
                 parallel.append(reads_block_input)
             _require_plain_writing(subject.family, layer, block, seen, calls[-1].z, hidden)
@@ -99,7 +99,7 @@ def _seen(walk: Walk, layer: int, hidden: Tensor) -> tuple[Seen, Tensor]:
 
 
 def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer, bool | None]:
-    """Return a block's norms, and whether its MLP reads what the block reads; None where its heads write nothing, so that it cannot be told."""
+    """Return a block's norms, and whether its MLP reads what the block reads; None where its heads write nothing, so that both look alike."""
     given = seen[block.module][0]
     read = seen[block.query.module][0]
     if not all(torch.equal(seen[getattr(block, part).module][0], read) for part in PARTS):

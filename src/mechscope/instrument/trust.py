@@ -88,7 +88,7 @@ def load_pair(base: str | Path, tuned: str | Path, *, resize: Literal["refuse", 
         base: Hub id or directory of the pre-trained model.
         tuned: Hub id or directory of the fine-tuned model or PEFT adapter.
         resize: What to do with vocabularies of different size; see `mechscope.subject.pair`.
-        options: As for `load`.
+        options: What `load` takes besides: `tokenizer`, `dtype`, `device`, `device_map`, `unsafe`, `check`.
 
     Raises:
         ModelError: One cannot be loaded, fails a check, or does not belong to the other.
@@ -153,10 +153,10 @@ def _require_sizes(subject: Subject, call: AttentionCall) -> None:
     """Refuse a model whose attention works with other heads than the anatomy found: no check below could compare them."""
     size = subject.anatomy
     expected = ((size.n_heads, size.d_head), (size.n_kv_heads, size.d_head), (size.n_kv_heads, size.d_head))
-    found = tuple((x.shape[1], x.shape[3]) for x in (call.query, call.key, call.value))
-    if found != expected:
+    sizes = tuple((x.shape[1], x.shape[3]) for x in (call.query, call.key, call.value))
+    if sizes != expected:
         raise ModelError(
-            f"model {subject.source!r} ({subject.family}): its attention works with (heads, width) {', '.join(map(str, found))} for query, key and "
+            f"model {subject.source!r} ({subject.family}): its attention works with (heads, width) {', '.join(map(str, sizes))} for query, key and "
             f"value, its weights were read as {', '.join(map(str, expected))}: this architecture is not supported"
         )
 
@@ -171,12 +171,12 @@ def _probe(subject: Subject) -> tuple[Tensor, Tensor]:
     return ids.to(subject.device), real.to(subject.device)
 
 
-def _error(found: Tensor, expected: Tensor, real: Tensor | None = None) -> float:
+def _error(values: Tensor, expected: Tensor, real: Tensor | None = None) -> float:
     if real is not None:
-        found, expected = found[real.to(found.device)], expected[real.to(expected.device)]
-    expected = expected.to(found.device)
+        values, expected = values[real.to(values.device)], expected[real.to(expected.device)]
+    expected = expected.to(values.device)
     scale = expected.abs().max().clamp(min=1e-9)
-    return float(((found - expected).abs().max() / scale).nan_to_num(torch.inf))
+    return float(((values - expected).abs().max() / scale).nan_to_num(torch.inf))
 
 
 def _row_sums(call: AttentionCall, real: Tensor) -> float:
@@ -211,10 +211,9 @@ def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Ten
             (block.key, call.key, ("k_norm", "k_layernorm")),
         ):
             seen = seen.repeat_interleave(len(heads) // seen.shape[1], dim=1)
-            norm = next((found for name in norms if (found := getattr(block.attention, name, None)) is not None), None)
-            if norm is not None and norm.weight.shape != (
-                reader.width,
-            ):  # OLMo 2 normalises all heads together: no slice of its own to compare
+            norm = next((candidate for name in norms if (candidate := getattr(block.attention, name, None)) is not None), None)
+            # OLMo 2 normalises all heads together: no slice of its own to compare
+            if norm is not None and norm.weight.shape != (reader.width,):
                 continue
             for head in heads:
                 own = outputs[id(reader.module)][..., reader.features(head).to(seen.device)]

@@ -1,6 +1,6 @@
 """One forward pass, taken block by block.
 
-A dry pass runs the model's own code with every block replaced by a stand-in that notes its arguments and hands the residual stream on. So the
+A dry pass runs the model's own code with every block replaced by a substitute that notes its arguments and hands the residual stream on. So the
 embedding, the masks, the rotary angles and whatever else a family passes to its blocks come from the model itself. After that the real blocks
 can be called one at a time: two models in lock-step, so that only one layer of both is ever held; from the middle, because a change in layer l
 leaves the layers before it untouched (idea 7 of the design); and with logits computed only for the rows that are read.
@@ -36,16 +36,10 @@ class Walk:
     """
 
     def __init__(self, subject: Subject, input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batch token"] | None = None) -> None:
-        """Run the embedding and note every block's arguments.
-
-        Args:
-            subject: The model.
-            input_ids: Tokens.
-            real: True where a token is real, False where it is padding; None if there is no padding.
-        """
+        """Run the embedding and note every block's arguments; `real` is False where a token is padding, None if there is no padding."""
         self.subject = subject
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        with subject.active(), _stand_ins([block.module for block in subject.anatomy.blocks], self._note):
+        with subject.active(), _substituted([block.module for block in subject.anatomy.blocks], self._note):
             subject.anatomy.backbone(**model_inputs(sent(input_ids, subject.device), real), use_cache=False)
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -122,12 +116,7 @@ def next_token_losses(subject: Subject, hidden: Float[Tensor, "... d_model"], ta
 
 
 def model_inputs(input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batch token"] | None) -> dict[str, Tensor | None]:
-    """Return the model's keyword arguments for padded tokens: equal results wherever the padding is.
-
-    Args:
-        input_ids: Tokens.
-        real: True where a token is real; None if all are.
-    """
+    """Return the model's keyword arguments for padded tokens: equal results wherever the padding is; `real` is None if all tokens are."""
     batch, length = input_ids.shape
     # under a causal pattern nothing looks at padding on the right, so no mask is needed and the fused causal kernel stays in use
     if real is None or (not bool((real[:, 1:] & ~real[:, :-1]).any()) and bool(real[:, 0].all())):
@@ -139,12 +128,12 @@ def model_inputs(input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batc
 
 
 @contextlib.contextmanager
-def _stand_ins(blocks: list[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+def _substituted(blocks: list[nn.Module], substitute: Callable[..., Tensor]) -> Iterator[None]:
     """Replace the blocks' forward for the duration; what stood there (accelerate puts its own) is put back in any case.
 
-    Hooks are taken off with it: a recording around a walk must not take what the stand-ins hand on for a residual stream.
+    Hooks are taken off with it: a recording around a walk must not take what the substitutes hand on for a residual stream.
     """
-    replaced = {"forward": stand_in, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    replaced = {"forward": substitute, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
     before = [{name: vars(block)[name] for name in replaced if name in vars(block)} for block in blocks]
     for block in blocks:
         vars(block).update(replaced)

@@ -1,6 +1,6 @@
 """What stands between the residual stream and the heads and MLPs that read and write it: norms, and each head's own weights.
 
-A head's query is a norm of the residual stream times the head's slice of W_Q; key and value likewise; an MLP reads through a norm of its own. What a
+A head's query (key, value) is a norm of the residual stream times its slice of W_Q (W_K, W_V); an MLP reads through a norm of its own. What a
 head writes is z times its slice of W_O. Families with a norm behind attention (Gemma 2/3) write that times the norm's gain and scale; the scale
 is shared by the heads of a token.
 """
@@ -19,7 +19,7 @@ from mechscope.instrument.structure import Structure, discovered
 from mechscope.subject.anatomy import Slice, base_layer, is_conv1d, oriented_weight
 from mechscope.subject.load import Subject
 
-# what was found out of a model, with and without its adapter (which may bring norms of its own); the weights themselves are read anew each time
+# the structure of a model, with and without its adapter (which may bring norms of its own); the weights themselves are read anew each time
 _KNOWN: WeakKeyDictionary[nn.Module, dict[bool, Structure]] = WeakKeyDictionary()
 
 
@@ -56,8 +56,8 @@ class Wiring:
         known = _KNOWN.setdefault(subject.plain, {})
         if subject.adapted not in known:
             known[subject.adapted] = discovered(subject)
-        self._structure = found = known[subject.adapted]
-        self.parallel = found.parallel
+        self._structure = structure = known[subject.adapted]
+        self.parallel = structure.parallel
         self.group = subject.anatomy.n_heads // subject.anatomy.n_kv_heads
         self._constants: dict[tuple[int, str], Tensor | None] = {}
         self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.is_adapter else {}

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.data.pairs import Pairs
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.wiring import Wiring
 from mechscope.lens.places import places_of
-from mechscope.lens.training import LensSettings, Trained, train
-from mechscope.progress import Progress
+from mechscope.lens.training import Trained, train
+from mechscope.settings.lens import TunedLensSettings
 from mechscope.subject import Subject
 
 
@@ -32,8 +33,8 @@ def train_attention_lens(
     texts: Pairs,
     *,
     layers: Collection[int] | None = None,
-    settings: LensSettings | None = None,
-    progress: Progress | None = None,
+    settings: TunedLensSettings | None = None,
+    execution: Execution = Execution(),
 ) -> Trained:
     """Train a lens for every head; `read(subject, texts, sites=("head_output",), translators=…)` looks through it.
 
@@ -42,7 +43,7 @@ def train_attention_lens(
         texts: Any texts; their clean versions are read. Keep some others for `evaluate`.
         layers: Whose heads; None for all layers.
         settings: How to train.
-        progress: Told the number of steps done.
+        execution: Seed (of the order of the texts), progress.
 
     Raises:
         MechscopeError: Settings, layers or texts do not fit, heads write in a way that is not supported, or the training diverged.
@@ -51,7 +52,7 @@ def train_attention_lens(
     wiring = Wiring(subject)
     bases = {layer: _bases(wiring, layer) for layer in {place.layer for place in places}}
     chosen = {place: bases[place.layer][place.head] for place in places}
-    return train(subject, texts, chosen, settings=settings or LensSettings(), progress=progress)
+    return train(subject, texts, chosen, settings=settings or TunedLensSettings(), execution=execution)
 
 
 def _bases(wiring: Wiring, layer: int) -> Float[Tensor, "head d_head d_model"]:

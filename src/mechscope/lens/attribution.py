@@ -17,11 +17,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, check_fits
 from mechscope.errors import DataError, SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.lens.decomposition import Decomposition, Part
 from mechscope.lens.question import Question
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -58,8 +58,8 @@ class LogitAttribution:
         Columns: `component`, `kind`, `layer`, `head` (−1 where there is none), `effect` (mean over texts, in logits), `low`, `high` (95 % interval
         over texts), `p`, `q` (Benjamini–Hochberg over the model's parts; NaN for `constant`, `cap` and `residual`), `n` (texts).
         """
-        found = _columns(self.effects, tested=[part.kind not in _UNTESTED for part in self.parts])
-        return pd.DataFrame([asdict(part) for part in self.parts]).assign(**found)
+        columns = _columns(self.effects, tested=[part.kind not in _UNTESTED for part in self.parts])
+        return pd.DataFrame([asdict(part) for part in self.parts]).assign(**columns)
 
     def neuron_table(self) -> pd.DataFrame:
         """Return one row per neuron of the chosen layers, largest first; columns as in `table`, with `neuron` for `kind` and `head`."""
@@ -76,13 +76,7 @@ class LogitAttribution:
 
 
 def attribute_logits(
-    subject: Subject,
-    pairs: Pairs,
-    *,
-    metric: str = "logit-diff",
-    neurons: Collection[int] = (),
-    tokens_per_batch: int = 1024,
-    progress: Progress | None = None,
+    subject: Subject, pairs: Pairs, *, metric: str = "logit-diff", neurons: Collection[int] = (), execution: Execution = Execution()
 ) -> LogitAttribution:
     """Attribute a metric of the clean texts to the parts of a model.
 
@@ -92,8 +86,7 @@ def attribute_logits(
         metric: `logit-diff` (right answers − wrong ones after the last token), or `target-logit` (the target tokens', or the right answers', less
             the mean over the vocabulary).
         neurons: Layers whose neurons are attributed one by one.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Raises:
         MechscopeError: Texts, metric or layers do not fit the model, or it cannot be taken apart.
@@ -102,19 +95,19 @@ def attribute_logits(
     for layer in neurons:
         if not 0 <= layer < subject.anatomy.n_layers:
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
-    taken_apart, gathered = Decomposition(subject), Gathered(pairs)
+    taken_apart, gathered = Decomposition(subject), PerText(pairs)
 
     def attributed(batch: PairBatch) -> dict[str, np.ndarray]:
         question = Question.of(metric, batch)
-        found = taken_apart.of(batch, question, neurons=neurons)
+        contributions = taken_apart.of(batch, question, neurons=neurons)
         return {
-            "parts": question.per_text(found.parts).T.numpy(),
-            "cap": question.per_text(found.cap).numpy(),
-            "metric": question.per_text(found.metric).numpy(),
-            **{f"m{layer}": question.per_text(each).T.numpy() for layer, each in found.neurons.items()},
+            "parts": question.per_text(contributions.parts).T.numpy(),
+            "cap": question.per_text(contributions.cap).numpy(),
+            "metric": question.per_text(contributions.metric).numpy(),
+            **{f"m{layer}": question.per_text(each).T.numpy() for layer, each in contributions.neurons.items()},
         }
 
-    gathered.run(attributed, tokens_per_batch, label="logit attribution", progress=progress)
+    gathered.run(attributed, execution, tokens=1024, label="logit attribution")
     effects, parts = [gathered["parts"]], list(taken_apart.parts)
     if taken_apart.readout.softcap is not None:
         effects.append(gathered["cap"][None])
@@ -153,10 +146,10 @@ def compare_attributions(base: LogitAttribution, tuned: LogitAttribution) -> pd.
         raise SettingsError(
             f"the two models do not have the same parts ({', '.join(sorted(different))}): compare a model with its tuned version"
         )
-    found = _columns(tuned.effects, base.effects, tested=[part.kind not in _UNTESTED for part in base.parts])
+    columns = _columns(tuned.effects, base.effects, tested=[part.kind not in _UNTESTED for part in base.parts])
     table = pd.DataFrame([asdict(part) for part in base.parts])
-    change = found.pop("effect")
-    return table.assign(base=base.effects.mean(0), tuned=tuned.effects.mean(0), change=change, **found)
+    change = columns.pop("effect")
+    return table.assign(base=base.effects.mean(0), tuned=tuned.effects.mean(0), change=change, **columns)
 
 
 def _columns(after: np.ndarray, before: np.ndarray | None = None, *, tested: Collection[bool] | None = None) -> dict[str, np.ndarray]:
@@ -164,8 +157,8 @@ def _columns(after: np.ndarray, before: np.ndarray | None = None, *, tested: Col
     if before is None:
         moments = Moments(after.shape[1:])
         moments.update_many(after)
-        found = estimate(moments)
+        estimates = estimate(moments)
     else:
-        found = paired_difference(after, before)
-    p = found.p if tested is None else np.where(list(tested), found.p, np.nan)
-    return {"effect": found.mean, "low": found.low, "high": found.high, "p": p, "q": benjamini_hochberg(p), "n": found.n}
+        estimates = paired_difference(after, before)
+    p = estimates.p if tested is None else np.where(list(tested), estimates.p, np.nan)
+    return {"effect": estimates.mean, "low": estimates.low, "high": estimates.high, "p": p, "q": benjamini_hochberg(p), "n": estimates.n}

@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import check_fits, per_text
 from mechscope.errors import SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.readout import Readout
+from mechscope.instrument.texts import over_texts
 from mechscope.lens.gradient_factors import Factors, Matrix, factors, matrices_of
 from mechscope.lens.question import ROWS
-from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
 
@@ -35,7 +36,7 @@ def backward_lens(
     matrices: Sequence[str] = ("mlp_down",),
     layers: Collection[int] | None = None,
     k: int = 10,
-    tokens_per_batch: int = 1024,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Project the gradients of weight matrices into the vocabulary, token by token of every text.
 
@@ -45,7 +46,7 @@ def backward_lens(
         matrices: Kinds: `query_key_value`, `attention_output`, `mlp_up`, `mlp_down`.
         layers: Which layers; None for all.
         k: How many tokens are listed.
-        tokens_per_batch: Most tokens of a batch, padding included.
+        execution: Tokens of a batch (1,024 by default).
 
     Returns:
         One row per text, matrix and token that the loss reaches: `text` (id), `layer`, `matrix` (kind), `module` (path), `position`, `token` (text),
@@ -58,22 +59,23 @@ def backward_lens(
     check_fits(subject, texts)
     wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
 
-    def said(batch: PairBatch) -> dict[int, list[pd.DataFrame]]:
-        tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in batch.pairs}
-        found = factors(subject, batch, wanted)
+    def projected(batch: PairBatch) -> list[pd.DataFrame]:
+        tables = []
+        of_batch = factors(subject, batch, wanted)
         for row, pair in enumerate(batch.pairs):
+            of_text = []
             here = slice(batch.shift(row), batch.shift(row) + len(pair.clean))
             tokens = np.array(subject.spelling.tokens(pair.clean), dtype=object)
             for matrix in wanted:
-                of_matrix = found[matrix.name]
+                of_matrix = of_batch[matrix.name]
                 own = Factors(of_matrix.inputs[row : row + 1, here], of_matrix.gradients[row : row + 1, here])
                 reached, columns = _token_columns(matrix, own, vocabulary)
                 where = {"text": pair.id, **_names(matrix), "position": reached, "token": tokens[reached]}
-                tables[id(pair)].append(pd.DataFrame({**where, **columns}))
+                of_text.append(pd.DataFrame({**where, **columns}))
+            tables.append(pd.concat(of_text, ignore_index=True))
         return tables
 
-    tables = {text: found for part in each(said, batches(texts, tokens_per_batch)) for text, found in part.items()}
-    return pd.concat([table for pair in texts for table in tables[id(pair)]], ignore_index=True)
+    return pd.concat(per_text(texts, projected, execution, tokens=1024, label="backward lens"), ignore_index=True)
 
 
 def gradient_directions(
@@ -84,7 +86,7 @@ def gradient_directions(
     layers: Collection[int] | None = None,
     rank: int = 5,
     k: int = 10,
-    tokens_per_batch: int = 1024,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Project the leading singular directions of weight gradients, of the texts' mean loss, into the vocabulary.
 
@@ -92,12 +94,12 @@ def gradient_directions(
 
     Args:
         subject: The model.
-        texts: As for `backward_lens`.
-        matrices: Likewise.
-        layers: Likewise.
+        texts: Each text's loss is the mean −log p of its target tokens, or of its right answers after the last token if it has no target.
+        matrices: Kinds: `query_key_value`, `attention_output`, `mlp_up`, `mlp_down`.
+        layers: Which layers; None for all.
         rank: How many directions.
         k: How many tokens are listed.
-        tokens_per_batch: Most tokens of a batch, padding included.
+        execution: Tokens of a batch (1,024 by default).
 
     Returns:
         One row per matrix and direction: `layer`, `matrix`, `module`, `direction` (0 is the strongest), `singular_value`, `share` (of the gradient's
@@ -112,19 +114,18 @@ def gradient_directions(
         raise SettingsError(f"rank is {rank}: ask for at least one direction")
     wanted, vocabulary = matrices_of(subject, matrices, layers), _Vocabulary(subject, k)
     sums = {matrix.name: _Gradient() for matrix in wanted}
-    for of_batch in each(lambda batch: factors(subject, batch, wanted), batches(texts, tokens_per_batch)):
-        for name, found in of_batch.items():
-            sums[name].add(found, len(texts))
+    for _, of_batch in over_texts(
+        texts, lambda batch: factors(subject, batch, wanted), execution, tokens=1024, label="gradient directions"
+    ):
+        for name, of_matrix in of_batch.items():
+            sums[name].add(of_matrix, len(texts))
     tables = []
     for matrix in wanted:
         left, values, right = sums[matrix.name].directions()
-        kept = min(rank, int((values > 0).sum()))
-        columns = {
-            "direction": range(kept),
-            "singular_value": values[:kept].numpy(),
-            "share": (values**2 / (values**2).sum())[:kept].numpy(),
-        }
-        side = _projected_side(matrix, left[:, :kept].T, right[:, :kept].T)
+        number = min(rank, int((values > 0).sum()))
+        shares = values**2 / (values**2).sum()
+        columns = {"direction": range(number), "singular_value": values[:number].numpy(), "share": shares[:number].numpy()}
+        side = _projected_side(matrix, left[:, :number].T, right[:, :number].T)
         tables.append(pd.DataFrame({**_names(matrix), **columns, "side": _side(matrix), **vocabulary.columns(side)}))
     return pd.concat(tables, ignore_index=True)
 
@@ -137,10 +138,10 @@ class _Gradient:
         self._gradients: list[Tensor] = []
         self._mean: Tensor | None = None
 
-    def add(self, found: Factors, texts: int) -> None:
+    def add(self, of_batch: Factors, texts: int) -> None:
         """Add a batch's share of the mean over texts."""
-        reached = found.gradients.flatten(0, 1).any(-1)
-        inputs, gradients = (x.flatten(0, 1)[reached] for x in (found.inputs, found.gradients))
+        reached = of_batch.gradients.flatten(0, 1).any(-1)
+        inputs, gradients = (x.flatten(0, 1)[reached] for x in (of_batch.inputs, of_batch.gradients))
         dtype = statistics_dtype(inputs.dtype)
         self._inputs.append(inputs.to(dtype).cpu())
         self._gradients.append(gradients.to(dtype).cpu() / texts)
@@ -170,30 +171,30 @@ class _Vocabulary:
         self._subject, self._k, self._readout = subject, k, Readout.of(subject)
 
     def columns(self, vectors: Float[Tensor, "rows d_model"]) -> dict[str, list[tuple[Any, ...]]]:
-        """Return the columns of a table that say so."""
+        """Return those tokens, a row's in each tuple, as columns of a table."""
         with self._subject.active():
             rows = self._readout.folded(vectors).to(self._readout.weight)
-        found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("top_ids", "top_tokens", "bottom_ids", "bottom_tokens")}
+        columns: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("top_ids", "top_tokens", "bottom_ids", "bottom_tokens")}
         for piece in rows.split(ROWS):
             logits = piece @ self._readout.weight.T
             for name, largest in (("top", True), ("bottom", False)):
                 for ids in logits.topk(self._k, largest=largest).indices.tolist():
-                    found[f"{name}_ids"].append(tuple(ids))
-                    found[f"{name}_tokens"].append(tuple(self._subject.spelling.tokens(ids)))
-        return found
+                    columns[f"{name}_ids"].append(tuple(ids))
+                    columns[f"{name}_tokens"].append(tuple(self._subject.spelling.tokens(ids)))
+        return columns
 
 
 def _token_columns(matrix: Matrix, own: Factors, vocabulary: _Vocabulary) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the positions of a text that its loss reaches, and what is said about them."""
+    """Return the positions of a text that its loss reaches, and their columns of the table."""
     dtype = statistics_dtype(own.inputs.dtype)
     inputs, gradients = own.inputs[0].to(dtype), own.gradients[0].to(dtype)
     reached = gradients.any(-1).nonzero().flatten()
     inputs, gradients = inputs[reached], gradients[reached]
     sizes, deltas = inputs.norm(dim=-1), gradients.norm(dim=-1)
-    said = vocabulary.columns(_projected_side(matrix, inputs, gradients))
+    tokens = vocabulary.columns(_projected_side(matrix, inputs, gradients))
     norm = deltas if matrix.writes else sizes
     columns = {"side": _side(matrix), "norm": norm.cpu().numpy(), "update_norm": (sizes * deltas).cpu().numpy()}
-    return reached.cpu().numpy(), {**columns, **said}
+    return reached.cpu().numpy(), {**columns, **tokens}
 
 
 def _projected_side(matrix: Matrix, inputs: Tensor, gradients: Tensor) -> Float[Tensor, "rows d_model"]:

@@ -33,10 +33,10 @@ class Part:
     """A summand of a metric.
 
     Attributes:
-        component: Its name: `a3.h5`, `m3`, `a3 bias`, `m3 bias`, `embedding`, `position`, `constant`.
+        component: Its name: `a3.h5`, `m3`, `a3 bias`, `m3 bias`, `embed`, `position`, `constant`.
         kind: `embedding`, `position`, `head`, `attention bias`, `mlp` (what the neurons write), `mlp bias` or `constant`.
         layer: −1 where there is none.
-        head: Likewise.
+        head: −1 where there is none.
     """
 
     component: str
@@ -78,8 +78,7 @@ class Decomposition:
         Raises:
             ModelError: Something stands between the parts and the residual stream, or between it and the logits, that is not supported.
         """
-        self.subject = subject
-        self.dtype = statistics_dtype(subject.dtype)
+        self.subject, self.dtype = subject, statistics_dtype(subject.dtype)
         self.wiring, self.readout = Wiring(subject), Readout.of(subject)
         blocks = subject.anatomy.blocks
         self._positions = _position_embeddings(subject)
@@ -92,7 +91,7 @@ class Decomposition:
 
     def _parts(self) -> list[Part]:
         anatomy, norm = self.subject.anatomy, self.readout.norm
-        parts = [Part("embedding", "embedding")]
+        parts = [Part("embed", "embedding")]
         if self._positions:
             parts.append(Part("position", "position"))
         for layer in range(anatomy.n_layers):
@@ -151,14 +150,14 @@ class Decomposition:
     def pulled(self, layer: int, z: Float[Tensor, "read head d_head"], direction: Tensor) -> Float[Tensor, "read head d_head"]:
         """Pull directions through each head's W_O, and through the norm behind attention with its scale at these z."""
         weight, _ = self.wiring.writer(layer)
-        found = torch.einsum("rd,hed->rhe", direction.to(weight.device), weight.to(self.dtype))
+        pulled = torch.einsum("rd,hed->rhe", direction.to(weight.device), weight.to(self.dtype))
         scale = self.wiring.written_scale(layer, z)
-        return found if scale is None else found * scale.to(self.dtype)
+        return pulled if scale is None else pulled * scale.to(self.dtype)
 
     def _mlp(
         self, layer: int, written: Recording, taken: Reading, direction: Tensor, *, each: bool
     ) -> tuple[list[Tensor], Float[Tensor, "read neuron"] | None]:
-        """Return what an MLP's neurons together and its bias contribute, and the neurons one by one if asked."""
+        """Return what an MLP's neurons together and its bias contribute, and with `each` the neurons one by one."""
         whole = self._along(taken, written["mlp_output", layer], direction)
         weight, bias = self._down(layer)
         if bias is None and not each:

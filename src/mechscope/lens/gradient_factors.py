@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechscope.choices import MatrixKind
 from mechscope.data.pairs import PairBatch
 from mechscope.errors import SettingsError
 from mechscope.instrument import Walk, observed, unembed
@@ -26,7 +27,6 @@ from mechscope.lens.decomposition import norm_behind_mlp
 from mechscope.lens.question import ROWS, Question
 from mechscope.subject import Subject
 
-MatrixKind = Literal["query_key_value", "attention_output", "mlp_up", "mlp_down"]
 MATRICES: tuple[str, ...] = get_args(MatrixKind)
 
 
@@ -67,7 +67,7 @@ def matrices_of(subject: Subject, kinds: Collection[str], layers: Collection[int
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
     if not kinds or not len(chosen):
         raise SettingsError("no matrix was named: give at least one kind and one layer")
-    wiring, found = Wiring(subject), []
+    wiring, matrices = Wiring(subject), []
     with subject.active():
         for layer in chosen:
             block = subject.anatomy.blocks[layer]
@@ -82,8 +82,8 @@ def matrices_of(subject: Subject, kinds: Collection[str], layers: Collection[int
                 for name, behind in names[kind]:
                     module = subject.plain.get_submodule(name)
                     gain = None if behind is None else behind.gain
-                    found.append(Matrix(kind, layer, name, module, kind in ("attention_output", "mlp_down"), gain))
-    return found
+                    matrices.append(Matrix(kind, layer, name, module, kind in ("attention_output", "mlp_down"), gain))
+    return matrices
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def factors(subject: Subject, batch: PairBatch, matrices: Collection[Matrix]) ->
         read = question.reading.take(hidden[None])[0]
         above = _loss_gradient(subject, question, read.detach())
         wanted = [outputs[matrix.name] for matrix in matrices]
-        found = torch.autograd.grad([read], wanted, [above])
+        deltas = torch.autograd.grad([read], wanted, [above])
 
     def by_token(value: Tensor) -> Tensor:  # OPT's MLP may see all tokens of the batch as rows of one matrix
         value = value.detach()
@@ -128,7 +128,7 @@ def factors(subject: Subject, batch: PairBatch, matrices: Collection[Matrix]) ->
     real = batch.real[..., None]
     return {
         matrix.name: Factors(by_token(inputs[matrix.name]) * real.to(delta.device), by_token(delta) * real.to(delta.device))
-        for matrix, delta in zip(matrices, found, strict=True)
+        for matrix, delta in zip(matrices, deltas, strict=True)
     }
 
 
@@ -142,12 +142,12 @@ def _keeper(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) ->
 def _loss_gradient(subject: Subject, question: Question, read: Float[Tensor, "read d_model"]) -> Float[Tensor, "read d_model"]:
     """Return the losses' gradient at the rows that are read, with the logits of a few rows at a time."""
     of_text = question.reading.example.bincount(minlength=question.texts)[question.reading.example]
-    found: list[Tensor] = []
+    gradients: list[Tensor] = []
     for start in range(0, len(read), ROWS):
         rows = slice(start, start + ROWS)
         leaf = read[rows].requires_grad_()
         logits = unembed(subject, leaf).to(statistics_dtype(leaf.dtype))
         tokens, weights = question.tokens[rows].to(logits.device), question.weights[rows].to(logits)
         losses = logits.logsumexp(-1) - (logits.gather(-1, tokens) * weights).sum(-1)
-        found += torch.autograd.grad((losses / of_text[rows].to(losses.device)).sum(), [leaf])
-    return torch.cat(found)
+        gradients += torch.autograd.grad((losses / of_text[rows].to(losses.device)).sum(), [leaf])
+    return torch.cat(gradients)

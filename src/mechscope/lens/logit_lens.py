@@ -14,40 +14,37 @@ attention lens (`attention_lens`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechscope.data.memory import each
+from mechscope.choices import LensNorm
 from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.data.scoring import check_fits, per_text
 from mechscope.errors import SettingsError
-from mechscope.lens.places import LensPlace, Standing, places_of, real_rows
+from mechscope.instrument.execution import Execution
+from mechscope.lens.places import LensPlace, SiteValues, places_of, real_rows
 from mechscope.lens.projection import Projection
 from mechscope.lens.reading import LensReading, TextReading
+from mechscope.lens.token_stats import TokenStats
 from mechscope.lens.translators import Translators
-from mechscope.lens.words import Projected
-from mechscope.progress import Progress
-from mechscope.scoring import batches, check_fits
 from mechscope.subject import Subject
 
-Norm = Literal["applied", "frozen"]
 
-
-def read(
+def logit_lens(
     subject: Subject,
     texts: Pairs,
     *,
     sites: Sequence[str] = ("residual",),
     layers: Collection[int] | None = None,
     k: int = 5,
-    norm: Norm = "applied",
+    norm: LensNorm = "applied",
     translators: Translators | None = None,
-    tokens_per_batch: int = 2048,
     statistics: bool = True,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> LensReading:
     """Read the clean text of each pair through the lens.
 
@@ -61,63 +58,53 @@ def read(
         k: How many of the likeliest tokens to keep.
         norm: The final norm `applied` to what is read, or `frozen`; see the module's text.
         translators: Trained maps from the places to the end of the residual stream; the norm is then applied.
-        tokens_per_batch: Most tokens of a batch, padding included.
         statistics: Also take the target's rank, entropy and KL(final ‖ lens); without them only the likeliest tokens and the target's probability.
-        progress: Told the number of texts done.
+        execution: Tokens of a batch (2,048 by default), progress.
 
     Raises:
         MechscopeError: A setting is not known, the texts do not fit the model, or the translators are another model's.
     """
     places = places_of(subject, sites, layers)
-    if norm not in get_args(Norm):
-        raise SettingsError(f"norm {norm!r} is not known: use {' or '.join(get_args(Norm))}")
+    if norm not in get_args(LensNorm):
+        raise SettingsError(f"norm {norm!r} is not known: use {' or '.join(get_args(LensNorm))}")
     if translators is not None:
         if norm != "applied":
             raise SettingsError("translators lead to the end of the residual stream, where the norm is applied: leave norm='applied'")
         translators.check(subject, places)
     check_fits(subject, texts)
     lens = _Lens(subject, places, k=k, norm=norm, translators=translators, statistics=statistics)
-    found: dict[int, TextReading] = {}
-    for batch, said in each(lambda batch: (batch, lens.of(batch)), batches(texts, tokens_per_batch)):
-        found |= {id(pair): text for pair, text in zip(batch.pairs, said, strict=True)}
-        if progress is not None:
-            progress("lens", len(found), len(texts))
-    return LensReading(lens.places, tuple(found[id(pair)] for pair in texts), norm, subject.spelling)
+    readings = per_text(texts, lens.of, execution, tokens=2048, label="lens")
+    return LensReading(lens.places, tuple(readings), norm, subject.spelling)
 
 
 class _Lens:
     """A model, what is read of it, and how."""
 
     def __init__(
-        self, subject: Subject, places: tuple[LensPlace, ...], *, k: int, norm: Norm, translators: Translators | None, statistics: bool
+        self, subject: Subject, places: tuple[LensPlace, ...], *, k: int, norm: LensNorm, translators: Translators | None, statistics: bool
     ) -> None:
-        self.subject = subject
-        self.places = places
-        self.k = k
-        self.norm = norm
-        self.translators = translators
-        self.statistics = statistics
-        self.projection = Projection(subject)
-        self._standing = Standing(subject, places)
+        self.subject, self.places, self.k, self.norm = subject, places, k, norm
+        self.translators, self.statistics = translators, statistics
+        self.projection, self._site_values = Projection(subject), SiteValues(subject, places)
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> list[TextReading]:
         """Read a batch, padded anywhere."""
         targets = torch.cat([_targets(pair) for pair in batch.pairs])
-        walk, streams = self._standing.run(batch)
+        walk, streams = self._site_values.run(batch)
         last = real_rows(streams[-1], batch.real)
         scale = self.projection.scale(last) if self.norm == "frozen" else None
         final = self.projection.final(self.projection.applied(last)) if self.statistics else None
-        said: dict[LensPlace, Projected] = {}
-        for place, values in self._standing.values(walk, streams, batch.real):
+        stats: dict[LensPlace, TokenStats] = {}
+        for place, values in self._site_values.values(walk, streams, batch.real):
             rows, part = self._rows(place, values, scale), scale is not None and place.site != "residual"
-            said[place] = self.projection.read(
+            stats[place] = self.projection.read(
                 rows, targets, k=self.k, ranks=self.statistics, entropy=self.statistics, final=final, part=part
             )
-        own = said.get(LensPlace("residual", self.subject.anatomy.n_layers - 1))
+        own = stats.get(LensPlace("residual", self.subject.anatomy.n_layers - 1))
         if final is not None and own is None:
             own = self.projection.read(final.rows, k=1)
-        return _split(batch, targets, [said[place] for place in self.places], None if final is None else own)
+        return _split(batch, targets, [stats[place] for place in self.places], None if final is None else own)
 
     def _rows(self, place: LensPlace, values: Float[Tensor, "rows d_model"], scale: Tensor | None) -> Float[Tensor, "rows d_model"]:
         """Return what the unembedding reads of a place."""
@@ -140,16 +127,16 @@ def _in_target(pair: PromptPair) -> Bool[np.ndarray, " token"]:
     return marked
 
 
-def _split(batch: PairBatch, targets: Int[Tensor, " rows"], said: Sequence[Projected], own: Projected | None) -> list[TextReading]:
-    """Cut what was said of all rows of a batch into its texts."""
+def _split(batch: PairBatch, targets: Int[Tensor, " rows"], stats: Sequence[TokenStats], own: TokenStats | None) -> list[TextReading]:
+    """Split the statistics of a batch's rows by text."""
     missing = torch.full(targets.shape, torch.nan)
     columns: dict[str, np.ndarray] = {
-        "log_probability": _stacked([one.target_log_probability for one in said], missing),
-        "rank": _stacked([None if one.rank is None else one.rank.double().masked_fill(one.rank == 0, torch.nan) for one in said], missing),
-        "entropy": _stacked([one.entropy for one in said], missing),
-        "kl": _stacked([one.kl for one in said], missing),
-        "top": _stacked([one.top.int() for one in said], missing),
-        "top_log_probability": _stacked([one.top_log_probability for one in said], missing),
+        "log_probability": _stacked([one.target_log_probability for one in stats], missing),
+        "rank": _stacked([None if one.rank is None else one.rank.double().masked_fill(one.rank == 0, torch.nan) for one in stats], missing),
+        "entropy": _stacked([one.entropy for one in stats], missing),
+        "kl": _stacked([one.kl for one in stats], missing),
+        "top": _stacked([one.top.int() for one in stats], missing),
+        "top_log_probability": _stacked([one.top_log_probability for one in stats], missing),
     }
     likeliest = np.full(len(targets), -1) if own is None else own.top[:, 0].cpu().numpy()
     texts, start = [], 0

@@ -2,7 +2,7 @@
 
 A hidden state of a source text is put in the place of one in an inspection prompt, and the model goes on from there (Ghandeharioun et al. 2024,
 "Patchscopes: A Unifying Framework for Inspecting Hidden Representations of Language Models", section 3: source (S, i, M, l), target (T, i*, f, M*, l*)).
-The logit lens is the special case in which nothing is computed after the patch. With the identity prompt (section 4.1) the model is asked to repeat the
+The logit lens is the special case in which nothing is computed after the patch. With the identity prompt (section 4.1) the model is prompted to repeat the
 token that stands at the patched place. The inspecting model may be another one: what does the tuned model read in the base's states?
 
 The patch acts once, while the prompt is read; what is generated sees it through the cache, as it would see any token of its prompt.
@@ -60,7 +60,7 @@ def patchscope(
     Args:
         source: The model whose states are inspected.
         source_ids: Tokens of the text.
-        inspection: The model that is asked; the same one by default.
+        inspection: The model whose prompt is patched; the same one by default.
         inspection_ids: Tokens of its prompt; by default `identity_prompt`.
         layers: Source layers: the residual stream behind these blocks; all by default.
         position: Token of the text whose state is taken; negative ones count from the end.
@@ -81,13 +81,9 @@ def patchscope(
         ModelError: The models are of different width and no mapping is given, or it gives another width.
     """
     inspection = source if inspection is None else inspection
-    prompt = _tokens(inspection, identity_prompt(inspection) if inspection_ids is None else inspection_ids, "inspection prompt")
-    text = _tokens(source, source_ids, "source text")
-    chosen = range(source.anatomy.n_layers) if layers is None else layers
-    targets = [layer if target_layer is None else target_layer for layer in chosen]
-    _check(source, inspection, chosen, targets, k, generate, len(prompt))
-    at = _position(position, len(text), "source text")
-    place = _position(target_position, len(prompt), "inspection prompt")
+    text, prompt, chosen, targets, at, place = _checked(
+        source, source_ids, inspection, inspection_ids, layers, position, target_position, target_layer, k, generate
+    )
     states = _states(source, text, chosen, at)
     if mapping is not None:
         states = [mapping(layer, state) for layer, state in zip(chosen, states, strict=True)]
@@ -106,33 +102,75 @@ def patchscope(
     table = []
     for row, (layer, target) in enumerate(zip(chosen, targets, strict=True)):
         ids = tuple(top.indices[row].tolist())
-        found: dict[str, Any] = {
-            "source_layer": layer,
-            "target_layer": target,
-            "top_ids": ids,
-            "top_tokens": tuple(spelling.tokens(ids)),
-        }
-        found |= {"probabilities": tuple(top.values[row].tolist())}
-        table.append({**found, "generated_ids": continued[row], "generated": spelling.text(continued[row])})
+        entry: dict[str, Any] = {"source_layer": layer, "target_layer": target, "top_ids": ids, "top_tokens": tuple(spelling.tokens(ids))}
+        entry |= {"probabilities": tuple(top.values[row].tolist()), "generated_ids": continued[row]}
+        table.append({**entry, "generated": spelling.text(continued[row])})
     return pd.DataFrame(table)
+
+
+def check_patchscope(
+    source: Subject,
+    source_ids: Sequence[int],
+    inspection: Subject | None = None,
+    inspection_ids: Sequence[int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    position: int = -1,
+    target_position: int = -1,
+    target_layer: int | None = None,
+    k: int = 5,
+    generate: int = 0,
+) -> None:
+    """Refuse what `patchscope` would refuse, without a run of the models; models of different width too, as there is no mapping.
+
+    Raises:
+        MechscopeError: A layer, position or token does not exist, a text is empty or too long, or the models' widths differ.
+    """
+    inspection = source if inspection is None else inspection
+    _checked(source, source_ids, inspection, inspection_ids, layers, position, target_position, target_layer, k, generate)
+    if source.anatomy.d_model != inspection.anatomy.d_model:
+        raise ModelError(
+            f"hidden states of {source.source!r} have width {source.anatomy.d_model}, those of {inspection.source!r} {inspection.anatomy.d_model}: "
+            "inspect with a model of the same width"
+        )
+
+
+def _checked(
+    source: Subject,
+    source_ids: Sequence[int],
+    inspection: Subject,
+    inspection_ids: Sequence[int] | None,
+    layers: Sequence[int] | None,
+    position: int,
+    target_position: int,
+    target_layer: int | None,
+    k: int,
+    generate: int,
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"], Sequence[int], list[int], int, int]:
+    """Return the text, the prompt, source and target layers, and the places in text and prompt."""
+    prompt = _tokens(inspection, identity_prompt(inspection) if inspection_ids is None else inspection_ids, "inspection prompt")
+    text = _tokens(source, source_ids, "source text")
+    chosen = range(source.anatomy.n_layers) if layers is None else layers
+    targets = [layer if target_layer is None else target_layer for layer in chosen]
+    _check(source, inspection, chosen, targets, k, generate, len(prompt))
+    at, place = _position(position, len(text), "source text"), _position(target_position, len(prompt), "inspection prompt")
+    return text, prompt, chosen, targets, at, place
 
 
 def _states(subject: Subject, text: Int[Tensor, " token"], layers: Sequence[int], at: int) -> list[Float[Tensor, " d_model"]]:
     """Return one token's residual stream behind some blocks."""
-    walk, found = Walk(subject, text[None]), {}
+    walk, states = Walk(subject, text[None]), {}
     hidden = walk.hidden
     for layer in range(max(layers) + 1):
         hidden = walk.step(layer, hidden)
-        found[layer] = hidden[0, at]
-    return [found[layer] for layer in layers]
+        states[layer] = hidden[0, at]
+    return [states[layer] for layer in layers]
 
 
 def _patched(subject: Subject, states: Sequence[Tensor], layers: Sequence[int], place: int) -> AbstractContextManager[None]:
     """Replace a token's state in the next pass, in every row by its own and behind its own block; later passes are left alone."""
-    edits = [
-        Edit("residual", layer, _Once(state, place), rows=[row]) for row, (state, layer) in enumerate(zip(states, layers, strict=True))
-    ]
-    return intervene(subject, *edits)
+    pairs = enumerate(zip(states, layers, strict=True))
+    return intervene(subject, *(Edit("residual", layer, _Once(state, place), rows=[row]) for row, (state, layer) in pairs))
 
 
 class _Once:
@@ -158,10 +196,10 @@ def _continued(
     padding = 0 if subject.tokenizer is None else pad_id(subject.tokenizer)
     options = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True, "pad_token_id": padding}
     with _patched(subject, states, layers, place):
-        found = subject.plain.generate(rows, attention_mask=torch.ones_like(rows), **options)[:, rows.shape[1] :].tolist()
+        generated = subject.plain.generate(rows, attention_mask=torch.ones_like(rows), **options)[:, rows.shape[1] :].tolist()
     stops = {ends} if isinstance(ends, int) else set(ends or ())
-    lengths = [next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in found]
-    return [tuple(row[:length]) for row, length in zip(found, lengths, strict=True)]
+    lengths = [next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in generated]
+    return [tuple(row[:length]) for row, length in zip(generated, lengths, strict=True)]
 
 
 def _tokens(subject: Subject, ids: Sequence[int], what: str) -> Int[Tensor, " token"]:

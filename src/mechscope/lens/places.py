@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechscope.choices import LensSite
 from mechscope.data.pairs import PairBatch
 from mechscope.errors import SettingsError
 from mechscope.instrument import Walk, observed, record
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject import Subject
 
-Site = Literal["residual", "attention_output", "mlp_output", "head_output"]
-SITES: tuple[str, ...] = get_args(Site)
+SITES: tuple[str, ...] = get_args(LensSite)
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class LensPlace:
 
     @property
     def component(self) -> str:
-        """Its name: `embedding`, `resid3` (after block 3), `a3`, `a3.h5`, `m3`."""
+        """Its name: `embed`, `resid3` (after block 3), `a3`, `a3.h5`, `m3`."""
         if self.site == "residual":
-            return "embedding" if self.layer < 0 else f"resid{self.layer}"
+            return "embed" if self.layer < 0 else f"resid{self.layer}"
         if self.site == "head_output":
             return f"a{self.layer}.h{self.head}"
         return f"{'a' if self.site == 'attention_output' else 'm'}{self.layer}"
@@ -64,16 +64,16 @@ def places_of(subject: Subject, sites: Sequence[str], layers: Collection[int] | 
     for layer in chosen:
         if not -1 <= layer < n_layers:
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{n_layers - 1}, and −1 is its embedding")
-    found = []
+    places = []
     for site in sorted(set(sites), key=SITES.index):
         for layer in chosen:
             if site == "head_output" and layer >= 0:
-                found += [LensPlace(site, layer, head) for head in range(n_heads)]
+                places += [LensPlace(site, layer, head) for head in range(n_heads)]
             elif site == "residual" or layer >= 0:
-                found.append(LensPlace(site, layer))
-    if not found:
+                places.append(LensPlace(site, layer))
+    if not places:
         raise SettingsError("the lens has nothing to read: give at least one site, and at least one layer that has it")
-    return tuple(found)
+    return tuple(places)
 
 
 def places_table(places: Sequence[LensPlace]) -> pd.DataFrame:
@@ -81,7 +81,7 @@ def places_table(places: Sequence[LensPlace]) -> pd.DataFrame:
     return pd.DataFrame({name: [getattr(place, name) for place in places] for name in ("site", "layer", "head", "component")})
 
 
-class Standing:
+class SiteValues:
     """What stands at places while a batch runs: real tokens only, as rows.
 
     Residual streams of all layers are held for the batch, so that what is known at the end of the model (its final distribution, the scale of its
@@ -98,8 +98,7 @@ class Standing:
         Raises:
             ModelError: Heads are read, and they write in a way that is not supported.
         """
-        self.subject = subject
-        self.places = tuple(places)
+        self.subject, self.places = subject, tuple(places)
         self._wiring = Wiring(subject) if any(place.site == "head_output" for place in places) else None
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
-"""From rows that the unembedding reads to what they say about the vocabulary: top tokens, ranks, entropies, divergences.
+"""From rows that the unembedding reads to statistics over the vocabulary: top tokens, ranks, entropies, divergences.
 
-Only a block of logits is ever held, and what is said about it is said while slices of it are in the processor's cache. Three things make it cost little
-more than the unembedding. The k largest logits lie in the k groups of 64 words with the largest maxima, so one sweep of maxima finds them exactly.
-KL(final ‖ lens) = ⟨x_final − x_lens, Σ_v p_final(v) W_U[v]⟩ + logsumexp_lens − logsumexp_final needs the final distribution only through its mean
-unembedding, a vector per row (idea 2 of the design). And the derivative of that KL by x_lens is the difference of two such vectors, so training
-a lens (Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens") needs no graph over the vocabulary.
+Only a block of logits is ever held, and its statistics are taken while slices of it are in the processor's cache. Three things make it cost little more
+than the unembedding. One sweep finds the k largest logits (`token_stats`). KL(final ‖ lens) = ⟨x_final − x_lens, Σ_v p_final(v) W_U[v]⟩ +
+logsumexp_lens − logsumexp_final needs the final distribution only through its mean unembedding, a vector per row (idea 2 of the design). And the
+derivative of that KL by x_lens is the difference of two such vectors, so training a lens (Belrose et al. 2023, "Eliciting Latent Predictions from
+Transformers with the Tuned Lens") needs no graph over the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from mechscope.errors import SettingsError
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.readout import Readout
-from mechscope.lens.words import GROUP, Projected, divergence, said_of, to_probabilities
+from mechscope.lens.token_stats import GROUP, TokenStats, divergence, said_of, to_probabilities
 from mechscope.subject import Subject
 
 # bytes of logits held at once
@@ -65,8 +65,7 @@ class Projection:
         Raises:
             ModelError: It is none that is known here.
         """
-        self.subject = subject
-        self.readout = Readout.of(subject)
+        self.subject, self.readout = subject, Readout.of(subject)
         weight = self.readout.weight
         self.vocabulary = weight.shape[0]
         self._dtype = statistics_dtype(weight.dtype)
@@ -101,8 +100,8 @@ class Projection:
         entropy: bool = False,
         final: Final | None = None,
         part: bool = False,
-    ) -> Projected:
-        """Say what rows say about the vocabulary.
+    ) -> TokenStats:
+        """Return the statistics of rows over the vocabulary.
 
         Args:
             rows: What the unembedding reads (`applied` or `frozen`).
@@ -114,7 +113,7 @@ class Projection:
             part: The rows are a part's share of the logits: no bias, no soft cap.
 
         Raises:
-            SettingsError: There are fewer than k words, or ranks are asked for without targets.
+            SettingsError: There are fewer than k words, or ranks are requested without targets.
         """
         if not 1 <= k <= self.vocabulary:
             raise SettingsError(f"k={k} of the likeliest tokens: the model has {self.vocabulary:,} words, ask for 1 to {self.vocabulary:,}")
@@ -123,18 +122,18 @@ class Projection:
         rows = rows.to(self.readout.weight.device)
         targets = None if targets is None else targets.to(rows.device)
         direct = None if final is None or self._linear else self._slices(final.rows)
-        found, normalisers = [], []
+        stats, normalisers = [], []
         scratch: Tensor | None = None
         for where, padded in self._slices(rows, part=part):
             scratch = torch.empty_like(padded) if scratch is None else scratch  # the first slice is the largest
             own = None if targets is None else targets[where]
-            said, normaliser = said_of(padded, self.vocabulary, own, k=k, ranks=ranks, entropy=entropy, scratch=scratch)
+            one, normaliser = said_of(padded, self.vocabulary, own, k=k, ranks=ranks, entropy=entropy, scratch=scratch)
             if direct is not None and final is not None:
                 words = padded[:, : self.vocabulary]
-                said = said._replace(kl=divergence(next(direct)[1][:, : self.vocabulary], final.normaliser[where], words, normaliser)[0])
-            found.append(said)
+                one = one._replace(kl=divergence(next(direct)[1][:, : self.vocabulary], final.normaliser[where], words, normaliser)[0])
+            stats.append(one)
             normalisers.append(normaliser)
-        together = Projected.joined(found)
+        together = TokenStats.joined(stats)
         if final is None or final.expected is None:
             return together
         return together._replace(kl=self._kl(rows, torch.cat(normalisers), final, final.expected, part=part))
@@ -167,8 +166,8 @@ class Projection:
                     divergences.append(to_probabilities(words))
                     continue
                 normaliser, where = words.logsumexp(-1), slice(chunk.start + at.start, chunk.start + at.stop)
-                found, probabilities = divergence(next(direct)[1][:, : self.vocabulary], final.normaliser[where], words, normaliser)
-                divergences.append(found)
+                values, probabilities = divergence(next(direct)[1][:, : self.vocabulary], final.normaliser[where], words, normaliser)
+                divergences.append(values)
                 change = (words - normaliser[:, None]).exp() - probabilities
                 if self.readout.softcap is not None:
                     change *= 1 - (words / self.readout.softcap).square()

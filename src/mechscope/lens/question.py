@@ -2,7 +2,7 @@
 
     logit-diff      mean logit of the right answers after the last token − mean logit of the wrong ones
     target-logit    logit of a text's target tokens less the mean logit over the vocabulary, averaged over the target span; of a text without a
-                    span, mean logit of its right answers after the last token, likewise
+                    span, mean logit of its right answers after the last token less that mean
 
 Without the mean taken off, a lone logit would say little: adding one number to all logits changes no probability. Both metrics are linear in the
 logits, before any soft cap, so they have a direction in the residual stream.
@@ -11,19 +11,19 @@ logits, before any soft cap, so they have a direction in the residual stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechscope.choices import LogitMetric
 from mechscope.data.pairs import PairBatch, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Reading
 from mechscope.instrument.readout import Readout
 
-Metric = Literal["logit-diff", "target-logit"]
-METRICS: tuple[str, ...] = get_args(Metric)
+METRICS: tuple[str, ...] = get_args(LogitMetric)
 # rows of logits, and of directions, held at once: 256 × 50,257 × 4 bytes are 49 MiB
 ROWS = 256
 
@@ -48,15 +48,15 @@ class Question:
 
     @classmethod
     def of(cls, metric: str, batch: PairBatch) -> Question:
-        """Ask for a metric of the clean texts of a batch.
+        """Weigh the logits of a batch's clean texts by a metric.
 
         Raises:
             MechscopeError: The metric is not known, or a pair lacks what it needs.
         """
         if metric not in METRICS:
             raise SettingsError(f"metric {metric!r} is no weighing of logits: direct logit attribution takes {' or '.join(METRICS)}")
-        asked = _logit_difference if metric == "logit-diff" else _target_logit
-        rows = [(row, batch.shift(row) + at, weighed) for row, pair in enumerate(batch.pairs) for at, weighed in asked(pair)]
+        weighed_tokens = _logit_difference if metric == "logit-diff" else _target_logit
+        rows = [(row, batch.shift(row) + at, weighed) for row, pair in enumerate(batch.pairs) for at, weighed in weighed_tokens(pair)]
         most = max(len(weighed) for *_, weighed in rows)
         tokens, weights = torch.zeros(len(rows), most, dtype=torch.int64), torch.zeros(len(rows), most, dtype=torch.float64)
         for index, (*_, weighed) in enumerate(rows):
@@ -67,12 +67,12 @@ class Question:
 
     def directions(self, readout: Readout, dtype: torch.dtype) -> tuple[Float[Tensor, "read d_model"], Float[Tensor, " read"]]:
         """Return what each row's metric reads from the residual stream, and its part that nothing wrote."""
-        found, constants = [], []
+        directions, constants = [], []
         weights = self.weights.to(readout.weight.device, dtype)
         for tokens, weight in zip(self.tokens.split(ROWS), weights.split(ROWS), strict=True):
-            found.append(torch.einsum("rm,rmd->rd", weight, readout.directions(tokens).to(dtype)))
+            directions.append(torch.einsum("rm,rmd->rd", weight, readout.directions(tokens).to(dtype)))
             constants.append((weight * readout.constant(tokens).to(dtype)).sum(-1))
-        direction, constant = torch.cat(found), torch.cat(constants)
+        direction, constant = torch.cat(directions), torch.cat(constants)
         if self.centred:
             mean, mean_constant = _mean_direction(readout, dtype)
             direction, constant = direction - mean, constant - mean_constant

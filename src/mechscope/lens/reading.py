@@ -27,7 +27,7 @@ CHANGES = ("log_probability", "entropy", "kl")
 
 @dataclass(frozen=True)
 class TextReading:
-    """One text under the lens; NaN where something was not asked for, or a row has no target.
+    """One text under the lens; NaN where a number was not requested, or a row has no target.
 
     Attributes:
         id: The text's.
@@ -107,10 +107,9 @@ class LensReading:
         columns["target"] = np.tile(self._named(text.targets), places)
         columns |= {"rank": text.rank.ravel(), "probability": np.exp(text.log_probability).ravel()}
         columns |= {"entropy": text.entropy.ravel(), "kl": text.kl.ravel()}
-        for at in range(text.top.shape[2]):
-            columns[f"top_{at + 1}"] = self._named(text.top[:, :, at].ravel())
-        for at in range(text.top.shape[2]):
-            columns[f"p_{at + 1}"] = np.exp(text.top_log_probability[:, :, at]).ravel()
+        k = text.top.shape[2]
+        columns |= {f"top_{at + 1}": self._named(text.top[:, :, at].ravel()) for at in range(k)}
+        columns |= {f"p_{at + 1}": np.exp(text.top_log_probability[:, :, at]).ravel() for at in range(k)}
         return pd.DataFrame(columns)
 
     def _named(self, ids: Int[np.ndarray, " n"]) -> np.ndarray:
@@ -122,9 +121,8 @@ class LensReading:
     def summary(self, *, rows: Rows = "all") -> pd.DataFrame:
         """Return one row per place: means over texts with 95 % intervals over texts.
 
-        Columns: `site`, `layer`, `head`, `component`, `rows`, `n` (texts), and each of `log_probability` (of the target, nats), `reciprocal_rank` (of
-        the target), `agreement` (share of positions whose likeliest token is the model's own), `entropy` and `kl` (nats), with `_se`, `_low`,
-        `_high`.
+        Columns: `site`, `layer`, `head`, `component`, `rows`, `n` (texts), and each of `log_probability` (of the target, nats), `reciprocal_rank` (of the
+        target), `agreement` (share of positions whose likeliest token is the model's own), `entropy` and `kl` (nats), with `_se`, `_low`, `_high`.
 
         Args:
             rows: `all` positions, or those that predict the `target` span (without a span: the answer after the last token).
@@ -135,11 +133,11 @@ class LensReading:
         """
         moments = Moments((len(self.places), len(MEASURES)))
         moments.update_many(self._means(rows))
-        found = estimate(moments)
+        stats = estimate(moments)
         columns: dict[str, Any] = {"rows": rows, "n": len(self.texts)}
         for at, name in enumerate(MEASURES):
-            columns[name] = found.mean[:, at]
-            columns |= {f"{name}_se": found.standard_error[:, at], f"{name}_low": found.low[:, at], f"{name}_high": found.high[:, at]}
+            columns[name] = stats.mean[:, at]
+            columns |= {f"{name}_se": stats.standard_error[:, at], f"{name}_low": stats.low[:, at], f"{name}_high": stats.high[:, at]}
         return pd.concat([places_table(self.places), pd.DataFrame(columns, index=range(len(self.places)))], axis=1)
 
     def _means(self, rows: Rows) -> Float[np.ndarray, "text place measure"]:
@@ -148,13 +146,13 @@ class LensReading:
         return np.stack([text.means(rows) for text in self.texts])
 
 
-def compare(base: LensReading, tuned: LensReading, *, rows: Rows = "all") -> pd.DataFrame:
+def compare_lenses(base: LensReading, tuned: LensReading, *, rows: Rows = "all") -> pd.DataFrame:
     """Compare two models' readings of the same texts, text by text.
 
     Args:
         base: The reading before fine-tuning.
         tuned: The reading after it, of the same texts and places.
-        rows: As `LensReading.summary` takes them.
+        rows: `all` positions, or those that predict the `target` span (without a span: the answer after the last token).
 
     Returns:
         One row per place: `site`, `layer`, `head`, `component`, `rows`, `n` (texts), and for each of `log_probability`, `entropy` and `kl` (nats) the

@@ -21,15 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import PerText, check_fits
 from mechscope.errors import SettingsError
 from mechscope.instrument import observed
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.readout import Readout
 from mechscope.instrument.walk import next_token_losses
-from mechscope.lens.places import LensPlace, Standing, places_of, places_table
+from mechscope.lens.places import LensPlace, SiteValues, places_of, places_table
 from mechscope.lens.reading import Rows
-from mechscope.progress import Progress
-from mechscope.scoring import Gathered, check_fits
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -104,15 +104,14 @@ def bands(subject: Subject, *, n: int = 20) -> Bands:
 
 
 @torch.no_grad()
-def spectrum(
+def logit_spectrum(
     subject: Subject,
     texts: Pairs,
     *,
     using: Bands | None = None,
     sites: Sequence[str] = ("residual",),
     layers: Collection[int] | None = None,
-    tokens_per_batch: int = 2048,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Measure how what stands at places spreads over the bands.
 
@@ -120,10 +119,9 @@ def spectrum(
         subject: The model.
         texts: The texts; their clean versions are read.
         using: The bands, for example the base model's; by default 20 of the model itself.
-        sites: As `read` takes them.
-        layers: Likewise.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        progress: Told the number of texts done.
+        sites: Of `residual` (with the embedding as layer −1), `attention_output`, `mlp_output`, `head_output` (each head).
+        layers: Which layers; None for all.
+        execution: Tokens of a batch (2,048 by default), progress.
 
     Returns:
         One row per place and band: `site`, `layer`, `head`, `component`, `band` (0 is the brightest), `singular_high` and `singular_low` (its largest
@@ -136,22 +134,22 @@ def spectrum(
     places = places_of(subject, sites, layers)
     check_fits(subject, texts)
     using = _fitting(subject, using)
-    standing, gathered = Standing(subject, places), Gathered(texts)
+    site_values, gathered = SiteValues(subject, places), PerText(texts)
 
     def shares(batch: PairBatch) -> dict[str, np.ndarray]:
-        walk, streams = standing.run(batch)
-        found = {}
-        for place, values in standing.values(walk, streams, batch.real):
+        walk, streams = site_values.run(batch)
+        by_place = {}
+        for place, values in site_values.values(walk, streams, batch.real):
             of_texts = using.shares(values).split([len(pair.clean) for pair in batch.pairs])
-            found[place.component] = torch.stack([rows.nanmean(0) for rows in of_texts], dim=-1).cpu().numpy()
-        return found
+            by_place[place.component] = torch.stack([rows.nanmean(0) for rows in of_texts], dim=-1).cpu().numpy()
+        return by_place
 
-    gathered.run(shares, tokens_per_batch, label="spectroscopy", progress=progress)
+    gathered.run(shares, execution, tokens=2048, label="spectroscopy")
     return pd.concat([_spectrum_table(place, gathered[place.component].T, using) for place in places], ignore_index=True)
 
 
 @torch.no_grad()
-def suppress(
+def suppress_bands(
     subject: Subject,
     texts: Pairs,
     suppressed: Collection[int],
@@ -159,8 +157,7 @@ def suppress(
     using: Bands | None = None,
     layers: Collection[int] | None = None,
     rows: Rows = "all",
-    tokens_per_batch: int = 2048,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Measure what the model loses when bands are taken out of its residual stream, at one layer at a time and at every token.
 
@@ -171,8 +168,7 @@ def suppress(
         using: What the bands are; by default 20 of the model itself.
         layers: After which blocks, −1 for the embedding; None for all, each by itself.
         rows: Loss of `all` next tokens, or of those in the pairs' `target` spans.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        progress: Told the number of texts done.
+        execution: Tokens of a batch (2,048 by default), progress.
 
     Returns:
         One row per layer: `site`, `layer`, `head`, `component`, `rows`, `n` (texts), `loss` and `loss_suppressed` (nats per token, means over texts), and
@@ -184,19 +180,19 @@ def suppress(
     places = places_of(subject, ("residual",), layers)
     check_fits(subject, texts)
     using = _fitting(subject, using)
-    standing, gathered = Standing(subject, places), Gathered(texts)
+    site_values, gathered = SiteValues(subject, places), PerText(texts)
 
     def losses(batch: PairBatch) -> dict[str, np.ndarray]:
         marked = _predicting(batch, rows)
-        walk, streams = standing.run(batch)
-        found = {"loss": _losses(subject, streams[-1], batch, marked)}
+        walk, streams = site_values.run(batch)
+        by_place = {"loss": _losses(subject, streams[-1], batch, marked)}
         for place in places:
             with subject.active(), observed(subject):
                 hidden = walk.run(using.filtered(streams[place.layer + 1], suppressed), start=place.layer + 1)
-            found[place.component] = _losses(subject, hidden, batch, marked)
-        return found
+            by_place[place.component] = _losses(subject, hidden, batch, marked)
+        return by_place
 
-    gathered.run(losses, tokens_per_batch, label="spectroscopy", progress=progress)
+    gathered.run(losses, execution, tokens=2048, label="spectroscopy")
     return _suppression_table(places, gathered, rows)
 
 
@@ -213,18 +209,11 @@ def _fitting(subject: Subject, using: Bands | None) -> Bands:
 def _spectrum_table(place: LensPlace, shares: Float[np.ndarray, "text band"], using: Bands) -> pd.DataFrame:
     moments = Moments((using.n,))
     moments.update_many(shares)
-    found, edges, values = estimate(moments), np.array(using.edges), using.singular_values.cpu().numpy()
-    columns = {
-        "band": range(using.n),
-        "singular_high": values[edges[:-1]],
-        "singular_low": values[edges[1:] - 1],
-        "share_of_directions": np.diff(edges) / edges[-1],
-        "n": found.n,
-        "share_of_norm": found.mean,
-        "share_of_norm_se": found.standard_error,
-        "share_of_norm_low": found.low,
-        "share_of_norm_high": found.high,
-    }
+    estimates, edges, values = estimate(moments), np.array(using.edges), using.singular_values.cpu().numpy()
+    columns = {"band": range(using.n), "singular_high": values[edges[:-1]], "singular_low": values[edges[1:] - 1]}
+    columns |= {"share_of_directions": np.diff(edges) / edges[-1], "n": estimates.n}
+    columns |= {"share_of_norm": estimates.mean, "share_of_norm_se": estimates.standard_error}
+    columns |= {"share_of_norm_low": estimates.low, "share_of_norm_high": estimates.high}
     where = pd.concat([places_table([place])] * using.n, ignore_index=True)
     return pd.concat([where, pd.DataFrame(columns)], axis=1)
 
@@ -245,19 +234,10 @@ def _losses(subject: Subject, hidden: Tensor, batch: PairBatch, marked: Tensor) 
     return np.array([float(one.double().mean()) for one in losses.split(marked.sum(1).tolist())])
 
 
-def _suppression_table(places: Sequence[LensPlace], gathered: Gathered, rows: Rows) -> pd.DataFrame:
+def _suppression_table(places: Sequence[LensPlace], gathered: PerText, rows: Rows) -> pd.DataFrame:
     plain, changed = gathered["loss"], np.stack([gathered[place.component] for place in places], axis=1)
     change = paired_difference(changed, np.broadcast_to(plain[:, None], changed.shape))
-    columns = {
-        "rows": rows,
-        "n": change.n,
-        "loss": np.nanmean(plain),
-        "loss_suppressed": np.nanmean(changed, axis=0),
-        "loss_change": change.mean,
-        "loss_change_se": change.standard_error,
-        "loss_change_low": change.low,
-        "loss_change_high": change.high,
-        "loss_change_p": change.p,
-        "loss_change_q": benjamini_hochberg(change.p),
-    }
+    columns = {"rows": rows, "n": change.n, "loss": np.nanmean(plain), "loss_suppressed": np.nanmean(changed, axis=0)}
+    columns |= {"loss_change": change.mean, "loss_change_se": change.standard_error, "loss_change_low": change.low}
+    columns |= {"loss_change_high": change.high, "loss_change_p": change.p, "loss_change_q": benjamini_hochberg(change.p)}
     return pd.concat([places_table(places), pd.DataFrame(columns)], axis=1)

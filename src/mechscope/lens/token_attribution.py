@@ -14,25 +14,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import check_fits, per_text
 from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import pattern_blocks
 from mechscope.lens.decomposition import Decomposition
 from mechscope.lens.question import Question
-from mechscope.scoring import batches, check_fits
 from mechscope.subject import Components, Subject
 from mechscope.subject.components import chosen_heads
 
 
-def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target-logit", tokens_per_batch: int = 1024) -> pd.DataFrame:
+def attribute_positions(
+    subject: Subject, pairs: Pairs, *, metric: str = "target-logit", execution: Execution = Execution()
+) -> pd.DataFrame:
     """Attribute a metric to the parts of a model at every position that is read, for texts few enough to be looked at one by one.
 
     Args:
         subject: The model.
         pairs: The texts; corrupt ones are not run.
-        metric: As for `attribute_logits`.
-        tokens_per_batch: Most tokens of a batch, padding included.
+        metric: `logit-diff` (right answers − wrong ones after the last token), or `target-logit` (the target tokens', or the right
+            answers', less the mean over the vocabulary).
+        execution: Tokens of a batch (1,024 by default).
 
     Returns:
         One row per text, position and part: `text` (id), `position` (of the token whose next token is predicted), `token` (what stands there),
@@ -45,8 +48,8 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
     taken_apart = Decomposition(subject)
     names = pd.DataFrame([asdict(part) for part in taken_apart.parts])
 
-    def attributed(batch: PairBatch) -> dict[int, pd.DataFrame]:
-        tables: dict[int, pd.DataFrame] = {}
+    def attributed(batch: PairBatch) -> list[pd.DataFrame]:
+        tables = []
         question = Question.of(metric, batch)
         parts = taken_apart.of(batch, question).parts.numpy()
         for row, pair in enumerate(batch.pairs):
@@ -54,17 +57,17 @@ def attribute_positions(subject: Subject, pairs: Pairs, *, metric: str = "target
             repeated = pd.DataFrame({name: np.tile(column, len(rows)) for name, column in names.items()})
             at = np.repeat(positions, len(names))
             tokens = np.repeat([subject.spelling.token(pair.clean[position]) for position in positions], len(names))
-            tables[id(pair)] = repeated.assign(text=pair.id, position=at, token=tokens, effect=parts[rows].ravel())
+            tables.append(repeated.assign(text=pair.id, position=at, token=tokens, effect=parts[rows].ravel()))
         return tables
 
-    tables = {text: table for part in each(attributed, batches(pairs, tokens_per_batch)) for text, table in part.items()}
+    tables = per_text(pairs, attributed, execution, tokens=1024, label="attributing positions")
     order = ["text", "position", "token", "component", "kind", "layer", "head", "effect"]
-    return pd.concat([tables[id(pair)] for pair in pairs], ignore_index=True)[order]
+    return pd.concat(tables, ignore_index=True)[order]
 
 
 @torch.no_grad()
 def attribute_sources(
-    subject: Subject, pairs: Pairs, heads: Components | str, *, metric: str = "logit-diff", tokens_per_batch: int = 1024
+    subject: Subject, pairs: Pairs, heads: Components | str, *, metric: str = "logit-diff", execution: Execution = Execution()
 ) -> pd.DataFrame:
     """Split chosen heads' contributions by the tokens they look at.
 
@@ -72,8 +75,9 @@ def attribute_sources(
         subject: The model.
         pairs: The texts; corrupt ones are not run.
         heads: Which heads, for example `"a3.h5,a4.h0"`.
-        metric: As for `attribute_logits`.
-        tokens_per_batch: Most tokens of a batch, padding included.
+        metric: `logit-diff` (right answers − wrong ones after the last token), or `target-logit` (the target tokens', or the right
+            answers', less the mean over the vocabulary).
+        execution: Tokens of a batch (1,024 by default).
 
     Returns:
         One row per text, head, query and source token: `text` (id), `component`, `layer`, `head`, `query` (position that is read), `source` (position
@@ -87,11 +91,12 @@ def attribute_sources(
     chosen = chosen_heads(subject.anatomy, heads)
     taken_apart = Decomposition(subject)
 
-    def split(batch: PairBatch) -> dict[int, list[pd.DataFrame]]:
-        tables: dict[int, list[pd.DataFrame]] = {id(pair): [] for pair in batch.pairs}
+    def split(batch: PairBatch) -> list[pd.DataFrame]:
+        tables = []
         question = Question.of(metric, batch)
-        found = _Sources(taken_apart, batch, question, chosen)
+        sources = _Sources(taken_apart, batch, question, chosen)
         for row, pair in enumerate(batch.pairs):
+            of_text = []
             rows, positions = _rows_of(batch, question, row)
             begin = batch.shift(row)
             seen = [(index, slice(begin, begin + at + 1)) for index, at in zip(rows, positions, strict=True)]
@@ -99,18 +104,17 @@ def attribute_sources(
             spelled = np.array(subject.spelling.tokens(pair.clean), dtype=object)
             where = {"text": pair.id, "query": np.repeat(positions, positions + 1), "source": source, "token": spelled[source]}
             for layer, head in chosen:
-                share, effect = (values.double().numpy() for values in found.of(layer, head))
-                columns = {
-                    "attention": np.concatenate([share[index, tokens] for index, tokens in seen]),
-                    "effect": np.concatenate([effect[index, tokens] for index, tokens in seen]) / len(rows),
-                }
+                share, effect = (values.double().numpy() for values in sources.of(layer, head))
+                attention, effects = (np.concatenate([one[index, tokens] for index, tokens in seen]) for one in (share, effect))
                 named = {"component": f"a{layer}.h{head}", "layer": layer, "head": head}
-                tables[id(pair)].append(pd.DataFrame({**where, **named, **columns}))
+                columns = {"attention": attention, "effect": effects / len(rows)}
+                of_text.append(pd.DataFrame({**where, **named, **columns}))
+            tables.append(pd.concat(of_text, ignore_index=True))
         return tables
 
-    tables = {text: found for part in each(split, batches(pairs, tokens_per_batch)) for text, found in part.items()}
+    tables = per_text(pairs, split, execution, tokens=1024, label="attributing sources")
     order = ["text", "component", "layer", "head", "query", "source", "token", "attention", "effect"]
-    return pd.concat([table for pair in pairs for table in tables[id(pair)]], ignore_index=True)[order]
+    return pd.concat(tables, ignore_index=True)[order]
 
 
 class _Sources:
@@ -118,7 +122,7 @@ class _Sources:
 
     def __init__(self, taken_apart: Decomposition, batch: PairBatch, question: Question, chosen: tuple[tuple[int, int], ...]) -> None:
         self._question, self._apart = question, taken_apart
-        self._found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._split: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._chosen = chosen
         with taken_apart.subject.active(), observed(taken_apart.subject, self._tap):
             self._direction, _ = question.directions(taken_apart.readout, taken_apart.dtype)
@@ -128,7 +132,7 @@ class _Sources:
 
     def of(self, layer: int, head: int) -> tuple[Float[Tensor, "read token"], Float[Tensor, "read token"]]:
         """Return a head's attention from the rows that are read, and what comes from there."""
-        share, effect = self._found[layer, head]
+        share, effect = self._split[layer, head]
         return share, effect * self._scale
 
     def _tap(self, call: AttentionCall) -> None:
@@ -147,7 +151,7 @@ class _Sources:
             effects.append(share * torch.einsum("rhe,hte->rht", pulled[mine.to(pulled.device)], value[row]))
         share, effect = torch.cat(shares).cpu(), torch.cat(effects).cpu()
         for index, head in enumerate(heads):
-            self._found[call.layer, head] = (share[:, index], effect[:, index])
+            self._split[call.layer, head] = (share[:, index], effect[:, index])
 
 
 def _pattern_rows(call: AttentionCall, row: int, queries: Tensor, heads: list[int], dtype: torch.dtype) -> Float[Tensor, "query head key"]:

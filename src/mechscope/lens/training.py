@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs, collate_pairs
+from mechscope.data.scoring import check_fits
 from mechscope.errors import ModelError, SettingsError
+from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import statistics_dtype
-from mechscope.lens.logit_lens import read
-from mechscope.lens.places import LensPlace, Standing, places_of, places_table, real_rows
+from mechscope.lens.logit_lens import logit_lens
+from mechscope.lens.places import LensPlace, SiteValues, places_of, places_table, real_rows
 from mechscope.lens.projection import Final, Projection
 from mechscope.lens.reading import MEASURES
 from mechscope.lens.translators import Translator, Translators
-from mechscope.progress import Progress
-from mechscope.scoring import check_fits
-from mechscope.stats.inference import estimate, paired_difference
+from mechscope.settings.lens import TunedLensSettings
+from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
 
@@ -40,33 +41,6 @@ from mechscope.subject import Subject
 _CLIP = 1.0
 # gradients shrink a hundredfold within a hundred steps: with Adam's usual memory of a thousand they would still be divided by the first ones
 _BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LensSettings:
-    """How translators are trained.
-
-    Attributes:
-        steps: Optimizer steps.
-        tokens_per_step: Most tokens of a step's texts, padding included.
-        learning_rate: Of Adam, at the first step; it falls linearly to zero.
-        weight_decay: Decoupled, towards the logit lens.
-        seed: Of the order of the texts.
-    """
-
-    steps: int = 250
-    tokens_per_step: int = 2048
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.tokens_per_step < 1:
-            raise SettingsError(f"steps={self.steps} of tokens_per_step={self.tokens_per_step} train nothing: both must be 1 or more")
-        if not self.learning_rate > 0 or self.weight_decay < 0:
-            raise SettingsError(
-                f"learning_rate={self.learning_rate} must be above 0, and weight_decay={self.weight_decay} not below: the defaults are 1e-3"
-            )
 
 
 @dataclass(frozen=True)
@@ -87,8 +61,8 @@ def train_tuned_lens(
     texts: Pairs,
     *,
     layers: Collection[int] | None = None,
-    settings: LensSettings | None = None,
-    progress: Progress | None = None,
+    settings: TunedLensSettings | None = None,
+    execution: Execution = Execution(),
 ) -> Trained:
     """Train a tuned lens: a map from the residual stream after every block but the last, and from the embedding.
 
@@ -97,7 +71,7 @@ def train_tuned_lens(
         texts: Any texts; their clean versions are read. Keep some others for `evaluate`.
         layers: Which layers, −1 for the embedding; None for all but the last.
         settings: How to train.
-        progress: Told the number of steps done.
+        execution: Seed (of the order of the texts), progress.
 
     Raises:
         MechscopeError: Settings, layers or texts do not fit, or the training diverged.
@@ -106,11 +80,16 @@ def train_tuned_lens(
     places = [place for place in places_of(subject, ("residual",), layers) if place != last]
     if not places:
         raise SettingsError("the tuned lens needs no map behind the last block, and no other layer was asked for: give others")
-    return train(subject, texts, dict.fromkeys(places), settings=settings or LensSettings(), progress=progress)
+    return train(subject, texts, dict.fromkeys(places), settings=settings or TunedLensSettings(), execution=execution)
 
 
 def train(
-    subject: Subject, texts: Pairs, places: Mapping[LensPlace, Tensor | None], *, settings: LensSettings, progress: Progress | None = None
+    subject: Subject,
+    texts: Pairs,
+    places: Mapping[LensPlace, Tensor | None],
+    *,
+    settings: TunedLensSettings,
+    execution: Execution = Execution(),
 ) -> Trained:
     """Train a map from each place to the end of the model.
 
@@ -119,25 +98,25 @@ def train(
         texts: Any texts; their clean versions are read.
         places: The places, each with the basis ``(features, d_model)`` of the subspace its map acts on, None for everything.
         settings: How to train.
-        progress: Told the number of steps done.
+        execution: Seed (of the order of the texts), progress.
 
     Raises:
         MechscopeError: The texts do not fit, or the training diverged.
     """
     check_fits(subject, texts)
-    projection, standing = Projection(subject), Standing(subject, list(places))
+    projection, site_values = Projection(subject), SiteValues(subject, list(places))
     dtype = statistics_dtype(subject.dtype)
     like = torch.zeros(0, subject.anatomy.d_model, dtype=dtype, device=projection.readout.weight.device)
     maps = {place: Translator.identity(like, None if basis is None else basis.to(like)) for place, basis in places.items()}
-    parameters = [value.requires_grad_() for found in maps.values() for value in (found.weight, found.bias)]
+    parameters = [value.requires_grad_() for translator in maps.values() for value in (translator.weight, translator.bias)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=_BETAS, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
     curve = []
-    for step, batch in zip(range(settings.steps), _drawn(texts, settings), strict=False):
-        walk, streams = standing.run(batch)
+    for step, batch in zip(range(settings.steps), _drawn(texts, settings, execution.seed), strict=False):
+        walk, streams = site_values.run(batch)
         with torch.no_grad():
             final = projection.final(projection.applied(real_rows(streams[-1], batch.real)))
-        for place, values in standing.values(walk, streams, batch.real):
+        for place, values in site_values.values(walk, streams, batch.real):
             kl = _backward(projection, maps[place], values, final)
             if not np.isfinite(kl):
                 raise ModelError(
@@ -147,37 +126,39 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if progress is not None:
-            progress("lens training", step + 1, settings.steps)
-    done = {place: Translator(found.weight.detach(), found.bias.detach(), found.basis) for place, found in maps.items()}
-    translators = Translators(done, subject.fingerprint, subject.anatomy.n_layers, {**asdict(settings), "texts": texts.hash})
+        execution.told("lens training", step + 1, settings.steps)
+    done = {place: Translator(translator.weight.detach(), translator.bias.detach(), translator.basis) for place, translator in maps.items()}
+    translators = Translators(
+        done, subject.fingerprint, subject.anatomy.n_layers, {**asdict(settings), "seed": execution.seed, "texts": texts.hash}
+    )
     return Trained(translators, pd.DataFrame(curve, columns=["step", "component", "kl"]))
 
 
-def evaluate(subject: Subject, texts: Pairs, translators: Translators, *, tokens_per_batch: int = 2048) -> pd.DataFrame:
+def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, execution: Execution = Execution()) -> pd.DataFrame:
     """Measure on texts that were not trained on how far the lens is from the model's own distribution, with the maps and without.
 
     Returns:
         One row per place: `site`, `layer`, `head`, `component`, `n` (texts), `kl_logit_lens` and `kl_tuned` (KL(final ‖ lens), nats, mean over texts
-        of means over tokens), each with `_se`, `_low`, `_high` (95 %), and their difference `kl_change` likewise with `_p`.
+        of means over tokens), each with `_se`, `_low`, `_high` (95 %), and their difference `kl_change` with `_p` and `_q` (Benjamini–Hochberg
+        over places) too.
 
     Raises:
         MechscopeError: The translators are another model's, or the texts do not fit.
     """
     layers = sorted({place.layer for place in translators.maps})
     sites = sorted({place.site for place in translators.maps})
-    options: dict[str, Any] = {"sites": sites, "layers": layers, "k": 1, "tokens_per_batch": tokens_per_batch}
-    readings = [read(subject, texts, translators=chosen, **options) for chosen in (None, translators)]
+    options: dict[str, Any] = {"sites": sites, "layers": layers, "k": 1, "execution": execution}
+    readings = [logit_lens(subject, texts, translators=chosen, **options) for chosen in (None, translators)]
     plain, tuned = (np.stack([text.means("all")[:, MEASURES.index("kl")] for text in reading.texts]) for reading in readings)
     columns: dict[str, object] = {"n": len(texts)}
     for name, values in (("kl_logit_lens", plain), ("kl_tuned", tuned)):
         moments = Moments(values.shape[1:])
         moments.update_many(values)
-        found = estimate(moments)
-        columns |= {name: found.mean, f"{name}_se": found.standard_error, f"{name}_low": found.low, f"{name}_high": found.high}
+        stats = estimate(moments)
+        columns |= {name: stats.mean, f"{name}_se": stats.standard_error, f"{name}_low": stats.low, f"{name}_high": stats.high}
     change = paired_difference(tuned, plain)
     columns |= {"kl_change": change.mean, "kl_change_se": change.standard_error, "kl_change_low": change.low}
-    columns |= {"kl_change_high": change.high, "kl_change_p": change.p}
+    columns |= {"kl_change_high": change.high, "kl_change_p": change.p, "kl_change_q": benjamini_hochberg(change.p)}
     return pd.concat([places_table(readings[0].places), pd.DataFrame(columns)], axis=1)
 
 
@@ -194,9 +175,9 @@ def _backward(projection: Projection, translator: Translator, values: Tensor, fi
     return float(kl.mean())
 
 
-def _drawn(texts: Pairs, settings: LensSettings) -> Iterator[PairBatch]:
+def _drawn(texts: Pairs, settings: TunedLensSettings, seed: int) -> Iterator[PairBatch]:
     """Draw the texts in random order, again and again, in batches of a step's size."""
-    generator = random.Random(settings.seed)
+    generator = random.Random(seed)
     waiting: list = []
     while True:
         order = list(texts)

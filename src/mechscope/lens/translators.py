@@ -76,7 +76,7 @@ class Translators:
     @property
     def width(self) -> int:
         """The model's d_model."""
-        return next(len(found.bias) for found in self.maps.values())
+        return next(len(translator.bias) for translator in self.maps.values())
 
     def translated(self, place: LensPlace, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
         """Return a place's rows as they would stand at the end of the residual stream.
@@ -86,10 +86,10 @@ class Translators:
         """
         if place == LensPlace("residual", self.layers - 1):
             return rows
-        found = self.maps.get(place)
-        if found is None:
+        translator = self.maps.get(place)
+        if translator is None:
             raise SettingsError(f"there is no translator for {place.component}: the trained ones are {self._held()}")
-        return found(rows).to(rows)
+        return translator(rows).to(rows)
 
     def check(self, subject: Subject, places: Iterable[LensPlace] = ()) -> None:
         """Refuse a model that the maps do not belong to.
@@ -99,7 +99,7 @@ class Translators:
             places: What is to be read.
 
         Raises:
-            ModelError: The maps are another model's, and it was not said that this is meant; or they do not fit its shape.
+            ModelError: The maps are another model's, and `other_model` is not set; or they do not fit its shape.
             SettingsError: There is no map for a place.
         """
         anatomy = subject.anatomy
@@ -109,13 +109,13 @@ class Translators:
                 f"{anatomy.d_model}: train some for this model"
             )
         if self.fingerprint != subject.fingerprint:
-            found = (
+            mismatch = (
                 f"the translators were trained on a model with fingerprint {self.fingerprint[:12]}, {subject.source!r} has "
                 f"{subject.fingerprint[:12]}"
             )
             if not self.other_model:
-                raise ModelError(f"{found}: train some for this model, or load them with other_model=True if that is meant")
-            log.warning("%s: they are used on it as asked", found)
+                raise ModelError(f"{mismatch}: train some for this model, or load them with other_model=True if that is meant")
+            log.warning("%s: they are used on it as asked", mismatch)
         for place in places:
             if place not in self.maps and place != LensPlace("residual", self.layers - 1):
                 raise SettingsError(f"there is no translator for {place.component}: the trained ones are {self._held()}")
@@ -124,11 +124,11 @@ class Translators:
         """Write the maps to a safetensors file, with the model's fingerprint and the settings in its header."""
         tensors: dict[str, Tensor] = {}
         places = []
-        for place, found in self.maps.items():
+        for place, translator in self.maps.items():
             places.append({"site": place.site, "layer": place.layer, "head": place.head})
-            tensors |= {f"{place.component}.weight": found.weight, f"{place.component}.bias": found.bias}
-            if found.basis is not None:
-                tensors[f"{place.component}.basis"] = found.basis
+            tensors |= {f"{place.component}.weight": translator.weight, f"{place.component}.bias": translator.bias}
+            if translator.basis is not None:
+                tensors[f"{place.component}.basis"] = translator.basis
         meta = {"kind": _KIND, "fingerprint": self.fingerprint, "layers": self.layers, "width": self.width, "settings": dict(self.settings)}
         write_tensors(tensors, Path(path), meta={**meta, "places": places})
 
@@ -150,16 +150,16 @@ class Translators:
         if not isinstance(meta, dict) or meta.get("kind") != _KIND:
             raise RunError(f"{path} holds no translators: give a file that Translators.save wrote")
         maps = {}
-        for place in (LensPlace(**found) for found in meta["places"]):
+        for place in (LensPlace(**fields) for fields in meta["places"]):
             weight, bias, basis = (tensors.get(f"{place.component}.{name}") for name in ("weight", "bias", "basis"))
             if weight is None or bias is None:
                 raise RunError(f"{path} lacks the translator of {place.component}: it was changed, train and save it again")
             maps[place] = Translator(
                 weight.to(subject.device), bias.to(subject.device), None if basis is None else basis.to(subject.device)
             )
-        found = cls(maps, meta["fingerprint"], meta["layers"], meta["settings"], other_model)
-        found.check(subject)
-        return found
+        translators = cls(maps, meta["fingerprint"], meta["layers"], meta["settings"], other_model)
+        translators.check(subject)
+        return translators
 
     def _held(self) -> str:
         names = [place.component for place in self.maps]

@@ -158,7 +158,7 @@ def number(value: Any, *, digits: int = 3, sign: bool = False) -> str:
     """
     if value is None or isinstance(value, (str, bool)):
         return "–" if value is None else str(value)
-    x = float(value)
+    x = float(value) + 0.0  # no negative zero
     if math.isnan(x):
         return "–"
     if math.isinf(x):

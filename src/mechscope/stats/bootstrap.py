@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals over documents, over pairs, and over seeds and documents at once.
+"""Percentile bootstrap intervals over documents, and over seeds and documents at once.
 
 A ROUGE score has no textbook distribution, so its interval comes from resampling the documents (Efron 1979; Koehn 2004 for paired text
 metrics). Where the same documents were scored after training with several seeds, a difference varies for both reasons. Seeds and
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import bootstrap
 
 # resampled values held at a time: 2^22 float64 are 32 MiB
 _CHUNK = 2**22
@@ -30,12 +31,7 @@ class BootstrapInterval:
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, "n ..."],
-    statistic: Callable[..., Any] = np.mean,
-    *,
-    n: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: Float[np.ndarray, "n ..."], statistic: Callable[..., Any] = np.mean, *, n: int = 2000, seed: int = 0, level: float = 0.95
 ) -> BootstrapInterval:
     """Estimate a statistic over documents with its percentile interval.
 
@@ -57,45 +53,22 @@ def bootstrap_interval(
     if len(values) == 1:
         unknown = np.full(value.shape, np.nan)[()]
         return BootstrapInterval(value[()], unknown, unknown)
-    random = np.random.default_rng(seed)
-    step = max(1, _CHUNK // values.size)
-    replicates = []
-    for start in range(0, n, step):
-        drawn = random.integers(len(values), size=(min(step, n - start), len(values)))
-        replicates.append(np.asarray(statistic(values[drawn], axis=1)))
-    return _percentiles(value, np.concatenate(replicates), level)
 
+    def reduced(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(statistic(drawn, axis=axis))
 
-def bootstrap_difference(
-    after: Float[np.ndarray, " n"],
-    before: Float[np.ndarray, " n"],
-    statistic: Callable[..., Any] = np.mean,
-    *,
-    n: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> BootstrapInterval:
-    """Estimate statistic(after) − statistic(before) over the same documents, resampled in pairs.
-
-    Args:
-        after: One value per document.
-        before: The same documents in the same order.
-        statistic: As for `bootstrap_interval`.
-        n: Number of resamples.
-        seed: Seed of the resampling.
-        level: Confidence, a fraction.
-
-    Raises:
-        ValueError: The two are not of one shape.
-    """
-    after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
-    if after.shape != before.shape:
-        raise ValueError(f"paired values of shapes {after.shape} and {before.shape}: give both for the same documents")
-
-    def difference(pairs: np.ndarray, axis: int) -> Any:
-        return statistic(pairs[..., 0], axis=axis) - statistic(pairs[..., 1], axis=axis)
-
-    return bootstrap_interval(np.stack([after, before], axis=-1), difference, n=n, seed=seed, level=level)
+    ends = bootstrap(
+        (values,),
+        reduced,
+        n_resamples=n,
+        batch=max(1, _CHUNK // values.size),
+        vectorized=True,
+        axis=0,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return BootstrapInterval(value[()], ends.low, ends.high)
 
 
 def bootstrap_two_level(

@@ -27,13 +27,7 @@ def stable_hash(seed: int, name: str) -> int:
 
 
 def poisson_weights(seed: int, name: str, replicates: int) -> Int[np.ndarray, " replicates"]:
-    """Draw one document's bootstrap weights, Poisson with mean 1, one per replicate.
-
-    Args:
-        seed: Seed of the whole resampling.
-        name: The document's id.
-        replicates: Number of bootstrap replicates.
-    """
+    """Draw one document's bootstrap weights, Poisson with mean 1, one per replicate, from the resampling's seed and the document's id."""
     key = np.frombuffer(_digest(seed, name), dtype="<u8")
     bits = np.random.Philox(key=key).random_raw(replicates)
     uniform = (np.asarray(bits) >> np.uint64(11)) * 2.0**-53

@@ -89,15 +89,7 @@ class BottomK:
     """
 
     def __init__(self, k: int, seed: int = 0) -> None:
-        """Start with no documents.
-
-        Args:
-            k: Largest number of documents to keep.
-            seed: Seed of the hash.
-
-        Raises:
-            ValueError: k is below 1.
-        """
+        """Start with no documents, to keep at most k of them, chosen by a hash with this seed; `ValueError` where k is below 1."""
         if k < 1:
             raise ValueError(f"a sample of {k} documents: keep at least 1")
         self.k = k

@@ -77,12 +77,7 @@ def p_value(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> np.ndar
 
 
 def estimate(moments: Moments, *, level: float = 0.95) -> Estimate:
-    """Turn streamed moments into means with intervals and tests.
-
-    Args:
-        moments: Moments over documents.
-        level: Confidence of the interval, a fraction.
-    """
+    """Turn streamed moments over documents into means with intervals (of confidence `level`, a fraction) and tests."""
     mean, error, n = moments.mean, moments.standard_error, moments.count
     low, high = interval(mean, error, n, level=level)
     return Estimate(mean, error, low, high, p_value(mean, error, n), n)
@@ -131,8 +126,8 @@ def share_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[floa
     """
     if n == 0:
         return float("nan"), float("nan")
-    found = distributions.binomtest(successes, n).proportion_ci(level, method="wilson")
-    return float(found.low), float(found.high)
+    bounds = distributions.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def _broadcast(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

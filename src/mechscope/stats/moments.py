@@ -25,11 +25,7 @@ class Moments:
     """
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        """Start with no documents.
-
-        Args:
-            shape: Shape of one document's array.
-        """
+        """Start with no documents, each of which brings an array of this shape."""
         self.count: Int[np.ndarray, "*shape"] = np.zeros(shape, dtype=np.int64)
         self._mean: Float[np.ndarray, "*shape"] = np.zeros(shape)
         self._m2: Float[np.ndarray, "*shape"] = np.zeros(shape)
@@ -114,13 +110,7 @@ class Resampled:
     """
 
     def __init__(self, shape: tuple[int, ...] = (), replicates: int = 200, seed: int = 0) -> None:
-        """Start with no documents.
-
-        Args:
-            shape: Shape of one document's array.
-            replicates: Number of bootstrap replicates.
-            seed: Seed of the resampling.
-        """
+        """Start with no documents, each of which brings an array of this shape; the seed is that of the resampling."""
         self.seed = seed
         self._weight: Float[np.ndarray, "replicates ..."] = np.zeros((replicates, *shape))
         self._total: Float[np.ndarray, "replicates ..."] = np.zeros((replicates, *shape))
@@ -191,6 +181,6 @@ def _stacked(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _same_shape(expected: tuple[int, ...], found: tuple[int, ...]) -> None:
-    if expected != found:
-        raise ValueError(f"statistics of shape {expected} cannot take arrays of shape {found}")
+def _same_shape(expected: tuple[int, ...], actual: tuple[int, ...]) -> None:
+    if expected != actual:
+        raise ValueError(f"statistics of shape {expected} cannot take arrays of shape {actual}")

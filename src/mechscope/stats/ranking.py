@@ -33,10 +33,6 @@ def combined_score(measures: Float[np.ndarray, "measures *batch n"]) -> Float[np
 
 
 def layer_score(layers: pd.DataFrame) -> pd.Series:
-    """Return the combined score of each layer: the column `score` of the layers table.
-
-    Args:
-        layers: One row per layer, for one kind of query rows, with the columns `LAYER_SCORE_COLUMNS`.
-    """
+    """Return each layer's combined score of `LAYER_SCORE_COLUMNS`, the column `score`; one row per layer, for one kind of query rows."""
     measures = layers.loc[:, list(LAYER_SCORE_COLUMNS)].to_numpy(dtype=np.float64).T
     return pd.Series(combined_score(measures), index=layers.index, name="score")

@@ -44,19 +44,14 @@ class WeightChange:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """A parameter whose singular values and vectors are found when they are first asked for, and kept for further comparisons.
-
-    Attributes:
-        matrix: The parameter, ``(out, in)``.
-        dtype: Working precision.
-    """
+    """A parameter, ``(out, in)``, whose singular values and vectors are computed in `dtype` on first use and kept for further comparisons."""
 
     matrix: torch.Tensor
     dtype: torch.dtype = torch.float64
 
     @classmethod
     def of(cls, parameter: torch.Tensor | Spectrum, dtype: torch.dtype) -> Spectrum:
-        """Return what a parameter's spectrum comes from, or that which is already there."""
+        """Wrap a parameter; a `Spectrum` is returned as it is."""
         return parameter if isinstance(parameter, Spectrum) else cls(parameter.detach(), dtype)
 
     @cached_property
@@ -109,15 +104,10 @@ def weight_change(
 def singular_values_of_change(
     base: Float[torch.Tensor, "out in"], tuned: Float[torch.Tensor, "out in"], *, dtype: torch.dtype = torch.float64
 ) -> Float[torch.Tensor, " rank"]:
-    """Return all min(out, in) singular values of tuned − base, descending.
+    """Return all min(out, in) singular values of tuned − base, descending, computed in `dtype`.
 
     A Gram matrix squares the values, so those below about √(size · eps) of the largest (4e-7 for 768 in float64, 1e-2 in float32) are
     rounding and are returned as zero.
-
-    Args:
-        base: The base matrix.
-        tuned: The tuned matrix.
-        dtype: Working precision.
     """
     return _roots(torch.linalg.eigvalsh(_gram(tuned, base, dtype=dtype)).flip(0))
 
@@ -155,8 +145,8 @@ def intruder_dimensions(
     first, second = Spectrum.of(base, dtype), Spectrum.of(tuned, dtype)
     (sigma_base, vectors_base), (sigma_tuned, vectors_tuned) = first.parts, second.parts
     base, tuned = first.matrix, second.matrix
-    kept_base, kept_tuned = sigma_base > 0, (sigma_tuned > 0) & (torch.arange(len(sigma_tuned), device=tuned.device) < k)
-    vectors_base, vectors_tuned = vectors_base[:, kept_base], vectors_tuned[:, kept_tuned]
+    real_base, real_tuned = sigma_base > 0, (sigma_tuned > 0) & (torch.arange(len(sigma_tuned), device=tuned.device) < k)
+    vectors_base, vectors_tuned = vectors_base[:, real_base], vectors_tuned[:, real_tuned]
     if base.shape[0] <= base.shape[1]:
         cosine = vectors_base.T @ vectors_tuned
     else:
@@ -165,7 +155,7 @@ def intruder_dimensions(
             ours.to(vectors_base.dtype).T @ (theirs.to(vectors_base.dtype) @ vectors_tuned)
             for ours, theirs in zip(base.split(_ROWS), tuned.split(_ROWS), strict=True)
         )
-        cosine = vectors_base.T @ product / sigma_base[kept_base, None] / sigma_tuned[kept_tuned]
+        cosine = vectors_base.T @ product / sigma_base[real_base, None] / sigma_tuned[real_tuned]
     largest = torch.cat([cosine.abs(), cosine.new_zeros(1, cosine.shape[1])]).amax(dim=0)
     return int((largest < epsilon).sum())
 

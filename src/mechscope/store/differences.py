@@ -1,6 +1,6 @@
 """Which fields of two nested settings differ, by dotted name.
 
-The same list tells a person why a run folder is refused, why a stage runs again, and what changed on the machine since the run began.
+The same list tells a person why a folder is refused, why a stage runs again, and what changed since a run began.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LONGEST_VALUE = 80
 
 
 @dataclass(frozen=True)
-class Difference:
+class ChangedSetting:
     """One field that differs: its dotted name and both values as JSON text, "absent" where there is none."""
 
     name: str
@@ -25,18 +25,22 @@ class Difference:
     def __str__(self) -> str:
         return f"{self.name}: {_shortened(self.old)} -> {_shortened(self.new)}"
 
+    def is_within(self, names: Iterable[str]) -> bool:
+        """Tell whether the field is one of `names` (dotted) or lies in one of them."""
+        return any(f"{self.name}.".startswith(f"{name}.") for name in names)
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[ChangedSetting]:
     """Return the fields in which two nested JSON-able mappings differ, in the order of `old`; lists are compared whole."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     names = dict.fromkeys([*before, *after])
     pairs = ((name, before.get(name, "absent"), after.get(name, "absent")) for name in names)
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    return [ChangedSetting(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def describe(found: Iterable[Difference]) -> str:
-    """Return differences as one line of text."""
-    return "; ".join(map(str, found))
+def describe(changes: Iterable[ChangedSetting]) -> str:
+    """Return what changed as one line of text."""
+    return "; ".join(map(str, changes))
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """What a result depends on besides its settings: mechscope's own code, the libraries, Python and the kind of machine.
 
-Only the machine's shape is told, never its name or a user's paths: a run folder may be published.
+Only the machine's shape is recorded, never its name or a user's paths: a run folder may be published.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def atomic(path: Path, *, size: int) -> Iterator[Path]:
 
     Args:
         path: the file to make or to replace; missing parent folders are made.
-        size: about how many bytes will be written; only told in the message when the disk is full.
+        size: about how many bytes will be written, for the message when the disk is full.
 
     Yields:
         The temporary path, in the folder of `path`.
@@ -83,12 +83,18 @@ def make_folder(path: Path) -> None:
         raise refusal(path, error) from error
 
 
-def read_json(path: Path) -> Any:
-    """Read the JSON value in `path`.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while the body reads `path`, or files below it, into a `RunError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise RunError(f"cannot read {error.filename or path}: {reason}. Make it readable, or give another folder.") from error
 
-    Raises:
-        RunError: the file is missing, unreadable or not JSON.
-    """
+
+def read_json(path: Path) -> Any:
+    """Read the JSON value in `path`; `RunError` where the file is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -96,13 +102,7 @@ def read_json(path: Path) -> Any:
 
 
 def refusal(path: Path, error: OSError, *, size: int = 0) -> RunError:
-    """Say in a `RunError` why `path` could not be written and what to do about it.
-
-    Args:
-        path: the file or folder that was to be written.
-        error: what the operating system answered.
-        size: bytes that were to be written, for the message when there is no room for them.
-    """
+    """Say in a `RunError` why `path` could not be written and what to do about it; `size` is the room in bytes that was needed."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     # making a folder where a file stands is answered with the puzzling "File exists"
     if isinstance(error, FileExistsError):
@@ -111,8 +111,8 @@ def refusal(path: Path, error: OSError, *, size: int = 0) -> RunError:
         return RunError(f"cannot write {path}: {reason}. Make the folder writable or choose another one with --out.")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     room = f"about {_mebibytes(size)} needed, {_mebibytes(shutil.disk_usage(there).free)} free"
-    kept = "the old file is intact" if path.exists() else "nothing half-written was left"
-    return RunError(f"cannot write {path}: {reason} ({room}); {kept}. Free some space and run the same command again: it continues.")
+    state = "the old file is intact" if path.exists() else "nothing half-written was left"
+    return RunError(f"cannot write {path}: {reason} ({room}); {state}. Free some space and run the same command again: it continues.")
 
 
 def _discard(temporary: Path) -> None:

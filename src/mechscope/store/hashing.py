@@ -30,6 +30,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_if_there(path: Path) -> str | None:
+    """Return the sha256 of a file's content, or None where there is no file."""
+    return hash_file(path) if path.is_file() else None
+
+
 def hash_folder(path: Path, pattern: str = "**/*") -> str:
     """Return the fingerprint of the files under a folder: their relative names and contents.
 

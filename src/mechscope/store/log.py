@@ -1,7 +1,7 @@
-"""The run's diary: `log.jsonl`, one JSON object per event (time, stage, level, message, data).
+"""The run's log: `log.jsonl`, one JSON object per event (time, stage, level, message, data).
 
 mechscope's modules log through `logging` as any library does; while a run is open, a handler copies the records of `mechscope.*` into the
-diary. Data goes in by `logger.info(message, extra={"data": {...}})`. Each event is one appended write, so a kill costs at most half a line,
+file. Data goes in by `logger.info(message, extra={"data": {...}})`. Each event is one appended write, so a kill costs at most half a line,
 and a reader passes over half lines.
 """
 
@@ -27,7 +27,7 @@ class RunLog(logging.Handler):
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the diary for appending; `RunError` where it cannot be written."""
+        """Open the file for appending; `RunError` where it cannot be written."""
         super().__init__(logging.INFO)
         self.stages: list[str] = []
         self._level_before = _LIBRARY.level
@@ -44,7 +44,7 @@ class RunLog(logging.Handler):
     def attach(self) -> None:
         """Begin to receive mechscope's log records."""
         self._level_before = _LIBRARY.level
-        # unset, the root's WARNING would hold back what a diary is for
+        # unset, the root's WARNING would hold back what a log is for
         if not _LIBRARY.isEnabledFor(logging.INFO):
             _LIBRARY.setLevel(logging.INFO)
         _LIBRARY.addHandler(self)
@@ -73,7 +73,7 @@ class RunLog(logging.Handler):
             self._file.write(json.dumps(event, ensure_ascii=False, default=str).encode() + b"\n")
         except Exception:
             self.handleError(record)
-        # logging shows warnings on stderr only where no handler exists; a diary must not silence them
+        # logging shows warnings on stderr only where no handler exists; this handler must not silence them
         alone = _LIBRARY.handlers == [self] and not logging.getLogger().handlers
         if alone and logging.lastResort and record.levelno >= logging.lastResort.level:
             logging.lastResort.handle(record)

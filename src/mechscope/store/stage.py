@@ -2,8 +2,8 @@
 
 A stage that ends well is recorded in `manifest.json` with the fingerprint of its inputs and of every file it wrote. Entered again with the
 same inputs, and its files as recorded, it is `done` and the caller skips the body; otherwise it runs (again). While it runs it may keep a
-checkpoint and scratch files in `work/<stage>/<inputs>/`: the inputs' fingerprint in the path is what makes it impossible to continue from
-another input's state. They go when the stage ends, except files that were added as outputs.
+checkpoint and scratch files in `work/<stage>/<inputs>/` (see `mechscope.store.artifact`): the inputs' fingerprint in the path is what makes it
+impossible to continue from another input's state. They go when the stage ends.
 
 With several ranks all enter a stage together and leave it together. The body runs on each of them, so that they can share the work, and what it
 writes is written by rank 0; a stage that cannot be shared is `alone`: rank 0 runs the body while for the others it counts as done.
@@ -21,29 +21,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
 
 from mechscope import ranks
 from mechscope.errors import RunError
+from mechscope.store.artifact import Work
 from mechscope.store.differences import describe, differences
-from mechscope.store.files import make_folder, write_bytes, write_json
-from mechscope.store.hashing import hash_file, hash_json, short
-from mechscope.store.tables import read_tensors, write_table, write_tensors
-
-if TYPE_CHECKING:
-    from mechscope.store.run import RunFolder
+from mechscope.store.files import write_bytes, write_json
+from mechscope.store.hashing import hash_file, hash_if_there, hash_json, short
+from mechscope.store.ledger import OWN_FILES, WORK, Ledger, now
+from mechscope.store.tables import write_table, write_tensors
 
 logger = logging.getLogger(__name__)
-
-WORK = "work"
 
 
 class Stage:
@@ -55,17 +52,17 @@ class Stage:
         outputs: the files the stage wrote, by path relative to the run, with their sha256; complete once done or left.
     """
 
-    def __init__(self, run: RunFolder, name: str, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
-        """Describe a stage of `run`; nothing happens before it is entered."""
+    def __init__(self, ledger: Ledger, name: str, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
+        """Describe a stage of a run; nothing happens before it is entered."""
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
             raise ValueError(f"a stage is also a folder, so {name!r} must be of letters, digits and _.=+- only")
         self.name = name
         self.done = False
         self.outputs: dict[str, str] = {}
-        self._run = run
+        self._ledger = ledger
         self._inputs = dict(inputs)
         self._inputs_hash = hash_json([name, self._inputs])
-        self._work = run.path / WORK / name / short(self._inputs_hash)
+        self._work = Work(ledger.path / WORK / name / short(self._inputs_hash), self._inputs)
         self._alone = alone
         self._context = contextlib.ExitStack()
         self._running = False
@@ -76,18 +73,20 @@ class Stage:
         self.done, self.outputs = ranks.by_first(self._begin)
         self._running, self._started = not self.done, time.monotonic()
         if self._running and self._alone:
-            if self._run.writes:
+            if self._ledger.writes:
                 self._context.enter_context(ranks.alone())
             else:
                 self.done = True
         return self
 
     def _begin(self) -> tuple[bool, dict[str, str]]:
-        stages = self._run.log.stages
-        record = self._run.manifest["stages"].get(self.name)
+        stages = self._ledger.require_writable().stages
+        record = self._ledger.stages.get(self.name)
         reason = self._reason_to_run(record)
         # refuses a work folder that is a link out of the run, where tidying up would delete what is not ours
-        self._relative(self._work)
+        self._relative(self._work.folder)
+        if reason is not None:
+            self._work.begin()
         # only now: after an error above, nobody would take the name off the stack again
         stages.append(self.name)
         if record is not None and reason is None:
@@ -101,15 +100,15 @@ class Stage:
         try:
             if self._running and error is None:
                 record = ranks.by_first(self._finish)
-                self._run.manifest["stages"][self.name] = record
+                self._ledger.stages[self.name] = record
                 self.outputs = dict(record["outputs"])
             elif error is not None:
-                # INFO: whoever catches the error tells the user, the diary only notes where it struck
+                # INFO: whoever catches the error tells the user, the log only notes where it struck
                 logger.info("stage %s stopped", self.name, extra={"data": {"exception": repr(error)}})
         finally:
             self._running = False
-            if self._run.writes:
-                self._run.log.stages.pop()
+            if self._ledger.writes:
+                self._ledger.require_writable().stages.pop()
 
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write `tables/<name>.parquet` and return its path; raises as `tables.write_table` does."""
@@ -135,12 +134,12 @@ class Stage:
         """Make outputs of files that another library wrote into the run: a file, or all files of a folder (a saved model).
 
         Args:
-            path: in the run folder, as the caller sees it (not relative to the run); also scratch files, which are then kept.
+            path: in the run folder, as the caller sees it (not relative to the run).
 
         Raises:
-            RunError: `path` is outside the run, missing, or another stage's output.
+            RunError: `path` is outside the run, missing, scratch, or another stage's output.
         """
-        if not self._run.writes:
+        if not self._ledger.writes:
             return
         if not path.exists():
             raise RunError(f"stage {self.name} has no {path} to add: write it first")
@@ -151,48 +150,24 @@ class Stage:
     def path(self, name: str) -> Path:
         """Return a scratch folder of that name, made if missing; it outlives a kill and goes when the stage ends well."""
         self._require_running()
-        folder = self._work / name
-
-        def make() -> None:
-            self._relative(folder)
-            make_folder(folder)
-
-        ranks.by_first(make)
-        return folder
+        ranks.by_first(lambda: self._relative(self._work.folder / name))
+        return self._work.path(name)
 
     def checkpoint(self, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
-        """Keep the stage's partial state, atomically, in place of an earlier one.
-
-        Args:
-            tensors: named tensors, any dtypes.
-            meta: JSON-able; lives in the same file, so that it always belongs to the tensors.
-
-        Raises:
-            RunError: the state could not be written; the earlier checkpoint is intact.
-        """
+        """Keep named tensors and a JSON-able `meta` in place of an earlier checkpoint; `RunError` where they cannot be written."""
         self._require_running()
-        if not self._run.writes:
-            return
-        write_tensors(tensors, self._checkpoint_file, meta={"seconds": self._seconds(), "meta": meta})
+        self._work.checkpoint(tensors, {"seconds": self._seconds(), "meta": meta})
 
     def resume(self) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """Return the tensors and meta of the last checkpoint for these inputs, or None where there is none.
-
-        Raises:
-            RunError: the checkpoint is damaged.
-        """
+        """Return the tensors and meta of the last checkpoint for these inputs, or None where there is none; `RunError` where it is damaged."""
         self._require_running()
-        found = ranks.by_first(lambda: read_tensors(self._checkpoint_file) if self._checkpoint_file.exists() else None)
-        if found is None:
+        state = self._work.resume()
+        if state is None:
             return None
-        tensors, header = found
+        tensors, header = state
         self._started, self._seconds_before = time.monotonic(), header["seconds"]
         logger.info("stage %s continues from its checkpoint", self.name)
         return tensors, header["meta"]
-
-    @property
-    def _checkpoint_file(self) -> Path:
-        return self._work / "checkpoint.safetensors"
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -202,7 +177,7 @@ class Stage:
             return "not finished before"
         if record["inputs_hash"] != self._inputs_hash:
             return f"its inputs changed ({describe(differences(record['inputs'], self._inputs))})"
-        spoilt = [name for name, digest in record["outputs"].items() if found_hash(self._run.path / name) != digest]
+        spoilt = [name for name, digest in record["outputs"].items() if hash_if_there(self._ledger.path / name) != digest]
         return f"changed or missing since it finished: {', '.join(spoilt)}" if spoilt else None
 
     def _require_running(self) -> None:
@@ -211,68 +186,50 @@ class Stage:
 
     def _relative(self, path: Path) -> str:
         # the parent is resolved, not the file: a link out of the run must not carry a write with it
-        resolved, root = path.parent.resolve() / path.name, self._run.path.resolve()
+        resolved, root = path.parent.resolve() / path.name, self._ledger.path.resolve()
         if path.name in {"", ".."} or not resolved.is_relative_to(root) or resolved == root:
-            raise RunError(f"stage {self.name} would write {path}, which is outside the run {self._run.path}: give a path inside it")
+            raise RunError(f"stage {self.name} would write {path}, which is outside the run {self._ledger.path}: give a path inside it")
         return resolved.relative_to(root).as_posix()
 
     def _claimed(self, name: str) -> Path:
         """Return the path of an output, having checked that this stage may write it."""
         self._require_running()
-        name = self._relative(self._run.path / name)
-        if name in self._run.OWN_FILES:
+        name = self._relative(self._ledger.path / name)
+        path = self._ledger.path / name
+        if name in OWN_FILES:
             raise RunError(f"{name} is kept by the run itself: stage {self.name} needs another name")
-        for other, record in self._run.manifest["stages"].items():
+        if name.startswith(f"{WORK}/"):
+            raise RunError(f"{name} is scratch, which goes when its stage ends: stage {self.name} needs another name")
+        for other, record in self._ledger.stages.items():
             if other != self.name and name in record["outputs"]:
                 raise RunError(f"{name} is an output of stage {other}: stage {self.name} needs another name")
-        return self._run.path / name
+        return path
 
     def _written(self, name: str, write: Callable[[Path], None]) -> Path:
         path = self._claimed(name)
-        if self._run.writes:
+        if self._ledger.writes:
             write(path)
             self._recorded(path)
         return path
 
-    def _recorded(self, path: Path) -> Path:
+    def _recorded(self, path: Path) -> None:
         self.outputs[self._relative(path)] = hash_file(path)
-        return path
 
     def _finish(self) -> dict[str, Any]:
-        stages = self._run.manifest["stages"]
+        stages = self._ledger.stages
         # what an earlier run of the stage wrote and this one did not belongs to no inputs any more
         for name in set(stages.get(self.name, {}).get("outputs", {})) - set(self.outputs):
-            (self._run.path / self._relative(self._run.path / name)).unlink(missing_ok=True)
+            (self._ledger.path / self._relative(self._ledger.path / name)).unlink(missing_ok=True)
         stages[self.name] = {
             "inputs_hash": self._inputs_hash,
             "inputs": self._inputs,
             "outputs": dict(sorted(self.outputs.items())),
             "seconds": round(self._seconds(), 3),
             "finished": now(),
-            "code": self._run.code,
+            "code": self._ledger.code,
         }
-        self._run.save()
-        self._discard_work()
+        self._ledger.save()
+        # also what other inputs left unfinished
+        shutil.rmtree(self._work.folder.parent, ignore_errors=True)
         logger.info("stage %s finished", self.name, extra={"data": {"seconds": stages[self.name]["seconds"]}})
         return dict(stages[self.name])
-
-    def _discard_work(self) -> None:
-        # also what other inputs left unfinished; deepest first, so that emptied folders can go too
-        for path in sorted(self._work.parent.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif self._relative(path) not in self.outputs:
-                path.unlink()
-        if self._work.parent.is_dir() and not any(self._work.parent.iterdir()):
-            self._work.parent.rmdir()
-
-
-def found_hash(path: Path) -> str | None:
-    """Return the sha256 of a file as it is now, or None where there is none."""
-    return hash_file(path) if path.is_file() else None
-
-
-def now() -> str:
-    """Return the time as the manifest writes it: UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

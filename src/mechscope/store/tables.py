@@ -53,11 +53,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that `write_table` wrote.
-
-    Raises:
-        RunError: the file is missing or not Parquet.
-    """
+    """Read a table that `write_table` wrote; `RunError` where the file is missing or not Parquet."""
     try:
         # not pq.read_table: it would take a folder named "seed=1" above the file for a column
         with pq.ParquetFile(path) as file:
@@ -97,11 +93,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, *, meta: Any 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read the tensors (on the CPU) and the JSON value that `write_tensors` put into `path`.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
+    """Read the tensors (on the CPU) and the JSON value that `write_tensors` put into `path`; `RunError` where it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()

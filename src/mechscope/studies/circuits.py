@@ -1,112 +1,340 @@
-"""Circuits into a run folder: `mechscope circuit` and `mechscope circuit-diff`."""
+"""Circuits of one or several models: scores of all edges, the chosen circuit, and what is measured of it on pairs that it was not found on.
+
+Edges are scored on one part of the pairs and circuits are judged on the other (`held_out`): a circuit that was found on the texts it is judged on looks
+better than it is. Its size is chosen on the pairs that edges are scored on: the smallest of several sizes that is faithful on some texts looks better
+on these than it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+
+from mechscope.circuits.cards import component_cards
+from mechscope.circuits.choosing import Manner, choose
+from mechscope.circuits.criteria import Minimality, completeness, minimality
+from mechscope.circuits.discovery import discover
+from mechscope.circuits.evaluation import Area, Curve, evaluate, faithfulness_curve
+from mechscope.circuits.graph import Circuit, Graph
+from mechscope.circuits.overlap import compare_seeds, robustness
+from mechscope.circuits.scores import Cost, EdgeScores, to_json
+from mechscope.circuits.sender_outputs import SenderOutputs, Source
+from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.instrument import load, load_pair
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
+from mechscope.settings.discovery import DiscoverySettings
 from mechscope.store.run import RunFolder
-from mechscope.studies import stages
-from mechscope.studies.circuit_checks import check_discovery
-from mechscope.studies.circuit_judging import Asked, plain
-from mechscope.studies.circuit_stages import change_stage, circuits_stage
-from mechscope.studies.interventions import load_pairs
-from mechscope.studies.pair_settings import CircuitDiffSettings, CircuitSettings, PairsSettings
-from mechscope.studies.settings import VOLATILE
-from mechscope.studies.summarization import Study, record_command
+from mechscope.store.stage import Stage
+from mechscope.studies.roles import named_roles
+from mechscope.studies.runner import plain
 from mechscope.subject import Subject
 
+log = logging.getLogger(__name__)
 
-def circuit_run(
-    settings: CircuitSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None
-) -> Study:
-    """Find and judge a model's circuit: scores of all edges, faithfulness curve, criteria, cards, picture, and the circuit's file.
+# size where no size is faithful or nothing can be said of it
+FALLBACK = 0.05
+# pairs that a half needs
+FEWEST = 4
+# below it a component is said to be needed
+_LEVEL = 0.05
 
-    Args:
-        settings: Which model, pairs and method.
-        out: The run folder.
-        command: The command line that asked for it, for the report.
-        progress: Called with a label, what is done and how much there is.
+
+@dataclass(frozen=True)
+class CircuitRequest:
+    """Which texts a circuit is of, and how it is found and judged.
+
+    Attributes:
+        scored_on: Pairs that edges are scored on.
+        judged_on: Pairs that circuits are judged on.
+        settings: How circuits are found and judged, and by which metric.
+    """
+
+    scored_on: Pairs
+    judged_on: Pairs
+    settings: DiscoverySettings
+
+    @classmethod
+    def of(cls, pairs: Pairs, settings: DiscoverySettings, *, seed: int) -> CircuitRequest:
+        """Divide pairs at random into those that edges are scored on and those that judge."""
+        judged = round(settings.held_out * len(pairs))
+        if not settings.held_out or min(judged, len(pairs) - judged) < FEWEST:
+            if settings.held_out:
+                log.warning("%d pairs are too few to hold some out: the circuit is judged on the pairs it was found on", len(pairs))
+            return cls(pairs, pairs, settings)
+        order = np.random.default_rng(seed).permutation(len(pairs))
+        scored_on, judged_on = (
+            Pairs(tuple(pairs.pairs[at] for at in sorted(which)), pairs.source, pairs.problems)
+            for which in (order[judged:].tolist(), order[:judged].tolist())
+        )
+        return cls(scored_on, judged_on, settings)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The pairs that decide a result."""
+        return {"scored_on": self.scored_on.hash, "judged_on": self.judged_on.hash}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The pairs, described for the manifest."""
+        scored, judged = self.scored_on, self.judged_on
+        data = {
+            "source": scored.source,
+            "pairs": len(scored) + (len(judged) if judged is not scored else 0),
+            "scored_on": len(scored),
+            "judged_on": len(judged),
+            "problems": scored.problems,
+            "hash": self.fingerprint,
+        }
+        return {"data": data}
+
+    @property
+    def manner(self) -> Manner:
+        """How edges are chosen, but for their number."""
+        settings = self.settings
+        better = settings.metric in ("logit-diff", "probability")
+        return {"rule": settings.rule, "by": settings.by, "sign": settings.sign, "higher_is_better": better}
+
+    def share_of(self, graph: Graph) -> float | None:
+        """Return the size that is given, as a share of all edges (or nodes), or None."""
+        if self.settings.circuit_edges is not None:
+            return self.settings.circuit_edges / len(graph)
+        return self.settings.circuit_fraction
+
+    def source(self, subject: Subject, *, execution: Execution) -> Source:
+        """Return what closed edges of a model carry."""
+        if self.settings.source == "mean":
+            return SenderOutputs.mean_over(subject, self.scored_on, execution=execution)
+        return self.settings.source
+
+
+@dataclass(frozen=True)
+class CircuitReport:
+    """A model's circuit with everything that was measured of it.
+
+    Attributes:
+        scores: The scores of all edges.
+        circuit: The chosen circuit.
+        fraction: Its size before dead ends were removed, as a share of all edges (or of all heads and MLPs, where nodes are chosen).
+        tables: Tables by name, without the column that names the model.
+    """
+
+    scores: EdgeScores
+    circuit: Circuit
+    fraction: float
+    tables: dict[str, pd.DataFrame]
+
+
+def check_size(settings: DiscoverySettings, graph: Graph) -> None:
+    """Refuse a circuit larger than the model.
 
     Raises:
-        MechscopeError: Model, pairs or settings cannot be used, or the folder belongs to another run.
+        SettingsError: There are not as many edges, or edge pruning would have none to leave out.
     """
-    check_discovery(settings, metric=settings.metric)
-    with RunFolder.open(out, asdict(settings), kind="circuit", volatile=VOLATILE) as run:
-        record_command(run, command)
-        subject = load(settings.model, **_loading(settings))
-        pairs = load_pairs(settings, subject)
-        asked = Asked.of(pairs, settings, metric=settings.metric, tokens_per_batch=settings.tokens_per_batch, seed=settings.seed)
-        _record(run, {"model": subject}, asked, settings)
-        circuits_stage(run, {"model": subject}, asked, progress=progress)
-        return Study.of(run, stages.report_stage(run))
+    most = len(graph) - (settings.method == "edge-pruning")
+    if settings.circuit_edges is not None and settings.circuit_edges > most:
+        raise SettingsError(f"a circuit of {settings.circuit_edges:,} edges: this model has {len(graph):,}, give 1 to {most:,}")
 
 
-def circuit_diff_run(
-    settings: CircuitDiffSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None
-) -> Study:
-    """Find the circuits of a base and a tuned model on the same pairs, and compare them; arguments and errors as for `circuit_run`."""
-    check_discovery(settings, metric=settings.metric)
-    sources = [part.strip() for part in (settings.checkpoints or "").split(",") if part.strip()]
-    if len(set(sources)) < len(sources):
-        raise SettingsError(f"setting 'checkpoints' names a model twice: {settings.checkpoints}")
-    with RunFolder.open(out, asdict(settings), kind="circuit-diff", volatile=VOLATILE) as run:
-        record_command(run, command)
-        compared = load_pair(settings.base, settings.tuned, resize=settings.resize, **_loading(settings))
-        names = _labels(sources)
-        way = {name: load_pair(settings.base, source, resize=settings.resize, **_loading(settings)).tuned for name, source in names.items()}
-        pairs = load_pairs(settings, compared.base)
-        asked = Asked.of(pairs, settings, metric=settings.metric, tokens_per_batch=settings.tokens_per_batch, seed=settings.seed)
-        subjects: dict[str, Subject] = {"base": compared.base, **way, "tuned": compared.tuned}
-        _record(run, subjects, asked, settings)
-        found = circuits_stage(run, subjects, asked, progress=progress)
-        change_stage(run, compared, found, asked, on_the_way=list(way), progress=progress)
-        return Study.of(run, stages.report_stage(run))
+def score_edges(subject: Subject, request: CircuitRequest, *, execution: Execution = Execution()) -> EdgeScores:
+    """Score a model's edges on the pairs for it.
 
-
-def _labels(sources: Sequence[str]) -> dict[str, str]:
-    """Name checkpoints by the last part of their source, by their whole source where that is taken, and numbered where that is too.
-
-    Labels name files, so they differ from each other and from `base` and `tuned` in these too.
+    Args:
+        subject: The model.
+        request: Pairs, metric and method.
+        execution: Tokens of a batch (256 by default), seed (of methods that draw), progress.
     """
-    last = [Path(source).name for source in sources]
-    found: dict[str, str] = {}
-    taken = {"base", "tuned"}
-    for name, source in zip(last, sources, strict=True):
-        wanted = [*([name] if last.count(name) == 1 else []), source, *(f"{source} ({number})" for number in range(2, len(sources) + 4))]
-        label = next(one for one in wanted if plain(one).lower() not in taken)
-        taken.add(plain(label).lower())
-        found[label] = source
-    return found
-
-
-def _loading(settings: PairsSettings) -> dict[str, Any]:
-    return {"dtype": settings.dtype, "device": settings.device, "unsafe": settings.unsafe}
-
-
-def _record(run: RunFolder, subjects: dict[str, Subject], asked: Asked, settings: PairsSettings) -> None:
-    run.record(
-        "models",
-        {
-            name: {"source": subject.source, "family": subject.family, "fingerprint": subject.fingerprint}
-            for name, subject in subjects.items()
-        },
+    settings = request.settings
+    return discover(
+        subject,
+        request.scored_on,
+        method=settings.method,
+        steps=settings.steps,
+        points=settings.points,
+        source=request.source(subject, execution=execution),
+        fraction=request.share_of(Graph.of(subject)) or FALLBACK,
+        metric=settings.metric,
+        execution=execution,
     )
-    found, judged = asked.found_on, asked.judged_on
-    run.record(
-        "data",
-        {
-            "source": found.source,
-            "pairs": len(found) + (len(judged) if judged is not found else 0),
-            "found_on": len(found),
-            "judged_on": len(judged),
-            "problems": found.problems,
-            "hash": {"found_on": found.hash, "judged_on": judged.hash},
-        },
-    )
-    run.record("seeds", {"study": settings.seed})
+
+
+def write_scores(stage: Stage, label: str, scores: EdgeScores) -> None:
+    """Keep a model's scores as tensors of a run: `circuit_scores_<label>`."""
+    kept = {"mean": torch.from_numpy(scores.mean)}
+    if scores.per_text is not None:
+        kept["per_text"] = torch.from_numpy(np.ascontiguousarray(scores.per_text))
+    graph = scores.graph
+    about = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel": graph.parallel}
+    cost = {"forward": scores.cost.forward, "backward": scores.cost.backward}
+    stage.write_tensors(_tensors(label), kept, meta={"graph": about, "method": scores.method, "cost": cost, "notes": scores.notes})
+
+
+def read_scores(folder: RunFolder, label: str) -> EdgeScores:
+    """Read what `write_scores` kept."""
+    tensors, meta = folder.tensors(_tensors(label))
+    per_text = tensors["per_text"].numpy() if "per_text" in tensors else None
+    return EdgeScores(Graph(**meta["graph"]), tensors["mean"].numpy(), per_text, meta["method"], Cost(**meta["cost"]), meta["notes"])
+
+
+def _tensors(label: str) -> str:
+    return f"circuit_scores_{plain(label)}"
+
+
+def read_circuits(folder: RunFolder, labels: list[str]) -> dict[str, tuple[EdgeScores, Circuit]]:
+    """Read scores and circuit of each model from a run that has them: from `write_scores` and the table `circuit_edges`."""
+    edges, circuits = folder.table("circuit_edges"), {}
+    for label in labels:
+        scores = read_scores(folder, label)
+        circuits[label] = (scores, Circuit(scores.graph, edges.loc[edges["model"] == label, "in_circuit"].to_numpy(bool)))
+    return circuits
+
+
+def circuit_tables(reports: Mapping[str, CircuitReport], *, roles: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
+    """Put the tables of several models together, with a column `model`.
+
+    Args:
+        reports: By label of the model.
+        roles: The table `head_roles` of the same models, to name what the heads of the circuit are; None leaves them without.
+    """
+    tables = {}
+    for name in ("circuit_edges", "circuit_nodes", "circuit_curve", "circuit_summary", "circuit_components"):
+        parts = []
+        for label, report in reports.items():
+            table = report.tables[name]
+            if name == "circuit_components":
+                table = table.assign(role=table["component"].map(named_roles(roles, label)).fillna(""))
+            parts.append(table.assign(model=label))
+        tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    return tables
+
+
+def circuit_file(subject: Subject, report: CircuitReport) -> str:
+    """Return a circuit in the JSON format that circuits are exchanged in."""
+    anatomy = subject.anatomy
+    return to_json(report.circuit, report.scores, model=subject.source, fingerprint=subject.fingerprint, d_model=anatomy.d_model)
+
+
+def judge_circuit(
+    subject: Subject,
+    scores: EdgeScores,
+    request: CircuitRequest,
+    *,
+    other_seed: EdgeScores | None = None,
+    execution: Execution = Execution(),
+) -> CircuitReport:
+    """Choose a circuit by its scores and measure it on the pairs that judge.
+
+    Args:
+        subject: The model.
+        scores: The scores of its edges.
+        request: Pairs, metric and settings.
+        other_seed: What the same method said with another seed, for methods that draw.
+        execution: Tokens of a batch, seed (of random circuits, resampling and knockouts), progress.
+    """
+    settings, graph = request.settings, scores.graph
+    options: dict[str, Any] = {
+        "metric": settings.metric,
+        "source": request.source(subject, execution=execution),
+        "execution": execution,
+    }
+    told = {**request.manner, **options}
+    curve = faithfulness_curve(subject, request.judged_on, scores, random=settings.random_circuits, **told)
+    fraction = request.share_of(graph)
+    if fraction is None:
+        same = request.scored_on is request.judged_on
+        fraction = _smallest(curve if same else faithfulness_curve(subject, request.scored_on, scores, random=0, **told), settings.faithful)
+    circuit = choose(scores, fraction=fraction, **request.manner)
+    if not len(circuit):
+        log.warning("no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty", 100 * fraction)
+    own = evaluate(subject, request.judged_on, [circuit], **options)
+    share = own.faithfulness(seed=execution.seed)
+    summary = [
+        _measure("edges", len(circuit)),
+        _measure("edges of the model", len(graph)),
+        _measure("nodes", int(circuit.nodes.sum())),
+        _measure("metric of the model", own.clean.mean()),
+        _measure("metric without edges", own.empty.mean()),
+        _measure("metric of the circuit", own.values[0].mean()),
+        _measure("faithfulness", share.value[0], share.low[0], share.high[0]),
+        _area("CPR", curve.cpr),
+        _area("CMD", curve.cmd),
+    ]
+    needed: Minimality | None = None
+    if settings.criteria and circuit.components():
+        whole = completeness(subject, request.judged_on, circuit, **options).table
+        summary.append(_measure("incompleteness, mean over knockouts", whole["normalised"].mean()))
+        if whole["normalised"].notna().any():
+            worst = whole.sort_values("normalised", ascending=False).to_dict("records")[0]
+            ends = (worst["normalised_low"], worst["normalised_high"])
+            summary.append(_measure("incompleteness, worst knockout", worst["normalised"], *ends))
+        needed = minimality(subject, request.judged_on, circuit, **options)
+        summary.append(_needed(needed))
+    if scores.per_text is not None and len(scores.per_text) >= FEWEST:
+        resamples = settings.circuit_resamples
+        stable = robustness(scores, fraction=fraction, resamples=resamples, seed=execution.seed, **request.manner).table
+        for row in stable.to_dict("records"):
+            name = f"Jaccard of {row['of']}, {row['comparison']}"
+            summary.append(_measure(name, row["mean"], row["low"], row["high"], random=row["null"]))
+    if other_seed is not None:
+        summary += _seeds(circuit, choose(other_seed, fraction=fraction, **request.manner))
+    summary += [_measure("forward passes to score", scores.cost.forward), _measure("backward passes to score", scores.cost.backward)]
+    cards = component_cards(subject, request.judged_on, circuit, **options)
+    tables = {
+        "circuit_edges": scores.table().assign(in_circuit=circuit.edges),
+        "circuit_nodes": scores.node_table().assign(in_circuit=circuit.nodes),
+        "circuit_curve": curve.table,
+        "circuit_summary": pd.DataFrame(summary),
+        "circuit_components": _components(cards, scores, needed),
+    }
+    return CircuitReport(scores, circuit, fraction, tables)
+
+
+def _smallest(curve: Curve, faithful: float) -> float:
+    """Return the smallest size at which a circuit is near enough to the model: neither too little nor too much of its effect."""
+    if curve.table["faithfulness"].isna().all():
+        log.warning("%s; the circuit is the %g %% strongest edges", curve.notes["faithfulness"], 100 * FALLBACK)
+        return FALLBACK
+    enough = curve.table.loc[(1 - curve.table["faithfulness"]).abs() <= 1 - faithful, "fraction"]
+    return float(enough.iloc[0]) if len(enough) else 1.0
+
+
+def _needed(minimal: Minimality) -> dict[str, Any]:
+    """Count the components that a circuit needs, beside how many would seem to be needed if all were superfluous."""
+    name, p, parts = f"components that are needed (p < {_LEVEL})", minimal.table["p"], len(minimal.controls)
+    if not parts:
+        return _measure(name, np.nan)
+    # p is a rank among the parts: each of parts + 1 values is equally likely for one more of them
+    small = np.count_nonzero(np.arange(1, parts + 2) / (parts + 1) < _LEVEL)
+    return _measure(name, int((p < _LEVEL).sum()), random=len(p) * small / (parts + 1))
+
+
+def _seeds(circuit: Circuit, other: Circuit) -> list[dict[str, Any]]:
+    compared = compare_seeds([circuit, other]).iloc[0]
+    return [
+        _measure(f"Jaccard of {of}, other seed of the method", compared[of], random=compared[f"{of}_null"]) for of in ("edges", "nodes")
+    ]
+
+
+def _measure(name: str, value: float, low: float = np.nan, high: float = np.nan, *, random: float = np.nan) -> dict[str, Any]:
+    return {"measure": name, "value": float(value), "low": low, "high": high, "random": random, "random_low": np.nan, "random_high": np.nan}
+
+
+def _area(name: str, area: Area) -> dict[str, Any]:
+    row = _measure(name, area.value, area.low, area.high, random=area.random)
+    return {**row, "random_low": area.random_low, "random_high": area.random_high}
+
+
+def _components(cards: pd.DataFrame, scores: EdgeScores, needed: Minimality | None) -> pd.DataFrame:
+    nodes = scores.node_table().rename(columns={"node": "component"})
+    columns = [name for name in ("component", "score", "low", "high") if name in nodes]
+    table = cards.merge(nodes[columns], on="component", how="left")
+    if needed is not None:
+        tested = needed.table[["component", "normalised", "p", "q"]]
+        tested = tested.rename(columns={"normalised": "minimality", "p": "minimality_p", "q": "minimality_q"})
+        table = table.merge(tested, on="component", how="left")
+    return table.sort_values("score", key=np.abs, ascending=False, kind="stable").reset_index(drop=True)

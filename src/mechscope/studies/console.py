@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
@@ -16,16 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mechscope import ranks
-from mechscope.progress import Progress as Report
+from mechscope.instrument.execution import Progress as Report
 
 if TYPE_CHECKING:
-    from mechscope.adapt.training import Tuned
     from mechscope.instrument import Check
-    from mechscope.studies.summarization import Study
+    from mechscope.report.marks.tables import Shown
+    from mechscope.studies.job import Job
     from mechscope.subject import Subject
 
-_VERDICTS = {"supported": "green", "contradicted": "red", "undecided": "yellow", "no change": "cyan"}
-_CIRCUIT_MEASURES = ("edges", "nodes", "metric of the model", "metric without edges", "faithfulness", "CPR", "CMD")
+# rows of a table that the terminal prints
+_ROWS = 10
 
 out = Console()
 err = Console(stderr=True)
@@ -102,137 +102,45 @@ def _reporting() -> Iterator[Report]:
         yield bar
 
 
-def show_study(study: Study) -> None:
-    """Print the claims and where the report is."""
-    claims = study.tables.get("claims")
-    if claims is not None:
-        table = Table(title="Claims of the paper, measured", show_lines=False)
-        for name in ("verdict", "statement", "measured"):
-            table.add_column(name, overflow="fold")
-        for claim in claims.itertuples():
-            style = _VERDICTS[str(claim.verdict)]
-            table.add_row(f"[{style}]{claim.verdict}[/{style}]", escape(str(claim.statement)), escape(str(claim.measured)))
-        out.print(table)
-    _show_run(study)
+def run(job: Job[Any], settings: Any, out: Path, *, command: list[str], progress: Report) -> Any:
+    """Run a job as the command line asks for it."""
+    from mechscope.studies.runner import run_job
+
+    return (job.execute or run_job)(job, settings, out, command=command, progress=progress)
 
 
-def show_effects(study: Study) -> None:
-    """Print the largest effects of a sweep and where the report is."""
-    effects = study.tables["effects"]
-    top = effects.reindex(effects["effect"].abs().sort_values(ascending=False, kind="stable").index).head(10)
-    table = Table(title=f"Largest effects on {effects['metric'].iloc[0]}")
-    for name in ("component", "positions", "effect", "95 % interval", "q"):
-        table.add_column(name, justify="left" if name in ("component", "positions") else "right")
-    for row in top.itertuples():
-        table.add_row(
-            str(row.component), escape(str(row.positions)), f"{row.effect:+.4f}", f"{row.low:+.4f} to {row.high:+.4f}", f"{row.q:.2g}"
-        )
-    out.print(table)
-    _show_run(study)
+def show(job: Job[Any], result: Any) -> None:
+    """Print what a job found, and where its run and report are."""
+    if job.show is not None:
+        job.show(result)
+        return
+    from mechscope.report.contents import Contents
+
+    contents = Contents.read(result.path)
+    filled = [section for section in contents.sections if section.present(contents.tables)]
+    for sentence in (sentence for section in filled for sentence in section.findings(contents.tables)):
+        out.print(f"• {escape(sentence)}", highlight=False)
+    for section in filled:
+        for shown in section.views(contents.tables):
+            if shown.terminal:
+                out.print(_table(shown, section.heading))
+    out.print(f"run     {escape(str(result.path))}", highlight=False)
+    show_report(result.report)
 
 
-def show_circuits(study: Study) -> None:
-    """Print how good the circuits are, how much two of them share, and where the report is."""
-    summary = study.tables["circuit_summary"]
-    table = Table(title="Circuits")
-    for name in ("model", "measure", "value", "95 % interval", "random"):
-        table.add_column(name, justify="left" if name in ("model", "measure") else "right")
-    for row in summary[summary["measure"].isin(_CIRCUIT_MEASURES)].to_dict("records"):
-        between = "" if pd.isna(row["low"]) else f"{row['low']:.3g} to {row['high']:.3g}"
-        by_chance = "" if pd.isna(row["random"]) else f"{row['random']:.3g}"
-        table.add_row(escape(row["model"]), row["measure"], f"{row['value']:.4g}", between, by_chance)
-    out.print(table)
-    shared = study.tables.get("circuit_overlap")
-    if shared is not None:
-        table = Table(title="Base and tuned circuit: Jaccard index")
-        for name in ("of", "edges kept", "same texts", "random", "other texts", "base itself", "tuned itself"):
-            table.add_column(name, justify="left" if name == "of" else "right")
-        for row in shared.to_dict("records"):
-            numbers = (row[name] for name in ("jaccard", "null", "across", "self_base", "self_tuned"))
-            table.add_row(row["what"], f"{row['fraction']:.3%}", *(f"{number:.3f}" for number in numbers))
-        out.print(table)
-    _show_run(study)
-
-
-def show_roles(study: Study) -> None:
-    """Print the heads that stand out in every role, what fine-tuning changed, and where the report is."""
-    roles = study.tables["head_roles"]
-    table = Table(title="Heads with a role (the strongest, their score, what chance gives)")
-    for name in ("model", "role", "heads", "chance"):
-        table.add_column(name, justify="right" if name == "chance" else "left", overflow="fold")
-    for (model, role), group in roles[roles["has_role"]].groupby(["model", "role"], sort=False):
-        top = group.sort_values("score", ascending=False, kind="stable")
-        heads = ", ".join(f"{row.component} {row.score:.2f}" for row in top.head(5).itertuples())
-        more = f" and {len(top) - 5} more" if len(top) > 5 else ""
-        table.add_row(escape(str(model)), str(role), heads + more, f"{top['null'].mean():.2f}")
-    out.print(table)
-    changes = study.tables.get("head_role_changes")
-    if changes is not None:
-        whole = changes[changes["component"] == "all"]
-        table = Table(title="Change of the mean over heads")
-        for name in ("role", "base", "tuned", "change", "95 % interval", "p"):
-            table.add_column(name, justify="left" if name == "role" else "right")
-        for row in whole.to_dict("records"):
-            ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-            table.add_row(row["role"], f"{row['base']:.3f}", f"{row['tuned']:.3f}", f"{row['change']:+.4f}", ends, f"{row['p']:.2g}")
-        out.print(table)
-    _show_run(study)
-
-
-def show_lens(study: Study) -> None:
-    """Print what each layer says of the next token, and where the report is."""
-    summary = study.tables["lens_summary"]
-    residual = summary[summary["site"] == "residual"]
-    table = Table(title="What each layer says: mean over texts")
-    for name in ("model", "lens", "place", "log-probability of the target", "agrees with the model", "KL to the model, nats"):
-        table.add_column(name, justify="left" if name in ("model", "lens", "place") else "right")
-    for row in residual.to_dict("records"):
-        numbers = (f"{row['log_probability']:.3f}", f"{row['agreement']:.0%}", f"{row['kl']:.3f}")
-        table.add_row(escape(row["model"]), row["lens"], row["component"], *numbers)
-    out.print(table)
-    _show_run(study)
-
-
-def show_weights(study: Study) -> None:
-    """Print the heads that copy most, and those that fine-tuning changed most, and where the report is."""
-    table = Table(title="Heads by what they copy")
-    for name in ("model", "head", "eigenvalue score", "copied", "suppressed"):
-        table.add_column(name, justify="left" if name in ("model", "head") else "right")
-    for model, group in study.tables["weight_heads"].groupby("model", sort=False):
-        for row in group.nlargest(5, "copied").itertuples():
-            table.add_row(escape(str(model)), str(row.component), f"{row.copying:+.2f}", f"{row.copied:.0%}", f"{row.suppressed:.0%}")
-    out.print(table)
-    changes = study.tables.get("weight_changes")
-    if changes is not None:
-        table = Table(title="Heads whose weights changed most, relative to their norm")
-        for name in ("head", "W_OV", "W_QK"):
-            table.add_column(name, justify="left" if name == "head" else "right")
-        for change in changes.nlargest(5, "ov_relative").to_dict("records"):
-            looks = "–" if pd.isna(change["qk_relative"]) else f"{change['qk_relative']:.2%}"
-            table.add_row(change["component"], f"{change['ov_relative']:.2%}", looks)
-        out.print(table)
-    _show_run(study)
-
-
-def _show_run(study: Study) -> None:
-    out.print(f"run     {escape(str(study.path))}", highlight=False)
-    show_report(study.report)
+def _table(shown: Shown, section: str) -> Table:
+    """Return a table of the page as one of the terminal, its first rows only; one without a heading is called as its section."""
+    table = Table(title=escape(shown.heading or section))
+    for heading, is_number in shown.view.headings:
+        table.add_column(escape(heading), justify="right" if is_number else "left", overflow="fold")
+    for row in shown.view.rows[:_ROWS]:
+        table.add_row(*(escape(f"{cell.text} {cell.note}".strip()) for cell in row))
+    return table
 
 
 def show_report(page: Path) -> None:
     """Print where the report is."""
     out.print(f"report  [bold]{escape(str(page))}[/bold]", highlight=False, soft_wrap=True)
-
-
-def show_tuned(tuned: Tuned) -> None:
-    """Print what a fine-tuning reached and where it is."""
-    share = tuned.trainable_parameters / tuned.total_parameters
-    out.print(
-        f"best validation loss {tuned.best_loss:.4f} nats per token at step {tuned.best_step:,} of {tuned.steps:,}; "
-        f"{tuned.trainable_parameters:,} trainable parameters ({share:.2%})",
-        highlight=False,
-    )
-    out.print(f"model   [bold]{escape(str(tuned.path))}[/bold]", highlight=False, soft_wrap=True)
 
 
 def show_verified(path: Path, files: pd.DataFrame) -> bool:

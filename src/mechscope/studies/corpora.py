@@ -17,7 +17,7 @@ from mechscope.data.prompt import Encoded, encode
 from mechscope.data.sources import is_file_source
 from mechscope.data.template import Template
 from mechscope.errors import DataError
-from mechscope.studies.settings import DocumentSettings, SplitSettings
+from mechscope.studies.groups import DocumentFormat, SplitCorpus
 from mechscope.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Splits:
         }
 
 
-def load_splits(settings: SplitSettings, subject: Subject) -> Splits:
+def load_splits(settings: SplitCorpus, subject: Subject) -> Splits:
     """Load, divide and encode the documents of a study.
 
     Args:
@@ -72,7 +72,7 @@ def load_splits(settings: SplitSettings, subject: Subject) -> Splits:
     return Splits(corpora, {name: encode_for(settings, corpus, subject) for name, corpus in corpora.items()})
 
 
-def encode_for(settings: DocumentSettings, corpus: Corpus, subject: Subject) -> Encoded:
+def encode_for(settings: DocumentFormat, corpus: Corpus, subject: Subject) -> Encoded:
     """Encode documents by the settings, no longer than the model can read."""
     if subject.tokenizer is None:
         raise DataError(f"model {subject.source!r} has no tokenizer: documents cannot be turned into tokens; pass tokenizer=…")
@@ -85,7 +85,7 @@ def encode_for(settings: DocumentSettings, corpus: Corpus, subject: Subject) -> 
     )
 
 
-def load_corpus(settings: DocumentSettings, source: str, *, split: str | None, limit: int | None, name: str) -> Corpus:
+def load_corpus(settings: DocumentFormat, source: str, *, split: str | None, limit: int | None, name: str) -> Corpus:
     """Load one source of documents by the settings."""
     return load_documents(
         source,
@@ -99,7 +99,7 @@ def load_corpus(settings: DocumentSettings, source: str, *, split: str | None, l
     )
 
 
-def _corpora(settings: SplitSettings) -> dict[str, Corpus]:
+def _corpora(settings: SplitCorpus) -> dict[str, Corpus]:
     sources = {"train": settings.data, "validation": settings.validation_data or settings.data, "test": settings.test_data or settings.data}
     sizes = {"train": settings.train_documents, "validation": settings.validation_documents, "test": settings.test_documents}
     names = {"train": settings.train_split, "validation": settings.validation_split, "test": settings.test_split}

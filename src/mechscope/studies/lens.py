@@ -1,97 +1,117 @@
-"""Lenses into a run folder: `mechscope lens`."""
+"""What layers say of the next token: lens by layer, some texts token by token, and direct logit attribution; of one model or of two, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from mechscope.data.pairs import Pairs, PromptPair, from_examples
-from mechscope.errors import DataError, SettingsError
-from mechscope.progress import Progress
-from mechscope.store.run import RunFolder
-from mechscope.studies import stages
-from mechscope.studies.heads import read_documents, read_models, record_reading
-from mechscope.studies.interventions import load_pairs
-from mechscope.studies.lens_stages import Asked, lens_stage, translators_stage
-from mechscope.studies.pair_settings import PairsSettings
-from mechscope.studies.reading_settings import LensSettings
-from mechscope.studies.settings import VOLATILE
-from mechscope.studies.summarization import Study, record_command
+import pandas as pd
+
+from mechscope.choices import LensNorm, LensSite, LogitMetric
+from mechscope.data.pairs import Pairs
+from mechscope.instrument.execution import Execution
+from mechscope.lens import compare_lenses, logit_lens
+from mechscope.lens.attribution import attribute_logits, compare_attributions
+from mechscope.lens.translators import Translators
 from mechscope.subject import Subject
 
 
-def lens_run(settings: LensSettings, out: str | Path, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> Study:
-    """Read every layer of a model, or of a base and a tuned model, as if it were the last.
+@dataclass(frozen=True)
+class LensRequest:
+    """What is read, and how.
+
+    Attributes:
+        texts: The texts; their next tokens are what is predicted, those of the target span where they have one.
+        sites: Where in the model.
+        norm: The final norm: `applied` or `frozen`.
+        top: Tokens kept per place.
+        grid_texts: Texts kept token by token.
+        attribution: Metric of the direct logit attribution; None to leave it out.
+    """
+
+    texts: Pairs
+    sites: tuple[LensSite, ...] = ("residual",)
+    norm: LensNorm = "applied"
+    top: int = 5
+    grid_texts: int = 1
+    attribution: LogitMetric | None = None
+
+
+def lens_tables(
+    subjects: Mapping[str, Subject],
+    request: LensRequest,
+    *,
+    translators: Mapping[str, Translators] | None = None,
+    execution: Execution = Execution(),
+) -> dict[str, pd.DataFrame]:
+    """Read every layer of some models as if it were the last.
 
     Args:
-        settings: Which models, texts and places.
-        out: The run folder.
-        command: The command line that asked for it, for the report.
-        progress: Called with a label, what is done and how much there is.
+        subjects: Models by label.
+        request: Texts and places.
+        translators: A tuned lens by label, which is read with too.
+        execution: Tokens of a batch (2,048 by default), progress.
 
-    Raises:
-        MechscopeError: Models, texts or settings cannot be used, or the folder belongs to another run.
+    Returns:
+        The tables `lens_summary`, `lens_grid`, `lens_tokens`, `logit_attribution`, and of a base and a tuned model `lens_change` and
+        `logit_attribution_change`.
     """
-    if sum(source is not None for source in (settings.text, settings.data, settings.pairs)) != 1:
-        raise SettingsError("give one of text (a text), data (documents with summaries) or pairs (prompts with answers) to read")
-    with RunFolder.open(out, asdict(settings), kind="lens", volatile=VOLATILE) as run:
-        record_command(run, command)
-        subjects = read_models(settings)
-        first = next(iter(subjects.values()))
-        texts = _texts(settings, first)
-        record_reading(run, subjects, settings, None)
-        run.record("data", {"source": texts.source, "texts": len(texts), "problems": texts.problems, "hash": texts.hash})
-        translators = None
-        if settings.lens_data is not None:
-            training = _training(settings, settings.lens_data, first, texts)
-            translators = translators_stage(run, subjects, training, steps=settings.lens_steps, seed=settings.seed, progress=progress)
-        asked = Asked(
-            texts,
-            sites=tuple(site.strip() for site in settings.sites.split(",") if site.strip()),
-            norm=settings.norm,
-            top=settings.top,
-            grid_texts=settings.grid_texts,
-            attribution=_metric(texts) if settings.attribution else None,
-            tokens_per_batch=settings.tokens_per_batch,
+    execution = replace(execution, tokens_per_batch=execution.tokens(2048))
+    parts = [_through(subjects, request, "logit", None, execution)]
+    if translators is not None:
+        parts.append(_through(subjects, replace(request, sites=("residual",)), "tuned", translators, execution))
+    tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+    tables["lens_tokens"] = _tokens(next(iter(subjects.values())), request.texts.first(request.grid_texts))
+    return {**tables, **_attributed(subjects, request, execution)}
+
+
+def _through(
+    subjects: Mapping[str, Subject], request: LensRequest, lens: str, translators: Mapping[str, Translators] | None, execution: Execution
+) -> dict[str, pd.DataFrame]:
+    """Read all models through one kind of lens: tables by name."""
+    options: dict[str, Any] = {"norm": request.norm, "execution": execution}
+    readings, summaries, grids = {}, [], []
+    for label, subject in subjects.items():
+        own = None if translators is None else translators[label]
+        readings[label] = logit_lens(subject, request.texts, sites=request.sites, k=1, translators=own, **options)
+        # the grid is of a few texts and shows more tokens
+        shown = logit_lens(subject, request.texts.first(request.grid_texts), k=request.top, translators=own, **options)
+        summaries.append(readings[label].summary(rows="target").assign(model=label, lens=lens))
+        grids.append(shown.table().assign(model=label, lens=lens))
+    tables = {"lens_summary": pd.concat(summaries, ignore_index=True), "lens_grid": pd.concat(grids, ignore_index=True)}
+    if {"base", "tuned"} <= readings.keys():
+        tables["lens_change"] = compare_lenses(readings["base"], readings["tuned"], rows="target").assign(lens=lens)
+    return tables
+
+
+def _attributed(subjects: Mapping[str, Subject], request: LensRequest, execution: Execution) -> dict[str, pd.DataFrame]:
+    """Attribute the answer, or the summary, to the parts of all models: tables by name."""
+    if request.attribution is None:
+        return {}
+    by_model = {
+        label: attribute_logits(subject, request.texts, metric=request.attribution, execution=execution)
+        for label, subject in subjects.items()
+    }
+    tables = {"logit_attribution": pd.concat([one.table().assign(model=label) for label, one in by_model.items()], ignore_index=True)}
+    if {"base", "tuned"} <= by_model.keys():
+        tables["logit_attribution_change"] = compare_attributions(by_model["base"], by_model["tuned"])
+    return tables
+
+
+def _tokens(subject: Subject, texts: Pairs) -> pd.DataFrame:
+    """Return the texts' tokens: `text`, `position`, `token`, `target` (the next token) and `segment`."""
+    tables = []
+    for pair in texts:
+        tokens = subject.spelling.tokens(pair.clean)
+        spans = {name: where for name, where in pair.segments.items() if name in ("document", "summary")}
+        segments = [
+            next((name for name, where in spans.items() if any(start <= at < stop for start, stop in where)), "text")
+            for at in range(len(tokens))
+        ]
+        tables.append(
+            pd.DataFrame(
+                {"text": pair.id, "position": range(len(tokens)), "token": tokens, "target": [*tokens[1:], ""], "segment": segments}
+            )
         )
-        lens_stage(run, subjects, asked, translators=translators, progress=progress)
-        return Study.of(run, stages.report_stage(run))
-
-
-def _texts(settings: LensSettings, subject: Subject) -> Pairs:
-    """Read or make the texts; each is cut to what the model can read, and of a bare text every token is predicted."""
-    if settings.pairs is not None:
-        asked = PairsSettings(
-            pairs=settings.pairs,
-            limit=settings.documents,
-            max_tokens=settings.max_tokens,
-            on_problem=settings.on_problem,
-            seed=settings.seed,
-        )
-        return load_pairs(asked, subject).first(settings.documents)
-    if settings.data is not None:
-        read = read_documents(settings, settings.data, settings.documents, subject)
-        problems = {**read.corpus.problems, **read.encoded.problems}
-        return replace(from_examples(read.encoded, read.corpus.source), problems=problems)
-    if subject.tokenizer is None:
-        raise DataError(f"model {subject.source!r} has no tokenizer, which a text needs: load it with one")
-    ids = tuple(subject.tokenizer(settings.text)["input_ids"][: min(settings.max_tokens, subject.anatomy.max_positions)])
-    if len(ids) < 2:
-        raise DataError(f"the text {settings.text!r} has {len(ids)} tokens: give at least two, so that one is predicted")
-    return Pairs((PromptPair("text", ids, ids, target=(1, len(ids))),), "text")
-
-
-def _metric(texts: Pairs) -> str:
-    """Return what is attributed: the logit difference where all texts have right and wrong answers, else the logit of what comes next."""
-    return "logit-diff" if all(pair.answers and pair.wrong_answers for pair in texts) else "target-logit"
-
-
-def _training(settings: LensSettings, source: str, subject: Subject, texts: Pairs) -> Pairs:
-    """Return the documents that a tuned lens learns from: none of those that are read with it."""
-    read = read_documents(settings, source, settings.lens_documents + len(texts), subject)
-    known = {pair.clean for pair in texts}
-    kept = tuple(pair for pair in from_examples(read.encoded, read.corpus.source) if pair.clean not in known)
-    if len(kept) < 2:
-        raise DataError(f"{source}: {len(kept)} documents are left to train the tuned lens on, besides those it reads: give more")
-    return Pairs(kept[: settings.lens_documents], read.corpus.source)
+    return pd.concat(tables, ignore_index=True)

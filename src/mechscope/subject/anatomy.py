@@ -73,7 +73,7 @@ class Block:
     Attributes:
         name: Path of the block in the plain Hugging Face model.
         attention_write: Module whose output is what attention adds to the residual stream (a norm after attention where the family has one).
-        mlp_write: Likewise for the MLP.
+        mlp_write: Module whose output is what the MLP adds (a norm after the MLP where the family has one).
         mlp_read: Module whose input is what the MLP reads.
         mlp_down: The MLP's last linear map: its input are the neurons.
         mlp_linears: Paths of the MLP's linear maps.
@@ -212,18 +212,18 @@ def _refuse(config: Any, family: str) -> None:
 
 
 def _find_blocks(model: nn.Module, n_layers: int, family: str) -> tuple[str, nn.ModuleList]:
-    found = [
+    stacks = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and _find_attention(module[0]) is not None
     ]
-    if len(found) != 1:
+    if len(stacks) != 1:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ModelError(
             f"{family}: expected one list of {n_layers} blocks with an attention module (readers {', '.join((*_SEPARATE, *_FUSED))}), "
-            f"found {len(found)} among {lists or 'no module lists'}: this architecture is not supported"
+            f"found {len(stacks)} among {lists or 'no module lists'}: this architecture is not supported"
         )
-    return found[0]
+    return stacks[0]
 
 
 def _find_attention(block: nn.Module) -> tuple[str, nn.Module] | None:
@@ -235,10 +235,10 @@ def _find_attention(block: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _read_block(path: str, block: nn.Module, n_heads: int, d_head: int, family: str) -> Block:
-    found = _find_attention(block)
-    if found is None:
+    named = _find_attention(block)
+    if named is None:
         raise ModelError(f"{family}: block {path} has no attention module like its first block; hybrid stacks are not supported")
-    attention_name, attention = f"{path}.{found[0]}", found[1]
+    attention_name, attention = f"{path}.{named[0]}", named[1]
     readers = _readers(attention, attention_name, n_heads, d_head, family)
     writer = next(name for name in _WRITERS if hasattr(attention, name))
     output = Slice(f"{attention_name}.{writer}", getattr(attention, writer), "input", tuple(h * d_head for h in range(n_heads)), d_head)

@@ -26,12 +26,12 @@ def read_adapter_config(source: str) -> dict[str, Any] | None:
     if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
         return None
     try:
-        found = find_adapter_config_file(source)
+        file = find_adapter_config_file(source)
     except (OSError, ValueError):
         return None  # not there at all: the model loader says so in its own words
-    if found is None:
+    if file is None:
         return None
-    return dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def read_model(
@@ -46,9 +46,9 @@ def read_model(
     if folder.is_file():
         raise ModelError(f"model {source!r} is a file: give the directory that holds config.json and the weights")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        contents = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise ModelError(
-            f"directory {source!r} is not a model: it has no config.json (it holds {found}); give a directory written by save_pretrained"
+            f"directory {source!r} is not a model: it has no config.json (it holds {contents}); give a directory written by save_pretrained"
         )
     if not unsafe and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(f"model {source!r} has only pickled weights (.bin): save it as safetensors, or pass unsafe=True to read them")

@@ -55,6 +55,15 @@ class Components:
     def parse(cls, text: str) -> Components:
         """Read the text form; the inverse of `str`.
 
+            selection  = "none" | part { "," part }               blanks are ignored, an empty text is "none"
+            part       = head | mlp | layers
+            head       = "a" number ".h" number                   a3.h5: head 5 of layer 3
+            mlp        = "m" number                               m3
+            layers     = "layers:" span { "," span }              layers:0-3,5: whole layers, heads and MLP; further parts may follow
+            span       = number [ "-" number ]                    both ends belong to it
+
+        Tables and edges also name what no selection can hold: `embed`, `resid3`, `a3` (what attention adds), `m3.n1024`, `logits`.
+
         Args:
             text: For example `"a3.h5,m3"`, `"layers:2,3,5"`, `"layers:0-3,a5.h1"` or `"none"`.
 

@@ -65,15 +65,10 @@ def fetched(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
 
 
 def require_in_memory(source: str, module: nn.Module, purpose: str) -> None:
-    """Refuse a model whose weights are offloaded, for what reads them itself.
-
-    Args:
-        source: How the model is called.
-        module: The part that is read.
-        purpose: What needs the weights.
+    """Refuse a model whose weights are offloaded, for what reads those of a module itself.
 
     Raises:
-        ModelError: Some are not in memory.
+        ModelError: Some are not in memory; the message names the model and the purpose.
     """
     away = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if away:

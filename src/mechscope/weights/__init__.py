@@ -1,4 +1,4 @@
-"""What weights alone tell: heads' OV and QK circuits in vocabulary and position space, copying, composition, and how fine-tuning changed them."""
+"""What weights alone show: heads' OV and QK circuits in vocabulary and position space, copying, composition, and how fine-tuning changed them."""
 
 from mechscope.weights.activity import Activity, neuron_activity
 from mechscope.weights.activity_change import ActivityChange, activity_change

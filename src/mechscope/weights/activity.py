@@ -19,17 +19,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import check_fits
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.attention import observed
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.mlp import Mlps
+from mechscope.instrument.texts import over_texts
 from mechscope.instrument.walk import Walk
-from mechscope.progress import Progress
-from mechscope.scoring import batches, check_fits
 from mechscope.stats.inference import estimate
 from mechscope.subject import Subject
 from mechscope.weights.layer_activity import LayerActivity, Tokens
-from mechscope.weights.mlp import Mlps
 from mechscope.weights.neurons import names
 
 # position explains more of a positional neuron than all else together
@@ -81,12 +81,12 @@ class Activity:
             ModelError: An activation is not finite.
         """
         subject, tokens, by_text = mlps.subject, self._tokens(batch), []
-        found = copy(self)
-        found.layers, found.n_tokens = [layer.empty() for layer in self.layers], len(tokens.rows)
+        of_batch = copy(self)
+        of_batch.layers, of_batch.n_tokens = [layer.empty() for layer in self.layers], len(tokens.rows)
         with observed(subject):
             walk = Walk(subject, batch.clean, batch.real)
             hidden = walk.hidden
-            for layer, into in enumerate(found.layers):
+            for layer, into in enumerate(of_batch.layers):
                 with mlps.watched(layer) as seen:
                     hidden = walk.step(layer, hidden)
                 values, fired = (_rows(one, tokens.rows) for one in (seen.neurons, seen.activation))
@@ -95,7 +95,7 @@ class Activity:
                     raise ModelError(
                         f"model {subject.source!r} in {subject.dtype}: neurons of layer {layer} are not finite: load it in bfloat16 or float32"
                     )
-        return found, by_text
+        return of_batch, by_text
 
     def add(self, other: Activity) -> None:
         """Add what the same model did on others of these texts."""
@@ -123,40 +123,27 @@ class Activity:
             active), each with `_se`, `_low`, `_high`; over tokens `sd`, `minimum`, `maximum`, `active_tokens`; `dead` (never active) and `active_bound`,
             the upper 95 % bound of a dead neuron's rate (3 / tokens, as if tokens were independent; NaN for others); `position_r2` and what it is by
             chance, `position_r2_chance` (one for all), `positional` (above `POSITIONAL` once chance is taken off); `contexts` (how many are kept),
-            `token_purity` (share of them on the commonest token; NaN below two), `token_id` (that token, -1 for none), `token_bound` (as many
-            contexts as were asked for, at least two, and all on it).
+            `token_purity` (share of them on the commonest token; NaN below two), `token_id` (that token, -1 for none), `token_bound` (the full
+            number of contexts, at least two, all on it).
         """
-        return pd.concat([self._layer_table(layer, found) for layer, found in enumerate(self.layers)], ignore_index=True)
+        return pd.concat([self._layer_table(layer, activity) for layer, activity in enumerate(self.layers)], ignore_index=True)
 
-    def _layer_table(self, layer: int, found: LayerActivity) -> pd.DataFrame:
-        by_text, r2, chance = estimate(found.by_text), found.position_r2, found.position_r2_chance
-        purity, token = found.purity()
-        dead, contexts = found.active == 0, found.contexts.filled.sum(0).numpy()
+    def _layer_table(self, layer: int, activity: LayerActivity) -> pd.DataFrame:
+        by_text, r2, chance = estimate(activity.by_text), activity.position_r2, activity.position_r2_chance
+        purity, token = activity.purity()
+        dead, contexts = activity.active == 0, activity.contexts.filled.sum(0).numpy()
         over_texts = {}
         for index, name in enumerate(("mean", "active")):
             over_texts[name] = by_text.mean[index]
             over_texts.update({f"{name}_{end}": getattr(by_text, whole)[index] for end, whole in ENDS.items()})
-        return pd.DataFrame(
-            {
-                **names(layer, np.arange(len(r2))),
-                "n": by_text.n[0],
-                "n_tokens": self.n_tokens,
-                **over_texts,
-                "sd": np.sqrt(found.tokens.variance),
-                "minimum": found.minimum,
-                "maximum": found.maximum,
-                "active_tokens": found.active,
-                "dead": dead,
-                "active_bound": np.where(dead, _RULE_OF_THREE / max(self.n_tokens, 1), np.nan),
-                "position_r2": r2,
-                "position_r2_chance": chance,
-                "positional": (r2 - chance) / (1 - chance) > POSITIONAL,
-                "contexts": contexts,
-                "token_purity": purity,
-                "token_id": token,
-                "token_bound": (contexts == len(found.contexts.token)) & (purity == 1.0),
-            }
-        )
+        columns = {**names(layer, np.arange(len(r2))), "n": by_text.n[0], "n_tokens": self.n_tokens, **over_texts}
+        columns |= {"sd": np.sqrt(activity.tokens.variance), "minimum": activity.minimum, "maximum": activity.maximum}
+        columns |= {"active_tokens": activity.active, "dead": dead}
+        columns["active_bound"] = np.where(dead, _RULE_OF_THREE / max(self.n_tokens, 1), np.nan)
+        columns |= {"position_r2": r2, "position_r2_chance": chance, "positional": (r2 - chance) / (1 - chance) > POSITIONAL}
+        columns |= {"contexts": contexts, "token_purity": purity, "token_id": token}
+        columns["token_bound"] = (contexts == len(activity.contexts.token)) & (purity == 1.0)
+        return pd.DataFrame(columns)
 
     def _tokens(self, batch: PairBatch) -> Tokens:
         order = sorted(range(len(batch.pairs)), key=lambda row: self._numbers[batch.pairs[row].id])
@@ -171,17 +158,14 @@ class Activity:
         return Tokens(flat, torch.cat(text), torch.cat(position), batch.clean.flatten()[flat], [len(one) for one in rows])
 
 
-def neuron_activity(
-    subject: Subject, texts: Pairs, *, contexts: int = 5, tokens_per_batch: int = 2048, progress: Progress | None = None
-) -> Activity:
+def neuron_activity(subject: Subject, texts: Pairs, *, contexts: int = 5, execution: Execution = Execution()) -> Activity:
     """Measure what every neuron does on texts, in one pass.
 
     Args:
         subject: The model.
         texts: Their clean sides are read.
         contexts: How many of the strongest activations are kept per neuron.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (2,048 by default), progress.
 
     Raises:
         DataError: There are no texts, two have the same id, or one does not fit the model.
@@ -189,14 +173,10 @@ def neuron_activity(
         SettingsError: A number is below 1.
     """
     mlps = Mlps(subject)
-    activity, done = Activity(mlps, texts, contexts=contexts), 0
-    if progress is not None:
-        progress("texts", done, len(texts))
-    for found, by_text in each(lambda batch: activity.of(mlps, batch), batches(texts, tokens_per_batch)):
-        activity.add(found)
-        done += len(by_text[0])
-        if progress is not None:
-            progress("texts", done, len(texts))
+    activity = Activity(mlps, texts, contexts=contexts)
+    execution.told("texts", 0, len(texts))
+    for _, (of_batch, _) in over_texts(texts, lambda batch: activity.of(mlps, batch), execution, tokens=2048, label="texts"):
+        activity.add(of_batch)
     return activity
 
 

@@ -13,17 +13,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechscope.data.memory import each
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import ModelError
-from mechscope.progress import Progress
-from mechscope.scoring import batches
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.mlp import Mlps
+from mechscope.instrument.texts import over_texts
 from mechscope.stats.inference import benjamini_hochberg, estimate
 from mechscope.stats.moments import Moments
 from mechscope.subject import Pair
 from mechscope.weights.activity import ENDS, Activity
 from mechscope.weights.contexts import TopContexts
-from mechscope.weights.mlp import Mlps
 from mechscope.weights.neurons import names
 
 _ENDS = ("se", "low", "high", "p", "q")
@@ -89,17 +88,14 @@ class ActivityChange:
         return pd.DataFrame(columns)
 
 
-def activity_change(
-    pair: Pair, texts: Pairs, *, contexts: int = 5, tokens_per_batch: int = 2048, progress: Progress | None = None
-) -> ActivityChange:
+def activity_change(pair: Pair, texts: Pairs, *, contexts: int = 5, execution: Execution = Execution()) -> ActivityChange:
     """Measure what every neuron of two models does on the same texts, in one pass.
 
     Args:
         pair: The base and the tuned model.
         texts: Their clean sides are read.
         contexts: How many of the strongest activations are kept per neuron.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        progress: Called with a label, what is done and how much there is.
+        execution: Tokens of a batch (2,048 by default), progress.
 
     Raises:
         DataError: There are no texts, two have the same id, or one does not fit a model.
@@ -112,23 +108,19 @@ def activity_change(
             f"base and tuned have MLPs of different widths ({mlps[0].widths} and {mlps[1].widths}): their neurons cannot be paired"
         )
     base, tuned = (Activity(side, texts, contexts=contexts) for side in mlps)
-    found, done = ActivityChange(base, tuned, tuple(Moments((2, width)) for width in mlps[0].widths)), 0
+    change = ActivityChange(base, tuned, tuple(Moments((2, width)) for width in mlps[0].widths))
 
     def both(batch: PairBatch) -> tuple[Activity, Activity, list[np.ndarray]]:
         (before, one), (after, two) = base.of(mlps[0], batch), tuned.of(mlps[1], batch)
         return before, after, [there - here for here, there in zip(one, two, strict=True)]
 
-    if progress is not None:
-        progress("texts", done, len(texts))
-    for before, after, changes in each(both, batches(texts, tokens_per_batch)):
+    execution.told("texts", 0, len(texts))
+    for _, (before, after, changes) in over_texts(texts, both, execution, tokens=2048, label="texts"):
         base.add(before)
         tuned.add(after)
-        for moments, change in zip(found.changes, changes, strict=True):
-            moments.update_many(change)
-        done += len(changes[0])
-        if progress is not None:
-            progress("texts", done, len(texts))
-    return found
+        for moments, values in zip(change.changes, changes, strict=True):
+            moments.update_many(values)
+    return change
 
 
 def overlap(one: TopContexts, two: TopContexts) -> Float[np.ndarray, " neuron"]:

@@ -37,9 +37,8 @@ class Bilinear:
     Attributes:
         left: ``(rank, d_model)``, float64.
         right: ``(rank, d_model)``, float64.
-        left_constant: ``(rank,)``: what is there for x = 0 (biases and the shifts of norms); None for nothing. No part of `matrix`, `norm` or
-            `singular`.
-        right_constant: ``(rank,)``, likewise.
+        left_constant: ``(rank,)``: what is there for x = 0 (biases and the shifts of norms); None for nothing. No part of `matrix`, `norm` or `singular`.
+        right_constant: ``(rank,)``: the same for y = 0.
     """
 
     left: Float[Tensor, "rank d_model"]
@@ -77,11 +76,11 @@ class Bilinear:
         ours, theirs = self._homogeneous(constants), other._homogeneous(constants)
         left = torch.cat([ours[0], theirs[0].to(ours[0])])
         right = torch.cat([ours[1], -theirs[1].to(ours[1])])
-        found = _decomposed(left, right)
+        singular = _decomposed(left, right)
         floor = left.shape[1] * torch.finfo(left.dtype).eps * torch.linalg.norm(left) * torch.linalg.norm(right)
-        kept = found.values > floor
-        root = found.values[kept].sqrt()[:, None]
-        left, right = root * found.left[kept], root * found.right[kept]
+        large = singular.values > floor
+        root = singular.values[large].sqrt()[:, None]
+        left, right = root * singular.left[large], root * singular.right[large]
         if not constants:
             return Bilinear(left, right)
         return Bilinear(left[:, :-1], right[:, :-1], left[:, -1], right[:, -1])
@@ -91,7 +90,7 @@ class Bilinear:
         return self.left_constant is not None or self.right_constant is not None
 
     def _homogeneous(self, constants: bool) -> tuple[Tensor, Tensor]:
-        """Return both factors, with the constants as a last column if asked for: what multiplies a one behind x and y."""
+        """Return both factors, with `constants` those as a last column, which multiplies a one behind x and y."""
         if not constants:
             return self.left, self.right
         pairs = ((self.left, self.left_constant), (self.right, self.right_constant))

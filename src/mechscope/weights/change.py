@@ -2,7 +2,7 @@
 
 A circuit is a product, so this is not the change of its matrices (`difference.compare_weights` has that): W_V and W_O can both turn without the head doing
 anything else, and a change of a norm's gain counts as one of the heads behind it. What the change is about, in tokens, `ov_tokens`, `qk_tokens` and
-`singular_tokens` tell of the same pair.
+`singular_tokens` show for the same pair.
 """
 
 from __future__ import annotations

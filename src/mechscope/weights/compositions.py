@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject
 from mechscope.subject.pair import Pair
 from mechscope.weights.forms import Forms
@@ -32,7 +32,7 @@ COMPOSITION_COLUMNS = ("kind", "from", "to", "from_layer", "from_head", "to_laye
 
 
 @torch.no_grad()
-def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int = 0, progress: Progress | None = None) -> pd.DataFrame:
+def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int = 0, execution: Execution = Execution()) -> pd.DataFrame:
     """Score how much every head reads from every head of an earlier layer.
 
     Norms' gains and centring are folded into what reads; their scales, and MLPs between, are left out.
@@ -41,7 +41,7 @@ def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int 
         subject: The model.
         kinds: By queries (`q`), keys (`k`), values (`v`).
         offset: Query position less key position at which W_QK of rotary families is taken; 0 turns nothing.
-        progress: Called with a label, what is done and how much there is.
+        execution: Progress.
 
     Returns:
         One row per kind and pair of heads: `kind`, `from` and `to` (such as `a0.h3`), their layers and heads, `score` (0–1), `random` and `sd` (mean
@@ -57,14 +57,12 @@ def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int 
     senders: list[Tensor] = []
     parts: list[pd.DataFrame] = []
     for layer in range(anatomy.n_layers):
-        if progress is not None:
-            progress("composition", layer, anatomy.n_layers)
+        execution.told("composition", layer, anatomy.n_layers)
         for kind in kinds if layer else ():
             readers = torch.stack([_reader(forms, kind, layer, head, offset) for head in range(anatomy.n_heads)])
             parts += [_pairs(kind, earlier, layer, sender, readers) for earlier, sender in enumerate(senders)]
         senders.append(torch.stack([forms.ov(layer, head).onto_right() for head in range(anatomy.n_heads)]))
-    if progress is not None:
-        progress("composition", anatomy.n_layers, anatomy.n_layers)
+    execution.told("composition", anatomy.n_layers, anatomy.n_layers)
     if not parts:
         return pd.DataFrame(columns=list(COMPOSITION_COLUMNS))
     order = pd.CategoricalDtype(list(kinds), ordered=True)
@@ -77,24 +75,20 @@ def composition_change(pair: Pair, *, kinds: Sequence[Kind] = KINDS, offset: int
 
     Args:
         pair: The two models.
-        kinds: As for `composition`.
-        offset: As for `composition`.
+        kinds: By queries (`q`), keys (`k`), values (`v`).
+        offset: Query position less key position at which W_QK of rotary families is taken; 0 turns nothing.
 
     Returns:
         One row per kind and pair of heads: the names of `composition`, `score_base`, `score_tuned`, `change` (tuned − base), `z_base`, `z_tuned`.
 
     Raises:
-        SettingsError: As for `composition`.
-        ModelError: As for `composition`.
+        SettingsError: A kind is not known, or the offset does not fit the models.
+        ModelError: Heads cannot be taken apart, or queries and keys have norms of their own: then only `kinds=("v",)` is defined.
     """
     base, tuned = (composition(subject, kinds=kinds, offset=offset) for subject in (pair.base, pair.tuned))
     names = list(COMPOSITION_COLUMNS[:7])
     return base[names].assign(
-        score_base=base["score"],
-        score_tuned=tuned["score"],
-        change=tuned["score"] - base["score"],
-        z_base=base["z"],
-        z_tuned=tuned["z"],
+        score_base=base["score"], score_tuned=tuned["score"], change=tuned["score"] - base["score"], z_base=base["z"], z_tuned=tuned["z"]
     )
 
 
@@ -109,7 +103,7 @@ def random_score(
 
     Args:
         first: Σa², the sum of squares of the normalised squared singular values of one circuit: from 1 (one direction) down to 1/rank.
-        second: Likewise of the other.
+        second: The same sum of the other circuit.
         d_model: Width of the residual stream.
     """
     size = float(d_model)
@@ -144,21 +138,11 @@ def _pairs(
     score = (squares / (square_from[:, None] * square_to)).sqrt()
     mean, sd = random_score(spread_from[:, None], spread_to[None], size)
     sender, reader = (index.flatten().tolist() for index in torch.meshgrid(torch.arange(heads), torch.arange(heads), indexing="ij"))
-    return pd.DataFrame(
-        {
-            "kind": kind,
-            "from": [f"a{earlier}.h{head}" for head in sender],
-            "to": [f"a{later}.h{head}" for head in reader],
-            "from_layer": earlier,
-            "from_head": sender,
-            "to_layer": later,
-            "to_head": reader,
-            **{
-                name: value.flatten().tolist()
-                for name, value in (("score", score), ("random", mean), ("sd", sd), ("z", (score - mean) / sd))
-            },
-        }
-    )
+    scores = {"score": score, "random": mean, "sd": sd, "z": (score - mean) / sd}
+    heads_from, heads_to = [f"a{earlier}.h{head}" for head in sender], [f"a{later}.h{head}" for head in reader]
+    columns: dict[str, object] = {"kind": kind, "from": heads_from, "to": heads_to}
+    columns |= {"from_layer": earlier, "from_head": sender, "to_layer": later, "to_head": reader}
+    return pd.DataFrame({**columns, **{name: value.flatten().tolist() for name, value in scores.items()}})
 
 
 def _sizes(circuits: Float[Tensor, "head d_head d_model"]) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:

@@ -57,19 +57,15 @@ class TopContexts:
         return self._place % _TEXT
 
     def update(
-        self,
-        activations: Float[Tensor, "n neuron"],
-        text: Int[Tensor, " n"],
-        position: Int[Tensor, " n"],
-        token: Int[Tensor, " n"],
+        self, activations: Float[Tensor, "n neuron"], text: Int[Tensor, " n"], position: Int[Tensor, " n"], token: Int[Tensor, " n"]
     ) -> None:
         """Add tokens, in ascending order of text and position."""
         strength = self._strength(activations)
         rows = _strongest(strength, len(self.activation))
         place = (text * _TEXT + position)[rows]
-        found = activations.gather(0, rows)
+        values = activations.gather(0, rows)
         driven = strength.gather(0, rows) > 0
-        self._combine(found.where(driven, 0).cpu(), token[rows].where(driven, -1).cpu(), place.where(driven, NOWHERE).cpu())
+        self._combine(values.where(driven, 0).cpu(), token[rows].where(driven, -1).cpu(), place.where(driven, NOWHERE).cpu())
 
     def merge(self, other: TopContexts, *, texts_before: int = 0) -> None:
         """Add another object's contexts, whose texts are numbered from `texts_before` on here."""

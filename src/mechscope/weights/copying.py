@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject.components import Components, chosen_heads
 from mechscope.subject.load import Subject
 from mechscope.weights.forms import Forms
@@ -77,8 +77,7 @@ def weight_heads(
     k: int = 5,
     embedding: Embedding = "normalised",
     effective: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Describe every head by its weights.
 
@@ -89,9 +88,8 @@ def weight_heads(
         n_tokens: How many to draw; fewer where the vocabulary is smaller.
         k: Among how many a token must be to count as copied.
         embedding: How tokens are read, see `Vocabulary`.
-        effective: Likewise.
-        seed: Seed of the draw.
-        progress: Called with a label, what is done and how much there is.
+        effective: Add what the first layer's MLP makes of a token to its embedding, see `Vocabulary`.
+        execution: Seed (of the draw), progress.
 
     Returns:
         One row per head: `layer`, `head`, `component`, `ov_norm` and `qk_norm` (Frobenius norms with the norms' gains folded in; of W_QK at offset 0, scaling
@@ -106,33 +104,21 @@ def weight_heads(
         raise SettingsError(f"n_tokens={n_tokens}, k={k}: give at least 1")
     forms, vocabulary = Forms(subject), Vocabulary(subject, embedding=embedding, effective=effective)
     if tokens is None:
-        order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(execution.seed))
         tokens = order[:n_tokens].tolist()
     tokens = vocabulary.checked(tokens, "tokens")
     chosen = chosen_heads(subject.anatomy, heads)
     bilinear = {layer: is_bilinear(subject, layer) for layer in {layer for layer, _ in chosen}}
     rows: list[dict[str, Any]] = []
     for layer, head in chosen:
-        if progress is not None:
-            progress("heads", len(rows), len(chosen))
+        execution.told("heads", len(rows), len(chosen))
         form = forms.ov(layer, head)
         a, b = vocabulary.read(form, layer), vocabulary.written(form.right)
         eigenvalues, (high, low) = Eigenvalues.of(a, b.to(a.device)), copied(a, b.to(a.device), tokens, k=k)
-        rows.append(
-            {
-                "layer": layer,
-                "head": head,
-                "component": f"a{layer}.h{head}",
-                "ov_norm": form.norm(),
-                "qk_norm": forms.qk(layer, head).norm() if bilinear[layer] else math.nan,
-                "copying": eigenvalues.score,
-                "positive": eigenvalues.positive,
-                "copied": high,
-                "suppressed": low,
-            }
-        )
-    if progress is not None:
-        progress("heads", len(chosen), len(chosen))
+        row = {"layer": layer, "head": head, "component": f"a{layer}.h{head}", "ov_norm": form.norm()}
+        row["qk_norm"] = forms.qk(layer, head).norm() if bilinear[layer] else math.nan
+        rows.append({**row, "copying": eigenvalues.score, "positive": eigenvalues.positive, "copied": high, "suppressed": low})
+    execution.told("heads", len(chosen), len(chosen))
     return pd.DataFrame(rows)
 
 

@@ -46,8 +46,8 @@ def extremes(a: Float[Tensor, "m rank"], b: Float[Tensor, "n rank"], *, k: int) 
     balanced_a, balanced_b = _balanced(a, b)
     (long_a, order_a), (long_b, order_b) = (_ordered(factor) for factor in (balanced_a, balanced_b))
     lengths_a, lengths_b = (torch.linalg.norm(factor, dim=1).tolist() for factor in (long_a, long_b))
-    kept = min(k, len(a) * len(b))
-    high, low = _Best(kept, len(b)), _Best(kept, len(b))
+    size = min(k, len(a) * len(b))
+    high, low = _Best(size, len(b)), _Best(size, len(b))
     slack = 1 + 1e-5  # of the rounding of lengths and products
     for top in range(0, len(a), _ROWS):
         rows = long_a[top : top + _ROWS]
@@ -68,13 +68,13 @@ def extremes_of_rows(
 ) -> tuple[tuple[Int[Tensor, "m k"], Float[Tensor, "m k"]], tuple[Int[Tensor, "m k"], Float[Tensor, "m k"]]]:
     """Return columns and values of the k largest and the k smallest entries of every row of A Bᵀ."""
     k = min(k, len(b))
-    found: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    parts: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     for rows in a.split(max(1, _ENTRIES // len(b))):
         entries = rows @ b.T
-        for largest, kept in zip((True, False), found, strict=True):
+        for largest, side in zip((True, False), parts, strict=True):
             values, columns = entries.topk(k, dim=1, largest=largest)
-            kept.append((columns, values))
-    high, low = ((torch.cat([one for one, _ in kept]), torch.cat([one for _, one in kept])) for kept in found)
+            side.append((columns, values))
+    high, low = ((torch.cat([one for one, _ in side]), torch.cat([one for _, one in side])) for side in parts)
     return high, low
 
 

@@ -57,7 +57,7 @@ class Forms:
         shared = head // self._wiring.group
         query, key = self._wiring.folded(layer, "query")[head].double(), self._wiring.folded(layer, "key")[shared].double()
         constants = [
-            None if (found := self._wiring.constant(layer, part)) is None else found[at].double()
+            None if (constant := self._wiring.constant(layer, part)) is None else constant[at].double()
             for part, at in (("query", head), ("key", shared))
         ]
         return Bilinear(query, scores @ key, constants[0], None if constants[1] is None else scores @ constants[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from mechscope.stats.moments import Moments
 from mechscope.weights.contexts import TopContexts
 
-# positions are told apart up to the first number and then eight to an octave: 64 groups up to 1,024, 120 up to 131,072
+# a group per position up to the first number and then eight to an octave: 64 groups up to 1,024, 120 up to 131,072
 _SINGLE, _PER_OCTAVE = 16, 8
 # a neuron whose values differ by less than this share of their size is constant up to rounding
 _CONSTANT = 1e-12
@@ -70,10 +70,7 @@ class LayerActivity:
         return LayerActivity(len(self.minimum), gated=self._gated, contexts=len(self.contexts.token), longest=self._longest)
 
     def update(
-        self,
-        values: Float[Tensor, "n neuron"],
-        active: Bool[Tensor, "n neuron"],
-        tokens: Tokens,
+        self, values: Float[Tensor, "n neuron"], active: Bool[Tensor, "n neuron"], tokens: Tokens
     ) -> Float[np.ndarray, "text 2 neuron"]:
         """Add tokens; return what each text adds to `by_text`."""
         split = [one.split(tokens.lengths) for one in (values, active, position_group(tokens.position).to(values.device))]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
+from mechscope.instrument.mlp import Mlps
 from mechscope.stats.inference import share_interval
 from mechscope.subject import Subject
 from mechscope.subject.spelling import Spelling
 from mechscope.weights.activity import Activity
-from mechscope.weights.mlp import Mlps
 from mechscope.weights.neurons import names, written_tokens
 from mechscope.weights.vocabulary import Vocabulary
 
@@ -32,20 +32,8 @@ MARKS = ("⟦", "⟧")
 _END = -1
 
 COLUMNS = (
-    "layer",
-    "neuron",
-    "component",
-    "place",
-    "activation",
-    "text",
-    "position",
-    "token",
-    "context",
-    "next",
-    "promoted",
-    "agrees",
-    "token_id",
-    "next_id",
+    *("layer", "neuron", "component", "place", "activation", "text", "position"),
+    *("token", "context", "next", "promoted", "agrees", "token_id", "next_id"),
 )
 
 
@@ -93,18 +81,11 @@ def memories(
     for layer, own in mlps.chosen(layers, neurons):
         contexts = reader.contexts(mlps, layer, own)
         promoted = _promoted(vocabulary, mlps[layer].down[own], contexts, k)
-        columns = {
-            **names(layer, own[contexts.neuron].numpy()),
-            "place": contexts.place + 1,
-            "activation": contexts.activation.double(),
-            "text": [activity.texts[text] for text in contexts.text.tolist()],
-            "position": contexts.position,
-            "token_id": contexts.token,
-            "next_id": contexts.next,
-            "context": [reader.written(subject.spelling, *where, before=before) for where in contexts.where()],
-            "promoted": promoted.tolist(),
-            "agrees": pd.Series(_agrees(contexts, promoted), dtype=object),
-        }
+        columns = {**names(layer, own[contexts.neuron].numpy()), "place": contexts.place + 1, "activation": contexts.activation.double()}
+        columns["text"] = [activity.texts[text] for text in contexts.text.tolist()]
+        columns |= {"position": contexts.position, "token_id": contexts.token, "next_id": contexts.next}
+        columns["context"] = [reader.written(subject.spelling, *where, before=before) for where in contexts.where()]
+        columns |= {"promoted": promoted.tolist(), "agrees": pd.Series(_agrees(contexts, promoted), dtype=object)}
         parts.append(pd.DataFrame(columns))
     return _in_words(pd.concat(parts, ignore_index=True), vocabulary)
 
@@ -121,7 +102,7 @@ def agreement(subject: Subject, activity: Activity, texts: Pairs) -> pd.DataFram
     Returns:
         One row per layer: `layer`, `n` (neurons whose strongest context has a next token), `agreement` (share of them that agree there), `agreement_low`
         and `agreement_high` (Wilson, as if neurons were independent), `agreement_chance` (the share if contexts were dealt out among the layer's
-        neurons at random), `agreement_contexts` (share over all kept contexts).
+        neurons at random), `agreement_contexts` (share over all contexts).
 
     Raises:
         DataError: The texts are not those of the activity.
@@ -137,33 +118,15 @@ def agreement(subject: Subject, activity: Activity, texts: Pairs) -> pd.DataFram
         n, hits = int(first.sum()), int(agrees[first].sum())
         low, high = share_interval(hits, n)
         dealt = [torch.bincount(tokens[first], minlength=vocabulary.size).double() for tokens in (promoted, contexts.next)]
-        rows.append(
-            {
-                "layer": layer,
-                "n": n,
-                "agreement": hits / n if n else np.nan,
-                "agreement_low": low,
-                "agreement_high": high,
-                "agreement_chance": float(dealt[0] @ dealt[1]) / n**2 if n else np.nan,
-                "agreement_contexts": float(agrees[known].double().mean()),
-            }
-        )
+        row = {"layer": layer, "n": n, "agreement": hits / n if n else np.nan, "agreement_low": low, "agreement_high": high}
+        row["agreement_chance"] = float(dealt[0] @ dealt[1]) / n**2 if n else np.nan
+        rows.append({**row, "agreement_contexts": float(agrees[known].double().mean())})
     return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
 class _Contexts:
-    """The filled contexts of some neurons of a layer, by neuron, strongest first.
-
-    Attributes:
-        neuron: Which of the chosen neurons.
-        place: From 0.
-        activation: What it was there.
-        text: Number of the text.
-        position: Position in it.
-        token: The token there.
-        next: The token behind it; `_END` at the end of a text.
-    """
+    """The filled contexts of some neurons of a layer, by neuron, strongest first (place 0); `next` is `_END` at the end of a text."""
 
     neuron: Int[Tensor, " n"]
     place: Int[Tensor, " n"]
@@ -191,7 +154,7 @@ class _Reader:
         self._tokens = [tokens[text] for text in activity.texts]
 
     def contexts(self, mlps: Mlps, layer: int, neurons: Int[Tensor, " some"]) -> _Contexts:
-        if tuple(len(found.active) for found in self._activity.layers) != mlps.widths:
+        if tuple(len(one.active) for one in self._activity.layers) != mlps.widths:
             raise ModelError(f"the activity is of another model than {mlps.subject.source!r}: numbers of layers or neurons differ")
         top = self._activity.layers[layer].contexts
         neuron, place = top.filled[:, neurons].T.nonzero().unbind(1)
@@ -212,7 +175,7 @@ class _Reader:
 
 def _promoted(vocabulary: Vocabulary, down: Float[Tensor, "neuron d_model"], contexts: _Contexts, k: int) -> Int[Tensor, "n k"]:
     """Return what each context's activation promotes most, by its sign."""
-    promoted, suppressed = (found.tokens.cpu()[contexts.neuron] for found in written_tokens(vocabulary, down, min(k, vocabulary.size)))
+    promoted, suppressed = (best.tokens.cpu()[contexts.neuron] for best in written_tokens(vocabulary, down, min(k, vocabulary.size)))
     return promoted.where((contexts.activation > 0)[:, None], suppressed)
 
 

@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechscope.errors import SettingsError
+from mechscope.instrument.execution import Execution
+from mechscope.instrument.mlp import Mlp, Mlps, Reading
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.readout import Readout
-from mechscope.progress import Progress
 from mechscope.subject import Subject
-from mechscope.weights.mlp import Mlp, Mlps, Reading
 from mechscope.weights.vocabulary import Vocabulary
 
 # entries of a block of vocabulary × neurons; 64 MiB in float32
@@ -51,7 +51,7 @@ def neuron_tokens(
     layers: Collection[int] | None = None,
     neurons: Collection[tuple[int, int]] | None = None,
     k: int = 10,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """List what neurons read and write in vocabulary space.
 
@@ -60,7 +60,7 @@ def neuron_tokens(
         layers: All neurons of some layers.
         neurons: Some neurons, as (layer, neuron); by default all of all layers.
         k: Tokens per side.
-        progress: Called with a label, what is done and how much there is.
+        execution: Progress.
 
     Returns:
         One row per neuron, side and place (from 1): `layer`, `neuron`, `component` (`m3.n17`), `side`, `place`, `token`, `value`, `token_id`. Sides:
@@ -79,12 +79,10 @@ def neuron_tokens(
     chosen = list(mlps.chosen(layers, neurons))
     parts = []
     for done, (layer, own) in enumerate(chosen):
-        if progress is not None:
-            progress("neurons", done, len(chosen))
-        for side, found in _sides(vocabulary, mlps[layer], own, min(k, vocabulary.size)):
-            parts.append(_token_rows(layer, own, side, found))
-    if progress is not None:
-        progress("neurons", len(chosen), len(chosen))
+        execution.told("neurons", done, len(chosen))
+        for side, best in _sides(vocabulary, mlps[layer], own, min(k, vocabulary.size)):
+            parts.append(_token_rows(layer, own, side, best))
+    execution.told("neurons", len(chosen), len(chosen))
     table = pd.concat(parts, ignore_index=True)
     return table.assign(token=table["token_id"].map(vocabulary.subject.spelling.token))[list(TOKEN_COLUMNS)]
 
@@ -95,7 +93,7 @@ def neuron_weights(
     *,
     layers: Collection[int] | None = None,
     neurons: Collection[tuple[int, int]] | None = None,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """Describe neurons' weights: their sizes, whether they write what they read, and how what they write spreads over the vocabulary.
 
@@ -106,14 +104,13 @@ def neuron_weights(
         subject: The model.
         layers: All neurons of some layers.
         neurons: Some neurons, as (layer, neuron); by default all of all layers.
-        progress: Called with a label, what is done and how much there is.
+        execution: Progress.
 
     Returns:
-        One row per neuron: `layer`, `neuron`, `component`; `norm_in`, `norm_gate` (NaN without gates), `norm_out`: lengths of the weights with the
-        norms' gains folded in; `cosine_in_out`, `cosine_gate_out`: −1 for a neuron that erases what it reads, 1 for one that amplifies it;
-        `vocabulary_variance`, `vocabulary_skew`, `vocabulary_kurtosis` (3 for a normal distribution); `kind`: `prediction` or `suppression` where the
-        kurtosis is above `HEAVY_TAIL`, by the sign of the skew, else `""`: a candidate from its weights, to be confirmed on data. A neuron that
-        writes nothing has NaN there.
+        One row per neuron: `layer`, `neuron`, `component`; `norm_in`, `norm_gate` (NaN without gates), `norm_out`: lengths of the weights with the norms'
+        gains folded in; `cosine_in_out`, `cosine_gate_out`: −1 for a neuron that erases what it reads, 1 for one that amplifies it; `vocabulary_variance`,
+        `vocabulary_skew`, `vocabulary_kurtosis` (3 for a normal distribution); `kind`: `prediction` or `suppression` where the kurtosis is above
+        `HEAVY_TAIL`, by the sign of the skew, else `""`: a candidate from its weights, to be confirmed on data. A neuron that writes nothing has NaN there.
 
     Raises:
         SettingsError: A layer or neuron does not exist.
@@ -124,13 +121,11 @@ def neuron_weights(
     chosen = list(mlps.chosen(layers, neurons))
     tables = []
     for done, (layer, own) in enumerate(chosen):
-        if progress is not None:
-            progress("neurons", done, len(chosen))
+        execution.told("neurons", done, len(chosen))
         columns = {**_sizes(mlps[layer], own), **_spread(vocabulary, mlps[layer].down[own], lengths)}
         named = {name: value.double().cpu().numpy() for name, value in columns.items()}
         tables.append(pd.DataFrame({**names(layer, own.numpy()), **named}))
-    if progress is not None:
-        progress("neurons", len(chosen), len(chosen))
+    execution.told("neurons", len(chosen), len(chosen))
     table = pd.concat(tables, ignore_index=True)
     heavy, positive = table["vocabulary_kurtosis"] > HEAVY_TAIL, table["vocabulary_skew"] > 0
     return table.assign(kind=np.where(heavy, np.where(positive, "prediction", "suppression"), ""))
@@ -138,13 +133,13 @@ def neuron_weights(
 
 def written_tokens(vocabulary: Vocabulary, down: Float[Tensor, "neuron d_model"], k: int) -> tuple[TopTokens, TopTokens]:
     """Return the k tokens that vectors in the residual stream promote most, and the k that they suppress most."""
-    found: tuple[list[TopTokens], list[TopTokens]] = ([], [])
+    parts: tuple[list[TopTokens], list[TopTokens]] = ([], [])
     for rows in down.split(max(1, _ENTRIES // vocabulary.size)):
         values = vocabulary.written(rows).T.contiguous()  # the copy takes a fraction of what a search down the columns does
-        for largest, kept in zip((True, False), found, strict=True):
+        for largest, side in zip((True, False), parts, strict=True):
             best = values.topk(k, dim=1, largest=largest)
-            kept.append(TopTokens(best.indices, best.values))
-    return _joined(found[0]), _joined(found[1])
+            side.append(TopTokens(best.indices, best.values))
+    return _joined(parts[0]), _joined(parts[1])
 
 
 def names(layer: int, neurons: np.ndarray) -> dict[str, object]:
@@ -164,7 +159,7 @@ def _sides(vocabulary: Vocabulary, mlp: Mlp, neurons: Int[Tensor, " some"], k: i
 def _read_tokens(
     vocabulary: Vocabulary, norm: Norm | None, side: Reading, neurons: Int[Tensor, " some"], k: int, *, by_size: bool
 ) -> TopTokens:
-    embedding, found = vocabulary.rows(0), []
+    embedding, parts = vocabulary.rows(0), []
     scales = None if norm is None else torch.cat([norm.normalised(rows)[1] for rows in embedding.split(_ROWS)])[:, 0]
     for some in neurons.split(max(1, _ENTRIES // vocabulary.size)):
         values = side.weight[some].to(embedding) @ embedding.T
@@ -172,25 +167,19 @@ def _read_tokens(
             values.mul_(scales)
         values.add_(side.constant[some].to(values)[:, None])
         best = (values.abs() if by_size else values).topk(k, dim=1).indices
-        found.append(TopTokens(best, values.gather(1, best)))
-    return _joined(found)
+        parts.append(TopTokens(best, values.gather(1, best)))
+    return _joined(parts)
 
 
 def _joined(parts: list[TopTokens]) -> TopTokens:
     return TopTokens(torch.cat([part.tokens for part in parts]), torch.cat([part.values for part in parts]))
 
 
-def _token_rows(layer: int, neurons: Int[Tensor, " some"], side: str, found: TopTokens) -> pd.DataFrame:
-    n, k = found.tokens.shape
-    return pd.DataFrame(
-        {
-            **names(layer, neurons.repeat_interleave(k).numpy()),
-            "side": side,
-            "place": np.tile(np.arange(1, k + 1), n),
-            "value": found.values.flatten().double().cpu().numpy(),
-            "token_id": found.tokens.flatten().cpu().numpy(),
-        }
-    )
+def _token_rows(layer: int, neurons: Int[Tensor, " some"], side: str, best: TopTokens) -> pd.DataFrame:
+    n, k = best.tokens.shape
+    columns = {**names(layer, neurons.repeat_interleave(k).numpy()), "side": side, "place": np.tile(np.arange(1, k + 1), n)}
+    columns |= {"value": best.values.flatten().double().cpu().numpy(), "token_id": best.tokens.flatten().cpu().numpy()}
+    return pd.DataFrame(columns)
 
 
 def _sizes(mlp: Mlp, neurons: Int[Tensor, " some"]) -> dict[str, Tensor]:

@@ -45,8 +45,8 @@ def score_matrices(subject: Subject, layer: int, offsets: Sequence[int]) -> Floa
             f"{subject.family} puts more than a turn by position between projection and score in block {layer} (a norm of queries and keys): "
             "its QK circuit is no product of weights; its OV circuit is (ov_tokens, matrix='ov', kinds=('v',))"
         )
-    found = _turned(subject, layer, max(offsets) + 1)
-    return torch.stack([found.scaling * _slots(found.query, subject, offset) @ _slots(found.key, subject, 0).T for offset in offsets])
+    turned = _turned(subject, layer, max(offsets) + 1)
+    return torch.stack([turned.scaling * _slots(turned.query, subject, offset) @ _slots(turned.key, subject, 0).T for offset in offsets])
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def singular_tokens(
         k: How many tokens at each end of each.
         offset: Query position less key position for `"qk"` in rotary families.
         embedding: How tokens that are read are projected, see `Vocabulary`.
-        effective: Likewise.
+        effective: Add what the first layer's MLP makes of a token to its embedding, see `Vocabulary`.
 
     Returns:
         One row per head, vector, side (`in` and `out`, or `query` and `key`) and sign: `layer`, `head`, `component`, `matrix`, `index` (from 1), `value`
@@ -74,8 +74,8 @@ def singular_tokens(
 def _of_form(form: Bilinear, vocabulary: Vocabulary, layer: int, matrix: str, n: int, k: int) -> list[dict[str, Any]]:
     if not form.rank:
         return []
-    found = form.singular()
-    values, pair = found.values[:n].tolist(), Bilinear(found.left[:n], found.right[:n])
+    singular = form.singular()
+    values, pair = singular.values[:n].tolist(), Bilinear(singular.left[:n], singular.right[:n])
     first = vocabulary.read(pair, layer)
     second = vocabulary.written(pair.right) if matrix == "ov" else vocabulary.read(pair, layer, side="right")
     high, low = second.amax(0), second.amin(0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.progress import Progress
+from mechscope.instrument.execution import Execution
 from mechscope.subject.components import Components, chosen_heads
 from mechscope.weights.extremes import extremes, extremes_of_rows
 from mechscope.weights.forms import Model, forms_of
@@ -35,7 +35,7 @@ def ov_tokens(
     k: int = 10,
     embedding: Embedding = "normalised",
     effective: bool = False,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """List what heads' OV circuits promote and suppress most.
 
@@ -46,7 +46,7 @@ def ov_tokens(
         k: How many per sign.
         embedding: How tokens are read: `"normalised"` or `"raw"`, see `Vocabulary`.
         effective: Whether tokens are read with what the first MLP makes of them.
-        progress: Called with a label, what is done and how much there is.
+        execution: Progress.
 
     Returns:
         One row per head, sign (`promoted`, `suppressed`) and place (from 1; within a source where sources are given): `layer`, `head`, `component`,
@@ -66,8 +66,8 @@ def ov_tokens(
         return vocabulary.read(form, layer), vocabulary.written(form.right)
 
     chosen = chosen_heads(forms.subject.anatomy, heads)
-    found = _entries(chosen, sides, rows, _positive(k), progress, "OV circuits")
-    return _table(vocabulary, found, ("source", "target"), ("promoted", "suppressed"), OV_COLUMNS)
+    entries = _entries(chosen, sides, rows, _positive(k), execution, "OV circuits")
+    return _table(vocabulary, entries, ("source", "target"), ("promoted", "suppressed"), OV_COLUMNS)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def qk_tokens(
     k: int = 10,
     embedding: Embedding = "normalised",
     effective: bool = False,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> pd.DataFrame:
     """List which tokens attend to which, by heads' QK circuits.
 
@@ -93,13 +93,13 @@ def qk_tokens(
         queries: Token ids: the top k keys of each. By default the top k entries of the whole vocabulary × vocabulary matrix.
         offset: Query position less key position, in tokens. Counts in rotary families only; at the default, 0, nothing is turned: content alone.
         k: How many per sign.
-        embedding: As for `ov_tokens`.
-        effective: As for `ov_tokens`.
-        progress: As for `ov_tokens`.
+        embedding: How tokens are read: `"normalised"` or `"raw"`, see `Vocabulary`.
+        effective: Whether tokens are read with what the first MLP makes of them.
+        execution: Progress.
 
     Returns:
-        As for `ov_tokens`: `layer`, `head`, `component`, `offset`, `sign` (`attended`, `avoided`), `place`, `query`, `key`, `value` (scores before
-        softmax), `query_id`, `key_id`.
+        One row per head, sign (`attended`, `avoided`) and place (from 1; within a query where queries are given): `layer`, `head`, `component`, `offset`,
+        `sign`, `place`, `query`, `key`, `value` (scores before softmax), `query_id`, `key_id`. Heads that fine-tuning left as they were have no rows.
 
     Raises:
         SettingsError: Heads, tokens or the offset do not fit the model, or k is below 1.
@@ -114,12 +114,12 @@ def qk_tokens(
         return vocabulary.read(form, layer), vocabulary.read(form, layer, side="right")
 
     chosen = chosen_heads(forms.subject.anatomy, heads)
-    found = _entries(chosen, sides, rows, _positive(k), progress, "QK circuits")
-    return _table(vocabulary, found, ("query", "key"), ("attended", "avoided"), QK_COLUMNS, offset=offset)
+    entries = _entries(chosen, sides, rows, _positive(k), execution, "QK circuits")
+    return _table(vocabulary, entries, ("query", "key"), ("attended", "avoided"), QK_COLUMNS, offset=offset)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Extremes:
     """Extreme entries of one head's matrix."""
 
     layer: int
@@ -136,58 +136,45 @@ def _entries(
     sides: Callable[[int, int], tuple[Tensor, Tensor]],
     rows: Sequence[int] | None,
     k: int,
-    progress: Progress | None,
+    execution: Execution,
     label: str,
-) -> Iterator[_Found]:
+) -> Iterator[_Extremes]:
     for done, (layer, head) in enumerate(chosen):
-        if progress is not None:
-            progress(label, done, len(chosen))
+        execution.told(label, done, len(chosen))
         a, b = sides(layer, head)
         if a.shape[1]:  # nothing changed where nothing is left of the difference
             yield from _of_head(layer, head, a, b, rows, k)
-    if progress is not None:
-        progress(label, len(chosen), len(chosen))
+    execution.told(label, len(chosen), len(chosen))
 
 
-def _of_head(layer: int, head: int, a: Tensor, b: Tensor, rows: Sequence[int] | None, k: int) -> Iterator[_Found]:
+def _of_head(layer: int, head: int, a: Tensor, b: Tensor, rows: Sequence[int] | None, k: int) -> Iterator[_Extremes]:
     if rows is None:
         for high, best in zip((True, False), extremes(a, b, k=k), strict=True):
             places = list(range(1, len(best.values) + 1))
-            yield _Found(layer, head, high, best.rows.tolist(), best.columns.tolist(), best.values.tolist(), places)
+            yield _Extremes(layer, head, high, best.rows.tolist(), best.columns.tolist(), best.values.tolist(), places)
         return
     for high, (columns, values) in zip((True, False), extremes_of_rows(a[list(rows)], b, k=k), strict=True):
         each = columns.shape[1]
         repeated = [row for row in rows for _ in range(each)]
-        yield _Found(layer, head, high, repeated, columns.flatten().tolist(), values.flatten().tolist(), [*range(1, each + 1)] * len(rows))
+        yield _Extremes(
+            layer, head, high, repeated, columns.flatten().tolist(), values.flatten().tolist(), [*range(1, each + 1)] * len(rows)
+        )
 
 
 def _table(
     vocabulary: Vocabulary,
-    found: Iterator[_Found],
+    entries: Iterator[_Extremes],
     names: tuple[str, str],
     signs: tuple[str, str],
     order: tuple[str, ...],
     **same: int,
 ) -> pd.DataFrame:
-    spelling = vocabulary.subject.spelling
-    parts = [
-        pd.DataFrame(
-            {
-                "layer": one.layer,
-                "head": one.head,
-                "component": f"a{one.layer}.h{one.head}",
-                "sign": signs[0] if one.high else signs[1],
-                "place": one.places,
-                names[0]: spelling.tokens(one.rows),
-                names[1]: spelling.tokens(one.columns),
-                "value": one.values,
-                f"{names[0]}_id": one.rows,
-                f"{names[1]}_id": one.columns,
-                **same,
-            }
-        )
-        for one in found
-    ]
+    spelling, parts = vocabulary.subject.spelling, []
+    for one in entries:
+        head = {"layer": one.layer, "head": one.head, "component": f"a{one.layer}.h{one.head}", "sign": signs[0] if one.high else signs[1]}
+        tokens = {names[0]: spelling.tokens(one.rows), names[1]: spelling.tokens(one.columns)}
+        ids = {f"{names[0]}_id": one.rows, f"{names[1]}_id": one.columns}
+        parts.append(pd.DataFrame({**head, "place": one.places, **tokens, "value": one.values, **ids, **same}))
     return pd.concat(parts, ignore_index=True)[list(order)] if parts else pd.DataFrame(columns=list(order))
 
 

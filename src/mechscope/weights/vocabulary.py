@@ -20,7 +20,7 @@ from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.parts import mlp_of
 from mechscope.instrument.readout import Readout
-from mechscope.instrument.stand_ins import stubbed
+from mechscope.instrument.substitutes import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject.load import Subject
@@ -48,9 +48,8 @@ class Vocabulary:
             embedding: `"normalised"`: through the layer's attention norm at the token's own scale, biases and shifts included where they
                 count (queries and keys). `"raw"`: the bare row times the weights with the norm's gain and centring folded in, no scale, no
                 biases: the circuit as Elhage et al. (2021) write it.
-            effective: Add what the first layer's MLP makes of a token to its embedding, for heads behind it (the "effective embedding"
-                that is used for GPT-2, whose first MLP widens the embedding). Heads of layer 0 stand before that MLP and read the
-                plain embedding.
+            effective: Add what the first layer's MLP makes of a token to its embedding, for heads behind it (the "effective embedding" that is used for
+                GPT-2, whose first MLP widens the embedding). Heads of layer 0 stand before that MLP and read the plain embedding.
 
         Raises:
             SettingsError: `embedding` is neither.
@@ -61,16 +60,16 @@ class Vocabulary:
         self.subject, self.wiring, self._readout = subject, Wiring(subject), Readout.of(subject)
         self.size = len(self._readout.weight)
         self._normalised, self._effective = embedding == "normalised", effective
-        self._kept: tuple[tuple[bool, float, bool] | None, Tensor] | None = None
+        self._cached: tuple[tuple[bool, float, bool] | None, Tensor] | None = None
 
     def rows(self, layer: int) -> Float[Tensor, "vocab d_model"]:
         """Return all tokens as a layer's heads read them, before gain and shift; float64 for models in float64, else float32."""
         norm = self.wiring.attention_norm(layer) if self._normalised else None
         key = (False if norm is None else norm.centred, 0.0 if norm is None else norm.eps, self._effective and layer > 0)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None  # before the next is made
-            self._kept = key, _embedded(self.subject, norm, effective=key[2])
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != key:
+            self._cached = None  # before the next is made
+            self._cached = key, _embedded(self.subject, norm, effective=key[2])
+        return self._cached[1]
 
     def as_read(self, rows: Float[Tensor, "n d_model"], layer: int) -> Float[Tensor, "n d_model"]:
         """Return other rows as a layer's heads read them, before gain and shift."""
@@ -83,16 +82,16 @@ class Vocabulary:
     def through(self, rows: Float[Tensor, "n d_model"], form: Bilinear, *, side: Literal["left", "right"]) -> Float[Tensor, "n rank"]:
         """Return one side of a form for rows of any kind, read as this vocabulary reads tokens."""
         weight, constant = (form.left, form.left_constant) if side == "left" else (form.right, form.right_constant)
-        found = rows @ weight.T.to(rows)
-        return found if constant is None or not self._normalised else found + constant.to(found)
+        projected = rows @ weight.T.to(rows)
+        return projected if constant is None or not self._normalised else projected + constant.to(projected)
 
     def written(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "vocab n"]:
         """Return what vectors in the residual stream add to every token's logit, less the mean over the vocabulary, at a final norm's scale of one."""
         weight = self._readout.weight
         kind = _working(weight.dtype)
         across = self._readout.folded(vectors).T.to(weight.device, kind)
-        found = torch.cat([rows.to(kind) @ across for rows in weight.split(_ROWS)])
-        return found.sub_(found.mean(0)).to(self.subject.device)
+        logits = torch.cat([rows.to(kind) @ across for rows in weight.split(_ROWS)])
+        return logits.sub_(logits.mean(0)).to(self.subject.device)
 
     def checked(self, tokens: Sequence[int], what: str) -> list[int]:
         """Return token ids as they are.
@@ -110,10 +109,8 @@ class Vocabulary:
 @torch.no_grad()
 def position_rows(subject: Subject) -> Float[Tensor, "position d_model"] | None:
     """Return what every position adds to the residual stream; None for models whose embedding knows no positions (rotary families)."""
-    two = _position_rows(subject, min(2, subject.anatomy.max_positions))
-    if not two.any():
-        return None
-    return _position_rows(subject, subject.anatomy.max_positions)
+    longest = subject.anatomy.max_positions
+    return _position_rows(subject, longest) if _position_rows(subject, min(2, longest)).any() else None
 
 
 def _normalised(rows: Float[Tensor, "n d_model"], norm: Norm | None) -> Float[Tensor, "n d_model"]:
@@ -129,14 +126,14 @@ def _embedded(subject: Subject, norm: Norm | None, *, effective: bool) -> Float[
     size, kind = subject.anatomy.vocab_size, _working(subject.dtype)
     start = _position_rows(subject, 1)[0]
     _require_sum(subject)
-    found = torch.empty(size, subject.anatomy.d_model, dtype=kind, device=subject.device)
+    embedded = torch.empty(size, subject.anatomy.d_model, dtype=kind, device=subject.device)
     for ids in torch.arange(size).split(_ROWS):
         walk = Walk(subject, ids[:, None])
         rows = walk.hidden - start
         if effective:
             rows = rows + mlp_of(walk, 0, rows).to(rows.device)
-        found[ids.to(found.device)] = _normalised(rows[:, 0].to(found), norm)
-    return found
+        embedded[ids.to(embedded.device)] = _normalised(rows[:, 0].to(embedded), norm)
+    return embedded
 
 
 def _position_rows(subject: Subject, length: int) -> Float[Tensor, "position d_model"]:
@@ -157,9 +154,9 @@ def _require_sum(subject: Subject) -> None:
     size, length = subject.anatomy.vocab_size, min(2, subject.anatomy.max_positions)
     ids = torch.tensor([[size - 1] * length, [size // 2] * length])
     none, once, twice = (_streams(subject, ids, factor) for factor in (0.0, 1.0, 2.0))
-    found, expected = (twice - none)[:, -1], 2 * (once - none)[:, 0]
-    tolerance = 1e-2 if found.element_size() == 2 else 1e-4
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(once.abs().max())):
+    doubled, expected = (twice - none)[:, -1], 2 * (once - none)[:, 0]
+    tolerance = 1e-2 if doubled.element_size() == 2 else 1e-4
+    if not torch.allclose(doubled, expected, rtol=tolerance, atol=tolerance * float(once.abs().max())):
         raise ModelError(
             f"{subject.family} does not add a token's and a position's embedding (a norm stands behind them): "
             "its tokens are not projected through heads here"

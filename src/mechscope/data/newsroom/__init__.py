@@ -7,18 +7,6 @@ happened from the first mention; not who, nor how many (see its card). It was st
 
 from mechscope.data.newsroom.articles import ROLES, Article, Fact, Role, generate, split_articles
 from mechscope.data.newsroom.counterfactual import counterfactual
-from mechscope.data.newsroom.pairs import newsroom_pairs
 from mechscope.data.newsroom.shipped import newsroom_model_path, newsroom_tokenizer
 
-__all__ = [
-    "ROLES",
-    "Article",
-    "Fact",
-    "Role",
-    "counterfactual",
-    "generate",
-    "newsroom_model_path",
-    "newsroom_pairs",
-    "newsroom_tokenizer",
-    "split_articles",
-]
+__all__ = ["ROLES", "Article", "Fact", "Role", "counterfactual", "generate", "newsroom_model_path", "newsroom_tokenizer", "split_articles"]

@@ -151,7 +151,7 @@ def mention_losses(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, a
     Returns:
         Mean loss of a mention (its tokens summed, nats) at first and at later mentions. Only surnames count for persons.
     """
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    by_role: dict[str, tuple[list[float], list[float]]] = {}
     pieces = Pieces(tokenizer)
     for article in split_articles("validation", limit=articles):
         ids = torch.tensor([tokenizer(article.document)["input_ids"]])
@@ -161,10 +161,10 @@ def mention_losses(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, a
             surname = len(fact.text.split()[-1])
             spans = [(end - surname, end) for _, end in fact.document_spans] if fact.role == "who" else fact.document_spans
             mentions = [losses[begin:end].sum().item() for begin, end in pieces.token_spans(article.document, spans, first=True)]
-            first, later = found.setdefault(fact.role, ([], []))
+            first, later = by_role.setdefault(fact.role, ([], []))
             first.append(mentions[0])
             later += mentions[1:]
-    return {role: (sum(first) / len(first), sum(later) / len(later)) for role, (first, later) in found.items()}
+    return {role: (sum(first) / len(first), sum(later) / len(later)) for role, (first, later) in by_role.items()}
 
 
 def write_card(folder: Path, command: str, settings: dict[str, object], loss: float, mentions: dict[str, tuple[float, float]]) -> None:

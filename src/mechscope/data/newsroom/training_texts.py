@@ -60,7 +60,7 @@ def sequences(tokenizer: PreTrainedTokenizerBase, batch: int) -> Iterator[torch.
 
 
 def repeats(generator: torch.Generator, *, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw rows that repeat a segment of random tokens: all but the segment's first round can be told by copying, and by nothing else.
+    """Draw rows that repeat a segment of random tokens: all but the segment's first round can be predicted by copying, and by nothing else.
 
     Returns:
         Tokens and labels, each (rows, length); the first round's labels are ignored.

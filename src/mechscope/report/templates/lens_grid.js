@@ -1,12 +1,10 @@
-(() => {
-  const card = document.querySelector("[data-lens-grid]");
-  if (!reading || !card) return;
-  const { data, make, say, token } = reading, { grids, power, top } = data.lens, words = data.words;
+reading.each("lens_grid", "[data-lens-grid]", (card, { grids, power, top, tokens: spelled }, number) => {
+  const { make, say, token } = reading;
   const measures = [
-    { key: "probability", words: "probability of the next token", unit: "" },
-    { key: "rank", words: "rank of the next token", unit: "" },
-    { key: "entropy", words: "entropy", unit: " nats" },
-    { key: "kl", words: "KL to the final prediction", unit: " nats" },
+    { key: "probability", label: "probability of the next token", unit: "" },
+    { key: "rank", label: "rank of the next token", unit: "" },
+    { key: "entropy", label: "entropy", unit: " nats" },
+    { key: "kl", label: "KL to the final prediction", unit: " nats" },
   ];
   const spans = [12, 24, 64, 128];
   const state = { at: 0, mode: 0, measure: measures[0], span: 12, start: 0, cursor: null };
@@ -17,10 +15,10 @@
     if (!unpacked.has(at)) {
       const packed = grids[at], [tokens, targets, segments] = [packed.token, packed.target, packed.segment].map(reading.whole);
       const models = packed.models.map((model) => {
-        const found = { name: model.name, words: reading.whole(model.words), shares: reading.measured(model.shares, power), tops: model.tops };
-        for (const key of ["probability", "entropy", "kl"]) found[key] = reading.measured(model[key], power);
-        found.rank = Float32Array.from(reading.whole(model.rank), (rank) => rank || NaN);
-        return found;
+        const own = { name: model.name, likeliest: reading.whole(model.likeliest), shares: reading.measured(model.shares, power), tops: model.tops };
+        for (const key of ["probability", "entropy", "kl"]) own[key] = reading.measured(model[key], power);
+        own.rank = Float32Array.from(reading.whole(model.rank), (rank) => rank || NaN);
+        return own;
       });
       unpacked.set(at, { ...packed, tokens, targets, segments, models, n: packed.positions.length });
     }
@@ -39,7 +37,7 @@
       const told = key === "rank" ? (x) => `${say(x, true)} (log10)` : (x) => say(x, true) + unit;
       return { values, scale: (x) => 0.5 + 0.5 * Math.max(-1, Math.min(1, x / end)), ticks: [-end, 0, end], told, ramp: reading.ramp("diverging"), last: pair[1], first: pair[0] };
     }
-    const values = grid.models[state.mode][key], ramp = reading.ramp("sequential"), last = grid.models[state.mode];
+    const values = grid.models[state.mode][key], ramp = reading.ramp("ramp"), last = grid.models[state.mode];
     const most = grid.models.reduce((most, model) => model[key].reduce((a, b) => (b > a ? b : a), most), 1e-6);
     const told = (x) => (key === "rank" ? x.toLocaleString("en-US") : say(x) + unit);
     if (key === "probability") return { values, ramp, last, told, scale: Math.sqrt, ticks: [0, 0.05, 0.25, 0.5, 1] };
@@ -59,7 +57,7 @@
   const where = make("p", { className: "where" });
 
   const rowOf = (line) => grid.rows.length - 1 - line; // the last layer is drawn on top
-  const wordAt = (model, row, column, rank = 0) => words[model.words[(rank * grid.rows.length + row) * grid.n + column]];
+  const tokenAt = (model, row, column, rank = 0) => spelled[model.likeliest[(rank * grid.rows.length + row) * grid.n + column]];
 
   function layout() {
     const width = Math.max(280, cells.parentElement.clientWidth), count = Math.min(state.span, grid.n), left = 78;
@@ -109,9 +107,9 @@
         context.fillStyle = rgb ? `rgb(${rgb})` : "transparent";
         context.fillRect(x, y, box.step - 1, box.line - 1);
         if (box.step < 30 || !shown.last.tops) continue;
-        const best = wordAt(shown.last, row, state.start + column);
+        const best = tokenAt(shown.last, row, state.start + column);
         // in the difference only what the models would say differently is written
-        if (difference && best === wordAt(shown.first, row, state.start + column)) continue;
+        if (difference && best === tokenAt(shown.first, row, state.start + column)) continue;
         context.fillStyle = !rgb ? soft : 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 140 ? "#10151b" : "#ffffff";
         context.fillText(fitted(context, best, box.step - 7), x + (box.step - 1) / 2, y + box.line / 2 + 4);
       }
@@ -121,9 +119,9 @@
     for (let column = 0; column < box.count; column += 1) {
       const position = state.start + column;
       context.fillStyle = soft;
-      if (grid.targets[position]) write(context, words[grid.targets[position]], column, box.above - 7, true);
+      if (grid.targets[position]) write(context, spelled[grid.targets[position]], column, box.above - 7, true);
       context.fillStyle = ink;
-      write(context, words[grid.tokens[position]], column, foot + (box.tall ? 4 : 15), false);
+      write(context, spelled[grid.tokens[position]], column, foot + (box.tall ? 4 : 15), false);
       const every = Math.max(1, Math.ceil(34 / box.step));
       if (column % every === 0) {
         context.textAlign = "center";
@@ -148,7 +146,7 @@
       }
     }
     slider.value = state.start;
-    const segments = [...new Set(grid.segments.slice(state.start, state.start + box.count))].map((segment) => words[segment]).filter(Boolean);
+    const segments = [...new Set(grid.segments.slice(state.start, state.start + box.count))].map((segment) => spelled[segment]).filter(Boolean);
     where.textContent = `Positions ${grid.positions[state.start]} to ${grid.positions[state.start + box.count - 1]} of ${grid.n}${segments.length ? ` (${segments.join(", ")})` : ""}. Above: the token that comes next. Below: the token read.`;
     card.dataset.window = `${state.start} ${state.start + box.count}`;
     frame(line, accent);
@@ -178,7 +176,7 @@
   }
 
   // a summary's first token is predicted one position before it
-  const opening = () => Math.max(0, grid.segments.indexOf(words.indexOf("summary")) - 1);
+  const opening = () => Math.max(0, grid.segments.indexOf(spelled.indexOf("summary")) - 1);
   function renew() {
     const before = grid;
     grid = opened(state.at);
@@ -186,7 +184,7 @@
     if (state.mode > grid.models.length) state.mode = 0;
     shown = field();
     overview();
-    legend.firstChild.textContent = shown.first ? `${state.measure.words}, ${shown.last.name} − ${shown.first.name}${state.measure.key === "rank" ? " (tenfolds nearer to rank 1)" : ""}` : state.measure.words;
+    legend.firstChild.textContent = shown.first ? `${state.measure.label}, ${shown.last.name} − ${shown.first.name}${state.measure.key === "rank" ? " (tenfolds nearer to rank 1)" : ""}` : state.measure.label;
     gradient.style.background = `linear-gradient(to right, ${[0, 51, 102, 153, 204, 255].map((i) => `rgb(${shown.ramp[i]})`)})`;
     ticks.replaceChildren(...shown.ticks.map((tick) => {
       const sign = shown.first && tick > 0 ? "+" : "", text = Number(tick.toPrecision(2)).toLocaleString("en-US", { maximumFractionDigits: 6 });
@@ -199,23 +197,23 @@
   }
 
   function tell(row, position, x, y) {
-    const at = row * grid.n + position, target = words[grid.targets[position]], lines = [];
+    const at = row * grid.n + position, target = spelled[grid.targets[position]], lines = [];
     const cell = (text, tag = "td") => make(tag, { textContent: text });
-    for (const { key, words: name, unit } of measures) {
+    for (const { key, label, unit } of measures) {
       const numbers = grid.models.map((model) => model[key][at]);
       if (numbers.every(Number.isNaN)) continue;
-      lines.push(make("tr", {}, cell(name, "th"), ...numbers.map((x) => cell(Number.isNaN(x) ? "–" : key === "rank" ? x.toLocaleString("en-US") : say(x) + unit))));
+      lines.push(make("tr", {}, cell(label, "th"), ...numbers.map((x) => cell(Number.isNaN(x) ? "–" : key === "rank" ? x.toLocaleString("en-US") : say(x) + unit))));
     }
     for (let rank = 0; rank < Math.max(...grid.models.map((model) => model.tops)); rank += 1) {
       const tops = grid.models.map((model) => {
-        const share = model.shares[(rank * grid.rows.length + row) * grid.n + position], word = wordAt(model, row, position, rank);
-        const bar = make("i", {}), place = make("td", {}, make("b", { textContent: token(word), className: grid.targets[position] && word === target ? "hit" : "" }), ` ${say(share)}`, bar);
+        const share = model.shares[(rank * grid.rows.length + row) * grid.n + position], text = tokenAt(model, row, position, rank);
+        const bar = make("i", {}), place = make("td", {}, make("b", { textContent: token(text), className: grid.targets[position] && text === target ? "hit" : "" }), ` ${say(share)}`, bar);
         bar.style.width = `${Math.round(100 * (share || 0))}%`;
         return place;
       });
       lines.push(make("tr", { className: "top" }, cell(rank ? "" : `top ${top}`, "th"), ...tops));
     }
-    const heading = make("p", {}, make("strong", { textContent: token(words[grid.tokens[position]]) }), target ? ` → ${token(target)}` : "", make("small", { textContent: `position ${grid.positions[position]}, ${grid.rows[row]}, ${grid.lens_name}` }));
+    const heading = make("p", {}, make("strong", { textContent: token(spelled[grid.tokens[position]]) }), target ? ` → ${token(target)}` : "", make("small", { textContent: `position ${grid.positions[position]}, ${grid.rows[row]}, ${grid.lens_name}` }));
     const head = grid.models.length > 1 ? [make("tr", {}, cell("", "th"), ...grid.models.map((model) => cell(model.name, "th")))] : [];
     reading.hint(x, y, heading, make("table", {}, ...head, ...lines));
   }
@@ -243,7 +241,7 @@
     draw();
     const area = cells.getBoundingClientRect(), told = shown.values[row * grid.n + position];
     tell(row, position, area.left + box.left + (position - state.start + 1) * box.step, area.top + box.above + (box.rows - row) * box.line);
-    reading.live.textContent = `${grid.rows[row]}, position ${grid.positions[position]}, ${words[grid.tokens[position]]}: ${shown.last.tops ? wordAt(shown.last, row, position) : ""}, ${state.measure.words} ${Number.isNaN(told) ? "none" : shown.told(told)}`;
+    reading.live.textContent = `${grid.rows[row]}, position ${grid.positions[position]}, ${spelled[grid.tokens[position]]}: ${shown.last.tops ? tokenAt(shown.last, row, position) : ""}, ${state.measure.label} ${Number.isNaN(told) ? "none" : shown.told(told)}`;
     return undefined;
   }
 
@@ -254,8 +252,8 @@
   if (grids.length > 1) {
     controls.append(reading.select(many ? "Text and lens" : "Text", grids.map((each) => (many ? `${each.text}, ${each.lens_name}` : each.text)), (at) => { Object.assign(state, { at, cursor: null }); renew(); }));
   }
-  if (modes.length > 1) controls.append(reading.radios("Model", "lens-model", modes, (mode) => { state.mode = mode; renew(); }));
-  controls.append(reading.select("Colour", measures.map((measure) => measure.words), (i) => { state.measure = measures[i]; renew(); }));
+  if (modes.length > 1) controls.append(reading.radios("Model", `lens-model-${number}`, modes, (mode) => { state.mode = mode; renew(); }));
+  controls.append(reading.select("Colour", measures.map((measure) => measure.label), (i) => { state.measure = measures[i]; renew(); }));
   controls.append(reading.select("Positions in view", spans.map(String), (i) => { state.span = spans[i]; renew(); }));
   card.querySelector(".stage").append(controls, legend, strip, slider, cells, where);
   for (const kind of ["pointermove", "pointerdown"]) cells.addEventListener(kind, point);
@@ -285,4 +283,4 @@
   }).observe(card.querySelector(".stage"));
   renew();
   document.documentElement.dataset.lens = "drawn";
-})();
+});

@@ -1,9 +1,12 @@
-// what the lens grid and the token view share: unpacking numbers, colours of the scheme, controls, the hint beside the pointer
+// what the lens grid and the token view share: a panel's data, unpacking numbers, colours of the scheme, controls, the hint beside the pointer
 const reading = (() => {
-  const held = document.getElementById("reading");
-  if (!held) return null;
-  const data = JSON.parse(held.textContent), night = window.matchMedia("(prefers-color-scheme: dark)");
+  const night = window.matchMedia("(prefers-color-scheme: dark)"), { light, dark } = JSON.parse(document.getElementById("charts").textContent);
   const missing = 65535;
+
+  // draw every panel of a kind, of which there may be none; its data stand in the same order as its elements
+  function each(kind, selector, draw) {
+    document.querySelectorAll(selector).forEach((card, at) => draw(card, JSON.parse(document.getElementById(`${kind}-data`).textContent)[at], at));
+  }
 
   function buffer(text) {
     const raw = atob(text), bytes = new Uint8Array(raw.length);
@@ -30,21 +33,21 @@ const reading = (() => {
     element.append(...children);
     return element;
   }
-  function select(words, options, change) {
+  function select(heading, options, change) {
     const box = make("select", { autocomplete: "off" }, ...options.map((text, i) => make("option", { value: i, textContent: text })));
     box.addEventListener("change", () => change(Number(box.value)));
-    return make("label", { className: "pick" }, make("span", { textContent: words }), box);
+    return make("label", { className: "pick" }, make("span", { textContent: heading }), box);
   }
-  function radios(words, name, options, change) {
+  function radios(heading, name, options, change) {
     const labels = options.map((text, i) => {
       const input = make("input", { type: "radio", name, value: i, checked: i === 0, autocomplete: "off" });
       input.addEventListener("change", () => change(i));
       return make("label", {}, input, make("span", { textContent: text }));
     });
-    return make("fieldset", { className: "which" }, make("legend", { textContent: words }), ...labels);
+    return make("fieldset", { className: "which" }, make("legend", { textContent: heading }), ...labels);
   }
 
-  const tip = make("div", { className: "circuit-tip reading-tip", hidden: true });
+  const tip = make("div", { className: "reading-tip", hidden: true });
   const live = make("div", { className: "unseen", "aria-live": "polite" });
   document.body.append(tip, live);
   function hint(x, y, ...children) {
@@ -58,7 +61,7 @@ const reading = (() => {
 
   // 256 colours from the stops of the scheme that is on
   function ramp(name) {
-    const stops = data.palettes[night.matches ? "dark" : "light"][name].map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+    const stops = (night.matches ? dark : light).range[name].map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
     return Array.from({ length: 256 }, (_, i) => {
       const at = (i / 255) * (stops.length - 1), below = Math.min(stops.length - 2, Math.floor(at));
       return stops[below].map((part, k) => Math.round(part + (at - below) * (stops[below + 1][k] - part)));
@@ -77,5 +80,5 @@ const reading = (() => {
   }
 
   const token = (text) => (text === "" ? "∅" : text.replaceAll(" ", "␣"));
-  return { data, night, whole, measured, say, make, select, radios, hint, unhint, live, ramp, colour, sized, token };
+  return { each, night, whole, measured, say, make, select, radios, hint, unhint, live, ramp, colour, sized, token };
 })();

@@ -1,7 +1,5 @@
-(() => {
-  const card = document.querySelector("[data-token-attention]");
-  if (!reading || !card) return;
-  const { data, make, say, token } = reading, { models, texts, power } = data.attention, words = data.words;
+reading.each("token_attention", "[data-token-attention]", (card, { models, texts, power, tokens: spelled }) => {
+  const { make, say, token } = reading;
   const state = { text: 0, head: 0, query: 0 };
   let tokens, panels, heads, edges;
 
@@ -21,7 +19,7 @@
   const keysOf = ({ starts, keys, weights }, query) => Array.from({ length: starts[query + 1] - starts[query] }, (_, i) => [keys[starts[query] + i], weights[starts[query] + i]]);
   // a query worth looking at: in the summary if there is one, of strong attention to neither itself nor the first token
   function telling() {
-    const summary = reading.whole(texts[state.text].segment).indexOf(words.indexOf("summary"));
+    const summary = reading.whole(texts[state.text].segment).indexOf(spelled.indexOf("summary"));
     let [best, at] = [-1, tokens.length - 1];
     for (const model of edges) {
       // with few keys to choose from any query's attention is strong
@@ -49,17 +47,17 @@
       spans[query].classList.add("query");
       lit.push(spans[query]);
     });
-    const found = edges.map((model) => new Map(keysOf(model, query)));
-    const every = [...new Set(found.flatMap((own) => [...own.keys()]))].sort((a, b) => Math.max(...found.map((own) => own.get(b) ?? 0)) - Math.max(...found.map((own) => own.get(a) ?? 0)) || a - b);
-    const line = (key) => make("tr", {}, make("td", {}, make("b", { textContent: token(words[tokens[key]]) })), make("td", { className: "n", textContent: key }), ...found.map((own) => {
+    const weights = edges.map((model) => new Map(keysOf(model, query)));
+    const every = [...new Set(weights.flatMap((own) => [...own.keys()]))].sort((a, b) => Math.max(...weights.map((own) => own.get(b) ?? 0)) - Math.max(...weights.map((own) => own.get(a) ?? 0)) || a - b);
+    const line = (key) => make("tr", {}, make("td", {}, make("b", { textContent: token(spelled[tokens[key]]) })), make("td", { className: "n", textContent: key }), ...weights.map((own) => {
       const bar = make("i", {}), place = make("td", { className: "n" }, own.has(key) ? say(own.get(key)) : "–", bar);
       bar.style.width = `${Math.round(100 * (own.get(key) ?? 0))}%`;
       return place;
     }));
     const head = make("tr", {}, ...["key", "position", ...(models.length > 1 ? models : ["weight"])].map((text, i) => make("th", { textContent: text, className: i ? "n" : "", scope: "col" })));
-    const spread = found.map((own) => [...own.values()].reduce((a, b) => a + b, 0)).map((sum) => say(Math.min(1, sum)));
+    const spread = weights.map((own) => [...own.values()].reduce((a, b) => a + b, 0)).map((sum) => say(Math.min(1, sum)));
     listed.replaceChildren(
-      make("p", {}, "Query ", make("b", { textContent: token(words[tokens[query]]) }), ` at position ${query}. The keys listed have ${spread.join(" and ")} of its attention.`),
+      make("p", {}, "Query ", make("b", { textContent: token(spelled[tokens[query]]) }), ` at position ${query}. The keys listed have ${spread.join(" and ")} of its attention.`),
       make("table", {}, make("thead", {}, head), make("tbody", {}, ...every.slice(0, 8).map(line))),
     );
     map(query);
@@ -99,12 +97,12 @@
 
   function panel(name, i) {
     const segments = reading.whole(texts[state.text].segment), flow = make("div", { className: "flow", tabIndex: 0, role: "group", "aria-label": `Tokens, ${name}; arrow keys choose the query` }), spans = [];
-    tokens.forEach((word, position) => {
-      if (segments[position] && (!position || segments[position] !== segments[position - 1])) flow.append(make("em", { textContent: words[segments[position]] }));
-      const span = make("span", { textContent: words[word] });
+    tokens.forEach((id, position) => {
+      if (segments[position] && (!position || segments[position] !== segments[position - 1])) flow.append(make("em", { textContent: spelled[segments[position]] }));
+      const span = make("span", { textContent: spelled[id] });
       span.dataset.at = position;
       flow.append(span);
-      if (words[word].endsWith("↵")) flow.append(make("br"));
+      if (spelled[id].endsWith("↵")) flow.append(make("br"));
       spans.push(span);
     });
     const at = (event) => event.target.closest("[data-at]")?.dataset.at;
@@ -152,4 +150,4 @@
   }).observe(flows);
   open();
   document.documentElement.dataset.attention = "drawn";
-})();
+});

@@ -1,0 +1,1 @@
+"""How things are drawn: heatmaps, curves, circuits, grids, tables; from tables alone."""

@@ -1,0 +1,198 @@
+"""Bake-off: the same training with LoRA placed differently, compared by loss, ROUGE and trained parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+
+from mechscope.report.marks.comparisons import differences, parameter_price, rouge, strategy_order
+from mechscope.report.marks.curves import learning_curves
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.tables import Cell, Row, Shown, View, value, words
+from mechscope.report.section import Column, Section, Tables, number, table
+from mechscope.report.shared import verb
+from mechscope.report.theme import METRIC_NAMES, interval, name_of, percent
+from mechscope.report.theme import number as written
+
+# fewer seeds than these make an interval worth little: the page says so
+_FEW_SEEDS = 3
+
+_ARM: dict[str, Column | str] = {
+    "protocol": "equal_rank, equal_parameters, or reference: outside both",
+    "strategy": "where LoRA was put: standard, targeted_layers, targeted_heads, more_rank, circuit, circuit_rank, random_layers, random_circuit, last_layers; "
+    "full (fine-tuning), none",
+}
+_SEED = "seed of the training, −1 without training"
+_WRITERS = "what the base or a strategy's first seed wrote; strategies that differ between protocols have a column for each: targeted_layers_equal_rank"
+_ROUGE: dict[str, Column | str] = {metric: number(f"{name}, F-measure", "share") for metric, name in METRIC_NAMES.items()}
+BAKEOFF = table(
+    "One row per arm: protocol, strategy and seed.",
+    **_ARM,
+    seed=_SEED,
+    components="what was trained",
+    rank="LoRA rank, a range where it differs between matrices, full or none",
+    trainable_parameters="parameters that were trained",
+    trainable_share=number("the same of all parameters", "share"),
+    best_loss=number("lowest validation loss", "nats per token"),
+    best_step="step at which it was reached",
+    tokens_to_best=number("training tokens until then", "tokens"),
+    steps_to_standard_best=number(
+        "first evaluated step with a loss as low as the standard arm's best of the same seed; none if never", "steps"
+    ),
+    stopped_early="whether training ended before its last step, because the loss had stopped falling",
+    **_ROUGE,
+    n_documents="held-out documents that were summarised",
+)
+BAKEOFF_ROUGE = table("One row per arm and held-out document.", **_ARM, seed=_SEED, id="the document", **_ROUGE)
+BAKEOFF_SUMMARIES = table(
+    "One row per held-out document.",
+    {"": Column(_WRITERS)},
+    id="the document",
+    document="its text",
+    reference="its reference summary",
+)
+_AGAINST = "strategy minus {}, paired by document; none against itself and where the other was not run"
+BAKEOFF_SUMMARY = table(
+    "One row per protocol, strategy and metric.",
+    **_ARM,
+    metric="rouge1, rouge2, rougeL, rougeLsum",
+    mean=number("mean over documents and seeds", "share", "low", "high", bare=True),
+    n_seeds="seeds",
+    n_documents="documents",
+    vs_standard=number(_AGAINST.format("standard LoRA"), "share", "low", "high"),
+    vs_random=number(_AGAINST.format("random layers, of the circuit random circuits"), "share", "low", "high"),
+)
+LEARNING_CURVES = table(
+    "One row per arm and evaluation; step 0 is before training.",
+    **_ARM,
+    seed=_SEED,
+    step="training step",
+    tokens=number("training tokens until then", "tokens"),
+    train_loss=number("mean training loss since the last evaluation", "nats per token"),
+    validation_loss=number("validation loss", "nats per token"),
+)
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    drawn: list[Figure] = []
+    curves, summary, arms = tables.get("learning_curves"), tables.get("bakeoff_summary"), tables.get("bakeoff")
+    if curves is not None:
+        protocols = list(dict.fromkeys(curves["protocol"]))
+        for protocol in [p for p in protocols if p != "reference"] or protocols:
+            # full fine-tuning belongs to no protocol and is drawn in each, as the mark to reach
+            part = curves[curves["protocol"].isin([protocol, "reference"])]
+            title = f"Learning curves, {name_of(protocol)}"
+            caption = "Thin: seeds. Thick: their mean. Click a strategy in the legend to single it out."
+            drawn.append(learning_curves(part, name=f"learning-{_slug(str(protocol))}", title=title, caption=caption))
+    if arms is not None and (arms["trainable_parameters"] > 0).any():
+        drawn.append(parameter_price(arms))
+    if summary is not None:
+        drawn += [rouge(summary, metric) for metric in METRIC_NAMES if (summary["metric"] == metric).any()]
+        for protocol in dict.fromkeys(summary["protocol"]):
+            drawn += [figure for baseline in ("standard", "random") if (figure := differences(summary, protocol, baseline)) is not None]
+    return drawn
+
+
+def _slug(text: str) -> str:
+    """Return `text` as a piece of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "protocol"
+
+
+def _views(tables: Tables) -> list[Shown]:
+    return [Shown("Arms", _arms(tables["bakeoff"]), terminal=True)] if "bakeoff" in tables else []
+
+
+def _arms(arms: pd.DataFrame) -> View:
+    """Return one line per protocol and strategy, means over seeds."""
+    metrics = [metric for metric in METRIC_NAMES if metric in arms]
+    protocols, order = list(dict.fromkeys(arms["protocol"])), strategy_order(arms)
+    groups = list(arms.groupby(["protocol", "strategy"], sort=False))
+    groups.sort(key=lambda item: (protocols.index(item[0][0]), order.index(name_of(item[0][1]))))
+    columns = (
+        *("protocol", "strategy", "seeds", "where, rank", "trained parameters", "best loss", "tokens to best", "steps to standard's best"),
+        *(METRIC_NAMES[metric] for metric in metrics),
+    )
+    return View(columns, tuple((words(name_of(protocol)), *_arm(strategy, group, metrics)) for (protocol, strategy), group in groups))
+
+
+def _arm(strategy: object, group: pd.DataFrame, metrics: list[str]) -> tuple[Cell, ...]:
+    reached = group["steps_to_standard_best"].dropna()
+    spread = f"{written(group['best_loss'].min(), digits=4)} to {written(group['best_loss'].max(), digits=4)}" if len(group) > 1 else ""
+    trains, tokens = bool((group["trainable_parameters"] > 0).any()), float(group["tokens_to_best"].mean())
+    return (
+        words(name_of(strategy), strong=True),
+        value(int(group["seed"].nunique())),
+        words(_distinct(group["components"]), note=_distinct(group["rank"])),
+        value(int(group["trainable_parameters"].iloc[0]), note=percent(group["trainable_share"].mean(), digits=2)),
+        value(group["best_loss"].mean(), digits=4, note=spread),
+        Cell(f"{tokens / 1e6:,.2f} M", sort=tokens) if trains else Cell("–"),
+        value(reached.mean(), note="" if len(reached) == len(group) or not trains else f"reached by {len(reached)} of {len(group)}"),
+        *(value(group[metric].mean()) for metric in metrics),
+    )
+
+
+def _distinct(texts: pd.Series) -> str:
+    """Return the different values of a column, at most three of them (random layers differ by seed)."""
+    values = [str(text) for text in dict.fromkeys(texts)]
+    return "; ".join(values[:3]) + (f"; and {len(values) - 3} more" if len(values) > 3 else "")
+
+
+def _findings(tables: Tables) -> list[str]:
+    summary = tables.get("bakeoff_summary")
+    if summary is None:
+        return []
+    sentences = []
+    for protocol, at in (("equal_rank", "At equal rank"), ("equal_parameters", "At equal trainable parameters")):
+        for strategy, control in (("targeted_layers", "random layers"), ("circuit", "random circuits")):
+            part = summary[(summary["protocol"] == protocol) & (summary["metric"] == "rouge1") & (summary["strategy"] == strategy)]
+            for row in part.head(1).to_dict("records"):
+                over = f"{written(int(row['n_seeds']))} seeds, {written(int(row['n_documents']))} documents"
+                score = f"{written(row['mean'])} {interval(row['low'], row['high'])}".strip()
+                sentences.append(
+                    f"{at}, LoRA in the {name_of(strategy)} scores ROUGE-1 {score} ({over}): {_against(row, 'standard', 'standard LoRA')}, "
+                    f"and {_against(row, 'random', control)}."
+                )
+    return sentences
+
+
+def _against(row: Row, baseline: str, other: str) -> str:
+    difference, low, high = (float(row[f"vs_{baseline}{end}"]) for end in ("", "_low", "_high"))
+    if math.isnan(difference):
+        return f"not compared with {other}"
+    compared = verb(low, high, below="worse than", above="better than", neither="no difference shown from")
+    return f"{compared} {other} ({written(difference, sign=True)} {interval(low, high, sign=True)})".replace(" )", ")")
+
+
+def _caveats(tables: Tables) -> list[str]:
+    caveats = []
+    if "bakeoff" in tables:
+        trained = tables["bakeoff"][tables["bakeoff"]["trainable_parameters"] > 0]
+        seeds = int(trained.groupby(["protocol", "strategy"])["seed"].nunique().min()) if len(trained) else 0
+        if 0 < seeds < _FEW_SEEDS:
+            caveats.append(
+                f"At least one arm of the bake-off ran with {seeds} seed{'s' * (seeds > 1)}: differences between arms may be differences between seeds."
+            )
+    return [*caveats, "ROUGE counts shared words. It does not tell whether a summary is true."]
+
+
+SECTION = Section(
+    id="bakeoff",
+    heading="Bake-off",
+    intro=(
+        "The same training with LoRA placed differently, at equal rank (the protocol of arXiv 2505.17073) and at equal trainable parameters (a fair price)."
+    ),
+    tables={
+        "bakeoff": BAKEOFF,
+        "bakeoff_rouge": BAKEOFF_ROUGE,
+        "bakeoff_summaries": BAKEOFF_SUMMARIES,
+        "bakeoff_summary": BAKEOFF_SUMMARY,
+        "learning_curves": LEARNING_CURVES,
+    },
+    figures=_figures,
+    views=_views,
+    findings=_findings,
+    caveats=_caveats,
+    adds="mechscope bakeoff BASE --data DATA --out NEW_RUN",
+)

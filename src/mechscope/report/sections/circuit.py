@@ -1,0 +1,206 @@
+"""The circuit of a task: which edges of a model do it, drawn, and how much of the model's behaviour they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mechscope.report.marks.circuit_slider import Picture, pictures
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.series import Series, curves, long
+from mechscope.report.marks.tables import Cell, Shown, Table, View, strongest, value, words
+from mechscope.report.section import Card, Panel, Section, Tables, number, optional, table
+from mechscope.report.shared import each_model
+from mechscope.report.theme import interval, name_of, percent
+from mechscope.report.theme import number as written
+
+_TOP = 40
+# a mean over fewer texts than these has an interval worth little
+_FEW_TEXTS = 30
+_MEASURES = {
+    "faithfulness": "faithfulness",
+    "CPR": "CPR (area under faithfulness, higher is better)",
+    "CMD": "CMD (area between faithfulness and 1, lower is better)",
+}
+
+# of methods that score every text
+_SURE = {
+    "se": optional("standard error of the score over texts", "of the metric"),
+    "low": optional("interval of the score (95 %), lower end", "of the metric"),
+    "high": optional("its interval, upper end", "of the metric"),
+    "p": optional("p: that the score is zero, two-sided"),
+    "q": optional("q: p after Benjamini–Hochberg over the model's rows"),
+}
+EDGES = table(
+    "One row per model and edge of its graph.",
+    model="whose edge: model, base, tuned or a checkpoint",
+    edge="the edge, sender->receiver",
+    sender="the node that writes: embed, a0.h3, m2",
+    receiver="what reads it: a head's query, key or value (a4.h1<q>), an MLP (m5) or logits",
+    sender_layer="layer of the sender, −1 for embed",
+    receiver_layer="layer of the receiver, the number of layers for logits",
+    score=number("change of the metric when the edge carries the other run's value", "of the metric"),
+    n="texts",
+    **_SURE,
+    in_circuit="whether the edge belongs to the chosen circuit",
+)
+NODES = table(
+    "One row per model and node that writes to the residual stream.",
+    model="whose node",
+    node="the node",
+    layer="its layer, −1 for embed",
+    score=number("sum of the scores of the edges that leave it", "of the metric"),
+    n="texts",
+    **_SURE,
+    in_circuit="whether an edge of the chosen circuit touches it",
+)
+CURVE = table(
+    "One row per model and size of a circuit.",
+    model="whose circuit",
+    fraction=number("size that was chosen, of all edges, before dead ends are removed", "share"),
+    edges="edges of the circuit",
+    metric="the metric",
+    n="texts",
+    value=number("mean metric of the circuit", "of the metric"),
+    faithfulness=number("(circuit − no edges) / (model − no edges) of the mean metric", "share", "low", "high", bare=True),
+    random=number("the same, mean over random circuits with as many edges in every layer", "share", "low", "high"),
+)
+SUMMARY = table(
+    "One row per model and measure of its chosen circuit.",
+    model="whose circuit",
+    measure="what was measured: edges, nodes, faithfulness, CPR, CMD, incompleteness, Jaccard indices of resampled circuits …",
+    value=number("its value", "of the measure", "low", "high", bare=True),
+    random=number("the same of random circuits, where measured", "of the measure", "low", "high"),
+)
+
+
+def _panels(tables: Tables) -> list[Panel]:
+    drawn = pictures(tables)
+    data = {"name": "circuit", "pictures": drawn}
+    return [Panel("circuit", data, json=[picture.data() for picture in drawn], drawings=drawn)] if drawn else []
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    if "circuit_curve" not in tables:
+        return []
+    curve, parts = tables["circuit_curve"], []
+    models = curve["model"].nunique()
+    for model, own in curve.groupby("model", sort=False):
+        name = name_of(model) if models > 1 else "the model"
+        # the bands of many models' random circuits would cover one another
+        around = "random_" if models < 3 else None
+        parts.append(long(own, [Series(name, "faithfulness", ""), Series(name, "random", around, chance=True)], ("edges", "fraction")))
+    return curves(
+        pd.concat(parts, ignore_index=True),
+        name="circuit-faithfulness",
+        title="Faithfulness by number of edges",
+        x=("edges", "edges in the circuit"),
+        axis="faithfulness (1: as the whole model)",
+        caption="How much of the model's behaviour a circuit of that many edges keeps when all other edges carry the other run's values. Bands: 95 % "
+        "over texts, and over random circuits with as many edges in every layer.",
+        kinds=("circuit", "random circuits"),
+        wide=True,
+    )
+
+
+def _views(tables: Tables) -> list[Shown]:
+    shown = []
+    if "circuit_summary" in tables:
+        shown.append(Shown("Measures", measures(tables["circuit_summary"]), terminal=True))
+    if "circuit_edges" in tables:
+        for _, whose, own in each_model(tables["circuit_edges"]):
+            view = _strongest(own)
+            shown.append(Shown(f"The {len(view.rows)} strongest edges{whose}", view, folded=True))
+    return shown
+
+
+def measures(summary: pd.DataFrame) -> View:
+    """Return a line per measure: its value for every model, beside random circuits of the same size where they were measured."""
+    models = list(dict.fromkeys(summary["model"]))
+    of = {(row["measure"], row["model"]): row for row in summary.to_dict("records")}
+    rows = tuple(
+        (
+            words(_MEASURES.get(str(measure), name_of(measure))),
+            *(_measured(of[measure, model]) if (measure, model) in of else Cell("") for model in models),
+        )
+        for measure in dict.fromkeys(summary["measure"])
+    )
+    return View(("measure", *(name_of(model) if len(models) > 1 else "circuit" for model in models)), rows)
+
+
+def _measured(row: Mapping[Any, Any]) -> Cell:
+    random = f"random {written(row['random'])} {interval(row['random_low'], row['random_high'])}".strip() if pd.notna(row["random"]) else ""
+    # a count is whole and has no interval
+    count = pd.isna(row["low"]) and float(row["value"]).is_integer()
+    ends = interval(row["low"], row["high"])
+    return value(int(row["value"]) if count else row["value"], note=" · ".join(note for note in (ends, random) if note))
+
+
+def _strongest(edges: pd.DataFrame) -> View:
+    view = Table(strongest(edges, "score", _TOP)).words("edge", "edge", strong=lambda row: bool(row["in_circuit"]))
+    view = view.numbers("score", "score", ends=("low", "high"), sign=True).numbers("q", "q", digits=2)
+    return view.cells("in_circuit", "in the circuit", lambda row: Cell("yes" if row["in_circuit"] else "no")).view()
+
+
+def _findings(tables: Tables) -> list[str]:
+    return [_finding(picture) for picture in _ends(pictures(tables))]
+
+
+def _finding(picture: Picture) -> str:
+    faithful, random = picture.faithfulness_words()
+    size = picture.size_words().replace("The chosen circuit:", f"{picture.title}:")
+    if picture.chosen is None:
+        return f"{size}."
+    n = "" if picture.curve is None or "n" not in picture.curve else f" (n = {written(int(picture.curve['n'].max()))} texts)"
+    return f"{size}. Its faithfulness is {faithful}{n}; that of random circuits of its size is {random}."
+
+
+def _cards(tables: Tables) -> list[Card]:
+    drawn, cards = pictures(tables), []
+    for picture in _ends(drawn):
+        whose = f", {name_of(picture.model)}" if len(drawn) > 1 else ""
+        share = percent(len(picture.circuit) / len(picture.edges), digits=2)
+        cards.append(Card(written(len(picture.circuit)), f"edges in the circuit{whose}", f"{share} of {written(len(picture.edges))}"))
+        if picture.chosen is not None:
+            beside = f"random circuits of that size: {picture.faithfulness_words()[1]}"
+            note = f"{interval(picture.chosen['low'], picture.chosen['high'])}; {beside}".removeprefix("; ")
+            cards.append(Card(written(picture.chosen["value"]), f"faithfulness{whose}", note))
+    return cards
+
+
+def _ends(drawn: list[Picture]) -> list[Picture]:
+    """Return the first and the last model: base and tuned, whatever lies between them."""
+    return [drawn[0], drawn[-1]] if len(drawn) > 1 else drawn
+
+
+def _caveats(tables: Tables) -> list[str]:
+    edges = tables.get("circuit_edges")
+    texts = int(edges["n"].max()) if edges is not None and "n" in edges and edges["n"].notna().any() else 0
+    few = [f"Only {texts} texts were scored; intervals from fewer than {_FEW_TEXTS} are rough."] if 0 < texts < _FEW_TEXTS else []
+    return [
+        *few,
+        "An edge's score says what changes when that edge alone is changed. Edges that stand in for one another (redundant or backup heads) can have "
+        "small scores and still matter together: completeness tests for them.",
+        "A circuit is of a task's texts and a metric. On other texts the same model may use other edges.",
+        "Faithfulness is a ratio: it can lie above 1 or below 0, and where the metric hardly differs between the two runs it says little.",
+    ]
+
+
+SECTION = Section(
+    id="circuit",
+    heading="Circuit",
+    intro=(
+        "A model as a graph: the embedding, every head and every MLP write to the residual stream; every head's query, key and value, every MLP and the "
+        "logits read from it. A circuit is the part of its edges that does the task. An edge's score is the change of the metric when the edge carries "
+        "the other run's value."
+    ),
+    tables={"circuit_edges": EDGES, "circuit_nodes": NODES, "circuit_curve": CURVE, "circuit_summary": SUMMARY},
+    figures=_figures,
+    panels=_panels,
+    views=_views,
+    findings=_findings,
+    cards=_cards,
+    caveats=_caveats,
+)

@@ -1,0 +1,133 @@
+"""Distributed alignment search: whether a learned subspace carries a variable, beside random ones, the whole vector and none."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from mechscope.report.marks.curves import layer_curves
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.tables import Shown, Table
+from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.shared import few_texts
+from mechscope.report.theme import interval, label, percent
+from mechscope.report.theme import number as written
+
+_METHODS = {
+    "das": "learned subspace",
+    "random": "random subspaces, mean",
+    "full": "whole vector",
+    "none": "nothing exchanged",
+}
+DAS = table(
+    "One row per layer and subspace.",
+    component="the place",
+    site="residual, attention_output, mlp_output, neuron, embedding or z (a head's output)",
+    layer="its layer",
+    head="its head, −1 where there is none",
+    position="the tokens whose representation was exchanged",
+    among="among which tokens the likeliest was sought: vocabulary, or right and wrong answers",
+    method="das (the learned subspace), random (one row per draw), full (the whole vector is exchanged), none (nothing is)",
+    draw="which random subspace, −1 for the others",
+    dimensions="dimensions of the subspace",
+    n="pairs that were judged on and not learned from",
+    correct="pairs whose likeliest token after the exchange is an answer",
+    accuracy=number("their share, with Wilson's interval", "share", "low", "high", bare=True),
+)
+
+
+def _by_layer(das: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per layer with the accuracy of every method; that of the learned subspace with its interval, random draws averaged."""
+    layers = das.groupby("layer", as_index=False).agg(n=("n", "max"))
+    for method in _METHODS:
+        own = das[das["method"] == method].set_index("layer")
+        if len(own):
+            layers[method] = layers["layer"].map(own.groupby(level=0)["accuracy"].mean())
+    learned = das[das["method"] == "das"].set_index("layer")
+    return layers.assign(das_low=layers["layer"].map(learned["low"]), das_high=layers["layer"].map(learned["high"]))
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    layers = _by_layer(tables["das"])
+    return [
+        layer_curves(
+            layers,
+            {method: words for method, words in _METHODS.items() if method in layers},
+            name="das",
+            title="Interchange accuracy",
+            axis="share of pairs answered right",
+            caption="Band: Wilson's 95 % interval over held-out pairs, of the learned subspace.",
+            share=True,
+            counted_in="pairs",
+        )
+    ]
+
+
+def _views(tables: Tables) -> list[Shown]:
+    das = tables["das"]
+    das = das.assign(method=[_METHODS.get(str(method), str(method)).removesuffix("s, mean") for method in das["method"]])
+    view = (
+        Table(das).words("component", "place").words("position", "tokens").words("method", "exchanged").numbers("dimensions", "dimensions")
+    )
+    view = view.numbers("accuracy", "right", ends=("low", "high")).numbers("correct", "pairs right").numbers("n", "pairs")
+    return [Shown("Exchanges", view.view(), terminal=True)]
+
+
+def _best(das: pd.DataFrame) -> pd.Series:
+    return das[das["method"] == "das"].sort_values("accuracy", ascending=False, kind="stable").iloc[0]
+
+
+def _findings(tables: Tables) -> list[str]:
+    das = tables["das"]
+    best = _best(das)
+    here = das[(das["layer"] == best["layer"]) & (das["head"] == best["head"])]
+    others = here.groupby("method")["accuracy"].max()
+    controls = here[here["method"] == "random"]
+    beside = ""
+    if len(controls):
+        highest = float(controls["accuracy"].max())
+        verdict = "its interval lies above all of them" if best["low"] > highest else "its interval does not lie above all of them"
+        beside = f" {len(controls)} random subspaces of equal size reach {percent(highest)} at most: {verdict}."
+    many = das.loc[das["method"] == "das", "layer"].nunique()
+    chosen = f", the best of {many} layers" if many > 1 else ""
+    return [
+        f"Exchanging a learned subspace of {written(int(best['dimensions']))} dimensions of {label(best['component'])}{chosen} makes "
+        f"{percent(best['accuracy'])} {interval(100 * best['low'], 100 * best['high'])} of {written(int(best['n']))} held-out pairs right; the whole vector "
+        f"{percent(others.get('full'))}, nothing {percent(others.get('none'))}.{beside}"
+    ]
+
+
+def _cards(tables: Tables) -> list[Card]:
+    best = _best(tables["das"])
+    return [
+        Card(
+            percent(best["accuracy"]),
+            f"of pairs right after exchanging {written(int(best['dimensions']))} dimensions",
+            f"of {label(best['component'])}",
+        )
+    ]
+
+
+def _caveats(tables: Tables) -> list[str]:
+    return [
+        "A layer that is the best of several was chosen on the pairs it is judged on: its accuracy is a little too high.",
+        "A learned subspace can also work through directions that the model itself does not use (Makelov et al. 2023).",
+        *few_texts(tables, "das"),
+    ]
+
+
+SECTION = Section(
+    id="das",
+    heading="Alignment search",
+    intro=(
+        "A rotation is learned so that exchanging its first dimensions between the runs of two texts makes the model answer as if the variable had the other "
+        "text's value; the model's weights stay (Geiger et al. 2024, “Finding Alignments Between Interpretable Causal Variables and Distributed Neural "
+        "Representations”; with a learned number of dimensions Wu et al. 2023). It is judged on pairs that were not learned from, beside three controls: "
+        "random subspaces of equal size, the whole vector (the most that the place can do) and no exchange."
+    ),
+    tables={"das": DAS},
+    figures=_figures,
+    views=_views,
+    findings=_findings,
+    cards=_cards,
+    caveats=_caveats,
+)

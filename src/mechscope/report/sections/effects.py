@@ -1,0 +1,99 @@
+"""Effects: what changing one place at a time does to a metric, from a sweep of patches or ablations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.heatmaps import head_heatmap, position_heatmap
+from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.section import Card, Section, Tables, optional, table
+from mechscope.report.shared import NORMALISED, differ_from_zero, effect_columns, largest_effects
+from mechscope.report.theme import interval, label
+from mechscope.report.theme import number as written
+
+_TOOLTIP = {"effect": "effect", "low": "95 % from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
+
+EFFECTS = table(
+    "One row per changed place.",
+    **effect_columns(
+        component="the changed place",
+        site="z (a head's output), query, key, value, pattern, attention_output, mlp_output, neuron, residual, embedding",
+    ),
+    normalised=replace(NORMALISED, optional=True),
+    exact=optional("attribution only: the effect by exact patching, where it was checked", "of the metric"),
+)
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    """Draw layer × head where the sweep went over heads, layer × positions where it did not."""
+    effects = tables["effects"]
+    columns = {"effect": f"change of {effects['metric'].iloc[0]}"}
+    if "normalised" in effects:
+        columns["normalised"] = "0: as corrupt, 1: as clean"
+    drawn: list[Figure] = []
+    for site, part in effects[effects["layer"] >= 0].groupby("site", sort=False):
+        for column, legend in columns.items():
+            name, title = f"{column}-{str(site).replace('_', '-')}", f"{str(site).replace('_', ' ')}: {column}"
+            if (part["head"] >= 0).all():
+                drawn += _by_head(part, column, name=name, title=title, legend=legend, number=len(drawn))
+            elif (part["feature"] < 0).all():
+                drawn.append(position_heatmap(part, column, name=name, title=title, legend=legend, caption=_CAPTION))
+    return drawn
+
+
+_CAPTION = "Mean over texts; hover for the interval."
+
+
+def _by_head(part: pd.DataFrame, column: str, *, name: str, title: str, legend: str, number: int) -> list[Figure]:
+    several = part["positions"].nunique() > 1
+    return [
+        head_heatmap(
+            own.drop(columns="positions"),
+            column,
+            name=f"{name}-{number + at}" if several else name,
+            title=f"{title}, {positions}" if several else title,
+            legend=legend,
+            caption=_CAPTION,
+            scale="change",
+            tooltip={key: words for key, words in _TOOLTIP.items() if key in own},
+            significance="q" if column == "effect" else None,
+        )
+        for at, (positions, own) in enumerate(part.groupby("positions", sort=False))
+    ]
+
+
+def _views(tables: Tables) -> list[Shown]:
+    return [Shown("Largest effects", largest_effects(tables["effects"]), terminal=True)]
+
+
+def _findings(tables: Tables) -> list[str]:
+    effects = tables["effects"]
+    top = strongest(effects, "effect", 1).iloc[0]
+    where = str(top["component"]) if top["positions"] == "all" else f"{top['component']} at {top['positions']}"
+    return [
+        f"The largest effect on {top['metric']} is {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}, of "
+        f"{label(where)} (n = {written(int(top['n']))} texts); {differ_from_zero(effects)}."
+    ]
+
+
+def _cards(tables: Tables) -> list[Card]:
+    top = strongest(tables["effects"], "effect", 1).iloc[0]
+    return [Card(label(top["component"]), "has the largest effect", f"{written(top['effect'], sign=True)} on {top['metric']}")]
+
+
+SECTION = Section(
+    id="effects",
+    heading="Effects",
+    intro=(
+        "What changing one place at a time does to the metric: the mean over texts of the changed run minus the unchanged run, with a 95 % interval over "
+        "texts; q is Benjamini–Hochberg over the table."
+    ),
+    tables={"effects": EFFECTS},
+    figures=_figures,
+    views=_views,
+    findings=_findings,
+    cards=_cards,
+)

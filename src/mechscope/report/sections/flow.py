@@ -1,0 +1,79 @@
+"""Attention flow: between which segments of a text, and in which layers, attention carries what the answer needs."""
+
+from __future__ import annotations
+
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.heatmaps import position_heatmap
+from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.section import Card, Section, Tables, table
+from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects
+from mechscope.report.theme import interval, label
+from mechscope.report.theme import number as written
+
+FLOW = table(
+    "One row per window of layers and ordered pair of segments whose attention was cut.",
+    **effect_columns(
+        component="the layers that were cut together, layers:2-4",
+        site="knockout",
+        positions="query → key: the segment that could not look, and the one it did not see",
+    ),
+)
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    flow = tables["flow"]
+    metric = flow["metric"].iloc[0]
+    return [
+        position_heatmap(
+            flow,
+            "effect",
+            name="flow",
+            title="Attention cut between segments",
+            legend=f"change of {metric}",
+            caption="Across: query → key. Down: the window's centre. Mean over texts; hover for the interval.",
+        )
+    ]
+
+
+def _views(tables: Tables) -> list[Shown]:
+    return [Shown("Largest effects of a cut", largest_effects(tables["flow"], "layers"), terminal=True)]
+
+
+def _findings(tables: Tables) -> list[str]:
+    flow = tables["flow"]
+    top = strongest(flow, "effect", 1).iloc[0]
+    return [
+        f"Of {flow['positions'].nunique()} ways between segments the largest effect has {label(top['positions'])} in {label(top['component'])}: cut, it "
+        f"changes {top['metric']} by {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)} (n = {written(int(top['n']))} texts); "
+        f"{differ_from_zero(flow)}."
+    ]
+
+
+def _cards(tables: Tables) -> list[Card]:
+    top = strongest(tables["flow"], "effect", 1).iloc[0]
+    return [Card(label(top["positions"]), "the cut that changes most", f"{written(top['effect'], sign=True)} on {top['metric']}")]
+
+
+def _caveats(tables: Tables) -> list[str]:
+    return [
+        "Ways between segments in which no text has anything to cut are left out; a text counts where there is something to cut, so n can differ.",
+        *few_texts(tables, "flow"),
+    ]
+
+
+SECTION = Section(
+    id="flow",
+    heading="Attention flow",
+    intro=(
+        "Attention from every segment to every segment that it can see is cut, one window of layers at a time, in the clean run: the way that information "
+        "takes through the text (the knockout of Geva et al. 2023, for all pairs of segments). Each effect is the cut run minus the whole model on the "
+        "same text, the mean over texts with a 95 % interval; q is Benjamini–Hochberg over the table. Ways that the task does not need are the control "
+        "of the one that it does."
+    ),
+    tables={"flow": FLOW},
+    figures=_figures,
+    views=_views,
+    findings=_findings,
+    cards=_cards,
+    caveats=_caveats,
+)

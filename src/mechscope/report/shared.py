@@ -1,0 +1,172 @@
+"""What several sections need to know of a run's tables: what was selected, whose rows these are, how sure a reader may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
+from mechscope.report.marks.tables import Table, View, strongest
+from mechscope.report.section import Column, Tables, number
+from mechscope.report.theme import interval, name_of, percent
+from mechscope.report.theme import number as written
+
+# fewer documents than these make an interval worth little: the page says so
+_FEW_DOCUMENTS = 30
+
+NO_CAUSE = "A change in attention or activations is where fine-tuning left traces; it does not prove that the part causes the behaviour. Only interventions do."
+"""Caveat of every section that shows what changed."""
+UNEQUAL_LENGTHS = (
+    "Row i of a causal attention map can spread over i tokens, so mean entropies of documents of different length cannot be compared; "
+    "changes within a document can."
+)
+"""Caveat of every section that shows attention entropies."""
+THIS_PAIR = "Intervals and tests are over documents, for this pair of models. They do not cover training again with another seed, except in the bake-off."
+"""Caveat of every section whose intervals are over documents."""
+
+_LARGEST = 40
+
+NORMALISED = number("0: as the corrupt run, 1: as the clean run; a ratio of means", "share", "low", "high")
+"""Column of sweeps between two runs."""
+
+
+def effect_columns(
+    *, component: str = "the place", site: str = "what was changed there", positions: str = "the tokens at which it was changed"
+) -> dict[str, Column]:
+    """Describe the columns of a sweep, see `mechscope.causal.Effects`.
+
+    Args:
+        component: What a row is about.
+        site: What `site` says.
+        positions: What `positions` says.
+    """
+    return {
+        "component": Column(component),
+        "site": Column(site),
+        "layer": Column("its layer, −1 where there is none"),
+        "head": Column("its head, −1 where there is none"),
+        "feature": Column("its neuron, −1 where there is none"),
+        "positions": Column(positions),
+        "metric": Column("the metric"),
+        "n": Column("texts"),
+        "value": number("mean metric of the changed run", "of the metric"),
+        "effect": number("its mean difference from the unchanged run", "of the metric", "se", "low", "high", "p", "q", bare=True),
+    }
+
+
+def largest_effects(effects: pd.DataFrame, component: str = "component") -> View:
+    """Return the rows of a sweep with the largest effects, as a table to read.
+
+    Args:
+        effects: The sweep.
+        component: Heading of the first column.
+    """
+    view = Table(strongest(effects, "effect", _LARGEST)).words("component", component)
+    if effects["positions"].nunique() > 1 or (effects["positions"] != "all").any():
+        view = view.words("positions", "positions")
+    view = view.numbers("effect", "effect", ends=("low", "high"), sign=True)
+    view = view.numbers("normalised", "normalised", ends=("normalised_low", "normalised_high"))
+    return view.numbers("q", "q").numbers("n", "texts").view()
+
+
+def estimated(row: pd.Series, column: str, *, share: bool = False, sign: bool = False) -> str:
+    """Return a number of a row and its interval, where it has one: `+0.120 [+0.0280, +0.269]`, or as a share `12 % [3.10, 21.0]`.
+
+    Args:
+        row: A row with the columns `column`, `column_low` and `column_high`.
+        column: Which number.
+        share: Whether it is a fraction, written in per cent.
+        sign: Whether a plus is written.
+    """
+    scale = 100 if share else 1
+    value = percent(row[column]) if share else written(row[column], sign=sign)
+    return f"{value} {interval(scale * row[f'{column}_low'], scale * row[f'{column}_high'], sign=sign)}".strip()
+
+
+def texts(n: float) -> str:
+    """Return a number of texts in words: `1 text`, `1,024 texts`."""
+    return f"{written(int(n))} text{'' if n == 1 else 's'}"
+
+
+def differ_from_zero(effects: pd.DataFrame) -> str:
+    """Return how many effects of a sweep differ from zero: `3 of 48 effects differ from zero at q < 0.05`."""
+    differ = int((effects["q"] < Q_SIGNIFICANT).sum())
+    return f"{differ} of {len(effects)} effects differ{'s' if differ == 1 else ''} from zero at q < {Q_SIGNIFICANT}"
+
+
+def main_rule(selection: pd.DataFrame | None, kind: str) -> str | None:
+    """Return the rule whose choice the figures outline: the first by attention KL, else the first that is not a control; None without any.
+
+    Args:
+        selection: The selection table, or None.
+        kind: ``layer`` or ``head``.
+    """
+    if selection is None:
+        return None
+    rules = [str(rule) for rule in dict.fromkeys(selection.loc[selection["kind"] == kind, "rule"])]
+    # random and last layers are what a selection is compared with
+    rules = [rule for rule in rules if not rule.startswith(("random", "last"))]
+    return next((rule for rule in rules if "kl" in rule.lower()), rules[0] if rules else None)
+
+
+def chosen(selection: pd.DataFrame | None, kind: str) -> list[tuple[int, int]]:
+    """Return (layer, head) of what `main_rule` chose, sorted; the head of a layer is -1."""
+    rule = main_rule(selection, kind)
+    if selection is None or rule is None:
+        return []
+    rows = selection[(selection["rule"] == rule) & (selection["kind"] == kind) & selection["chosen"]]
+    return sorted((int(layer), int(head)) for layer, head in zip(rows["layer"], rows["head"], strict=True))
+
+
+def chosen_layers(tables: Tables) -> list[int]:
+    """Return the selected layers; none without a selection."""
+    return [layer for layer, _ in chosen(tables.get("selection"), "layer")]
+
+
+def chosen_heads(tables: Tables) -> list[tuple[int, int]]:
+    """Return (layer, head) of the selected heads; none without a selection."""
+    return chosen(tables.get("selection"), "head")
+
+
+def of_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the part of a table over all tokens (else over its first kind of query rows) and that kind."""
+    kinds = list(dict.fromkeys(table["rows"]))
+    kind = "all" if "all" in kinds else str(kinds[0])
+    return table[table["rows"] == kind], kind
+
+
+def by_model(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return every model's words (``the base model``, else ``the model``) and rows."""
+    named = {"base": "the base model", "tuned": "the tuned model"}
+    return [(named.get(str(model), "the model"), own) for model, own in table.groupby("model", sort=False)]
+
+
+def each_model(table: pd.DataFrame, before: str = ", ") -> list[tuple[str, str, pd.DataFrame]]:
+    """Return of every model what ends its figure's name (``-1``), what ends its heading (``, base``) and its rows; both ends empty where there is one."""
+    groups = list(table.groupby("model", sort=False))
+    several = len(groups) > 1
+    return [(f"-{i + 1}" * several, f"{before}{name_of(model)}" * several, own) for i, (model, own) in enumerate(groups)]
+
+
+def verb(low: float, high: float, *, below: str, above: str, neither: str) -> str:
+    """Return the word that an interval allows: it lies below zero, above zero, or it has zero (or no ends)."""
+    if high < 0:
+        return below
+    return above if low > 0 else neither
+
+
+def few_documents(tables: Tables) -> Sequence[str]:
+    """Return the caveat that few documents were measured, where they were few; the same words for all sections of a difference."""
+    counts = [int(tables[name]["n"].max()) for name in ("heads", "layers", "outputs") if name in tables]
+    if counts and min(counts) < _FEW_DOCUMENTS:
+        return [f"Only {min(counts)} documents were measured; intervals from fewer than {_FEW_DOCUMENTS} are rough."]
+    return []
+
+
+def few_texts(tables: Tables, *names: str) -> list[str]:
+    """Return the caveat that few texts were read, where one of the named tables (with their number in `n`) is of few."""
+    counts = [int(tables[name]["n"].max()) for name in names if name in tables]
+    if counts and min(counts) < _FEW_DOCUMENTS:
+        return [f"Only {min(counts)} texts were read; intervals from fewer than {_FEW_DOCUMENTS} are rough."]
+    return []

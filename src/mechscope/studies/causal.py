@@ -1,0 +1,191 @@
+"""Do the layers and heads that changed most matter? A study's interventions, and how their answers compare with the differences.
+
+1. Cross-model patching: which layers and heads carry the gain of fine-tuning alone, and without which is it lost? (tables `cross_model`)
+2. Ablation of the selected heads in the tuned model, beside random head sets with the same layer profile (table `ablation`).
+3. Rank correlation of "how much it changed" with "how much it carries" (table `importance`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pandas as pd
+from scipy import stats as distributions
+
+from mechscope.causal import Effects, ablate_together, cross_patch, mean_of, random_like
+from mechscope.choices import AblationSource
+from mechscope.data.pairs import Pairs
+from mechscope.errors import SettingsError
+from mechscope.instrument import Execution
+from mechscope.stats.inference import interval
+from mechscope.studies.selection import Chosen
+from mechscope.subject import Components, Pair
+
+log = logging.getLogger(__name__)
+
+# sets of as many layers as were selected, to compare with: all of them where there are no more
+_LAYER_SETS = 40
+_RESAMPLES = 2000
+# tokens of a batch where no number is given
+_TOKENS = 4096
+
+
+def measure_importance(
+    pair: Pair,
+    texts: Pairs,
+    chosen: Chosen,
+    changed: Mapping[str, pd.DataFrame],
+    *,
+    rows: str,
+    source: AblationSource,
+    random_sets: int,
+    execution: Execution,
+) -> dict[str, pd.DataFrame]:
+    """Ask by interventions whether the most changed layers and heads carry what fine-tuning brought.
+
+    Args:
+        pair: The models.
+        texts: Held-out documents; the metric is the loss on the summary.
+        chosen: The most changed layers and heads.
+        changed: The tables `layers` and `heads` of the difference.
+        rows: Which of their query rows are correlated with the gain.
+        source: What ablated heads are replaced by.
+        random_sets: Random head sets that the ablation is compared with.
+        execution: Tokens of a batch (4,096 by default), seed of random sets and resampling, progress.
+
+    Returns:
+        The tables `cross_model`, `layer_sets`, `ablation` and `importance`.
+    """
+    execution = replace(execution, tokens_per_batch=execution.tokens(_TOKENS))
+    sets = layer_sets(chosen.layers, pair.base.anatomy.n_layers, seed=execution.seed)
+    by_activations = cross_patch(pair, texts, levels=("layer", "attention", "mlp", "head"), sets=sets, execution=execution)
+    by_weights = cross_patch(
+        pair, texts, levels=("layer", "attention", "mlp", "embedding", "unembedding"), by="weights", execution=execution
+    )
+    singles = {into: _without_sets(effects) for into, effects in by_activations.items()}
+    cross = pd.concat(
+        [effects.table.assign(by="activations", into=into) for into, effects in singles.items()]
+        + [effects.table.assign(by="weights", into=into) for into, effects in by_weights.items()],
+        ignore_index=True,
+    )
+    return {
+        "cross_model": cross,
+        "layer_sets": layer_sets_table(by_activations["into_base"], by_activations["into_tuned"].unchanged),
+        "ablation": ablation_table(pair, texts, chosen.heads, source=source, random_sets=random_sets, execution=execution),
+        "importance": importance_table(changed["heads"], changed["layers"], cross, rows=rows, seed=execution.seed),
+    }
+
+
+def _without_sets(effects: Effects) -> Effects:
+    return replace(effects, table=effects.table[effects.table["site"] != "set"])
+
+
+def layer_sets(layers: Components, n_layers: int, *, seed: int) -> list[Components]:
+    """Return the selected layers, then other sets of as many: all there are, or forty drawn at random."""
+    chosen = tuple(sorted(layers.layers))
+    size = len(chosen)
+    if not size or size == n_layers:
+        return [layers]
+    if comb(n_layers, size) - 1 <= _LAYER_SETS:
+        others = [other for other in combinations(range(n_layers), size) if other != chosen]
+    else:
+        random, seen = np.random.default_rng(seed), {chosen}
+        while len(seen) <= _LAYER_SETS:
+            seen.add(tuple(sorted(random.choice(n_layers, size, replace=False).tolist())))
+        others = sorted(seen - {chosen})
+    return [Components.of_layers(other) for other in (chosen, *others)]
+
+
+def layer_sets_table(effects: Effects, tuned: np.ndarray) -> pd.DataFrame:
+    """Compare what the selected layers carry together with what other sets of as many layers carry.
+
+    Args:
+        effects: Cross-model patching into the base; its rows of site `set` are the layer sets, the selected one first.
+        tuned: The tuned model's loss per text.
+
+    Returns:
+        One row per set (`component`, `selected`, `share` of the gain, `gain` in nats per token), and on the selected one how much more it
+        carries than the mean of the others: `more`, `more_low`, `more_high` as shares of the gain (95 % interval over texts).
+    """
+    rows = (effects.table["site"] == "set").to_numpy()
+    gains = effects.unchanged - effects.values[rows]  # loss that is gained, per text
+    whole = float((effects.unchanged - tuned).mean())
+    table = pd.DataFrame(
+        {
+            "component": effects.table.loc[rows, "component"].to_numpy(),
+            "selected": np.arange(len(gains)) == 0,
+            "gain": gains.mean(1),
+            "share": gains.mean(1) / whole if whole else np.nan,
+            "n": gains.shape[1],
+        }
+    )
+    for column in ("more", "more_low", "more_high"):
+        table[column] = np.nan
+    if len(gains) > 1 and whole:
+        more = gains[0] - gains[1:].mean(0)
+        mean, error = more.mean(), more.std(ddof=1) / np.sqrt(len(more)) if len(more) > 1 else np.nan
+        low, high = interval(mean, error, len(more))
+        ends = sorted((float(low) / whole, float(high) / whole))
+        table.loc[0, ["more", "more_low", "more_high"]] = [mean / whole, *ends]
+    return table
+
+
+def ablation_table(
+    pair: Pair, texts: Pairs, heads: Components, *, source: AblationSource, random_sets: int, execution: Execution
+) -> pd.DataFrame:
+    """Ablate the selected heads together in the tuned model, and random sets with as many heads in each layer; arguments as above.
+
+    Returns:
+        One row per set: `kind` (`selected` or `random`), the columns of `ablate_together`, and on the selected one `p_random`: the share of random sets
+        (itself counted) whose ablation costs at least as much.
+    """
+    try:
+        controls = random_like(heads, pair.tuned.anatomy, random_sets, seed=execution.seed)
+    except SettingsError as error:
+        log.warning("no random head sets to compare the selected heads with: %s", error)
+        controls = []
+    replacement = mean_of(pair.tuned, texts, ("z",)) if source == "mean" else source
+    table = ablate_together(pair.tuned, texts, [heads, *controls], source=replacement, execution=execution).table
+    table["kind"] = ["selected", *["random"] * len(controls)]
+    table["p_random"] = np.nan
+    if controls:
+        costs = table["effect"].to_numpy()
+        table.loc[0, "p_random"] = (1 + int((costs[1:] >= costs[0]).sum())) / len(costs)
+    return table
+
+
+def importance_table(heads: pd.DataFrame, layers: pd.DataFrame, cross: pd.DataFrame, *, rows: str, seed: int) -> pd.DataFrame:
+    """Correlate how much parts changed with how much of the gain they carry, by ranks (Spearman).
+
+    Returns:
+        One row per level (`layer`, `head`), way of exchange (`by`) and direction (`into`): `rho` with a percentile bootstrap interval over the parts,
+        `p` and `n` parts.
+    """
+    correlations = []
+    for level, changed in (("layer", layers), ("head", heads)):
+        measured = changed[changed["rows"] == rows].set_index(["layer", "head"] if level == "head" else ["layer"])["kl_base_tuned"]
+        site = "layer" if level == "layer" else "z"
+        for (by, into), part in cross[cross["site"] == site].groupby(["by", "into"], sort=False):
+            carried = part.set_index(["layer", "head"] if level == "head" else ["layer"])["normalised"]
+            both = pd.concat([measured, carried], axis=1, join="inner").to_numpy()
+            correlations.append({"level": level, "by": by, "into": into, **_rank_correlation(both, seed)})
+    return pd.DataFrame(correlations)
+
+
+def _rank_correlation(both: np.ndarray, seed: int) -> dict[str, float]:
+    n = len(both)
+    if n < 3 or np.isnan(both).any() or (np.ptp(both, axis=0) == 0).any():
+        return {"rho": np.nan, "low": np.nan, "high": np.nan, "p": np.nan, "n": n}
+    result = distributions.spearmanr(both[:, 0], both[:, 1])
+    drawn = np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))
+    ranks = distributions.rankdata(both[drawn], axis=1)
+    centred = ranks - ranks.mean(1, keepdims=True)
+    spread = np.sqrt((centred**2).sum(1).prod(1))
+    rho = np.divide(centred.prod(2).sum(1), spread, out=np.full(len(drawn), np.nan), where=spread > 0)
+    low, high = np.nanquantile(rho, [0.025, 0.975])
+    return {"rho": float(result.statistic), "low": float(low), "high": float(high), "p": float(result.pvalue), "n": n}

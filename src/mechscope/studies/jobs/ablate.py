@@ -1,0 +1,118 @@
+"""`mechscope ablate`: heads, MLPs or other places taken out, one at a time, on prompt pairs or on documents with their summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mechscope.choices import AblationSource, MetricName
+from mechscope.errors import SettingsError
+from mechscope.settings import Number, setting
+from mechscope.studies.groups import DocumentFormat, MaybePairs, OneModel
+from mechscope.studies.inputs import MODELS, Input, prompt_pairs, read_documents, record_pairs
+from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.pairs import check_pairs, split_names
+
+if TYPE_CHECKING:
+    from mechscope.data.pairs import Pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings(OneModel, MaybePairs):
+    """What is ablated and how it is judged."""
+
+    panel: ClassVar[str] = "Ablation"
+
+    data: str | None = setting(None, "Instead of pairs: documents with summaries, ablated with the loss on the summary.")
+    documents: Number = setting(32, "Documents to run on, with --data.")
+    sites: str = setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, ….")
+    components: str | None = setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
+    source: AblationSource = setting("mean", "What an ablated component's value is replaced by.")
+    mode: Literal["each", "keep"] = setting("each", "Leave one out, or keep only one.")
+    metric: MetricName | None = setting(None, "Metric; by default loss with --data and logit-diff with --pairs.")
+    tokens_per_batch: Number | None = setting(1024, "Most tokens of a batch of texts, padding included; decides the memory.")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            SettingsError: Pairs and data are both given, or neither, or documents are to have a corrupt text.
+        """
+        super().__post_init__()
+        if (self.pairs is None) is (self.data is None):
+            raise SettingsError("give either pairs (a file or a task) or data (documents with summaries) to ablate on")
+        if self.data is not None and self.source == "corrupt":
+            raise SettingsError("source 'corrupt' needs pairs with a corrupt text, and documents have none: use mean, resample or zero")
+
+    @property
+    def judged_by(self) -> MetricName:
+        """The metric, given or by default."""
+        return self.metric or ("loss" if self.data is not None else "logit-diff")
+
+
+def _texts(run: JobRun[AblateSettings]) -> Pairs:
+    settings = run.settings
+    if settings.data is None:
+        return prompt_pairs(run)
+    documents = DocumentFormat(max_tokens=settings.max_tokens, seed=settings.seed)
+    return read_documents(documents, run.source("data"), settings.documents, run.first).pairs
+
+
+TEXTS: Input[Pairs] = Input("texts", _texts, lambda texts: texts.hash, record_pairs)
+
+
+def _check(run: JobRun[AblateSettings]) -> None:
+    from mechscope.causal.ablation import ablated_places
+
+    settings = run.settings
+    ablated_places(run.first.anatomy, split_names(settings.sites), settings.components)
+    check_pairs(run.first, run[TEXTS], metric=settings.judged_by)
+
+
+def _effects(run: JobRun[AblateSettings]) -> Tables:
+    from mechscope.causal import ablate, mean_of
+    from mechscope.causal.places import site_named
+
+    settings, subject, texts = run.settings, run.first, run[TEXTS]
+    sites = split_names(settings.sites)
+    effects = ablate(
+        subject,
+        texts,
+        sites=sites,
+        source=mean_of(subject, texts, [site_named(site) for site in sites]) if settings.source == "mean" else settings.source,
+        mode=settings.mode,
+        metric=settings.judged_by,
+        components=settings.components,
+        execution=run.execution,
+    )
+    run.folder.record("notes", effects.notes)
+    return {"effects": effects.table}
+
+
+def _hangs_on(settings: AblateSettings) -> tuple[str, ...]:
+    names = ("sites", "components", "source", "mode", "metric", "seed")
+    # values are drawn among the texts of a batch
+    return (*names, "tokens_per_batch") if settings.source == "resample" else names
+
+
+EFFECTS = Stage(name="effects", work=_effects, hangs_on=_hangs_on, inputs=(MODELS, TEXTS))
+
+
+def _title(names: Mapping[str, str]) -> str:
+    return f"Ablating {names['model']}"
+
+
+JOB = Job(
+    name="ablate",
+    help="Ablation: take heads and MLPs out, one at a time, and see what it costs.",
+    panel="intervene",
+    example="mechscope ablate gpt2 --pairs ioi --source mean --out runs/ablate-ioi",
+    settings=AblateSettings,
+    arguments=("model",),
+    inputs=(MODELS, TEXTS),
+    stages=(EFFECTS,),
+    sections=("effects",),
+    title=_title,
+    check=_check,
+)

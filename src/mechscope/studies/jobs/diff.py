@@ -1,0 +1,52 @@
+"""`mechscope diff`: what fine-tuning changed between two models, and which layers and heads it changed most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mechscope.studies.groups import Measuring, OneCorpus, Selecting, TwoModels
+from mechscope.studies.inputs import CORPUS, MODELS, PAIR
+from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.paper_2505_17073 import claims_stage
+from mechscope.studies.selection import check_selection, selection_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffSettings(TwoModels, OneCorpus, Measuring, Selecting):
+    """Which models, which documents, and what is measured."""
+
+    panel: ClassVar[str] = "Measure"
+
+
+def _check(run: JobRun[Any]) -> None:
+    check_selection(run.settings, run.first.anatomy)
+
+
+def _difference(run: JobRun[Any]) -> Tables:
+    from mechscope.studies.difference import measure_difference
+
+    return measure_difference(run[PAIR], run[CORPUS].encoded, settings=run.settings, stage=run.stage, execution=run.execution)
+
+
+DIFFERENCE = Stage(
+    name="difference",
+    work=_difference,
+    hangs_on=("gini", "replicates", "geometry_documents", "pattern_documents", "seed"),
+    inputs=(PAIR, CORPUS),
+)
+SELECTION = selection_stage(DIFFERENCE)
+
+JOB = Job(
+    name="diff",
+    help="Measure what fine-tuning changed between two models: attention, activations, weights, outputs.",
+    panel="compare",
+    example="mechscope diff gpt2 my-tuned-gpt2 --data articles.jsonl --out runs/diff",
+    settings=DiffSettings,
+    arguments=("base", "tuned"),
+    inputs=(MODELS, PAIR, CORPUS),
+    stages=(DIFFERENCE, SELECTION, claims_stage(DIFFERENCE, SELECTION)),
+    sections=("claims", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
+    title=lambda names: f"What fine-tuning changed in {names['base']}",
+    check=_check,
+)

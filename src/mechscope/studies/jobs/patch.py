@@ -1,0 +1,85 @@
+"""`mechscope patch`: activation patching, place by place, or its estimate from one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from mechscope.choices import MetricName, PatchSite
+from mechscope.settings import Count, Number, setting
+from mechscope.studies.groups import OneModel, PromptPairs
+from mechscope.studies.inputs import MODELS, PAIRS
+from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.pairs import parse_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings(OneModel, PromptPairs):
+    """What is patched and how it is judged."""
+
+    panel: ClassVar[str] = "Patching"
+
+    site: PatchSite = setting("head", "What is patched.")
+    components: str | None = setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
+    metric: MetricName = setting("logit-diff", "What is measured; loss is of a target span, kl compares with the clean run.")
+    direction: Literal["denoise", "noise"] = setting("denoise", "Clean values into the corrupt run (denoise) or the reverse (noise).")
+    positions: str = setting("all", "Tokens: all, last, changed, each, a segment, or several segments or numbers joined by commas.")
+    method: Literal["exact", "attribution"] = setting("exact", "Patch every place, or estimate all from one backward pass.")
+    check: Count = setting(0, "With attribution: places that are also patched exactly, to report the estimate's error.")
+    tokens_per_batch: Number | None = setting(1024, "Most tokens of a batch of texts, padding included; decides the memory.")
+
+
+def _check(run: JobRun[PatchSettings]) -> None:
+    from mechscope.causal.places import places
+
+    parse_positions(run.settings.positions)
+    places(run.first.anatomy, run.settings.site, run.settings.components)
+
+
+def _effects(run: JobRun[PatchSettings]) -> Tables:
+    from mechscope.causal import attribution_patch, patch
+
+    settings = run.settings
+    options: dict[str, Any] = {
+        "site": settings.site,
+        "metric": settings.metric,
+        "direction": settings.direction,
+        "components": settings.components,
+        "positions": parse_positions(settings.positions),
+        "execution": run.execution,
+    }
+    subject, pairs = run.first, run[PAIRS]
+    if settings.method == "exact":
+        effects = patch(subject, pairs, **options)
+    else:
+        effects = attribution_patch(subject, pairs, **options, check=settings.check)
+    run.folder.record("notes", effects.notes)
+    return {"effects": effects.table}
+
+
+EFFECTS = Stage(
+    name="effects",
+    work=_effects,
+    hangs_on=("site", "components", "metric", "direction", "positions", "method", "check", "seed"),
+    inputs=(MODELS, PAIRS),
+)
+
+
+def _title(names: Mapping[str, str]) -> str:
+    return f"Patching {names['model']}"
+
+
+JOB = Job(
+    name="patch",
+    help="Activation patching: put one run's values into another, place by place, and see what it does.",
+    panel="intervene",
+    example="mechscope patch gpt2 --pairs ioi --site head --out runs/patch-ioi",
+    settings=PatchSettings,
+    arguments=("model",),
+    inputs=(MODELS, PAIRS),
+    stages=(EFFECTS,),
+    sections=("effects",),
+    title=_title,
+    check=_check,
+)

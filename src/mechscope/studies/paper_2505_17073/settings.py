@@ -1,0 +1,96 @@
+"""What a summarization study is told: every part of it, with the settings of the techniques it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Gt, Le
+
+from mechscope.choices import DiscoveryMethod
+from mechscope.errors import SettingsError
+from mechscope.settings import Number, Settings, setting
+from mechscope.settings.discovery import DiscoverySettings
+from mechscope.studies.contest import Contested
+from mechscope.studies.groups import Loading, Measuring, Selecting
+
+# random circuits of each size in a whole study
+_RANDOM_CIRCUITS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interventions(Settings):
+    """How it is tested whether what changed matters."""
+
+    panel: ClassVar[str] = "Interventions"
+
+    causal: bool = setting(True, "Test by interventions which layers and heads carry the gain.")
+    causal_documents: Number = setting(16, "Held-out documents for the interventions.")
+    ablation: Literal["mean", "resample", "zero"] = setting("mean", "What ablated heads are replaced by.")
+    random_sets: Number = setting(200, "Random head sets that the ablation of the selected heads is compared with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitOfSummaries(Settings):
+    """How the circuit of summarizing is found before and after fine-tuning."""
+
+    panel: ClassVar[str] = "Circuit"
+
+    circuit: bool = setting(True, "Find the circuit of summarizing in both models and compare them.")
+    circuit_documents: Number = setting(32, "Held-out documents for it, each beside a version that lacks its salient sentence.")
+    circuit_method: DiscoveryMethod = setting("eap-ig", "How edges are scored, as for `mechscope circuit --method`.")
+    circuit_size: Annotated[float, Gt(0), Le(1)] | None = setting(
+        None, "Share of all edges in the circuit; by default the smallest that is 90 % faithful."
+    )
+
+    @property
+    def discovery(self) -> DiscoverySettings:
+        """How the circuit is found and judged: by the loss on the summary."""
+        return DiscoverySettings(
+            method=self.circuit_method,
+            metric="loss",
+            circuit_fraction=self.circuit_size,
+            random_circuits=_RANDOM_CIRCUITS,
+            criteria=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Settings):
+    """What is read off the models beside the difference: the roles of their heads, and what each layer already knows of a summary."""
+
+    panel: ClassVar[str] = "Roles and lens"
+
+    roles: bool = setting(True, "Score the roles of all heads in both models (previous-token, induction, retrieval, …).")
+    role_documents: Number = setting(32, "Held-out documents for the roles that are about documents.")
+    lens: bool = setting(True, "Read both models' layers with the logit lens.")
+    lens_documents: Number = setting(16, "Held-out documents for it; the first is shown token by token.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Loading, Contested, Measuring, Selecting, Interventions, CircuitOfSummaries, Reading):
+    """Which models, and which parts of the study."""
+
+    panel: ClassVar[str] = "Study"
+
+    base: str = setting(..., "The pre-trained model: hub id, directory, or adapter.")
+    tuned: str | None = setting(None, "The fine-tuned model or adapter; without, one is fine-tuned here (full and LoRA).")
+    resize: Literal["refuse", "truncate"] = setting("refuse", "Vocabularies of different size: refuse, or compare the shared tokens.")
+    bakeoff: bool = setting(True, "Run the bake-off of LoRA placements.")
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail after hours of other stages.
+
+        Raises:
+            SettingsError: A setting is out of bounds or contradicts another, or batches cannot be shared by the ranks.
+        """
+        super().__post_init__()
+        if self.circuit:
+            self.discovery  # noqa: B018  (raises what is wrong with it)
+        if self.bakeoff or self.tuned is None:
+            self.training.check_ranks()
+        for strategy in ("circuit", "random_circuit"):
+            if self.bakeoff and strategy in self.contest.named_strategies and not self.circuit and self.contest.target_circuit is None:
+                raise SettingsError(
+                    f"the strategy {strategy} needs a circuit: name one with target_circuit, or leave either the strategy or --no-circuit out"
+                )

@@ -1,0 +1,52 @@
+"""What is no claim of the contract for a technique, and why."""
+
+from __future__ import annotations
+
+from tests.contract.entries.weights import OF_WEIGHTS
+
+# no batches of texts: neither padding, nor halving, nor repetition
+WITHOUT_BATCHES = {
+    **dict.fromkeys(OF_WEIGHTS, "read from weights"),
+    "compare weights": "read from weights",
+    "attention patterns": "one document, whole",
+    "attention edges": "one text, whole",
+    "patchscope": "one text read in another",
+}
+
+# the result depends on what is batched together
+OF_BATCHES = {
+    "ablate by resampling": "values are drawn among the texts of a batch",
+    "train das": "a step of training takes a batch",
+    "das": "a step of training takes a batch",
+    "prune": "a step of training takes a batch",
+}
+
+# memory that runs out is not met by halving the contract's batches of two texts
+NOT_HALVED = {
+    "ablate by resampling": "one text has no other to draw from",
+    "head roles": "its own random texts are longer than a batch; their loop is that of `probes`",
+    "train das": "a step of training takes a batch",
+    "prune": "a step of training takes a batch",
+}
+
+# left in evaluation mode, as their docstrings say, and so their results are those of evaluation mode
+EVALUATED = {"loss", "summaries"}
+
+# refused by name: no product of weights stands between a query and a key that are normed
+REFUSED = {
+    "qwen3": {"QK in tokens", "composition", "change of composition", "singular vectors", "scores by offset"},
+}
+
+# a known defect: accelerate brings the mask of rows to keep to the device that it calls the main one (which, is left to the order of a set), and
+# where the last states lie on another, transformers cannot index by it
+ON_ONE_DEVICE = {("loss", family) for family in ("llama", "gpt_neox", "qwen3")}
+
+# public functions that run over texts and have no entry of their own
+ELSEWHERE = {
+    "bake_off": "trains arms into a folder: tests/adapt/test_bakeoff.py",
+    "tune": "trains into a folder: tests/adapt/test_training.py, and shared among ranks in tests/ranks/test_ranks.py",
+    "copying_roles": "a part of head_roles",
+    "pattern_roles": "a part of head_roles",
+    "entity_roles": "makes texts for a tokenizer, then roles_on",
+    "task_roles": "makes texts for a tokenizer, then roles_on",
+}
