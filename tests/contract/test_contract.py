@@ -16,7 +16,7 @@ import torch
 from mechscope.errors import ModelError, RunError
 from mechscope.instrument import Execution, memory
 from mechscope.subject import Subject
-from tests.contract.exceptions import EVALUATED, NOT_HALVED, OF_BATCHES, ON_ONE_DEVICE, REFUSED, WITHOUT_BATCHES
+from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, ON_ONE_DEVICE, WITHOUT_BATCHES
 from tests.contract.technique import TOKENS, Case, Result, case, techniques
 from tests.devices import assert_same
 from tests.pretend import pretended
@@ -50,8 +50,8 @@ class Outcome:
 @lru_cache(maxsize=16)
 def outcome(name: str, family: str, tokens: int = TOKENS) -> Outcome:
     """Run a technique undisturbed."""
-    if name in REFUSED.get(family, ()):
-        pytest.skip(f"{family} has no such matrices")
+    if (family, name) in NOT_RUN:
+        pytest.skip(NOT_RUN[family, name])
     here, told = case(family), []
     with memory_that(here, lambda call, texts: False) as calls:
         result = techniques()[name](here, Execution(tokens_per_batch=tokens, progress=lambda *at: told.append(at)))
@@ -181,8 +181,8 @@ def test_where_one_text_does_not_fit_into_memory_the_error_tells_the_remedy(name
 @every
 @families(("gpt2", "llama"), ("gpt_neox", "gemma2", "qwen3"))
 def test_models_over_two_devices_give_what_they_give_on_one(name: str, family: str, request: pytest.FixtureRequest) -> None:
-    if (name, family) in ON_ONE_DEVICE:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="fails or not by which device accelerate calls the main one"))
+    if (family, name) in ON_ONE_DEVICE:
+        request.applymarker(pytest.mark.xfail(strict=False, reason=ON_ONE_DEVICE[family, name]))
     expected = outcome(name, family, ONE_BATCH if name in OF_BATCHES else TOKENS).result
     with pretended():
         result = techniques()[name](case(family, spread=True), Execution(tokens_per_batch=ONE_BATCH))
