@@ -25,12 +25,13 @@ from mechscope.store.run import RunFolder, verify
 from mechscope.studies import circuit_change
 from mechscope.studies import circuits as shared
 from mechscope.studies.circuits import CircuitRequest
-from mechscope.studies.inputs import Input, read_prompt_pairs
-from mechscope.studies.job import Job, JobRun, Result, Stage
+from mechscope.studies.inputs import read_prompt_pairs
+from mechscope.studies.job import Job, Result, Stage
 from mechscope.studies.jobs.circuit import JOB as CIRCUIT
 from mechscope.studies.jobs.circuit import CircuitSettings
 from mechscope.studies.jobs.circuit_diff import JOB as CIRCUIT_DIFF
 from mechscope.studies.jobs.circuit_diff import CircuitDiffSettings, labels
+from mechscope.studies.run import Input, JobRun
 from mechscope.studies.runner import _do, plain
 from tests.studies.running import MODEL, QUICK, finished, measure, run
 
@@ -188,7 +189,7 @@ def test_models_whose_labels_share_a_file_are_refused(tmp_path: Path) -> None:
         RunFolder.open(tmp_path / "run", {}, kind="none") as folder,
         pytest.raises(SettingsError, match=r"step 1, step-1 .* would share a file"),
     ):
-        _do(JobRun(job, settings, folder), stage)
+        _do(JobRun(settings, folder, first=job.first), stage)
 
 
 def test_two_texts_have_shifts_but_no_overlap_and_the_log_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,9 @@ from mechscope.settings.decoding import Decoding, Scoring
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
 from mechscope.studies.groups import SplitCorpus
-from mechscope.studies.inputs import HELD_OUT, TRAINING, Input
-from mechscope.studies.job import JobRun, Stage, Tables
+from mechscope.studies.inputs import HELD_OUT, TRAINING
+from mechscope.studies.job import Stage
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.adapt.arms import BakeOffSettings

@@ -6,12 +6,13 @@ Heavy imports stand inside the functions: jobs name inputs at import, and `--hel
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from mechscope.errors import DataError
 from mechscope.studies.groups import DocumentFormat
+from mechscope.studies.run import Input, JobRun
 
 if TYPE_CHECKING:
     from mechscope.data.documents import Corpus
@@ -19,30 +20,10 @@ if TYPE_CHECKING:
     from mechscope.data.prompt import Encoded
     from mechscope.data.template import Template
     from mechscope.studies.corpora import Splits
-    from mechscope.studies.job import JobRun
     from mechscope.subject import Pair, Subject
-
-T = TypeVar("T")
 
 # pairs of a generated task where nobody says how many
 _GENERATED = 100
-
-
-@dataclass(frozen=True, eq=False)
-class Input(Generic[T]):
-    """Something that a job loads: models, documents, prompt pairs.
-
-    Attributes:
-        name: Its name in the inputs of stages.
-        load: Loads it, by the run's settings.
-        fingerprint: What of it decides a result; JSON-able.
-        record: What the manifest keeps of it: entries at its top level.
-    """
-
-    name: str
-    load: Callable[[JobRun[Any]], T]
-    fingerprint: Callable[[T], Any]
-    record: Callable[[T], Mapping[str, Any]] = lambda value: {}
 
 
 @dataclass(frozen=True)
@@ -127,6 +108,11 @@ def record_models(models: Mapping[str, Subject]) -> dict[str, Any]:
 
 MODELS: Input[Mapping[str, Subject]] = Input("models", _models, fingerprints, record_models)
 """The run's models by label: `model`, or `base` and `tuned`; `base` alone where others are made of it."""
+
+
+def first_model(run: JobRun[Any]) -> Subject:
+    """Return the first of the run's models: its tokenizer and longest text count unless the job says otherwise."""
+    return next(iter(run[MODELS].values()))
 
 
 def _pair(run: JobRun[Any]) -> Pair:

@@ -8,25 +8,19 @@ a stage is done again when one of these changes and never otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
-from mechscope.settings import Leaf, Settings, leaves
-from mechscope.studies.inputs import MODELS, Input
+from mechscope.settings import Leaf, leaves
+from mechscope.studies.inputs import first_model
+from mechscope.studies.run import Input, JobRun, S, Tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechscope.instrument import Execution, Progress
-    from mechscope.store.run import RunFolder
-    from mechscope.store.stage import Stage as StoredStage
     from mechscope.subject import Subject
-
-S = TypeVar("S", bound=Settings)
-T = TypeVar("T")
-Tables = Mapping[str, "pd.DataFrame"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,7 +83,7 @@ class Job(Generic[S]):
     sections: tuple[str, ...] = ()
     title: Callable[[Mapping[str, str]], str] = field(default=lambda names: "A run of mechscope")
     check: Callable[[JobRun[S]], None] = field(default=lambda run: None)
-    first: Callable[[JobRun[S]], Subject] | None = None
+    first: Callable[[JobRun[S]], Subject] = first_model
     group: str = ""
     preset: Callable[[], S] | None = None
     execute: Callable[..., Any] | None = None
@@ -107,94 +101,6 @@ class Job(Generic[S]):
         known = {leaf.name: leaf for leaf in leaves(self.settings)}
         names = dict.fromkeys((*self.arguments, *(name for name in ("base", "tuned", "data", "pairs", "text") if name in known)))
         return tuple(sorted(names, key=lambda name: known[name].default is not MISSING))
-
-
-class JobRun(Generic[S]):
-    """One run of a job: settings, what was loaded, the run folder, and the stage that is being done.
-
-    Attributes:
-        job: The job.
-        settings: Its settings.
-        folder: The run folder.
-        label: In a stage that is done for each model: which one.
-    """
-
-    def __init__(
-        self, job: Job[S], settings: S, folder: RunFolder, *, progress: Progress | None = None, given: Mapping[str, Any] | None = None
-    ) -> None:
-        """Begin a run in an open folder.
-
-        Args:
-            job: The job.
-            settings: Its settings.
-            folder: The run folder, open for writing.
-            progress: Called with a label, what is done and how much there is.
-            given: Models and documents in memory, by the name of the setting that would name their source.
-        """
-        self.job = job
-        self.settings = settings
-        self.folder = folder
-        self.label = ""
-        self._progress = progress
-        self._given = dict(given or {})
-        self._loaded: dict[Input[Any], Any] = {}
-        self._stage: StoredStage | None = None
-
-    def __getitem__(self, wanted: Input[T]) -> T:
-        """Return an input; it is loaded and recorded on first use."""
-        if wanted not in self._loaded:
-            value = self._loaded[wanted] = wanted.load(self)
-            for key, entry in wanted.record(value).items():
-                self.folder.record(key, entry)
-        return self._loaded[wanted]
-
-    def has(self, wanted: Input[Any]) -> bool:
-        """Tell whether an input was loaded."""
-        return wanted in self._loaded
-
-    def source(self, name: str) -> Any:
-        """Return what a setting names: an object in memory where one was given, else the setting."""
-        return self._given.get(name, getattr(self.settings, name))
-
-    @property
-    def given(self) -> Mapping[str, Any]:
-        """Models and documents in memory, by the setting that would name their source."""
-        return self._given
-
-    @property
-    def first(self) -> Subject:
-        """The model whose tokenizer and longest text count."""
-        if self.job.first is not None:
-            return self.job.first(self)
-        return next(iter(self[MODELS].values()))
-
-    @property
-    def execution(self) -> Execution:
-        """Tokens of a batch, seed and progress, for the techniques."""
-        from mechscope.instrument import Execution
-
-        tokens, seed = getattr(self.settings, "tokens_per_batch", None), getattr(self.settings, "seed", 0)
-        return Execution(tokens_per_batch=tokens, seed=seed, progress=self._progress)
-
-    @property
-    def stage(self) -> StoredStage:
-        """The stage that is being done, for outputs other than tables."""
-        if self._stage is None:
-            raise RuntimeError("no stage is being done")
-        return self._stage
-
-    def table(self, name: str) -> pd.DataFrame:
-        """Read a table that an earlier stage wrote."""
-        return self.folder.table(name)
-
-    def tables(self, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-        """Read those of some tables that earlier stages wrote."""
-        return {name: self.folder.table(name) for name in names if self.folder.has_table(name)}
-
-    def tell(self, label: str, done: int, total: int) -> None:
-        """Say how far work is."""
-        if self._progress is not None:
-            self._progress(label, done, total)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from mechscope.instrument import Progress
 from mechscope.report.theme import model_name
 from mechscope.settings import Settings, leaves
 from mechscope.store.run import RunFolder
-from mechscope.studies.job import Job, JobRun, Result, Stage
+from mechscope.studies.job import Job, Result, Stage
+from mechscope.studies.run import JobRun
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _run(
     with RunFolder.open(out, dataclasses.asdict(settings), kind=job.name, identity=job.about) as folder:
         if command is not None and "command" not in folder.manifest:
             folder.record("command", list(command))
-        run = JobRun(job, settings, folder, progress=progress, given=given)
+        run = JobRun(settings, folder, first=job.first, progress=progress, given=given)
         for wanted in job.inputs:
             run[wanted]
         job.check(run)

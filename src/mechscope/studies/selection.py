@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mechscope.errors import SettingsError
 from mechscope.studies.groups import Selecting
-from mechscope.studies.inputs import Input
-from mechscope.studies.job import JobRun, Stage, Tables
+from mechscope.studies.job import Stage
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     import pandas as pd

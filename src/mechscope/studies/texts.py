@@ -13,9 +13,9 @@ from mechscope.choices import LensSite, LogitMetric
 from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import MaybeCorpus
-from mechscope.studies.inputs import Input, read_documents, read_prompt_pairs
-from mechscope.studies.job import JobRun
+from mechscope.studies.inputs import read_documents, read_prompt_pairs
 from mechscope.studies.pairs import split_names
+from mechscope.studies.run import Input, JobRun
 
 if TYPE_CHECKING:
     import pandas as pd

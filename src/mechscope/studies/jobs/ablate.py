@@ -10,9 +10,10 @@ from mechscope.choices import AblationSource, MetricName
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import DocumentFormat, MaybePairs, OneModel
-from mechscope.studies.inputs import MODELS, Input, prompt_pairs, read_documents, record_pairs
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import MODELS, prompt_pairs, read_documents, record_pairs
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs, split_names
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs

@@ -13,8 +13,9 @@ from mechscope.settings import Number, nested, setting
 from mechscope.settings.lens import TunedLensSettings
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import held_out, layers_of
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from mechscope.choices import LogitMetric
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts, check_attributed, means_over_texts
 
 if TYPE_CHECKING:

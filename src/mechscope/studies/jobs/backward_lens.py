@@ -10,8 +10,9 @@ from mechscope.settings import Number, setting
 from mechscope.studies.gradients import Gradients, check_gradients, matrices_of
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import layers_of
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, means_over_texts
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from mechscope.errors import SettingsError
 from mechscope.settings import setting
 from mechscope.studies.contest import Contested, Places, bakeoff_stage, circuit_places, summaries_stage
 from mechscope.studies.groups import Loading
-from mechscope.studies.inputs import MODELS, SPLITS, Input, fingerprints
-from mechscope.studies.job import Job, JobRun
+from mechscope.studies.inputs import MODELS, SPLITS, fingerprints
+from mechscope.studies.job import Job
+from mechscope.studies.run import Input, JobRun
 
 if TYPE_CHECKING:
     from mechscope.subject import Subject

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.studies.groups import OneModel, PromptPairs
-from mechscope.studies.inputs import MODELS, Input, prompt_pairs
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import MODELS, prompt_pairs
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.instrument import Execution

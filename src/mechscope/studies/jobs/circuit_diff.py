@@ -11,10 +11,11 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.studies.groups import PromptPairs, TwoModels
-from mechscope.studies.inputs import Input, fingerprints, load_both, loading, record_models
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import fingerprints, load_both, loading, record_models
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.jobs.circuit import REQUEST, check_request, circuit_stages
 from mechscope.studies.pairs import split_names
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.subject import Pair, Subject

@@ -11,9 +11,10 @@ from mechscope.errors import SettingsError
 from mechscope.settings import setting
 from mechscope.studies.declared import read_mapping
 from mechscope.studies.groups import ModelAndTuned, PromptPairs
-from mechscope.studies.inputs import MODELS, PAIRS, Input
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import MODELS, PAIRS
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.causal import Source

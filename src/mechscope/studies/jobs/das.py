@@ -12,8 +12,9 @@ from mechscope.choices import Among, VectorSite
 from mechscope.settings import Count, Number, Rate, setting
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs, held_out, layers_of, one_position
+from mechscope.studies.run import JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from mechscope.studies.groups import Measuring, OneCorpus, Selecting, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.paper_2505_17073 import claims_stage
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.selection import check_selection, selection_stage
 
 

@@ -11,8 +11,9 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs, one_position
+from mechscope.studies.run import JobRun, Tables
 
 
 @dataclass(frozen=True, kw_only=True)

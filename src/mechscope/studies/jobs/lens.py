@@ -12,8 +12,9 @@ from mechscope.errors import DataError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.lens import TunedLensSettings
 from mechscope.studies.groups import ModelAndTuned
-from mechscope.studies.inputs import MODELS, Input, read_documents
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import MODELS, read_documents
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts, metric_of, sites_of
 
 if TYPE_CHECKING:

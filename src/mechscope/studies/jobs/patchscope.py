@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mechscope.errors import DataError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.groups import OneModel
-from mechscope.studies.inputs import Input, fingerprints, load_subject, record_models
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import fingerprints, load_subject, record_models
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import layers_of
+from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:

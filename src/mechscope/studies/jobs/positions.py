@@ -10,7 +10,8 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import JobRun, Tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechscope.settings import Number, setting
 from mechscope.studies.groups import MaybeCorpus, ModelAndTuned
-from mechscope.studies.inputs import DOCUMENTS, MODELS, Input, read_documents
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import DOCUMENTS, MODELS, read_documents
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.data.prompt import Example

@@ -12,9 +12,10 @@ from mechscope.choices import MetricName, VectorSite
 from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.groups import OneModel, PromptPairs
-from mechscope.studies.inputs import MODELS, PAIRS, Input
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.inputs import MODELS, PAIRS
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs, held_out, one_position, split_names
+from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs, PromptPair

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from mechscope.studies.contest import bakeoff_stage, summaries_stage
 from mechscope.studies.inputs import HELD_OUT, SPLITS, TRAINING
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.jobs.circuit import circuit_stages
 from mechscope.studies.paper_2505_17073 import claims_stage
 from mechscope.studies.paper_2505_17073.inputs import (
@@ -33,6 +33,7 @@ from mechscope.studies.paper_2505_17073.inputs import (
     check_study,
 )
 from mechscope.studies.paper_2505_17073.settings import StudySettings
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.selection import CHOSEN, selection_stage
 
 # generated texts per role: the roles of a study are one section of many

@@ -11,8 +11,9 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import layers_of, split_names
+from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:

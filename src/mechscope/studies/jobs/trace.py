@@ -10,8 +10,9 @@ from mechscope.choices import MetricName
 from mechscope.settings import Number, Rate, setting
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs
+from mechscope.studies.run import JobRun, Tables
 
 
 @dataclass(frozen=True, kw_only=True)

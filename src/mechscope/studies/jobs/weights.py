@@ -11,7 +11,8 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.groups import MaybeCorpus, ModelAndTuned
 from mechscope.studies.inputs import DOCUMENTS, MODELS
-from mechscope.studies.job import Job, JobRun, Stage, Tables
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import JobRun, Tables
 
 if TYPE_CHECKING:
     import pandas as pd

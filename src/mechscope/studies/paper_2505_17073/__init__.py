@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mechscope.studies.job import JobRun, Stage, Tables
+from mechscope.studies.job import Stage
+from mechscope.studies.run import JobRun, Tables
 
 
 def claims_stage(*after: Stage) -> Stage:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from mechscope.errors import DataError, SettingsError
 from mechscope.studies.contest import Places, circuit_places
-from mechscope.studies.inputs import HELD_OUT, MODELS, Input, fingerprints, loading, record_models
-from mechscope.studies.job import JobRun
+from mechscope.studies.inputs import HELD_OUT, MODELS, fingerprints, loading, record_models
 from mechscope.studies.paper_2505_17073.settings import StudySettings
+from mechscope.studies.run import Input, JobRun
 from mechscope.studies.selection import CHOSEN, check_selection
 
 if TYPE_CHECKING:
