@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from mechscope.studies.job import Job
     from mechscope.subject import Subject
 
-# rows of a table that the terminal prints
-_ROWS = 10
+# rows of a table that the terminal prints, and characters of a column before it is folded
+_ROWS, _WIDEST = 10, 32
 
 out = Console()
 err = Console(stderr=True)
@@ -129,12 +130,19 @@ def show(job: Job[Any], result: Any) -> None:
 
 
 def _table(shown: Shown, section: str) -> Table:
-    """Return a table of the page as one of the terminal, its first rows only; one without a heading is called as its section."""
-    table = Table(title=escape(shown.heading or section))
-    for heading, is_number in shown.view.headings:
+    """Return a table of the page as one of the terminal: its first rows, and as many of its columns as fit; without a heading it is called as its section."""
+    headings, prose = shown.view.headings, shown.view.prose
+    # what stands in small print under a sentence is left to the page
+    rows = [[cell.text if prose else f"{cell.text} {cell.note}".strip() for cell in row] for row in shown.view.rows[:_ROWS]]
+    widths = [min(_WIDEST, max(map(len, [heading, *(row[place] for row in rows)]))) + 3 for place, (heading, _) in enumerate(headings)]
+    # sentences are folded; columns of numbers that were folded could not be read
+    fitting = len(widths) if prose else max(2, sum(total < out.width for total in accumulate(widths)))
+    left = len(headings) - fitting
+    table = Table(title=escape(shown.heading or section), caption=f"{left} more column{'s' * (left > 1)} on the page" if left else None)
+    for heading, is_number in headings[:fitting]:
         table.add_column(escape(heading), justify="right" if is_number else "left", overflow="fold")
-    for row in shown.view.rows[:_ROWS]:
-        table.add_row(*(escape(f"{cell.text} {cell.note}".strip()) for cell in row))
+    for row in rows:
+        table.add_row(*map(escape, row[:fitting]))
     return table
 
 
