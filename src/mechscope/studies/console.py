@@ -133,7 +133,10 @@ def _table(shown: Shown, section: str) -> Table:
     """Return a table of the page as one of the terminal: its first rows, and as many of its columns as fit; without a heading it is called as its section."""
     headings, prose = shown.view.headings, shown.view.prose
     # what stands in small print under a sentence is left to the page
-    rows = [[cell.text if prose else f"{cell.text} {cell.note}".strip() for cell in row] for row in shown.view.rows[:_ROWS]]
+    rows = [
+        [cell.text if prose and cell.sort is None else f"{cell.text} {cell.note}".strip() for cell in row]
+        for row in shown.view.rows[:_ROWS]
+    ]
     widths = [min(_WIDEST, max(map(len, [heading, *(row[place] for row in rows)]))) + 3 for place, (heading, _) in enumerate(headings)]
     # sentences are folded; columns of numbers that were folded could not be read
     fitting = len(widths) if prose else max(2, sum(total < out.width for total in accumulate(widths)))
