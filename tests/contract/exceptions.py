@@ -55,9 +55,6 @@ ON_ONE_DEVICE = {
     ("gpt_neox", "prune"): "pretended devices do not follow this gradient",
 }
 
-# other circuits once, within a whole suite, and never alone: not understood; tests/ranks/test_ranks.py holds the search among ranks too
-UNSETTLED_AMONG_RANKS = {"acdc": "once chose other edges within a whole suite"}
-
 # public functions that run over texts and have no entry of their own
 ELSEWHERE = {
     "bake_off": "trains arms into a folder: tests/adapt/test_bakeoff.py",

@@ -16,7 +16,7 @@ import torch
 from mechscope.errors import ModelError, RunError
 from mechscope.instrument import Execution, memory
 from mechscope.subject import Subject
-from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, ON_ONE_DEVICE, UNSETTLED_AMONG_RANKS, WITHOUT_BATCHES
+from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, ON_ONE_DEVICE, WITHOUT_BATCHES
 from tests.contract.technique import TOKENS, Case, Result, case, techniques
 from tests.devices import assert_same
 from tests.pretend import pretended
@@ -206,9 +206,7 @@ def teams() -> Iterator[Callable[[int], Team]]:
 
 @every
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_give_what_one_process_gives(name: str, size: int, teams: Callable[[int], Team], request: pytest.FixtureRequest) -> None:
-    if name in UNSETTLED_AMONG_RANKS:
-        request.applymarker(pytest.mark.xfail(strict=False, reason=UNSETTLED_AMONG_RANKS[name]))
+def test_ranks_give_what_one_process_gives(name: str, size: int, teams: Callable[[int], Team]) -> None:
     expected = outcome(name, "gpt2").result
     for result in teams(size).run(jobs.contract, name, "gpt2", TOKENS):
         assert_same(result, expected, tolerance=TOLERANCE)
