@@ -33,7 +33,7 @@ class ContestSettings(Settings):
         super().__post_init__()
         if not self.named_protocols:
             raise SettingsError(f"setting 'protocols' is {self.protocols!r}: name at least one of {', '.join(get_args(BudgetProtocol))}")
-        self.named_strategies  # noqa: B018  (raises what is wrong with them)
+        _ = self.named_strategies  # making them raises what is wrong with them
 
     @property
     def named_strategies(self) -> tuple[Strategy, ...]:

@@ -86,7 +86,7 @@ class StudySettings(Loading, Contested, Measuring, Selecting, Interventions, Cir
         """
         super().__post_init__()
         if self.circuit:
-            self.discovery  # noqa: B018  (raises what is wrong with it)
+            _ = self.discovery  # making it raises what is wrong with it
         if self.bakeoff or self.tuned is None:
             self.training.check_ranks()
         for strategy in ("circuit", "random_circuit"):
