@@ -46,7 +46,8 @@ def circuit_diff(out: Path, **changes: Any) -> Result:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return circuit(tmp_path_factory.mktemp("circuit") / "run", criteria=True, circuit_fraction=0.02)
+    # criteria run the model twice for each component of the circuit: a small one will do
+    return circuit(tmp_path_factory.mktemp("circuit") / "run", criteria=True, limit=8, circuit_fraction=0.004)
 
 
 def test_a_circuit_run_holds_edges_criteria_cards_a_file_and_a_picture(result: Result) -> None:
@@ -88,8 +89,8 @@ def test_the_circuit_file_is_read_back_and_refused_for_other_weights(result: Res
         from_json(file, graph, fingerprint="0" * 64)
 
 
-def test_the_same_command_again_runs_nothing_and_another_judgement_scores_no_edge_again(tmp_path: Path) -> None:
-    given = {"method": "eap", "limit": 8, "circuit_fraction": 0.05}
+def test_the_same_command_again_runs_nothing_and_another_judgement_scores_no_edge_again(tiny_model: Path, tmp_path: Path) -> None:
+    given = {"model": str(tiny_model), "method": "eap", "limit": 8, "circuit_fraction": 0.05}
     first = circuit(tmp_path / "run", **given)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "tables").iterdir()}
     again = circuit(tmp_path / "run", **given)
@@ -108,7 +109,7 @@ def test_the_same_command_again_runs_nothing_and_another_judgement_scores_no_edg
 
 def test_two_runs_give_equal_tables(tiny_model: Path, tmp_path: Path) -> None:
     first, second = (
-        circuit(tmp_path / name, model=str(tiny_model), criteria=True, circuit_fraction=0.05).tables for name in ("first", "second")
+        circuit(tmp_path / name, model=str(tiny_model), criteria=True, limit=8, circuit_fraction=0.05).tables for name in ("first", "second")
     )
     assert (first["circuit_components"]["minimality_p"] < 1).any()
     assert first.keys() == second.keys()
@@ -214,8 +215,9 @@ def test_edges_that_carry_the_gain_are_ranked_on_the_pairs_that_find_circuits(tm
     assert not {pair.id for pair in judged_on} & {pair.id for pair in scored_on}
 
 
-def test_a_model_and_itself_have_one_circuit_at_every_checkpoint(tmp_path: Path) -> None:
-    result = circuit_diff(tmp_path / "run", checkpoints=MODEL)
+def test_a_model_and_itself_have_one_circuit_at_every_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    model = str(tiny_model)
+    result = circuit_diff(tmp_path / "run", base=model, tuned=model, checkpoints=model)
     overlap, shift, time = result.circuit_overlap, result.circuit_shift, result.circuit_time
     assert (overlap["jaccard"] == 1).all()
     # base with tuned on two halves is base with itself on two halves
@@ -226,7 +228,7 @@ def test_a_model_and_itself_have_one_circuit_at_every_checkpoint(tmp_path: Path)
     assert result.circuit_gain["share"].isna().all()
     # scores are a stage of each model: none is done again where a checkpoint is left out
     done = finished(tmp_path / "run")
-    circuit_diff(tmp_path / "run")
+    circuit_diff(tmp_path / "run", base=model, tuned=model)
     assert finished(tmp_path / "run")[len(done) :] == ["circuit", "circuit-change", "report"]
 
 
