@@ -47,11 +47,6 @@ NOT_RUN = {
 
 # fails over two devices
 ON_ONE_DEVICE = {
-    # a defect; which device accelerate calls the main one is left to the order of a set
-    **{
-        (family, "loss"): "the mask of rows to keep is brought to the main device, and cannot index states on another"
-        for family in ("llama", "gpt_neox", "qwen3")
-    },
     ("gpt_neox", "prune"): "pretended devices do not follow this gradient",
 }
 

@@ -7,12 +7,14 @@ thousand rows never become logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from accelerate.utils import extract_model_from_parallel
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechscope import ranks
@@ -59,10 +61,29 @@ def summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Float[Tens
     rows = torch.zeros_like(labels, dtype=torch.bool)
     rows[:, :-1] = labels[:, 1:] != IGNORED  # row t predicts token t + 1
     # the padding stands to the right of every real token, where causal attention never looks: without a mask the fast kernels apply
-    output: Any = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], logits_to_keep=rows, use_cache=False)
+    with _unembedding_only(model, rows):
+        output: Any = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
     logits = output.logits.float() if output.logits.dtype in (torch.bfloat16, torch.float16) else output.logits
-    targets = labels[:, 1:][rows[:, :-1]]
+    targets = labels[:, 1:][rows[:, :-1]].to(logits.device)
     return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
+
+
+@contextmanager
+def _unembedding_only(model: nn.Module, rows: Bool[Tensor, "batch positions"]) -> Iterator[None]:
+    """Let the unembedding read these rows alone.
+
+    A mask given as `logits_to_keep` would be brought to the main device of a model over several, where it cannot index the last block's states.
+    """
+
+    def select(unembedding: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0][rows.to(states[0].device)],)
+
+    unembedding: Any = extract_model_from_parallel(model).get_output_embeddings()
+    handle = unembedding.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
