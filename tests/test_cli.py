@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mechscope.api import functions
 from mechscope.cli import main
 from mechscope.data.newsroom import newsroom_model_path
 from mechscope.studies.jobs import jobs
+from mechscope.studies.places import new_run
 from tests.studies.conftest import TINY, tiny_model
 
 __all__ = ["tiny_model"]
@@ -90,9 +92,76 @@ def test_the_demo_takes_no_settings(monkeypatch, capsys):
     assert "--config" not in out
 
 
-def test_a_folder_must_be_named(monkeypatch, capsys, tiny_model, articles):
-    assert run(monkeypatch, "diff", tiny_model, tiny_model, "--data", articles) == 2
-    assert "--out is missing" in capsys.readouterr().err
+def test_a_run_without_a_folder_gets_a_new_one_that_is_printed(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    newest = new_run("spectrum")
+    assert newest == Path("runs") / f"spectrum-{date.today().isoformat()}-1"
+    newest.mkdir(parents=True)
+    model = newsroom_model_path()
+    assert run(monkeypatch, "spectrum", model, "--data", "newsroom", "--documents", 3, "--layers", 0, "--bands", 4) == 0
+    assert f"runs/spectrum-{date.today().isoformat()}-2" in capsys.readouterr().out
+    assert (tmp_path / new_run("spectrum", Path("runs")).parent / f"spectrum-{date.today().isoformat()}-2" / "report.html").is_file()
+
+
+def test_quiet_prints_where_the_run_is_and_verbose_its_log(monkeypatch, capsys, tmp_path):
+    asked = (
+        "spectrum",
+        newsroom_model_path(),
+        "--data",
+        "newsroom",
+        "--documents",
+        3,
+        "--layers",
+        0,
+        "--bands",
+        4,
+        "--out",
+        tmp_path / "run",
+    )
+    assert run(monkeypatch, *asked, "--quiet") == 0
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["run", "report"]
+    assert said.err == ""
+    assert run(monkeypatch, *asked, "--verbose") == 0
+    said = capsys.readouterr()
+    assert "stage spectrum is done already" in said.err
+    assert "•" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("diff", "/nope/model", "x", "--data", "newsroom"), "BASE is '/nope/model': no such folder"),
+        (("diff", "gpt2", "./nope", "--data", "newsroom"), "TUNED is './nope': no such folder"),
+        (("diff", "gpt2", "gpt2", "--data", "nope.jsonl"), "--data is 'nope.jsonl': no such file"),
+        (("patch", "gpt2", "--pairs", "facts:nope.csv"), "--pairs is 'facts:nope.csv': no such file"),
+        (("inspect", "/nope/model"), "MODEL is '/nope/model': no such folder"),
+    ],
+)
+def test_a_path_that_is_not_there_is_found_before_anything_heavy_is_imported(words, said, tmp_path):
+    code = f"import sys; sys.argv = {['mechscope', *words]!r}\nfrom mechscope.cli import main\ntry: main()\nexcept SystemExit as end: print(end.code)\n"
+    code += "print([name for name in ('torch', 'transformers', 'pandas', 'altair') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split("\n")[:2] == ["2", "[]"]
+    assert f"error: {said}" in " ".join(done.stderr.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_errors_about_settings_name_flags(monkeypatch, capsys, tmp_path):
+    asked = ("circuit", "gpt2", "--pairs", "ioi", "--circuit-edges", 10, "--circuit-fraction", 0.1, "--out", tmp_path / "run")
+    assert run(monkeypatch, *asked) == 2
+    error = capsys.readouterr().err
+    assert "--circuit-edges" in error
+    assert "circuit_edges" not in error
+
+
+def test_an_interrupted_run_says_where_it_goes_on(monkeypatch, capsys, tmp_path):
+    def stopped(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechscope.studies.console.run", stopped)
+    assert run(monkeypatch, "spectrum", "gpt2", "--data", "newsroom", "--out", tmp_path / "run") == 130
+    assert f"--out {tmp_path / 'run'}" in "".join(capsys.readouterr().err.split("\n"))
 
 
 def test_the_parser_names_the_choices(monkeypatch, capsys, tmp_path, tiny_model, articles):
@@ -185,7 +254,7 @@ def test_a_folder_that_is_no_run_is_left_alone(monkeypatch, capsys, tmp_path, ti
 
 def test_a_missing_setting_is_one_red_line(monkeypatch, capsys, tmp_path, tiny_model):
     assert run(monkeypatch, "diff", tiny_model, tiny_model, "--out", tmp_path / "run") == 2
-    assert "error: setting 'data' is missing" in capsys.readouterr().err
+    assert "error: --data is missing" in capsys.readouterr().err
 
 
 def test_inspect_shows_the_parts_and_the_checks(monkeypatch, capsys, tiny_model):

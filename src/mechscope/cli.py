@@ -7,29 +7,32 @@ a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
+import re
+import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
 
-from mechscope import ranks
-from mechscope.errors import MechscopeError
+from mechscope import commands, ranks
+from mechscope.errors import MechscopeError, SettingsError
 from mechscope.settings import Leaf, leaves, resolve
 from mechscope.studies.job import Job
 from mechscope.studies.jobs import jobs
+from mechscope.studies.places import check_paths, new_run
 
 app = typer.Typer(
     name="mechscope",
     help="A microscope for what fine-tuning does to GPT-like language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -46,50 +49,75 @@ PANELS = {
 }
 _GROUPS = {"study": "Whole studies: from models and documents to a report."}
 
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder of the run; the same command on the same folder continues it. (required)", rich_help_panel="Output"),
-]
-DefaultOut = Annotated[
-    Path, typer.Option("--out", help="Folder of the run; the same command on the same folder continues it.", rich_help_panel="Output")
-]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file with any of these settings; flags go before it.", rich_help_panel="Output"),
+    typer.Option(
+        "--config",
+        help="YAML file with any of these settings (mechscope config JOB writes one); flags go before it.",
+        rich_help_panel="Output",
+    ),
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print warnings, errors and where the run is, nothing else.", rich_help_panel="Output")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Also print the run's log.", rich_help_panel="Output")]
+
+
+class _InterruptedError(Exception):
+    """A run was interrupted; its folder. The parser swallows a KeyboardInterrupt."""
 
 
 def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
     """Add a job as a command."""
 
-    def command(out: Path | None, config: Path | None = None, **given: Any) -> None:
-        if out is None:
-            raise MechscopeError(f"--out is missing: name the folder of the run, such as --out runs/{job.name}")
-        # an error about settings comes before anything heavy is imported
-        settings = job.preset() if job.preset is not None else resolve(job.settings, config, **given)
-        from mechscope.studies import console
+    def command(out: Path | None, config: Path | None = None, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        with _flags_in_errors(job):
+            # an error about settings or paths comes before anything heavy is imported
+            settings = job.preset() if job.preset is not None else resolve(job.settings, config, **given)
+            check_paths(job, settings)
+            out = out or (Path("runs") / job.name if job.preset is not None else new_run(job.name))
+            from mechscope.studies import console
 
-        with console.progress() as progress:
-            result = console.run(job, settings, out, command=["mechscope", *sys.argv[1:]], progress=progress)
-        if ranks.is_first():
-            console.show(job, result)
+            try:
+                with console.progress(quiet=quiet, verbose=verbose) as progress:
+                    result = console.run(job, settings, out, command=["mechscope", *sys.argv[1:]], progress=progress)
+            except KeyboardInterrupt:
+                raise _InterruptedError(out) from None
+            if ranks.is_first():
+                console.show(job, result, quiet=quiet)
 
-    own = [
-        inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=_default_out(job), annotation=Out if job.options else DefaultOut),
-        *([inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config)] if job.options else []),
-    ]
+    own: list[tuple[str, Any, Any]] = [("out", None, _out(job)), ("quiet", False, Quiet), ("verbose", False, Verbose)]
+    own = [*own[:1], *([("config", None, Config)] if job.options else []), *own[1:]]
+    output = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, default, kind in own]
     flags = [_flag(leaf, job) for leaf in job.options]
     # what the run is about first, then what the job declares itself, then what many jobs share
     order = [*job.about, *(leaf.name for leaf in leaves(job.settings) if leaf.owner is job.settings)]
     flags.sort(key=lambda flag: order.index(flag.name) if flag.name in order else len(order))
-    _with_signature(command, [*flags, *own])
+    _with_signature(command, [*flags, *output])
     command.__doc__ = job.help
     group = app if not job.group else groups.setdefault(job.group, typer.Typer(help=_GROUPS[job.group], no_args_is_help=True))
     group.command(job.name, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
 
 
-def _default_out(job: Job[Any]) -> Path | None:
-    return Path("runs") / job.name if job.preset is not None else None
+def _out(job: Job[Any]) -> Any:
+    default = f"runs/{job.name}" if job.preset is not None else f"runs/{job.name}-DATE-N, a new one"
+    words = f"Folder of the run; the same command on the same folder continues it. (default: {default})"
+    return Annotated[Path | None, typer.Option("--out", help=words, show_default=False, rich_help_panel="Output")]
+
+
+@contextlib.contextmanager
+def _flags_in_errors(job: Job[Any]) -> Iterator[None]:
+    """Speak of flags where an error about settings speaks of their names in Python."""
+    try:
+        yield
+    except SettingsError as error:
+        message = str(error)
+        for leaf in job.options:
+            flag = leaf.name.upper() if leaf.name in job.arguments else f"--{leaf.name.replace('_', '-')}"
+            message = re.sub(rf"setting '{leaf.name}'|'{leaf.name}'", flag, message)
+            if "_" in leaf.name:
+                message = re.sub(rf"(?<![\w'-]){leaf.name}(?![\w'])", flag, message)
+        raise SettingsError(message) from error
 
 
 def _with_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
@@ -143,40 +171,7 @@ def _add_all() -> None:
 
 
 _add_all()
-
-
-@app.command(rich_help_panel=PANELS["runs"])
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write a run's report again, from its tables."""
-    from mechscope.studies.console import show_report
-    from mechscope.studies.runner import draw_again
-
-    show_report(draw_again(run))
-
-
-@app.command(rich_help_panel=PANELS["runs"])
-def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Hash every file of a run again and compare with its manifest; exit code 1 if one was changed or is missing."""
-    from mechscope.store.run import verify as verify_run
-    from mechscope.studies.console import show_verified
-
-    raise typer.Exit(0 if show_verified(run, verify_run(run)) else 1)
-
-
-@app.command("inspect", rich_help_panel=PANELS["runs"])
-def inspect_model(
-    model: Annotated[str, typer.Argument(help="Hub id, directory, or adapter.")],
-    dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:N, spread.")] = "auto",
-    unsafe: Annotated[bool, typer.Option("--unsafe", help="Also accept pickled checkpoints.")] = False,
-) -> None:
-    """Show a model's parts and what the load-time checks say of them; exit code 1 if one fails."""
-    from mechscope.instrument import check_subject, load
-    from mechscope.studies.console import quiet_libraries, show_model
-
-    quiet_libraries()
-    subject = load(model, dtype=dtype, device=device, unsafe=unsafe, check=False)
-    raise typer.Exit(0 if show_model(subject, check_subject(subject)) else 1)
+commands.add(app, panel=PANELS["runs"])
 
 
 def main() -> None:
@@ -191,8 +186,9 @@ def main() -> None:
         if isinstance(error, ranks.ElsewhereError) or ranks.is_echo():
             raise SystemExit(2) from None
         _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        typer.secho("interrupted: the same command continues where it was", fg=typer.colors.YELLOW, err=True)
+    except _InterruptedError as stop:
+        where = shlex.quote(str(stop))
+        typer.secho(f"interrupted: the same command with --out {where} continues where it was", fg=typer.colors.YELLOW, err=True)
         raise SystemExit(130) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from itertools import accumulate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # rows of a table that the terminal prints, and characters of a column before it is folded
 _ROWS, _WIDEST = 10, 32
+# seconds between two lines about the same work where there is no terminal
+_EVERY = 30.0
 
 out = Console()
 err = Console(stderr=True)
@@ -45,29 +48,33 @@ def quiet_libraries() -> None:
 
 
 class _Warnings(logging.Handler):
-    """Shows mechscope's own warnings as yellow lines; the rest goes to the run's log only.
+    """Shows mechscope's own warnings as yellow lines and, at its level, the run's log; the rest goes to the log only.
 
     Ranks warn of the same things: of those after the first only what concerns them alone is shown.
     """
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-
     def emit(self, record: logging.LogRecord) -> None:
-        if ranks.is_first() or getattr(record, "own", False):
+        if record.levelno < logging.WARNING:
+            err.print(f"[dim]{escape(record.getMessage())}[/dim]", highlight=False)
+        elif ranks.is_first() or getattr(record, "own", False):
             err.print(f"[yellow]warning{ranks.label()}:[/yellow] {escape(record.getMessage())}", highlight=False)
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Report]:
-    """Show progress: bars on a terminal, elsewhere one line when something begins."""
+def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Report]:
+    """Show progress: bars on a terminal, elsewhere a line when something begins and one now and then.
+
+    Args:
+        quiet: Show warnings only.
+        verbose: Show the run's log too.
+    """
     quiet_libraries()
-    ours, handler = logging.getLogger("mechscope"), _Warnings()
+    ours, handler = logging.getLogger("mechscope"), _Warnings(logging.INFO if verbose else logging.WARNING)
     # libraries put a handler on the root logger, which would print every line that is meant for the run's log
     before, ours.propagate = ours.propagate, False
     ours.addHandler(handler)
     try:
-        with _reporting() as report:
+        with _reporting(quiet) as report:
             yield report
     finally:
         ours.removeHandler(handler)
@@ -75,17 +82,22 @@ def progress() -> Iterator[Report]:
 
 
 @contextlib.contextmanager
-def _reporting() -> Iterator[Report]:
-    if not ranks.is_first():
+def _reporting(quiet: bool) -> Iterator[Report]:
+    if quiet or not ranks.is_first():
         yield lambda label, done, total: None
         return
     if not err.is_terminal:
-        seen: set[str] = set()
+        said: dict[str, float] = {}
 
         def line(label: str, done: int, total: int) -> None:
-            if label not in seen:
-                seen.add(label)
+            now = time.monotonic()
+            if label not in said:
                 err.print(f"{label} …", highlight=False)
+            elif now - said[label] > _EVERY:
+                err.print(f"{label} … {done} of {total}", highlight=False)
+            else:
+                return
+            said[label] = now
 
         yield line
         return
@@ -110,11 +122,18 @@ def run(job: Job[Any], settings: Any, out: Path, *, command: list[str], progress
     return (job.execute or run_job)(job, settings, out, command=command, progress=progress)
 
 
-def show(job: Job[Any], result: Any) -> None:
-    """Print what a job found, and where its run and report are."""
+def show(job: Job[Any], result: Any, *, quiet: bool = False) -> None:
+    """Print what a job found (not where `quiet`), and where its run and report are."""
     if job.show is not None:
         job.show(result)
         return
+    if not quiet:
+        _show_contents(result)
+    out.print(f"run     {escape(str(result.path))}", highlight=False)
+    show_report(result.report)
+
+
+def _show_contents(result: Any) -> None:
     from mechscope.report.contents import Contents
 
     contents = Contents.read(result.path)
@@ -125,8 +144,6 @@ def show(job: Job[Any], result: Any) -> None:
         for shown in section.views(contents.tables):
             if shown.terminal:
                 out.print(_table(shown, section.heading))
-    out.print(f"run     {escape(str(result.path))}", highlight=False)
-    show_report(result.report)
 
 
 def _table(shown: Shown, section: str) -> Table:
