@@ -24,6 +24,7 @@ FLOORS = (
     ("adapt",),
     ("report",),
     ("studies",),
+    ("commands",),
     ("api", "cli", "__init__", "__main__"),
 )
 # the report is drawn from tables alone
