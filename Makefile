@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-gpu lint format tables bench bench-peers clean
+.PHONY: demo test test-all test-gpu lint format tables truth bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
@@ -39,6 +39,11 @@ format: .venv/ready
 # docs/tables.md, from the sections of the page
 tables: .venv/ready
 	$(BIN)/python -m mechscope.report.documentation > docs/tables.md
+
+# docs/calibration.md, from a full run of `mechscope calibrate`: hours on two cores; a run that was stopped goes on
+truth: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/mechscope calibrate --form full --processes 2 --out runs/calibration
+	$(BIN)/python -m mechscope.report.calibration runs/calibration > docs/calibration.md
 
 # about an hour on two quiet cores, a third of it for peers; what is measured goes into docs/benchmarks.md
 bench: .venv/ready

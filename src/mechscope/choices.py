@@ -23,8 +23,8 @@ LensSite = Literal["residual", "attention_output", "mlp_output", "head_output"]
 MatrixKind = Literal["query_key_value", "attention_output", "mlp_up", "mlp_down"]
 """Weight matrices that read or write the residual stream."""
 LensNorm = Literal["applied", "frozen"]
-LayerRule = Literal["layers_by_kl", "layers_by_score", "last_layers", "random_layers"]
-HeadRule = Literal["heads_by_kl", "heads_by_entropy", "heads_by_score", "random_heads"]
+LayerRule = Literal["layers_by_kl", "layers_by_write", "layers_by_score", "last_layers", "random_layers"]
+HeadRule = Literal["heads_by_kl", "heads_by_entropy", "heads_by_write", "heads_by_score", "random_heads"]
 GradientMethod = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
 UnsignedMethod = Literal["acdc", "edge-pruning", "flow-routes"]
 """Methods whose scores only say how important an edge is, not which way it works."""
@@ -35,6 +35,10 @@ PathPoints = Literal["left", "midpoint"]
 EdgeUnit = Literal["edges", "nodes"]
 EdgeSign = Literal["absolute", "helpful"]
 TuningMethod = Literal["full", "lora"]
+ControlKind = Literal["tuned", "seed", "shuffled", "other", "noise"]
+"""What a model is beside a fine-tuning: the tuned one itself, the same training with another seed, one on shuffled summaries, another, or noise."""
+TrainedControl = Literal["seed", "shuffled"]
+"""Controls that `mechscope tune` trains."""
 Schedule = Literal["linear", "cosine", "constant"]
 LossOn = Literal["summary", "all"]
 """Tokens that a fine-tuning learns and scores."""

@@ -28,9 +28,9 @@ def _root(
 
 def _version(given: bool) -> None:
     if given:
-        from mechscope import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"mechscope {__version__}")
+        typer.echo(f"mechscope {version('mechscope')}")
         raise typer.Exit()
 
 

@@ -29,7 +29,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.settings.decoding import Decoding
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
-from mechscope.stats.bootstrap import bootstrap_two_level
+from mechscope.stats.bootstrap import mean_interval
 from mechscope.subject.components import Components
 from mechscope.subject.load import load
 
@@ -155,8 +155,14 @@ def test_differences_are_paired_by_document_and_seed(result):
     assert row["vs_random"] == pytest.approx((grid["targeted_layers"] - grid["random_layers"]).mean())
     order = result.rouge["id"].iloc[:5]  # the bootstrap draws documents by place
     columns = np.argsort(np.argsort(order.to_numpy()))
-    interval = bootstrap_two_level((grid["targeted_layers"] - grid["standard"])[:, columns])
-    assert (row["vs_standard_low"], row["vs_standard_high"]) == pytest.approx((interval.low, interval.high))
+    # two seeds say nothing of a third
+    assert np.isnan([row["vs_standard_low"], row["vs_standard_high"], row["low"], row["high"]]).all()
+    assert row["withheld"] == "too few seeds: 2 of at least 3"
+    differences = (grid["targeted_layers"] - grid["standard"])[:, columns]
+    assert row["vs_standard_sd"] == pytest.approx(differences.mean(1).std(ddof=1))
+    these = mean_interval(differences.mean(0))
+    found = [row["vs_standard_documents_low"], row["vs_standard_documents_high"]]
+    assert found == pytest.approx([these.low, these.high], nan_ok=True)
     assert (row["n_seeds"], row["n_documents"]) == (2, 5)
 
 

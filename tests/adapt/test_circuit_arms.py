@@ -24,7 +24,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.settings import resolve
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
-from mechscope.stats.bootstrap import bootstrap_two_level
+from mechscope.stats.crossed import crossed_mean
 from mechscope.studies.jobs.bakeoff import JOB as BAKEOFF
 from mechscope.studies.runner import run_job
 from mechscope.subject.components import Components
@@ -230,23 +230,23 @@ def test_more_rank_in_every_layer_is_the_standard_and_refused(make_subject):
 def test_the_circuit_is_compared_with_random_circuits_and_layers_with_random_layers():
     generator = np.random.default_rng(0)
     strategies: tuple[Strategy, ...] = ("circuit", "random_circuit", "targeted_layers", "random_layers", "standard")
-    scores = {strategy: generator.random((2, 5)) for strategy in strategies}
+    scores = {strategy: generator.random((3, 8)) for strategy in strategies}
     outcomes = [
         Outcome(
             Arm("equal_parameters", strategy, seed, "", None),
             {},
             pd.DataFrame(),
-            pd.DataFrame({"id": range(5), **dict.fromkeys(METRICS, scores[strategy][seed])}),
+            pd.DataFrame({"id": range(8), **dict.fromkeys(METRICS, scores[strategy][seed])}),
             (),
         )
         for strategy in scores
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
     rouge1 = summary_table(outcomes).query("metric == 'rouge1'").set_index("strategy").to_dict("index")
     pairs: tuple[tuple[Strategy, Strategy], ...] = (("circuit", "random_circuit"), ("targeted_layers", "random_layers"))
     for strategy, other in pairs:
         difference = scores[strategy] - scores[other]
-        interval = bootstrap_two_level(difference)
+        interval = crossed_mean(difference)
         found = [rouge1[strategy][name] for name in ("vs_random", "vs_random_low", "vs_random_high")]
         assert found == pytest.approx([difference.mean(), interval.low, interval.high], abs=1e-9)
         assert np.isnan(rouge1[other]["vs_random"])

@@ -123,6 +123,7 @@ def test_patience_stops_a_training_that_does_not_improve(run):
     ruinous = replace(SETTINGS, learning_rate_full=10.0, max_steps=60, patience=2, schedule="constant", warmup=0.0)
     tuned = run("out", "full", settings=ruinous)
     assert tuned.stopped_early
+    assert (tuned.converged, tuned.unconverged) == (True, "")
     best = tuned.curve["validation_loss"][1:].idxmin()
     assert len(tuned.curve) == best + 1 + 2
     assert tuned.steps == tuned.curve["step"].iloc[-1] < 60
@@ -132,6 +133,18 @@ def test_without_patience_all_steps_are_done(run):
     tuned = run("out")
     assert not tuned.stopped_early
     assert tuned.steps == 11
+    assert not tuned.converged
+    assert "its last quarter" in tuned.unconverged
+
+
+def test_what_was_reached_says_whether_it_arrived(run):
+    long = replace(SETTINGS, max_steps=24, eval_every=1, schedule="constant", warmup=0.0)
+    assert run("arrived", settings=long).converged
+    still = run("still", settings=replace(long, learning_rate_lora=1e-3))
+    assert not still.converged
+    assert still.late_share > 0.1
+    read = Tuned.read(still.path)
+    assert (read.converged, read.late_share, read.unconverged) == (still.converged, still.late_share, still.unconverged)
 
 
 def test_steps_end_with_the_epochs_if_those_end_first(run):

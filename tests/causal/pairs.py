@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.data.metrics import pair_metric
+from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
+from mechscope.subject import Subject
 from tests import families
 
 
@@ -30,3 +34,14 @@ def random_pairs(n: int = 4, *, lengths: tuple[int, ...] = (9, 12, 7), seed: int
             )
         )
     return Pairs(tuple(pairs), "random")
+
+
+@torch.no_grad()
+def telling_pairs(subject: Subject, n: int, *, lengths: tuple[int, ...] = (9, 12, 7)) -> Pairs:
+    """Return pairs whose clean text has the larger logit difference, so that there is a whole: answers are exchanged where it has not."""
+    found = []
+    for pair in random_pairs(n, lengths=lengths):
+        metric = pair_metric("logit-diff", collate_pairs([pair]))
+        clean, corrupt = (metric(subject.plain(torch.tensor([ids])).logits).item() for ids in (pair.clean, pair.corrupt))
+        found.append(pair if clean > corrupt else replace(pair, answers=pair.wrong_answers, wrong_answers=pair.answers))
+    return Pairs(tuple(found), "telling")

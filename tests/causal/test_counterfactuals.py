@@ -13,7 +13,7 @@ from mechscope.errors import SettingsError
 from mechscope.instrument import Edit, intervene, observed, record
 from mechscope.instrument.walk import model_inputs
 from tests import families
-from tests.causal.pairs import random_pairs
+from tests.causal.pairs import random_pairs, telling_pairs
 
 PAIRS = random_pairs(4)
 
@@ -53,7 +53,7 @@ def test_every_component_takes_its_value_from_where_the_run_says(family: str) ->
 
 def test_an_empty_declaration_is_the_run_itself() -> None:
     subject = families.subject("gpt2", torch.float64)
-    found = run_counterfactuals(subject, PAIRS, {"nothing": {}}, base="corrupt")
+    found = run_counterfactuals(subject, telling_pairs(subject, 8), {"nothing": {}}, base="corrupt")
     np.testing.assert_allclose(found.values[0], found.unchanged, rtol=1e-12)
     assert found.table["normalised"][0] == pytest.approx(0.0, abs=1e-12)
 

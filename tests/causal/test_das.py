@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mechscope.causal.das import Alignment, das, random_alignment, train_das
+from mechscope.causal.alignment import Alignment
+from mechscope.causal.das import das, random_alignment, train_das
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument import intervene, observed, record
@@ -127,7 +128,85 @@ def test_boundless_search_finds_the_plane_and_how_small_it_is() -> None:
     assert learned.dimensions == 2
     assert learned.rotation.shape == (32, learned.dimensions)
     assert angles(learned.rotation, plane).max() < 10
-    assert learned.curve["temperature"].iloc[-1] < 0.2 < 10 < learned.curve["temperature"].iloc[0]
+    behind = dict(zip(learned.widths["dimensions"], learned.widths["behind_best_p"], strict=True))
+    assert behind[1] < 0.05 <= behind[2]
+    assert learned.widths.loc[learned.widths["chosen"], "dimensions"].tolist() == [2]
+
+
+@lru_cache(maxsize=1)
+def on_a_line() -> tuple[Subject, Tensor]:
+    """Build a model whose answer, one of two, stands in one random direction of the last token's residual stream, among noise."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(families.config("llama")).double().eval()
+    basis = torch.linalg.qr(torch.randn(families.WIDTH, families.WIDTH, dtype=torch.float64)).Q
+    carriers = torch.arange(FIRST, families.VOCABULARY)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        features = torch.randn(families.VOCABULARY, families.WIDTH, dtype=torch.float64)
+        features[carriers, 0] = 3 * signs[carriers % 2]
+        model.model.embed_tokens.weight.copy_(features @ basis.T)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[3:5] = 2 * signs[:, None] * basis[:, :1].T
+    return load(model), basis[:, :1]
+
+
+def line_pairs(n: int, *, seed: int) -> Pairs:
+    """Return base and source texts whose last tokens are of different signs; the answer is the source's."""
+    random = np.random.default_rng(seed)
+    pairs: list[PromptPair] = []
+    while len(pairs) < n:
+        base, source = (random.integers(FIRST, families.VOCABULARY, 4).tolist() for _ in range(2))
+        labels = [3 + text[-1] % 2 for text in (base, source)]
+        if labels[0] != labels[1]:
+            pairs.append(PromptPair(f"line {seed}.{len(pairs)}", tuple(base), tuple(source), (labels[1],), (labels[0],)))
+    return Pairs(tuple(pairs), "line")
+
+
+def assert_the_line_is_found_one_dimension_wide(seed: int) -> None:
+    """A soft boundary alone stops at 20 of 32 dimensions, whatever the seed."""
+    subject, line = on_a_line()
+    found = train_das(subject, line_pairs(150, seed=seed), layer=1, boundless=True, execution=Execution(seed=seed))
+    assert found.convergence.converged
+    assert found.dimensions == found.width == 1
+    assert angles(found.rotation, line).max() < 25
+    assert found.accuracy(subject, line_pairs(100, seed=1000 + seed)) == 1
+    assert found.widths["dimensions"].max() > 10  # it was beside a wide one that it was judged
+
+
+def test_a_variable_of_one_dimension_has_width_one() -> None:
+    for seed in range(3):
+        assert_the_line_is_found_one_dimension_wide(seed)
+
+
+@pytest.mark.slow
+def test_a_variable_of_one_dimension_has_width_one_in_twenty_of_twenty_seeds() -> None:
+    for seed in range(20):
+        assert_the_line_is_found_one_dimension_wide(seed)
+
+
+def test_a_width_is_withheld_where_its_training_has_not_converged() -> None:
+    subject, _ = on_a_line()
+    train, test = line_pairs(60, seed=0), line_pairs(30, seed=1)
+    for epochs in (2, 8):
+        found = train_das(subject, train, layer=1, boundless=True, epochs=epochs, execution=Execution(tokens_per_batch=1000))
+        assert not found.convergence.converged
+        assert np.isnan(found.width)
+    table = das(subject, train, test, layers=[1], boundless=True, epochs=2, controls=1)
+    learned, *others = table.to_dict("records")
+    assert not learned["converged"]
+    assert np.isnan(learned["width"])
+    assert "too few to tell" in learned["unconverged"]
+    assert all(row["converged"] and not row["unconverged"] and np.isnan(row["width"]) for row in others)
+
+
+def test_a_fixed_number_of_dimensions_is_no_finding() -> None:
+    subject, _ = on_a_line()
+    found = train_das(subject, line_pairs(60, seed=0), layer=1, dimensions=3, epochs=50)
+    assert found.convergence.converged
+    assert np.isnan(found.width)
 
 
 @pytest.mark.parametrize("boundless", [False, True])
@@ -266,6 +345,8 @@ def test_an_alignment_is_read_back_for_its_own_model_only(tmp_path: Path) -> Non
     assert torch.equal(found.rotation, saved.rotation)
     assert (found.site, found.layer, found.position, found.head) == ("residual", 1, [-1, 1], None)
     assert found.curve.equals(saved.curve)
+    assert found.widths.equals(saved.widths)
+    assert found.convergence.reason == saved.convergence.reason
     assert found.accuracy(subject, TEST) == saved.accuracy(subject, TEST)
     other = families.subject("llama", torch.float64)
     with pytest.raises(ModelError, match="was learned on a model with fingerprint"):
@@ -297,6 +378,8 @@ def test_what_does_not_fit_is_named() -> None:
         das(subject, TRAIN, TEST, among="tokens")  # type: ignore[arg-type]  # a slip of the keyboard
     with pytest.raises(DataError, match=r"pair 'pair 1\.0' names no wrong answer"):
         das(subject, TEST, Pairs((replace(TRAIN.pairs[0], wrong_answers=()),), "none"), among="answers")
+    with pytest.raises(DataError, match="5 pairs are too few to find how many dimensions"):
+        train_das(subject, TRAIN.first(5), layer=1, boundless=True)
     with pytest.raises(DataError, match="is also a training pair"):
         das(subject, TRAIN, TRAIN.first(3))
     with pytest.raises(DataError, match="positions 'subject' are not known"):

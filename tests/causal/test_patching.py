@@ -14,7 +14,7 @@ from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError, SettingsError
 from mechscope.subject.load import Subject
 from tests import families
-from tests.causal.pairs import random_pairs
+from tests.causal.pairs import random_pairs, telling_pairs
 
 PAIRS = random_pairs(4)
 FOUR = ("gpt2", "llama", "gpt_neox", "qwen3")
@@ -68,26 +68,29 @@ def test_a_head_patch_equals_a_hand_written_pass_with_that_head_replaced(family:
 @pytest.mark.parametrize("family", FOUR)
 def test_patching_the_whole_residual_stream_is_one_and_nothing_is_zero(family: str) -> None:
     subject = families.subject(family, torch.float64)
-    table = patch(subject, PAIRS, site="residual").table
+    pairs = telling_pairs(subject, 8)
+    table = patch(subject, pairs, site="residual").table
     np.testing.assert_allclose(table["normalised"], 1.0, rtol=1e-9)
-    noise = patch(subject, PAIRS, site="residual", direction="noise").table
+    noise = patch(subject, pairs, site="residual", direction="noise").table
     np.testing.assert_allclose(noise["normalised"], 0.0, atol=1e-9)
     own = patch(subject, PAIRS, site="head", source=Text("corrupt")).table
     np.testing.assert_allclose(own["effect"], 0.0, atol=1e-12)
 
 
 def test_the_table_holds_means_errors_and_intervals_over_texts() -> None:
-    found = patch(families.subject("gpt2", torch.float64), PAIRS, components="a1.h2")
+    subject = families.subject("gpt2", torch.float64)
+    found = patch(subject, telling_pairs(subject, 9), components="a1.h2")
     effect = found.values[0] - found.unchanged
     assert found.clean is not None
     assert found.corrupt is not None
     row = found.table.iloc[0]
-    assert (row["component"], row["n"]) == ("a1.h2", 4)
+    assert (row["component"], row["n"]) == ("a1.h2", 9)
     assert row["effect"] == pytest.approx(effect.mean())
-    assert row["se"] == pytest.approx(effect.std(ddof=1) / 2)
-    assert row["high"] == pytest.approx(effect.mean() + 3.1824463 * effect.std(ddof=1) / 2)
+    assert row["se"] == pytest.approx(effect.std(ddof=1) / 3)
+    assert row["high"] == pytest.approx(effect.mean() + 2.3060041 * effect.std(ddof=1) / 3)
     assert row["normalised"] == pytest.approx((found.values[0] - found.corrupt).mean() / (found.clean - found.corrupt).mean())
     assert row["normalised_low"] <= row["normalised"] <= row["normalised_high"]
+    assert row["withheld"] == ""
 
 
 def test_each_position_is_a_row_and_texts_that_end_before_it_are_left_out() -> None:

@@ -3,6 +3,7 @@
     induction   GPT-2, 2 layers       previous-token head, K-composition, induction head that answers what followed
     logic       GPT-NeoX, 4 layers    two heads fetch x and y, an MLP takes their XOR, V- and Q-composition choose the answer; parallel blocks
     backup      GPT-2, 2 layers       two heads fetch the same x and an MLP takes their OR: either alone is enough
+    chain       GPT-2, any layers     one head fetches x, the last MLP reads it, and the logits that: three edges among hundreds
 
 Weights are written over named features. Feature f stands in two dimensions of the residual stream, as f and −f, so its mean is always 0; the feature
 `one` is a constant so large that the rest hardly moves the length; the norms' gain undoes the division. LayerNorm is thus the identity to within 0.5 %.
@@ -283,6 +284,29 @@ def backup() -> Planted:
 
     truth = ("embed->a0.h0<v>", "embed->a0.h0<k>", "embed->a0.h1<v>", "embed->a0.h1<k>", "a0.h0->m1", "a0.h1->m1", "m1->logits")
     return Planted(subject, _pairs("backup", make), truth, ("a0.h3", ("embed->a0.h3<v>", "a0.h3->m1", "a0.h3->logits")))
+
+
+@lru_cache
+def chain(layers: int) -> Planted:
+    """Return the chain model: `yes` if x is among the words, which head 0.1 sees and the last MLP passes on; corrupt texts have no x."""
+    generator = torch.Generator().manual_seed(5)
+    features = Features(32, word=WORDS, seen=1, either=1)
+    blocks = [Block(features, generator) for _ in range(layers)]
+    # it looks everywhere alike, and so sees a part of every word
+    blocks[0].head(1, {}, {}, {(0, "word", 0): float(LENGTH)}, {(0, "seen", 0): 1.0})
+    blocks[-1].mlp({(0, "seen", 0): 1.0}, {(0, "either", 0): 1.0})
+    positions = features.rows(LENGTH, {(place, "one", 0): ONE for place in range(LENGTH)})
+    unembedding = features.rows(WORDS, {(1, "either", 0): 5.0})
+    subject = _pour(features, blocks, features.rows(WORDS, _same(0, "word", WORDS)), unembedding, positions, generator)
+
+    def make(rng: random.Random, _: int) -> tuple[list[int], list[int], int, int]:
+        *rest, other = rng.sample(range(3, WORDS), LENGTH)
+        at = rng.randint(0, LENGTH - 2)
+        clean, corrupt = ([*rest[:at], word, *rest[at:]] for word in (0, other))
+        return clean, corrupt, 1, 2
+
+    last = f"m{layers - 1}"
+    return Planted(subject, _pairs("chain", make), ("embed->a0.h1<v>", f"a0.h1->{last}", f"{last}->logits"), ("a0.h3", ()))
 
 
 def _pairs(name: str, make: Callable[[random.Random, int], tuple[list[int], list[int], int, int]], n: int = 12) -> Pairs:

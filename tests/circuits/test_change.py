@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -120,26 +121,15 @@ def test_equal_models_have_shifts_of_exactly_zero_and_equal_circuits(family: str
     assert (found["p"] == 1).all()
     assert (found["q"] == 1).all()
     assert found["in_base"].equals(found["in_tuned"].rename("in_base"))
-    table = overlap_table(base, tuned, (0.05, 0.2), resamples=10, draws=20)
-    assert (table["jaccard"] == 1).all()
-
-
-def test_a_model_differs_from_itself_by_nothing_beyond_its_own_noise() -> None:
-    base = random_scores(3, signal=1.0, texts=9)
-    table = overlap_table(base, replace(base), (0.05, 0.3), resamples=20, draws=20)
-    for column in ("change", "change_low", "change_high"):
-        assert (table[column] == 0).all()
-    for column in ("self_base", "self_tuned"):
-        np.testing.assert_array_equal(table["across"], table[column])
-    # circuits of disjoint halves of the texts are not equal
-    assert (table.loc[table["what"] == "edges", "across"] < 0.9).all()
-    assert (table["jaccard"] == 1).all()
+    table = overlap_table(base, tuned, (0.05, 0.2), exchanges=10, draws=20)
+    assert (table[["jaccard", "exchanged", "p"]] == 1).all(axis=None)
+    assert (table["change"] == 0).all()
 
 
 def test_unrelated_circuits_share_what_chance_gives() -> None:
     inside = []
     for seed in range(40):
-        table = overlap_table(random_scores(seed), random_scores(1000 + seed), (0.2,), resamples=1, prune=False)
+        table = overlap_table(random_scores(seed), random_scores(1000 + seed), (0.2,), exchanges=1, prune=False)
         row = table[table["what"] == "edges"].iloc[0]
         inside.append(row["null_low"] <= row["jaccard"] <= row["null_high"])
         assert row["base_size"] == row["tuned_size"] == round(0.2 * len(GRAPH))
@@ -153,7 +143,7 @@ def test_chance_keeps_to_the_layers_that_both_circuits_are_in() -> None:
     for seed in range(20):
         # both look at the last layer's heads, but at edges of their own there
         one, other = (scores_of(late * random_scores(at).mean[None].repeat(4, 0)) for at in (seed, 1000 + seed))
-        row = overlap_table(one, other, (0.2,), resamples=1, prune=False).iloc[0]
+        row = overlap_table(one, other, (0.2,), exchanges=1, prune=False).iloc[0]
         inside.append(row["null_low"] <= row["jaccard"] <= row["null_high"])
         above.append(row["null"])
     assert np.mean(inside) >= 0.9
@@ -161,40 +151,45 @@ def test_chance_keeps_to_the_layers_that_both_circuits_are_in() -> None:
     assert min(above) > 1.5 / 9
 
 
-def test_between_pure_noise_there_is_no_change() -> None:
-    table = overlap_table(random_scores(5), random_scores(6), (0.1, 0.3), resamples=60, prune=False)
-    table = table[table["what"] == "edges"]
-    assert ((table["change_low"] < 0) & (table["change_high"] > 0)).all()
-    # and each model's own halves agree no more than two models do
-    for column in ("self_base", "self_tuned", "across"):
-        np.testing.assert_allclose(table[column], table["null"], rtol=0, atol=0.05)
+def found_changed(draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]], worlds: int) -> float:
+    """Return the share of worlds in which the two models' circuits are said to differ."""
+    found = []
+    for seed in range(worlds):
+        base, tuned = (scores_of(scores) for scores in draw(np.random.default_rng(seed)))
+        row: Any = overlap_table(base, tuned, (0.1,), exchanges=39, draws=1, seed=seed, prune=False).iloc[0]
+        found.append(row["p"] <= 0.05 and row["change"] > 0)
+    return float(np.mean(found))
 
 
-def test_a_circuit_that_moved_differs_by_more_than_the_models_own_noise() -> None:
-    moved = overlap_table(random_scores(7, signal=10.0), random_scores(8, signal=10.0), (0.1, 0.3), resamples=20, prune=False)
+@pytest.mark.parametrize(("louder", "noisier", "shared"), [(1.0, 1.0, 0.0), (1.0, 1.0, 0.9), (2.0, 1.0, 0.5), (1.0, 3.0, 0.5)])
+def test_models_that_differ_in_noise_or_size_alone_are_seldom_said_to_differ(louder: float, noisier: float, shared: float) -> None:
+    """The old measure, overlap of halves, called this a change by the mean of both models' own overlaps, and hid changes by the smaller."""
+
+    def same_circuit(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        signal, common = 0.3 * random.standard_t(3, len(GRAPH)), random.standard_normal((16, len(GRAPH)))
+        own = random.standard_normal((2, 16, len(GRAPH)))
+        base, tuned = (signal + size * shared * common + size * one for size, one in zip((1.0, noisier), own, strict=True))
+        return base, louder * tuned
+
+    assert found_changed(same_circuit, 80) < 0.05 + 2 * (0.05 * 0.95 / 80) ** 0.5
+
+
+def test_a_planted_change_of_two_fifths_of_the_edges_is_found() -> None:
+    def changed(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        before, common = random.standard_t(3, len(GRAPH)), random.standard_normal((16, len(GRAPH)))
+        after = np.where(random.random(len(GRAPH)) < 0.4, random.standard_t(3, len(GRAPH)), before)
+        base, tuned = (signal + common + random.standard_normal((16, len(GRAPH))) for signal in (before, after))
+        return base, tuned
+
+    assert found_changed(changed, 40) > 0.8
+
+
+def test_a_circuit_that_moved_shares_less_than_its_exchanges() -> None:
+    moved = overlap_table(random_scores(7, signal=10.0), random_scores(8, signal=10.0), (0.1, 0.3), exchanges=39, prune=False)
     moved = moved[moved["what"] == "edges"]
-    assert (moved["change_low"] > 0.5).all()
-    assert (moved[["self_base", "self_tuned"]] > 0.8).all(axis=None)
-    np.testing.assert_allclose(moved["across"], moved["jaccard"], rtol=0, atol=0.05)
-    # the same signal read through other noise is the same circuit
-    random = np.random.default_rng(9)
-    signal, noise = 10 * random.standard_normal(len(GRAPH)), random.standard_normal((2, 20, len(GRAPH)))
-    kept = overlap_table(scores_of(signal + noise[0]), scores_of(signal + noise[1]), (0.1, 0.3), resamples=20, prune=False)
-    assert (kept.loc[kept["what"] == "edges", "across"] > 0.8).all()
-    assert (kept.loc[kept["what"] == "edges", "change"].abs() < 0.05).all()
-
-
-def test_models_that_differ_in_noise_alone_show_no_change() -> None:
-    quiet_alone = []
-    for seed in range(8):
-        random = np.random.default_rng(seed)
-        signal = random.standard_t(3, len(GRAPH))
-        quiet, noisy = (scores_of(signal + sd * random.standard_normal((16, len(GRAPH)))) for sd in (0.3, 3.0))
-        row: Any = overlap_table(quiet, noisy, (0.2,), resamples=30, draws=2, seed=seed).iloc[0]
-        assert row["change_low"] <= 0
-        # what the quiet one shares with itself it cannot share with the noisy one, so the mean of both would speak of change
-        quiet_alone.append((row["self_base"] + row["self_tuned"]) / 2 - row["across"])
-    assert np.mean(quiet_alone) > 0.1
+    assert (moved["p"] == 1 / 40).all()
+    assert (moved["change"] > 0.1).all()
+    np.testing.assert_allclose(moved["exchanged"] - moved["jaccard"], moved["change"], rtol=0, atol=1e-12)
 
 
 def test_scores_without_a_sign_are_not_compared_by_what_helps() -> None:
@@ -203,45 +198,31 @@ def test_scores_without_a_sign_are_not_compared_by_what_helps() -> None:
         overlap_table(base, base, (0.1,), sign="helpful", higher_is_better=True)
 
 
-def by_hand(base: np.ndarray, tuned: np.ndarray, side: np.ndarray, number: int) -> tuple[float, float, float]:
-    """Return the overlap across models and within each, of the strongest edges on two halves of the texts."""
-
-    def strongest(per_text: np.ndarray, texts: np.ndarray) -> set[int]:
-        return set(np.argsort(-np.abs(per_text[texts].mean(0)))[:number].tolist())
-
-    def shared(one: set[int], other: set[int]) -> float:
-        return len(one & other) / len(one | other)
-
-    one, other = ([strongest(per_text, texts) for texts in (side, ~side)] for per_text in (base, tuned))
-    across = (shared(one[0], other[1]) + shared(one[1], other[0])) / 2
-    return across, shared(*one), shared(*other)
-
-
-def test_a_halving_compares_base_on_one_half_with_tuned_on_the_other() -> None:
+def test_an_exchange_gives_each_text_to_one_of_the_models() -> None:
+    """Every overlap with labels exchanged is one of the 16 that four texts allow, and all of them come."""
     base, tuned = random_scores(10, texts=4, signal=1.0), random_scores(11, texts=4, signal=1.0)
     assert base.per_text is not None
     assert tuned.per_text is not None
-    tuned = scores_of(0.5 * tuned.per_text + 0.5 * base.per_text)
-    assert tuned.per_text is not None
     number = round(0.3 * len(GRAPH))
-    # four texts have three halvings
-    sides = [np.array(side) for side in ([True, True, False, False], [True, False, True, False], [True, False, False, True])]
-    possible = [by_hand(base.per_text, tuned.per_text, side, number) for side in sides]
-    drawn = set()
-    for seed in range(12):
-        table = overlap_table(base, tuned, (0.3,), resamples=1, draws=5, seed=seed, prune=False)
-        row: Any = table[table["what"] == "edges"].iloc[0]
-        found = row[["across", "self_base", "self_tuned"]].astype(float).to_numpy()
-        assert row["change"] == pytest.approx(min(found[1], found[2]) - found[0], abs=1e-12)
-        place = int(np.argmin([np.abs(found - one).sum() for one in possible]))
-        np.testing.assert_allclose(found, possible[place], rtol=0, atol=1e-12)
-        drawn.add(place)
-    assert drawn == {0, 1, 2}
+
+    def strongest(per_text: np.ndarray) -> set[int]:
+        return set(np.argsort(-np.abs(per_text.mean(0)))[:number].tolist())
+
+    possible = []
+    for at in range(16):
+        swapped = np.array([at >> text & 1 for text in range(4)], dtype=bool)[:, None]
+        one, other = (strongest(np.where(swapped, *two)) for two in ((tuned.per_text, base.per_text), (base.per_text, tuned.per_text)))
+        possible.append(len(one & other) / len(one | other))
+    row: Any = overlap_table(base, tuned, (0.3,), exchanges=2000, draws=1, prune=False).iloc[0]
+    assert row["jaccard"] == possible[0]
+    assert row["exchanged"] == pytest.approx(np.mean(possible), abs=0.01)
+    assert row["p"] == pytest.approx(np.mean(np.array(possible) <= possible[0]), abs=0.03)
+    assert (row["exchanged_low"], row["exchanged_high"]) == pytest.approx((min(possible), max(possible)), abs=0.05)
 
 
 def test_options_of_the_choice_are_handed_on_and_nodes_are_counted_too() -> None:
     base, tuned = random_scores(12, signal=1.0), random_scores(13, signal=1.0)
-    table = overlap_table(base, tuned, (0.2,), resamples=2, draws=10, rule="greedy")
+    table = overlap_table(base, tuned, (0.2,), exchanges=2, draws=10, rule="greedy")
     chosen = [choose(one, fraction=0.2, rule="greedy") for one in (base, tuned)]
     sizes: Any = table.set_index("what")[["base_size", "tuned_size"]]
     assert sizes.loc["edges"].tolist() == [len(one) for one in chosen]
@@ -279,5 +260,5 @@ def test_other_graphs_and_too_few_texts_are_refused() -> None:
         with pytest.raises(DataError, match="both models need one architecture"):
             edge_shift(base, random_scores(1, graph=graph), whole(), Circuit.full(graph))
     few = random_scores(0, texts=3)
-    with pytest.raises(DataError, match=r"3 texts cannot be halved .* at least 4"):
+    with pytest.raises(DataError, match="3 texts are too few to exchange models in: at least 4"):
         overlap_table(few, few, (0.1,))

@@ -15,28 +15,16 @@ from mechscope.circuits.evaluation import Evaluated, auroc, evaluate, faithfulne
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import random_circuits
 from mechscope.circuits.scores import Cost, EdgeScores
-from mechscope.data.metrics import pair_metric
-from mechscope.data.pairs import Pairs, collate_pairs
+from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument.execution import Execution
 from tests import families
-from tests.causal.pairs import random_pairs
+from tests.causal.pairs import random_pairs, telling_pairs
 from tests.circuits.brute import TOLERANCE, brute_metric, brute_written
 
 TWO = ("gpt2", "llama")
 FREE = Cost(0, 0)
 NO_MODEL: Any = None  # where a curve's circuits are evaluated by `toy`
-
-
-@torch.no_grad()
-def telling_pairs(family: str, n: int) -> Pairs:
-    """Pairs whose clean text has the larger logit difference: right and wrong answers are exchanged where it has not."""
-    model, found = families.subject(family, torch.float64).plain, []
-    for pair in random_pairs(n):
-        metric = pair_metric("logit-diff", collate_pairs([pair]))
-        clean, corrupt = (metric(model(torch.tensor([ids])).logits).item() for ids in (pair.clean, pair.corrupt))
-        found.append(pair if clean > corrupt else replace(pair, answers=pair.wrong_answers, wrong_answers=pair.answers))
-    return Pairs(tuple(found), "telling")
 
 
 def scored(graph: Graph, values: np.ndarray) -> EdgeScores:
@@ -82,7 +70,8 @@ def test_circuits_of_any_size_give_what_a_brute_force_run_of_each_text_gives_in_
 @pytest.mark.parametrize("family", TWO)
 @pytest.mark.parametrize("metric", ["logit-diff", "kl"])
 def test_the_whole_model_is_faithful_the_empty_circuit_is_not_whichever_way_the_metric_counts(family: str, metric: str) -> None:
-    subject, pairs = families.subject(family, torch.float64), telling_pairs(family, 8)
+    subject = families.subject(family, torch.float64)
+    pairs = telling_pairs(subject, 8)
     graph = Graph.of(subject)
     found = evaluate(subject, pairs, [Circuit.full(graph), Circuit.empty(graph)], metric=metric)
     assert (found.clean.mean() > found.empty.mean()) == (metric == "logit-diff")
@@ -125,28 +114,25 @@ def test_an_interval_contains_the_value_and_halves_with_four_times_the_texts() -
     widths = []
     for texts in (50, 200, 800):
         clean = 3 + random.normal(size=texts)
-        share = made((0.6 * clean + random.normal(size=texts))[None], clean=clean, empty=np.zeros(texts)).faithfulness(seed=1)
+        share = made((0.6 * clean + random.normal(size=texts))[None], clean=clean, empty=np.zeros(texts)).faithfulness()
         assert share.low[0] < share.value[0] < share.high[0]
         widths.append(share.high[0] - share.low[0])
     # the standard error of the ratio is close to sd / (mean span · √n) = 1 / (3 √n)
     np.testing.assert_allclose(widths, [2 * 1.96 / 3 / texts**0.5 for texts in (50, 200, 800)], rtol=0.2)
 
 
-def test_texts_on_which_nothing_differs_have_no_faithfulness_and_so_for_a_single_text() -> None:
+def test_texts_on_which_nothing_differs_have_no_faithfulness_and_so_for_few_texts() -> None:
     random = np.random.default_rng(0)
     noise = random.normal(size=12)
     share = of_span(np.ones((2, 12)), noise - noise.mean(), np.zeros(12))
     assert np.isnan(share.value).all()
     assert np.isnan(share.high).all()
     assert share.note is not None
-    assert "not shown to differ with this few texts (" in share.note
-    assert "p = 1, n = 12" in share.note
-    # more is not known of one text than of two that are not enough
-    for texts in (1, 2):
-        few = made([[1.5, 1.4][:texts]], clean=[2, 9][:texts], empty=[1, 1][:texts]).faithfulness()
+    assert share.note.startswith("the whole model and the empty circuit do not differ in the metric, as far as 12 texts show: ")
+    for texts in (1, 5):
+        few = made([[1.5, 1.4, 1.2, 1.7, 1.6][:texts]], clean=[2, 2.1, 2.2, 2, 2.3][:texts], empty=[1, 1, 1, 1, 1][:texts]).faithfulness()
         assert np.isnan([few.value[0], few.low[0], few.high[0]]).all()
-        assert few.note is not None
-        assert f"n = {texts}" in few.note
+        assert few.note == f"too few texts: {texts} of at least 6"
 
 
 def test_a_circuit_as_good_as_the_model_at_every_size_has_cpr_1_and_cmd_0(toy: dict[str, Any]) -> None:
@@ -176,7 +162,8 @@ def test_areas_of_curves_known_in_closed_form(toy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", TWO)
 def test_a_curve_holds_what_its_circuits_give_and_ends_at_the_model_for_random_circuits_too(family: str) -> None:
-    subject, pairs = families.subject(family, torch.float64), telling_pairs(family, 8)
+    subject = families.subject(family, torch.float64)
+    pairs = telling_pairs(subject, 8)
     graph = Graph.of(subject)
     scores = scored(graph, np.random.default_rng(0).normal(size=len(graph)))
     curve = faithfulness_curve(subject, pairs, scores, fractions=(0.1, 0.4, 0.8, 1.0), random=3, execution=Execution(tokens_per_batch=200))
@@ -201,11 +188,12 @@ def test_a_curve_holds_what_its_circuits_give_and_ends_at_the_model_for_random_c
 
 def test_a_curve_over_texts_that_are_equal_in_both_versions_is_empty_and_says_why() -> None:
     subject = families.subject("gpt2", torch.float64)
-    graph, pairs = Graph.of(subject), Pairs(tuple(replace(pair, corrupt=pair.clean) for pair in random_pairs(3)), "equal")
+    graph, pairs = Graph.of(subject), Pairs(tuple(replace(pair, corrupt=pair.clean) for pair in random_pairs(6)), "equal")
     curve = faithfulness_curve(subject, pairs, scored(graph, np.arange(len(graph)) + 1.0), fractions=(0.5, 1.0), random=1)
     assert curve.table[["faithfulness", "low", "random"]].isna().all(axis=None)
     assert np.isnan([curve.cpr.value, curve.cpr.low, curve.cmd.random]).all()
-    assert "not shown to differ" in curve.notes["faithfulness"]
+    assert "do not differ" in curve.notes["faithfulness"]
+    assert (curve.table["withheld"] == curve.notes["faithfulness"]).all()
 
 
 def test_without_random_circuits_a_curve_has_no_band(toy: dict[str, Any]) -> None:

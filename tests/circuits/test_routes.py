@@ -11,7 +11,7 @@ import torch
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.routes import flow_routes
 from mechscope.circuits.scores import EdgeScores
-from mechscope.data.pairs import PromptPair
+from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.errors import DataError
 from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
@@ -118,3 +118,12 @@ def test_texts_that_do_not_fit_are_refused() -> None:
     long = random_pairs(1, lengths=(families.POSITIONS + 1,))
     with pytest.raises(DataError, match="65 tokens, the model reads 64"):
         flow_routes(subject_of("gpt2"), long)
+
+
+def test_shares_which_are_never_negative_are_not_tested_against_zero() -> None:
+    """On a random model every edge would be certain: 100 % had q < .05."""
+    subject = families.subject("gpt2", torch.float64)
+    texts = [PromptPair(str(at), tuple(range(3 + at, 9 + at)), tuple(range(4 + at, 10 + at))) for at in range(6)]
+    table = flow_routes(subject, Pairs(tuple(texts), "texts")).table()
+    assert {"score", "se", "low", "high"} <= set(table)
+    assert not {"p", "q"} & set(table)

@@ -261,3 +261,12 @@ def test_a_circuit_of_other_weights_is_refused_only_where_both_say_whose_they_ar
     with pytest.raises(DataError, match=r"another model with other weights .5…"):
         from_json(file, GRAPH, fingerprint="abc")
     assert from_json(written(tmp_path, to_json(circuit)), GRAPH, fingerprint="abc")[0] == circuit
+
+
+def test_scores_without_a_sign_are_not_tested_against_zero_which_they_exceed_in_every_text() -> None:
+    scores = some_scores()
+    assert scores.per_text is not None
+    unsigned = EdgeScores(GRAPH, np.abs(scores.mean), np.abs(scores.per_text), "flow-routes", Cost(1, 0))
+    for table in (unsigned.table(), unsigned.node_table()):
+        assert {"se", "low", "high"} <= set(table.columns)
+        assert not {"p", "q"} & set(table.columns)

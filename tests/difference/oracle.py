@@ -39,22 +39,36 @@ HEAD_NAMES = (
     "kl_base_tuned",
     "kl_tuned_base",
     "z_cosine_distance",
+    "write_change",
+    "write_change_own",
 )
 LAYER_NAMES = (
     "kl_base_tuned",
     "kl_tuned_base",
     "entropy_change",
+    "write_change",
+    "write_change_own",
     "activation_norm_base",
     "activation_norm_tuned",
     "activation_abs_base",
     "activation_abs_tuned",
     "cosine_distance",
+    "mlp_write_change",
+    "mlp_write_change_own",
 )
 OUTPUT_NAMES = ("kl_base_tuned", "kl_tuned_base", "loss_base", "loss_tuned", "loss_change")
 
 # where each family keeps its blocks, and each block the map that reads the heads' outputs
 PLACES = {"gpt2": ("transformer.h", "attn.c_proj"), "gpt_neox": ("gpt_neox.layers", "attention.dense")}
 LLAMA_LIKE = ("model.layers", "self_attn.o_proj")
+# what stands around each family's MLP, and behind its attention
+AROUND = {
+    "gpt2": (["ln_2", "mlp"], None),
+    "gpt_neox": (["post_attention_layernorm", "mlp"], None),
+    "gemma2": (["pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"], "post_attention_layernorm"),
+    "gemma3": (["pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"], "post_attention_layernorm"),
+}
+AROUND_LLAMA_LIKE: tuple[list[str], str | None] = (["post_attention_layernorm", "mlp"], None)
 
 
 def examples(seed: int = 0, lengths: Sequence[int] = (23, 12, 17, 9, 20), vocabulary: int = families.VOCABULARY) -> tuple[Example, ...]:
@@ -115,17 +129,23 @@ AttentionMaskInterface.register("diff_oracle", eager_mask)
 
 @dataclass(frozen=True)
 class Seen:
-    """What one model did with one document, in float64: maps (layer, head, query, key), z, residual stream after each block, log p."""
+    """What one model did with one document, in float64: maps (layer, head, query, key), z, residual stream after each block, log p.
+
+    And what heads (layer, token, head, d_model) and MLPs (layer, token, d_model) wrote, and the streams before and behind attention.
+    """
 
     maps: np.ndarray
     z: np.ndarray
     residual: np.ndarray
     log_p: np.ndarray
+    heads: np.ndarray
+    mlps: np.ndarray
+    streams: list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def look(model: Any, family: str, ids: Sequence[int]) -> Seen:
-    """Run one document, alone and without padding, and keep whole maps."""
+def look(model: Any, family: str, ids: Sequence[int], given: Sequence[tuple[Tensor, Tensor]] | None = None) -> Seen:
+    """Run one document, alone and without padding, and keep whole maps; with `given`, every block and MLP on another model's streams."""
     implementation = "diff_oracle" if model.dtype == torch.float64 else "eager"
     before = model.config._attn_implementation
     blocks_path, writer_path = PLACES.get(family, LLAMA_LIKE)
@@ -134,14 +154,56 @@ def look(model: Any, family: str, ids: Sequence[int]) -> Seen:
     z: list[Tensor] = []
     residual: list[Tensor] = []
     handles = []
+    heads: list[np.ndarray] = []
+    mlps: list[np.ndarray] = []
+    streams: list[tuple[Tensor, Tensor]] = []
+    chain, behind = AROUND.get(family, AROUND_LLAMA_LIKE)
+
+    def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note what a block reads, or let it read what is given."""
+        at = len(streams)
+        stream = args[0] if args else kwargs["hidden_states"]
+        stream = stream if given is None else given[at][0]
+        streams.append((stream, stream))
+        return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+    def attended(block: Any, writer: Any) -> None:
+        """Take apart, loop by loop, what the heads wrote, and run the MLP by its parts on the stream behind."""
+        at = len(streams) - 1
+        weight = writer.weight.T if type(writer).__name__ != "Conv1D" else writer.weight
+        count = model.config.num_attention_heads
+        parts = z[-1].reshape(z[-1].shape[1], count, -1)
+        wrote = torch.einsum("thd,hdm->thm", parts, weight.reshape(count, -1, weight.shape[1]))
+        added = z[-1] @ weight
+        if writer.bias is not None:
+            added = added + writer.bias
+        if behind is not None:
+            norm = block.get_submodule(behind)
+            # RMS norm: the sum's scale and the norm's gain, for each head's part of the sum
+            scale = (added[0].square().mean(-1) + norm.eps).rsqrt()
+            wrote = wrote * scale[:, None, None] * (1 + norm.weight)
+            added = norm(added)
+            assert torch.allclose(wrote.sum(1), added[0], rtol=1e-3, atol=1e-4)
+        before = streams[at][0]
+        middle = before if family == "gpt_neox" else before + added
+        if given is not None:
+            middle = given[at][1]
+        streams[at] = (before, middle)
+        for name in chain:
+            middle = block.get_submodule(name)(middle)
+        heads.append(wrote.double().numpy())
+        mlps.append(middle[0].double().numpy())
+
     for block in blocks:
         writer = block.get_submodule(writer_path)
+        handles.append(block.register_forward_pre_hook(enters, with_kwargs=True))
         attention = block.get_submodule(writer_path.rpartition(".")[0])
         handles.append(attention.register_forward_hook(lambda _, __, output: maps.append(output[1])))
         handles.append(writer.register_forward_pre_hook(lambda _, args: z.append(args[0])))
         handles.append(
             block.register_forward_hook(lambda _, __, output: residual.append(output[0] if isinstance(output, tuple) else output))
         )
+        handles.append(block.register_forward_hook(lambda block, _, __, writer=writer: attended(block, writer)))
     model.set_attn_implementation(implementation)
     try:
         output = model(torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
@@ -149,14 +211,18 @@ def look(model: Any, family: str, ids: Sequence[int]) -> Seen:
         model.set_attn_implementation(before)
         for handle in handles:
             handle.remove()
-    for found, expected in zip(residual[:-1], output.hidden_states[1:-1], strict=True):
-        assert torch.equal(found, expected)
-    heads = maps[0].shape[1]
+    if given is None:
+        for found, expected in zip(residual[:-1], output.hidden_states[1:-1], strict=True):
+            assert torch.equal(found, expected)
+    count = maps[0].shape[1]
     return Seen(
         np.stack([x[0].double().numpy() for x in maps]),
-        np.stack([x[0].double().reshape(x.shape[1], heads, -1).numpy() for x in z]),
+        np.stack([x[0].double().reshape(x.shape[1], count, -1).numpy() for x in z]),
         np.stack([x[0].double().numpy() for x in residual]),
         torch.log_softmax(output.logits[0].double(), dim=-1).numpy(),
+        np.stack(heads),
+        np.stack(mlps),
+        streams,
     )
 
 
@@ -193,6 +259,12 @@ def mean(values: np.ndarray, rows: Sequence[int]) -> np.ndarray:
     return np.where(valid, chosen, 0.0).sum(0) / np.where(valid.any(0), valid.sum(0), np.nan)
 
 
+def relative_change(base: np.ndarray, tuned: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """Return ‖tuned − base‖ over ‖base‖, each summed over some tokens (the second axis)."""
+    change, size = (np.sqrt((x[:, list(rows)] ** 2).sum(-1)).sum(1) for x in (tuned - base, base))
+    return change / np.where(size > 0, size, np.nan)
+
+
 @dataclass(frozen=True)
 class Truth:
     """Every document's means: heads (document, rows, measure, layer, head), layers, outputs, pooled (document, side, rows, layer, d)."""
@@ -215,8 +287,10 @@ def compare(base: Any, tuned: Any, family: str, documents: Sequence[Example]) ->
     found: dict[str, list] = {"heads": [], "layers": [], "outputs": [], "pooled": []}
     for example in documents:
         one, other = look(base, family, example.input_ids), look(tuned, family, example.input_ids)
+        # handles of hooks stand in the order of the blocks, so each writer's z is noted before it is taken apart
+        again = look(tuned, family, example.input_ids, one.streams)
         layers, heads, length, _ = one.maps.shape
-        by_head = np.zeros((length, len(HEAD_NAMES), layers, heads))
+        by_head = np.zeros((length, 12, layers, heads))
         for t, layer, head in np.ndindex(length, layers, heads):
             pattern = of_row(one.maps[layer, head, t, : t + 1], other.maps[layer, head, t, : t + 1])
             by_head[t, :, layer, head] = [*pattern, cosine_distance(one.z[layer, t, head], other.z[layer, t, head])]
@@ -230,9 +304,13 @@ def compare(base: Any, tuned: Any, family: str, documents: Sequence[Example]) ->
             by_token[t] = [np.exp(p) @ (p - q), np.exp(q) @ (q - p), -p[token], -q[token], p[token] - q[token]]
         rows = kinds(example)
         of_heads = np.stack([mean(by_head, at) for at in rows])
-        head_means = of_heads[:, [HEAD_NAMES.index(name) for name in LAYER_NAMES[:3]]].mean(-1)
+        writes = [np.stack([relative_change(one.heads, side.heads, at) for at in rows]) for side in (again, other)]
+        of_heads = np.concatenate([of_heads, np.stack(writes, axis=1)], axis=1)
+        mlps = [np.stack([relative_change(one.mlps, side.mlps, at) for at in rows]) for side in (again, other)]
+        head_means = of_heads[:, [HEAD_NAMES.index(name) for name in LAYER_NAMES[:5]]].mean(-1)
         found["heads"].append(of_heads)
-        found["layers"].append(np.concatenate([head_means, np.stack([mean(by_layer, at) for at in rows])], axis=1))
+        of_layer = [head_means, np.stack([mean(by_layer, at) for at in rows]), np.stack(mlps, axis=1)]
+        found["layers"].append(np.concatenate(of_layer, axis=1))
         found["outputs"].append(np.stack([mean(by_token, at) for at in rows]))
         found["pooled"].append(np.stack([[mean(side.residual.swapaxes(0, 1), at) for at in rows] for side in (one, other)]))
     return Truth(*(np.stack(found[name]) for name in ("heads", "layers", "outputs", "pooled")))

@@ -22,11 +22,12 @@ def tables(seed: int = 0, n_layers: int = N_LAYERS, n_heads: int = N_HEADS) -> t
     random = np.random.default_rng(seed)
     heads = pd.DataFrame([(rows, i, j) for rows in ("all", "summary") for i in range(n_layers) for j in range(n_heads)])
     heads.columns = pd.Index(["rows", "layer", "head"])
-    for column in ("kl_base_tuned", "z_cosine_distance", "weight_change"):
+    for column in ("kl_base_tuned", "z_cosine_distance", "write_change", "weight_change"):
         heads[column] = random.uniform(0.01, 0.02, len(heads))
     heads["entropy_change"] = random.uniform(-0.02, 0.02, len(heads))
-    layers = heads.groupby(["rows", "layer"], as_index=False)[["kl_base_tuned", "entropy_change", "weight_change"]].mean()
-    layers["cosine_distance"] = random.uniform(0.01, 0.02, len(layers))
+    layers = heads.groupby(["rows", "layer"], as_index=False)[["kl_base_tuned", "entropy_change", "write_change", "weight_change"]].mean()
+    for column in ("cosine_distance", "mlp_write_change", "write_change_own", "mlp_write_change_own"):
+        layers[column] = random.uniform(0.01, 0.02, len(layers))
     return heads.sample(frac=1, random_state=seed), layers.sample(frac=1, random_state=seed)
 
 
@@ -43,11 +44,17 @@ def test_the_papers_chart_gives_the_papers_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "column"), [("heads_by_kl", "kl_base_tuned"), ("heads_by_entropy", "entropy_change"), ("heads_by_score", "z_cosine_distance")]
+    ("rule", "column"),
+    [
+        ("heads_by_kl", "kl_base_tuned"),
+        ("heads_by_entropy", "entropy_change"),
+        ("heads_by_write", "write_change"),
+        ("heads_by_score", "z_cosine_distance"),
+    ],
 )
 def test_a_planted_head_is_ranked_first(rule: str, column: str) -> None:
     heads, layers = tables()
-    heads.loc[at(heads, 6, 1), ["kl_base_tuned", "z_cosine_distance", "weight_change"]] = 0.5
+    heads.loc[at(heads, 6, 1), ["kl_base_tuned", "z_cosine_distance", "write_change", "weight_change"]] = 0.5
     heads.loc[at(heads, 6, 1), "entropy_change"] = -0.5
     heads.loc[at(heads, 6, 1), column] *= 2
     selection = select(rule, heads, layers, number=1)
@@ -55,10 +62,10 @@ def test_a_planted_head_is_ranked_first(rule: str, column: str) -> None:
     assert selection.table.iloc[0][["component", "kind", "layer", "head", "rank", "chosen"]].tolist() == ["a6.h1", "head", 6, 1, 1, True]
 
 
-@pytest.mark.parametrize("rule", ["layers_by_kl", "layers_by_score"])
+@pytest.mark.parametrize("rule", ["layers_by_kl", "layers_by_write", "layers_by_score"])
 def test_a_planted_layer_is_ranked_first(rule: str) -> None:
     heads, layers = tables()
-    layers.loc[at(layers, 5), list(LAYER_SCORE_COLUMNS)] = 0.5
+    layers.loc[at(layers, 5), [*LAYER_SCORE_COLUMNS, "write_change", "mlp_write_change"]] = 0.5
     selection = select(rule, heads, layers)
     assert selection.table.iloc[0][["component", "kind", "layer", "head", "rank", "chosen"]].tolist() == [
         "layers:5",
@@ -164,7 +171,7 @@ def replicates(heads: pd.DataFrame, n: int, noise: float, seed: int = 0) -> dict
     random = np.random.default_rng(seed)
     return {
         column: ordered[column].to_numpy().reshape(1, N_LAYERS, N_HEADS) + noise * random.normal(size=(n, N_LAYERS, N_HEADS))
-        for column in ("kl_base_tuned", "entropy_change")
+        for column in ("kl_base_tuned", "entropy_change", "write_change")
     }
 
 
@@ -189,7 +196,7 @@ def test_a_head_far_above_all_others_is_chosen_in_every_resample() -> None:
 def test_frequencies_equal_selecting_on_every_replicate() -> None:
     heads, layers = tables()
     resampled = replicates(heads, 12, noise=0.01)
-    for rule in ("layers_by_kl", "layers_by_score", "heads_by_kl", "heads_by_entropy", "heads_by_score"):
+    for rule in RULES:
         count: dict[str, int] = {}
         for b in range(12):
             one_heads = heads[heads["rows"] == "all"].sort_values(["layer", "head"]).copy()

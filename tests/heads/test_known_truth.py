@@ -85,7 +85,6 @@ def test_each_role_is_given_to_the_heads_written_for_it() -> None:
         "previous-token": {HEAD["previous"]},
         "duplicate-token": {HEAD["duplicate"]},
         "induction": {HEAD["induction"]},
-        "attention-sink": {HEAD["sink"]},
         # one that writes the neighbour on a circle raises the token itself more than most others
         "copying": {HEAD[name] for name in ("induction", "copy", "next")},
         "negative-ov": {HEAD["suppress"]},
@@ -141,6 +140,6 @@ def over_models(family: str) -> pd.DataFrame:
 def test_over_random_models_the_interval_of_the_excess_covers_zero_as_often_as_it_says(family: str) -> None:
     """Patterns of these models are far from uniform, so the score varies as much as it can; only breadth has no null that random heads reach."""
     table = over_models(family)
-    table = table[(table["role"] != "broad") & table["p"].notna() & (table["excess"] != 0)]
+    table = table[(table["role"] != "broad") & table["excess_low"].notna() & (table["excess"] != 0)]
     covered = (table["excess_low"] <= 0) & (table["excess_high"] >= 0)
     assert covered.mean() == pytest.approx(0.95, abs=0.06)

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import DataError
 from mechscope.heads import pattern_roles, roles_table
-from mechscope.heads.pattern_roles import ROLES, _control, _repetition, repeated_texts
+from mechscope.heads.pattern_roles import ROLES, _control, _looks, repeated_texts
 from mechscope.instrument import Walk, observed
 from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
@@ -81,7 +81,7 @@ def test_scores_are_means_over_the_maps(family):
 def test_padding_on_either_side_changes_nothing(family):
     subject = families.subject(family, torch.float64)
     texts = repeated_texts(subject, 3)
-    for reduce in (_control, _repetition):
+    for reduce in (_control, _looks):
 
         def numbers(pairs: Pairs, side: Any, reduce: Any = reduce) -> torch.Tensor:
             batch, found = collate_pairs(pairs.pairs, padding=side), []

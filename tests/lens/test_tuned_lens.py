@@ -22,7 +22,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.lens.logit_lens import logit_lens
 from mechscope.lens.places import LensPlace
 from mechscope.lens.projection import Projection
-from mechscope.lens.training import _backward, evaluate_lens, train_tuned_lens
+from mechscope.lens.training import _backward, evaluate_lens, train_tuned_lens, with_training
 from mechscope.lens.translators import Translator, Translators
 from mechscope.settings.lens import TunedLensSettings
 from mechscope.store.tables import write_tensors
@@ -84,6 +84,8 @@ def test_affine_layers_are_recovered() -> None:
     assert judged.component.tolist() == ["embed", "resid0", "resid1"]
     assert (judged.kl_logit_lens > 0.5).all()
     assert (judged.kl_tuned < 1e-6).all()
+    assert set(judged.verdict) == {"nearer"}
+    assert trained.curve.converged.all()
     # on vectors that are no text's: the norm hides the mean and the size of what it reads, so the maps agree up to those
     fresh = 2 * torch.randn(200, subject.anatomy.d_model, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     for layer in (-1, 0, 1):
@@ -162,6 +164,37 @@ def test_training_lowers_the_divergence_on_other_texts_and_says_so_with_interval
     curve = trained.curve.pivot(index="step", columns="component", values="kl")
     assert curve.shape == (80, 3)
     assert (curve.tail(10).mean() < curve.head(1).mean()).all()
+
+
+def test_two_steps_have_not_converged() -> None:
+    trained = train_tuned_lens(families.subject("llama"), texts(8), settings=replace(SHORT, steps=2))
+    assert not trained.curve.converged.any()
+    assert trained.curve.unconverged.str.contains("too few to tell").all()
+
+
+def test_a_loss_that_still_falls_has_not_converged() -> None:
+    settings = TunedLensSettings(steps=30, tokens_per_step=2048, learning_rate=1e-4)
+    trained = train_tuned_lens(families.subject("llama"), texts(16), settings=settings)
+    assert not trained.curve.converged.any()
+    assert (trained.curve.late_share > 0.1).all()
+
+
+def test_a_map_that_is_worse_than_none_is_said_to_be() -> None:
+    subject = families.subject("gpt2", torch.float64)
+    maps = random_maps(subject)
+    wild = {place: replace(translator, weight=100 * translator.weight) for place, translator in maps.maps.items()}
+    judged = evaluate_lens(subject, texts(12), replace(maps, maps=wild))
+    expected = np.where(judged.kl_change_q >= 0.05, "undecided", np.where(judged.kl_tuned > judged.kl_logit_lens, "farther", "nearer"))
+    assert judged.verdict.tolist() == expected.tolist()
+    assert "farther" in set(expected)
+
+
+def test_what_training_said_stands_beside_what_the_maps_are_worth() -> None:
+    subject = families.subject("llama")
+    trained = train_tuned_lens(subject, texts(8), settings=replace(SHORT, steps=2))
+    table = with_training(evaluate_lens(subject, texts(4, seed=1), trained.translators), trained.curve)
+    assert len(table) == 3
+    assert not table.converged.any()
 
 
 def test_evaluation_is_the_mean_over_texts_of_the_mean_over_tokens() -> None:

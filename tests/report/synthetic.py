@@ -16,9 +16,10 @@ import yaml
 
 from tests.report.synthetic_bakeoff import bakeoff_tables
 from tests.report.synthetic_causal import causal_tables
+from tests.report.synthetic_controls import controls_tables
 
 # the sections of a study's page, as its job names them
-STUDY = ("claims", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples")
+STUDY = ("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples")
 ROWS = ("all", "document", "summary")
 CIRCUIT = (2, 3, 5)
 HOSTILE = (
@@ -37,6 +38,36 @@ HOSTILE = (
 def quarter(layers: int) -> tuple[int, ...]:
     """Return the layers that the invented fine-tuning changed most."""
     return tuple(layer for layer in CIRCUIT if layer < layers)
+
+
+# invented smallest effects of interest
+SMALLEST = {"entropy_change": 0.004, "kl_base_tuned": 0.008, "write_change": 0.06, "cosine_distance": 0.004, "mlp_write_change": 0.06}
+
+
+def _sure(name: str, mean: float, se: float) -> dict[str, float]:
+    return {name: mean, f"{name}_se": se, f"{name}_low": mean - 1.96 * se, f"{name}_high": mean + 1.96 * se}
+
+
+def _verdict(low: float, high: float, smallest: float) -> str:
+    return "changed" if low > smallest else "negligible" if high < smallest else "undecided"
+
+
+def smallest_table() -> pd.DataFrame:
+    kinds = [("heads", name) for name in ("entropy_change", "kl_base_tuned", "write_change")]
+    kinds += [("layers", name) for name in ("kl_base_tuned", "cosine_distance", "write_change", "mlp_write_change")]
+    rows = [
+        {
+            "table": table,
+            "quantity": name,
+            "smallest": SMALLEST[name],
+            "unit": "nats",
+            "source": "twice what the base model differs by in bfloat16 against float32",
+            "floor": SMALLEST[name] / 2,
+            "n": 8,
+        }
+        for table, name in kinds
+    ]
+    return pd.DataFrame(rows)
 
 
 def heads_table(layers: int, heads: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -78,7 +109,14 @@ def heads_table(layers: int, heads: int, rng: np.random.Generator) -> pd.DataFra
                         "sink_base": sink,
                         "sink_tuned": sink + float(rng.normal(0, kl)),
                         "z_cosine_distance": kl * 0.8,
+                        **_sure("write_change", 0.9 * kl**0.5, 0.02 * kl**0.5),
+                        "write_change_n": 32,
+                        **_sure("write_change_own", kl**0.5, 0.02 * kl**0.5),
+                        "write_change_own_n": 200,
                         "weight_change": 0.01 + 0.4 * kl,
+                        "entropy_change_verdict": _verdict(abs(change) - 1.96 * se, abs(change) + 1.96 * se, SMALLEST["entropy_change"]),
+                        "kl_base_tuned_verdict": _verdict(0.9 * kl, 1.1 * kl, SMALLEST["kl_base_tuned"]),
+                        "write_change_verdict": _verdict(0.86 * kl**0.5, 0.94 * kl**0.5, SMALLEST["write_change"]),
                     }
                 )
     return pd.DataFrame(records)
@@ -100,6 +138,10 @@ def layers_table(heads: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
             "activation_abs_base": (norm / 35, 0.01),
             "activation_abs_tuned": (norm / 34, 0.01),
             "cosine_distance": (0.002 * (layer + 1) ** 1.2, 0.0001),
+            "write_change": (0.9 * kl**0.5, 0.01),
+            "write_change_own": (kl**0.5, 0.01),
+            "mlp_write_change": (0.5 * kl**0.5, 0.01),
+            "mlp_write_change_own": (0.6 * kl**0.5, 0.01),
         }
         records.append(
             {
@@ -112,6 +154,11 @@ def layers_table(heads: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
                 "rsa": 1 - 0.002 * (layer + 1) ** 1.4,
                 "weight_change": 0.2 + 3 * kl,
                 "score": kl * 10,
+                **{f"{name}_n": 200 if name.endswith("own") else 32 for name in measured if "write_change" in name},
+                **{
+                    f"{name}_verdict": _verdict(measured[name][0] - measured[name][1], sum(measured[name]), SMALLEST[name])
+                    for name in ("kl_base_tuned", "cosine_distance", "write_change", "mlp_write_change")
+                },
                 **{f"{name}_se": half / 1.96 for name, (_, half) in measured.items()},
                 **{f"{name}_low": mean - half for name, (mean, half) in measured.items()},
                 **{f"{name}_high": mean + half for name, (mean, half) in measured.items()},
@@ -181,6 +228,8 @@ def outputs_table() -> pd.DataFrame:
                 "loss_change_low": change - 0.02,
                 "loss_change_high": change + 0.02,
                 "loss_change_p": 1e-12,
+                "kl_base_tuned_verdict": "changed",
+                "loss_change_verdict": "changed",
             }
         )
     return pd.DataFrame(records)
@@ -292,7 +341,16 @@ def pairs_table(layers: pd.DataFrame) -> pd.DataFrame:
 
 def rouge_table() -> pd.DataFrame:
     rows = [
-        {"model": model, "metric": metric, "mean": mean, "low": mean - 0.011, "high": mean + 0.012, "n": 57}
+        {
+            "model": model,
+            "metric": metric,
+            "mean": mean,
+            "low": mean - 0.011,
+            "high": mean + 0.012,
+            "withheld": "",
+            "n": 57,
+            "tokenizer": "english",
+        }
         for model, mean in (("base", 0.1375), ("tuned", 0.1864))
         for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum")
     ]
@@ -311,9 +369,11 @@ def tables(layers: int = 12, heads: int = 12, *, seed: int = 0) -> dict[str, pd.
         "rouge": rouge_table(),
         "weights": weights_table(layers, rng),
         "outputs": outputs_table(),
+        "smallest_effects": smallest_table(),
         "selection": selection_table(head_table, layers, rng),
         "claims": claims_table(),
         "summaries": summaries_table(8),
+        **controls_tables(layers, heads, seed=seed),
         **bakeoff_tables(rng),
         **causal_tables(head_table, rng),
     }

@@ -58,6 +58,7 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                             "seed": seed,
                             "id": f"doc-{i}",
                             **{m: float(scores[m][i]) for m in METRICS},
+                            "tokenizer": "english",
                         }
                     )
                 targets = {
@@ -79,6 +80,8 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                         "tokens_to_best": last * 50 * 4096,
                         "steps_to_standard_best": float(last * 45) if effect >= 0 else np.nan,
                         "stopped_early": last < 16,
+                        "converged": last < 16,
+                        "unconverged": "" if last < 16 else "its last quarter still lowered the loss by 12% of the whole change",
                         **{m: float(scores[m].mean()) for m in METRICS},
                         "n_documents": documents,
                     }
@@ -102,7 +105,10 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                 of = "equal_rank" if within == "reference" else str(within)
                 itself = arm == ("standard" if other == "standard" else "random_layers")
                 difference = np.nan if itself else mean - float(table[metric][of])
-                row |= {f"vs_{other}": difference, f"vs_{other}_low": difference - 0.004, f"vs_{other}_high": difference + 0.004}
+                ends = {"low": difference - 0.004, "high": difference + 0.004, "sd": difference * 0 + 0.002}
+                ends |= {"documents_low": difference - 0.003, "documents_high": difference + 0.003}
+                row |= {f"vs_{other}": difference, **{f"vs_{other}_{end}": value for end, value in ends.items()}}
+            row["withheld"] = ""
             summary.append(row)
     written = {"id": ["doc-0", "doc-1"], "document": ["A harbour."] * 2, "reference": ["Harbour."] * 2, "base": ["The council"] * 2}
     return {

@@ -26,8 +26,8 @@ def _effect(effect: float, n: int = 24) -> dict[str, Any]:
     return {"feature": -1, "positions": "all", "metric": "loss", "n": n, "value": 3.0 + effect, "effect": effect, "se": se, **ends}
 
 
-def _share(share: float) -> dict[str, float]:
-    return {"normalised": share, "normalised_low": share - 0.03, "normalised_high": share + 0.03}
+def _share(share: float) -> dict[str, Any]:
+    return {"normalised": share, "normalised_low": share - 0.03, "normalised_high": share + 0.03, "withheld": ""}
 
 
 def _cross_model(measured: pd.DataFrame, shares: pd.Series, rng: np.random.Generator) -> pd.DataFrame:
@@ -47,9 +47,10 @@ def _cross_model(measured: pd.DataFrame, shares: pd.Series, rng: np.random.Gener
 def _layer_sets(layers: int) -> pd.DataFrame:
     shares = [0.62, *np.linspace(0.2, 0.5, 4)]
     sets = pd.DataFrame({"component": [f"layers:{i},{(i + 1) % layers}" for i in range(5)], "selected": [True] + [False] * 4})
-    sets = sets.assign(gain=[0.5 * share for share in shares], share=shares, n=24)
+    sets = sets.assign(gain=[0.5 * share for share in shares], share=shares, n=24, withheld="")
     first = [True] + [False] * 4
-    return sets.assign(**{name: np.where(first, value, np.nan) for name, value in (("more", 0.27), ("more_low", 0.2), ("more_high", 0.34))})
+    selected = {"more": 0.27, "more_low": 0.2, "more_high": 0.34, "p_random": 0.2, "p_less": 1.0}
+    return sets.assign(**{name: np.where(first, value, np.nan) for name, value in selected.items()})
 
 
 def _ablation(rng: np.random.Generator) -> pd.DataFrame:
@@ -59,7 +60,7 @@ def _ablation(rng: np.random.Generator) -> pd.DataFrame:
         for i, cost in enumerate(costs)
     ]
     kinds, p = ["selected"] + ["random"] * 40, [1 / 41] + [np.nan] * 40
-    return pd.DataFrame(rows).assign(kind=kinds, p_random=p)
+    return pd.DataFrame(rows).assign(kind=kinds, p_random=p, p_less=[1.0] + [np.nan] * 40, withheld="")
 
 
 def _importance(layers: int, heads: int) -> pd.DataFrame:

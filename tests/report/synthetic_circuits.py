@@ -53,7 +53,7 @@ def curve_table(model: str, graph: Graph, *, speed: float = 1.0) -> pd.DataFrame
         {
             "model": model, "fraction": fraction, "edges": np.round(fraction * len(graph)).astype(int), "metric": "logit-diff", "n": 64,
             "value": 3 * faithfulness,
-            "faithfulness": faithfulness, "low": faithfulness - 0.05, "high": faithfulness + 0.04,
+            "faithfulness": faithfulness, "low": faithfulness - 0.05, "high": faithfulness + 0.04, "withheld": "",
             "random": random, "random_low": random - 0.04, "random_high": random + 0.06,
         }
     )  # fmt: skip
@@ -69,7 +69,7 @@ def summary_table(model: str, *, chosen: int = 200, nodes: int = 70) -> pd.DataF
         ("nodes", nodes, np.nan, np.nan, np.nan, np.nan, np.nan),
     ]
     columns = ["measure", "value", "low", "high", "random", "random_low", "random_high"]
-    return pd.DataFrame(rows, columns=columns).assign(model=model)
+    return pd.DataFrame(rows, columns=columns).assign(model=model, withheld="")
 
 
 def components_table(model: str) -> pd.DataFrame:
@@ -116,10 +116,9 @@ def diff_tables(layers: int = 12, heads: int = 12) -> dict[str, pd.DataFrame]:
         [
             {
                 "what": what, "fraction": fraction, "base_size": 200, "tuned_size": 260, "n": 64, "null_p": 0.001, "jaccard": 0.285 + lift + 0.1 * fraction,
-                "across": 0.25 + lift, "across_low": 0.21 + lift, "across_high": 0.28 + lift,
-                "change": 0.475 - lift / 2, "change_low": 0.43 - lift / 2, "change_high": 0.52 - lift / 2,
+                "exchanged": 0.74 + lift, "exchanged_low": 0.71 + lift, "exchanged_high": 0.77 + lift,
+                "change": 0.455 - 0.1 * fraction, "p": 0.005,
                 "null": fraction / (2 - fraction), "null_low": 0.8 * fraction / 2, "null_high": 1.2 * fraction / 2 + 0.01,
-                "self_base": 0.74 + lift / 2, "self_tuned": 0.71 + lift / 2,
             }
             for what, lift in (("nodes", 0.2), ("edges", 0.0))
             for fraction in FRACTIONS[1:-2]
@@ -129,7 +128,8 @@ def diff_tables(layers: int = 12, heads: int = 12) -> dict[str, pd.DataFrame]:
         [
             {
                 "fraction": count / len(base), "edges": count, "n": 64, "kind": kind, "value": 3 * share, "share": share,
-                "low": share - 0.08, "high": share + 0.08,
+                "low": share - 0.08, "high": share + 0.08, "random_sets": 40, "withheld": "",
+                "p_random": 1 / 41 if kind == "tuned" else np.nan, "p_less": 1.0 if kind == "tuned" else np.nan,
             }
             for kind, power in (("tuned", 0.25), ("random", 1.2))
             for count in (10, 30, 100, 300, 1000, 3000, 10000, len(base))

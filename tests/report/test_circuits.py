@@ -53,9 +53,7 @@ def test_overlap_is_drawn_with_chance_and_with_each_models_own_noise() -> None:
     assert drawn == pytest.approx(
         {
             "base and tuned": row["jaccard"],
-            "base and tuned, halves": row["across"],
-            "base, halves": row["self_base"],
-            "tuned, halves": row["self_tuned"],
+            "models exchanged": row["exchanged"],
             "random circuits": row["null"],
         },
         rel=1e-5,
@@ -81,11 +79,11 @@ def test_a_ratio_far_outside_is_drawn_at_the_edge_and_said() -> None:
 
 def test_change_is_claimed_only_beyond_noise() -> None:
     overlap = invented.diff_tables(4, 4)["circuit_overlap"]
-    assert "changed the circuit more than noise" in findings_of({"circuit_overlap": overlap})[0]
-    noisy = overlap.assign(change_low=-0.01)
-    assert "no change beyond noise was shown" in findings_of({"circuit_overlap": noisy})[0]
-    unknown = overlap.drop(columns=["across", "change", "change_low", "change_high"])
-    assert "noise" not in findings_of({"circuit_overlap": unknown})[0]
+    assert ": the two models' circuits differ (+" in findings_of({"circuit_overlap": overlap})[0]
+    for noisy in (overlap.assign(p=0.06), overlap.assign(change=-0.01)):
+        assert "no difference between the two models' circuits was shown" in findings_of({"circuit_overlap": noisy})[0]
+    unknown = overlap.drop(columns=["exchanged", "change", "p"])
+    assert "exchanged" not in findings_of({"circuit_overlap": unknown})[0]
 
 
 def test_what_was_not_measured_is_left_out_rather_than_drawn() -> None:

@@ -223,10 +223,13 @@ def test_sentences_name_the_layer_and_count_the_significant_heads() -> None:
 
 def test_few_documents_and_few_seeds_are_told() -> None:
     tables = synthetic.tables(2, 2)
-    few = {"heads": tables["heads"].assign(n=5), "bakeoff": tables["bakeoff"].query("seed == 0")}
+    few = {
+        "heads": tables["heads"].assign(n=5),
+        "bakeoff_summary": tables["bakeoff_summary"].assign(withheld="too few seeds: 1 of at least 3"),
+    }
     text = " ".join(caveats_of(few))
     assert "Only 5 documents" in text
-    assert "ran with 1 seed:" in text
+    assert "Nothing is said of other trainings, too few seeds: 1 of at least 3" in text
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_each_table_alone_with_only_its_needed_columns_makes_a_page(name: str, t
 
 def test_page_of_each_kind_of_run_has_its_sections(tmp_path: Path) -> None:
     wanted = {
-        "lens": (invented.lens_tables(2, 2, positions=12), {"lens", "attribution"}),
+        "lens": (invented.lens_tables(2, 2, positions=12), {"lens", "tuned-lens", "attribution"}),
         "roles": (invented.heads_tables(4, 4, positions=12), {"roles", "token-attention"}),
         "weights": (synthetic_weights.weights_tables(4, 4), {"head-weights", "neurons"}),
         "one": (invented.heads_tables(4, 4, positions=12, models=("model",)), {"roles", "token-attention"}),

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from mechscope.stats.inference import benjamini_hochberg, estimate, interval, p_value, paired_difference, share_interval
+from mechscope.stats.inference import (
+    benjamini_hochberg,
+    estimate,
+    interval,
+    p_value,
+    paired_difference,
+    rank_correlation,
+    rank_p,
+    share_interval,
+)
 from mechscope.stats.moments import Moments
 
 
@@ -116,3 +125,38 @@ def test_a_share_of_none_is_still_uncertain() -> None:
     assert low == pytest.approx(0.0, abs=1e-12)
     assert high > 0.2
     assert np.isnan(share_interval(0, 0)).all()
+
+
+def test_a_rank_among_others_is_exact_whatever_their_distribution() -> None:
+    assert rank_p(3.0, np.array([1.0, 2.0, 4.0])) == (2 / 4, 3 / 4)
+    # ties count against it on both sides
+    assert rank_p(2.0, np.array([2.0, 2.0, 2.0])) == (1.0, 1.0)
+    assert np.isnan(rank_p(2.0, np.array([]))).all()
+    assert np.isnan(rank_p(np.nan, np.ones(5))).all()
+    random, draws = np.random.default_rng(1), 4000
+    values = random.lognormal(0, 2, (draws, 20))
+    p = np.array([rank_p(one[0], one[1:]) for one in values])
+    for level in (0.05, 0.1, 0.5):
+        assert (p <= level + 1e-12).mean(0) == pytest.approx(level, abs=3.5 * (level * (1 - level) / draws) ** 0.5)
+
+
+@pytest.mark.parametrize("n", [8, 12, 48])
+@pytest.mark.parametrize("true", [0.0, 0.5])
+def test_rank_correlations_are_covered(n: int, true: float) -> None:
+    random, draws = np.random.default_rng(n), 1500
+    rho = 6 / np.pi * np.arcsin(true / 2)  # Spearman's, of a normal pair
+    covered = []
+    for _ in range(draws):
+        x = random.normal(size=n)
+        found = rank_correlation(x, true * x + (1 - true**2) ** 0.5 * random.normal(size=n))
+        if not np.isnan(found.low):  # those in perfect order have no interval
+            covered.append(found.low <= rho <= found.high)
+    assert 0.93 <= np.mean(covered) <= 0.99
+
+
+def test_series_that_do_not_vary_have_no_rank_correlation() -> None:
+    for x, y in ((np.ones(8), np.arange(8.0)), (np.array([1.0, np.nan, 2.0]), np.arange(3.0)), (np.arange(2.0), np.arange(2.0))):
+        assert np.isnan(rank_correlation(x, y).rho)
+    few = rank_correlation(np.arange(5.0), np.array([0.0, 2.0, 1.0, 3.0, 4.0]))
+    assert few.rho == pytest.approx(0.9)
+    assert np.isnan([few.low, few.high]).all()

@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "replicates": 50,
 }
 # a whole study of it; the circuit has tests of its own
-TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False, "role_documents": 4, "lens_documents": 3}
+TINY_STUDY: dict[str, Any] = {**TINY, "circuit": False, "noise_draws": 2, "role_documents": 4, "lens_documents": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -77,44 +77,48 @@ def test_what_is_needed_is_counted_beside_what_chance_gives() -> None:
     assert np.isnan([counted(0)["value"], counted(0)["random"]]).all()
 
 
-def overlap_row(what: str, change: tuple[float, float, float]) -> dict[str, Any]:
-    numbers = {"jaccard": 0.4, "null": 0.1, "across": 0.3, "self_base": 0.5, "self_tuned": 0.5}
-    return {"what": what, "fraction": 0.05, **numbers, "change": change[0], "change_low": change[1], "change_high": change[2]}
+def overlap_row(what: str, change: float, p: float) -> dict[str, Any]:
+    numbers = {"jaccard": 0.5 - change, "null": 0.1, "exchanged": 0.5, "exchanged_low": 0.45, "exchanged_high": 0.55, "n": 40}
+    return {"what": what, "fraction": 0.05, **numbers, "change": change, "p": p}
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"), [((0.2, 0.1, 0.3), "supported"), ((0.0, -0.1, 0.1), "undecided"), ((-0.2, -0.3, -0.1), "undecided")]
+    ("change", "p", "verdict"), [(0.2, 0.005, "supported"), (0.04, 0.06, "undecided"), (0.0, 1.0, "undecided"), (-0.1, 0.01, "undecided")]
 )
-def test_the_circuit_changed_only_if_two_models_share_less_than_one_model_with_itself(
-    change: tuple[float, float, float], verdict: str
-) -> None:
-    table = pd.DataFrame([overlap_row("edges", change), overlap_row("nodes", (0.0, -1.0, 1.0))])
+def test_circuits_differ_only_if_models_share_less_than_with_their_labels_exchanged(change: float, p: float, verdict: str) -> None:
+    table = pd.DataFrame([overlap_row("edges", change, p), overlap_row("nodes", 0.0, 1.0)])
     claim = circuit_changed({"circuit_overlap": table}, Scope())
     assert claim is not None
     assert claim.verdict == verdict
-    assert "0.50" in claim.measured
-    # halvings share texts: their quantiles are told as what they are
-    assert np.isnan([claim.low, claim.high]).all()
-    assert f"in 95 % of halvings by {change[1]:.2f} to {change[2]:.2f}" in claim.measured
-    assert "not a confidence interval" in claim.note
+    assert claim.unit == "text"
+    assert claim.value == change
+    # the sentence's shares give its difference
+    assert f"share {0.5 - change:.2f}" in claim.measured
+    assert f"0.50 (95 % of exchanges 0.45 to 0.55), which is {change:+.2f} (p = {p:.3f})" in claim.measured
+    assert "About these two models" in claim.note
+
+
+def gain_rows(p_random: float, p_less: float, withheld: str = "") -> pd.DataFrame:
+    rows = [
+        {"fraction": 0.05, "kind": kind, "share": share, "low": share - 0.1, "high": share + 0.1, "random_sets": 40, "withheld": withheld}
+        for kind, share in (("tuned", 0.6), ("random", 0.1))
+    ]
+    return pd.DataFrame(rows).assign(p_random=[p_random, np.nan], p_less=[p_less, np.nan])
 
 
 @pytest.mark.parametrize(
-    ("tuned", "verdict"), [((0.6, 0.5, 0.7), "supported"), ((0.15, 0.0, 0.3), "undecided"), ((-0.5, -0.6, -0.4), "contradicted")]
+    ("ranks", "verdict"), [((1 / 41, 1.0), "supported"), ((2 / 41, 40 / 41), "undecided"), ((1.0, 1 / 41), "contradicted")]
 )
-def test_few_edges_carry_the_gain_only_if_they_carry_more_than_random_ones(tuned: tuple[float, float, float], verdict: str) -> None:
-    rows = [
-        {"fraction": 0.05, "kind": kind, "share": v, "low": a, "high": b}
-        for kind, (v, a, b) in {"tuned": tuned, "random": (0.1, 0.05, 0.2)}.items()
-    ]
-    claim = few_edges_carry_gain({"circuit_gain": pd.DataFrame(rows)}, Scope())
+def test_few_edges_carry_the_gain_only_if_they_carry_more_than_random_ones(ranks: tuple[float, float], verdict: str) -> None:
+    claim = few_edges_carry_gain({"circuit_gain": gain_rows(*ranks)}, Scope())
     assert claim is not None
     assert claim.verdict == verdict
+    assert claim.value == pytest.approx(0.5)
 
 
 def test_no_gain_gives_no_verdict() -> None:
-    rows = [{"fraction": 0.05, "kind": kind, "share": np.nan, "low": np.nan, "high": np.nan} for kind in ("tuned", "random")]
-    claim = few_edges_carry_gain({"circuit_gain": pd.DataFrame(rows)}, Scope())
+    claim = few_edges_carry_gain({"circuit_gain": gain_rows(1 / 41, 1.0, "fine-tuning did not raise the logit-diff")}, Scope())
     assert claim is not None
-    assert claim.verdict == "undecided"
-    assert "too little" in claim.note
+    assert claim.verdict == "withheld"
+    assert claim.measured == "Withheld: fine-tuning did not raise the logit-diff."
+    assert np.isnan(claim.value)

@@ -122,6 +122,13 @@ def test_a_text_and_a_tuned_lens(tiny_model, tmp_path):
     assert (tmp_path / "run" / "lenses" / "model.safetensors").is_file()
     kl = summary.set_index(["lens", "component"])["kl"]
     assert kl["tuned", "embed"] < kl["logit", "embed"]
+    judged = result.lens_judged
+    assert judged["component"].tolist() == ["embed", "resid0", "resid1", "resid2"]
+    # the summary leaves out the last position, which has no next token
+    np.testing.assert_allclose(judged["kl_tuned"], [kl["tuned", name] for name in judged["component"]], rtol=0.03)
+    # of one text nothing is shown, and ten steps have not arrived
+    assert set(judged["verdict"]) == {"undecided"}
+    assert not judged["converged"].any()
 
 
 def test_prompts_with_answers_are_attributed_by_their_logit_difference(tiny_model, tmp_path):

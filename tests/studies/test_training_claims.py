@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -30,44 +31,49 @@ def summary(
             "n_documents": 100,
         }
         for name, (value, low, high) in (("vs_standard", standard), ("vs_random", random)):
-            record |= {name: sign * value, f"{name}_low": min(sign * low, sign * high), f"{name}_high": max(sign * low, sign * high)}
+            ends = (min(sign * low, sign * high), max(sign * low, sign * high))
+            over = ends if seeds >= 3 else (NAN, NAN)
+            record |= {name: sign * value, f"{name}_low": over[0], f"{name}_high": over[1], f"{name}_sd": 0.01 if seeds > 1 else NAN}
+            record |= {f"{name}_documents_low": ends[0], f"{name}_documents_high": ends[1]}
         records.append(record)
         records.append(record | {"strategy": "last_layers", "vs_standard": 0.5, "vs_standard_low": 0.4, "vs_standard_high": 0.6})
     return pd.DataFrame(records)
 
 
 def bakeoff(
-    steps: list[float], *, standard_steps: int = 100, parameters: int = 300, protocol_of_standard: str = "equal_rank", stopped: bool = True
+    steps: list[float],
+    *,
+    standard_steps: int = 100,
+    parameters: int = 300,
+    protocol_of_standard: str = "equal_rank",
+    converged: bool = True,
 ) -> pd.DataFrame:
-    """Return a bake-off where targeted layers reach standard LoRA's best loss after the given steps, one per seed."""
+    """Return a bake-off where targeted layers reach standard LoRA's best loss after the given steps, one per seed; NaN never do."""
     records = []
     for seed, needed in enumerate(steps):
-        common = {"seed": seed, "stopped_early": stopped, "protocol": "equal_rank"}
+        common = {"seed": seed, "converged": converged, "protocol": "equal_rank"}
         records.append(
             common
             | {"strategy": "targeted_layers", "best_step": 40, "steps_to_standard_best": needed, "trainable_parameters": parameters}
-            | {"components": "layers:2,3,5"}
+            | {"components": "layers:2,3,5", "best_loss": 2.0 if needed == needed else 2.3 + 0.01 * seed}
         )
         records.append(
             common
             | {"strategy": "standard", "best_step": standard_steps, "steps_to_standard_best": standard_steps, "trainable_parameters": 1200}
-            | {"components": "layers:0-11", "protocol": protocol_of_standard}
+            | {"components": "layers:0-11", "protocol": protocol_of_standard, "best_loss": 2.0}
         )
     return pd.DataFrame(records)
 
 
-def curves(every: int) -> pd.DataFrame:
-    records = [
-        {
-            "protocol": "equal_rank",
-            "strategy": "targeted_layers",
-            "seed": seed,
-            "step": step,
-            "validation_loss": 1.0 if step % every == 0 else NAN,
-        }
-        for seed in range(3)
-        for step in range(0, 101, 5)
-    ]
+def curves(bake: pd.DataFrame, every: int = 5) -> pd.DataFrame:
+    """Return curves that fall to each run's best loss, by straight lines, at the step that the bake-off says; those that never reach it end higher."""
+    records = []
+    for arm in bake.to_dict("records"):
+        end = arm["steps_to_standard_best"] if arm["strategy"] == "targeted_layers" else arm["best_step"]
+        end = 200 if end != end else end
+        for step in range(0, 201, 5):
+            loss = max(arm["best_loss"], arm["best_loss"] + 1.0 - step / end) if step % every == 0 else NAN
+            records.append({**{name: arm[name] for name in ("protocol", "strategy", "seed")}, "step": step, "validation_loss": loss})
     return pd.DataFrame(records)
 
 
@@ -77,10 +83,8 @@ def judged(name: str, tables: dict[str, pd.DataFrame], **scope: Any) -> Judgemen
     return claim.judge({needed: tables[needed] for needed in claim.needs if needed in tables}, Scope(**scope))
 
 
-def claim(
-    name: str, bake: pd.DataFrame | None = None, intervals: pd.DataFrame | None = None, curve: pd.DataFrame | None = None, **scope: Any
-) -> Judgement:
-    tables = {"bakeoff": bake, "bakeoff_summary": intervals, "learning_curves": curve}
+def claim(name: str, bake: pd.DataFrame | None = None, intervals: pd.DataFrame | None = None, *, every: int = 5, **scope: Any) -> Judgement:
+    tables = {"bakeoff": bake, "bakeoff_summary": intervals, "learning_curves": None if bake is None else curves(bake, every)}
     judgement = judged(name, {name: table for name, table in tables.items() if table is not None}, **scope)
     assert judgement is not None
     return judgement
@@ -121,10 +125,19 @@ def test_the_metric_is_the_readers() -> None:
     assert claim("targeted_vs_random.equal_rank", intervals=intervals, metric="rouge1").verdict == "contradicted"
 
 
-def test_one_seed_decides_nothing() -> None:
-    judgement = claim("targeted_vs_random.equal_rank", intervals=summary(random=(0.010, 0.002, 0.018), seeds=1))
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_or_two_seeds_decide_nothing_and_it_is_said_how_many_would(seeds: int) -> None:
+    judgement = claim("targeted_vs_random.equal_rank", intervals=summary(random=(0.010, 0.002, 0.018), seeds=seeds))
     assert judgement.verdict == "undecided"
-    assert "One training run each" in judgement.note
+    assert np.isnan([judgement.low, judgement.high]).all()
+    assert "So few trainings cannot tell a placement from its seed" in judgement.note
+    # what is known of these trainings is named as theirs
+    assert "+1.00 points (of these trainings, over documents: +0.20 to +1.80)" in judgement.measured
+    if seeds == 1:
+        assert judgement.overturn.startswith("At least 3 seeds")
+    else:
+        # t(.975, 17) · 1 point / √18 = .497: half a point
+        assert judgement.overturn.startswith("About 18 seeds give an interval of ± 0.5 points: differences vary by 1.00 points (SD)")
 
 
 def test_a_protocol_that_was_not_run_is_not_measured() -> None:
@@ -152,6 +165,7 @@ def test_fewer_steps_are_counted_to_standard_loras_best_loss(steps: list[float],
 def test_the_ratio_of_steps_is_a_geometric_mean_with_a_t_interval() -> None:
     judgement = claim("fewer_steps.equal_rank", bake=bakeoff([25.0, 50.0, 100.0]))
     # logs −2 ln 2, −ln 2, 0: mean −ln 2, standard error ln 2 / √3, t(.975, 2) = 4.3027
+    assert judgement.unit == "training"
     assert judgement.value == pytest.approx(0.5)
     assert judgement.low == pytest.approx(0.5 * 2 ** (-4.3027 / 3**0.5), rel=1e-4)
     assert judgement.high == pytest.approx(0.5 * 2 ** (4.3027 / 3**0.5), rel=1e-4)
@@ -160,19 +174,38 @@ def test_the_ratio_of_steps_is_a_geometric_mean_with_a_t_interval() -> None:
 
 def test_a_saving_no_larger_than_the_distance_between_evaluations_decides_nothing() -> None:
     runs = bakeoff([80.0, 80.0, 80.0])
-    assert claim("fewer_steps.equal_rank", bake=runs, curve=curves(10)).verdict == "supported"
-    judgement = claim("fewer_steps.equal_rank", bake=runs, curve=curves(20))
+    assert claim("fewer_steps.equal_rank", bake=runs, every=10).verdict == "supported"
+    judgement = claim("fewer_steps.equal_rank", bake=runs, every=20)
     assert judgement.verdict == "undecided"
     assert "every 20 steps" in judgement.note
 
 
+def test_two_seeds_say_nothing_of_steps() -> None:
+    judgement = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0]))
+    assert (judgement.verdict, judgement.overturn) == ("undecided", "At least 3 seeds.")
+    assert np.isnan(judgement.low)
+
+
+def test_the_ratio_of_steps_turns_over_with_the_arms() -> None:
+    # both are followed to the loss that both reach, so no arm sets a goal that suits it
+    runs = bakeoff([50.0, 60.0, 55.0])
+    turned = {"targeted_layers": "standard", "standard": "targeted_layers"}
+    table = curves(runs)
+    there = judged("fewer_steps.equal_rank", {"bakeoff": runs, "learning_curves": table})
+    back = judged("fewer_steps.equal_rank", {"bakeoff": runs, "learning_curves": table.assign(strategy=table["strategy"].map(turned))})
+    assert there is not None
+    assert back is not None
+    assert (back.value, back.low, back.high) == pytest.approx((1 / there.value, 1 / there.high, 1 / there.low))
+
+
 def test_a_standard_run_shared_by_the_protocols_is_found() -> None:
-    assert claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], protocol_of_standard="reference")).verdict == "supported"
+    runs = bakeoff([50.0, 55.0, 52.0], protocol_of_standard="reference")
+    assert claim("fewer_steps.equal_rank", bake=runs).verdict == "supported"
 
 
 def test_standard_lora_that_was_still_improving_is_told() -> None:
-    judgement = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], stopped=False))
-    assert "In 2 of 2 seeds standard LoRA was still improving" in judgement.note
+    judgement = claim("fewer_steps.equal_rank", bake=bakeoff([50.0, 55.0], converged=False))
+    assert "4 of these 4 trainings had not converged" in judgement.note
 
 
 @pytest.mark.parametrize(("parameters", "verdict"), [(300, "supported"), (400, "supported"), (600, "undecided"), (1200, "contradicted")])
@@ -186,10 +219,11 @@ def judged_with_a_bakeoff(kl: float) -> pd.DataFrame:
     """Return the claims table of a small model whose heads all changed by the given KL, with a bake-off that favours targeting."""
     heads = pd.DataFrame([("all", i, j, kl, kl / 10, -kl, 0.001) for i in range(4) for j in range(2)])
     heads.columns = pd.Index(["rows", "layer", "head", "kl_base_tuned", "kl_base_tuned_se", "entropy_change", "entropy_change_q"])
+    heads["entropy_change_p"] = 0.001
     layers = heads.groupby(["rows", "layer"], as_index=False)[["kl_base_tuned"]].mean()
     selection = selection_table(heads, layers, rules=["layers_by_kl"])
     tables = {"heads": heads, "layers": layers, "selection": selection, "bakeoff": bakeoff([50.0, 55.0, 60.0])}
-    tables |= {"bakeoff_summary": summary(standard=(0.01, 0.002, 0.018)), "learning_curves": curves(10)}
+    tables |= {"bakeoff_summary": summary(standard=(0.01, 0.002, 0.018)), "learning_curves": curves(tables["bakeoff"])}
     return claims_table(tables).set_index("claim")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mechscope.errors import ModelError, SettingsError
+from mechscope.heads import pattern_roles, roles_table
 from mechscope.subject.load import load
 from mechscope.weights import Forms, Vocabulary, position_rows, position_scores
 from tests import families
@@ -89,3 +92,13 @@ def test_offsets_beyond_the_model_and_families_with_norms_of_queries_are_errors(
         position_scores(families.subject("gpt2"), offsets=65)
     with pytest.raises(ModelError, match="qwen3"):
         position_scores(families.subject("qwen3"), offsets=2)
+
+
+def test_positions_alone_do_not_say_which_heads_attend_to_the_token_before(shared: Path) -> None:
+    """What the docstring says of a real GPT-2: the heads that do it on texts are not those that their positions single out."""
+    subject = load(str(shared / "models" / "gpt2-news-7m"))
+    by_position = position_scores(subject, offsets=16).query("offset == 1").set_index("component")["share"].rank(ascending=False)
+    roles = roles_table(pattern_roles(subject, n=8)).query("role == 'previous-token'").set_index("component")
+    measured = roles["excess"].nlargest(4)
+    assert measured.min() > 0.05
+    assert by_position[measured.index].min() > 10

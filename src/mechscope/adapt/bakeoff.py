@@ -190,13 +190,21 @@ def _run(contest: _Contest, arm: Arm, artifact: Artifact) -> None:
             "best_step": tuned.best_step,
             "tokens_to_best": tuned.tokens_to_best,
             "stopped_early": tuned.stopped_early,
+            "converged": tuned.converged,
+            "unconverged": tuned.unconverged,
             "total_parameters": tuned.total_parameters,
         }
     else:
         model = subject.model
         curve = pd.DataFrame({"step": [0], "tokens": [0], "train_loss": [float("nan")], "validation_loss": [contest.base_loss]})
         facts = {"rank": "none", "trainable_parameters": 0, "trainable_share": 0.0, "best_loss": contest.base_loss, "best_step": 0}
-        facts |= {"tokens_to_best": 0, "stopped_early": False, "total_parameters": total_parameters(subject.model)}
+        facts |= {
+            "tokens_to_best": 0,
+            "stopped_early": False,
+            "converged": True,
+            "unconverged": "",
+            "total_parameters": total_parameters(subject.model),
+        }
     written = summarize(model, subject.tokenizer, contest.prompts, decoding=settings.decoding, execution=contest.execution)
     scores = rouge(written, [document.summary for document in contest.documents])
     scores.insert(0, "id", [document.id for document in contest.documents])

@@ -1,7 +1,9 @@
 """The tables of a bake-off, from what its arms left.
 
-Every arm is scored on the same held-out documents, so differences are paired: same document, same seed. Intervals resample seeds and documents
-(`mechscope.stats.bootstrap`). The untouched base has no seed; it is paired with every seed of the other.
+Every arm is scored on the same held-out documents, so differences are paired: same document, same seed. What is said of a placement is about trainings,
+so its interval is over trainings and documents at once (`mechscope.stats.crossed`) and there is none below three seeds. What is said of *these*
+trainings is about documents alone, in columns of its own (`mechscope.stats.bootstrap`). The untouched base has no seed; it is paired with every seed of
+the other, and its own mean varies with documents only.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from jaxtyping import Float
 from mechscope.adapt.arms import Arm
 from mechscope.data.documents import Document
 from mechscope.data.rouge import METRICS
-from mechscope.stats.bootstrap import bootstrap_two_level
+from mechscope.stats.bootstrap import mean_interval
+from mechscope.stats.crossed import MIN_TRAININGS, Crossed, crossed_mean
 
 SHARED = ("standard", "full", "none")  # strategies that are the same in both protocols
 CIRCUITS = ("circuit", "random_circuit")  # strategies whose random control is a circuit; all others' is random layers
@@ -29,7 +32,7 @@ class Outcome:
 
     Attributes:
         arm: The arm.
-        facts: trainable_parameters, trainable_share, rank, best_loss, best_step, tokens_to_best, stopped_early.
+        facts: trainable_parameters, trainable_share, rank, best_loss, best_step, tokens_to_best, stopped_early, converged, unconverged.
         curve: Its learning curve; for the base, which is not trained, its loss at step 0.
         rouge: One row per held-out document: id and the four metrics.
         summaries: What it wrote, in the order of the documents.
@@ -62,6 +65,8 @@ def arms_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
                 "tokens_to_best": facts["tokens_to_best"],
                 "steps_to_standard_best": steps_to(outcome.curve, float(best.get(arm.seed, math.nan))),
                 "stopped_early": facts["stopped_early"],
+                "converged": facts["converged"],
+                "unconverged": facts["unconverged"],
                 **outcome.rouge[list(METRICS)].mean().to_dict(),
                 "n_documents": len(outcome.rouge),
             }
@@ -89,9 +94,11 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
     """Return one row per protocol, strategy and metric: mean, interval, and paired differences against standard and random.
 
     Returns:
-        Fractions with 95 % intervals, resampled with `seed`. A difference is this strategy minus the other; NaN against itself and where the other
-        was not run (the references, outside both protocols, have a standard but no random layers to be compared with). `vs_random` of the circuit
-        is against the random circuits, of all others against the random layers.
+        Fractions. `mean`, `vs_standard` and `vs_random` have 95 % intervals over trainings and documents (`_low`, `_high`), NaN below three seeds with the
+        reason in `withheld`; differences also `_sd`, how much they vary between seeds, and `_documents_low`, `_documents_high`: the interval over
+        documents (resampled with `seed`) for these very trainings, which says nothing about others. A difference is this strategy minus the other;
+        NaN against itself and where the other was not run (the references, outside both protocols, have a standard but no random layers to be compared
+        with). `vs_random` of the circuit is against the random circuits, of all others against the random layers.
     """
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -103,24 +110,40 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
         against = {"standard": standard, "random": groups.get((protocol, control))}
         for metric in METRICS:
             scores = _scores(group, metric)
-            interval = bootstrap_two_level(scores, seed=seed)
-            row = {
-                "protocol": protocol,
-                "strategy": strategy,
-                "metric": metric,
-                "mean": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-            }
+            mean = crossed_mean(scores) if group[0].arm.trained else _untrained(scores, seed)
+            row = {"protocol": protocol, "strategy": strategy, "metric": metric, "mean": mean.value, "low": mean.low, "high": mean.high}
             row |= {"n_seeds": scores.shape[0], "n_documents": scores.shape[1]}
             for name, other in against.items():
-                if other is None or other[0].arm.strategy == strategy:
-                    row |= dict.fromkeys((f"vs_{name}", f"vs_{name}_low", f"vs_{name}_high"), math.nan)
-                else:
-                    difference = bootstrap_two_level(scores - _scores(other, metric), seed=seed)
-                    row |= {f"vs_{name}": difference.value, f"vs_{name}_low": difference.low, f"vs_{name}_high": difference.high}
+                differences = None if other is None or other[0].arm.strategy == strategy else scores - _scores(other, metric)
+                row |= _compared(f"vs_{name}", differences, seed)
+            trainings = len(group) if group[0].arm.trained else len(standard or ())
+            few = 0 < trainings < MIN_TRAININGS
+            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else ""
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _untrained(scores: Float[np.ndarray, "one document"], seed: int) -> Crossed:
+    """Return the mean of a model that no training made, over documents alone."""
+    mean = mean_interval(scores[0], seed=seed)
+    return Crossed(mean.value, mean.low, mean.high, math.nan, 0)
+
+
+def _compared(name: str, differences: Float[np.ndarray, "seed document"] | None, seed: int) -> dict[str, float]:
+    """Return what is known of a paired difference; all NaN where there is none."""
+    if differences is None:
+        ends = ("", "_low", "_high", "_sd", "_documents_low", "_documents_high")
+        return {f"{name}{end}": math.nan for end in ends}
+    over = crossed_mean(differences)
+    these = mean_interval(differences.mean(0), seed=seed)
+    return {
+        name: over.value,
+        f"{name}_low": over.low,
+        f"{name}_high": over.high,
+        f"{name}_sd": over.sd,
+        f"{name}_documents_low": these.low,
+        f"{name}_documents_high": these.high,
+    }
 
 
 def summaries_table(outcomes: Sequence[Outcome], documents: Sequence[Document]) -> pd.DataFrame:

@@ -152,6 +152,18 @@ class Reporter(TrainerCallback):
         self.execution.told(self.label, state.global_step, state.max_steps)
 
 
+class EndAt(TrainerCallback):
+    """Ends the training at a step, and evaluates and saves there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End it, where the step is reached."""
+        if state.global_step >= self.step:
+            control.should_log = control.should_evaluate = control.should_save = control.should_training_stop = True
+
+
 def build_trainer(
     model: Any,
     train: Sequence[Example],
@@ -163,6 +175,7 @@ def build_trainer(
     seed: int,
     pad_id: int,
     first_time: bool,
+    until: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SummaryTrainer:
     """Set up the trainer of one fine-tuning.
@@ -177,12 +190,17 @@ def build_trainer(
         seed: Seed of the order of examples and of dropout.
         pad_id: Token id of the padding.
         first_time: Whether the training starts at step 0, so that the untrained loss is still to be measured.
+        until: Step at which it ends, whatever patience says; the schedule stays that of all steps.
         callbacks: The trainer's own kind of callbacks.
     """
     per_epoch = settings.steps_per_epoch(len(train))
     every = settings.eval_every or per_epoch
     steps = settings.epochs * per_epoch
-    patience = [] if settings.patience is None else [EarlyStoppingCallback(early_stopping_patience=settings.patience)]
+    patience: list[TrainerCallback] = []
+    if until is not None:
+        patience = [EndAt(until)]
+    elif settings.patience is not None:
+        patience = [EarlyStoppingCallback(early_stopping_patience=settings.patience)]
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
         max_steps=steps if settings.max_steps is None else min(steps, settings.max_steps),
@@ -262,10 +280,10 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def finished(state: dict[str, Any], settings: TrainSettings) -> bool:
-    """Tell whether a checkpoint's training has nothing left to do: all steps done, or patience lost."""
-    if state["global_step"] >= state["max_steps"]:
-        return True
+def finished(state: dict[str, Any], settings: TrainSettings, until: int | None = None) -> bool:
+    """Tell whether a checkpoint's training has nothing left to do: all steps done (those up to `until`, where it ends there), or patience lost."""
+    if until is not None or state["global_step"] >= state["max_steps"]:
+        return bool(state["global_step"] >= (state["max_steps"] if until is None else until))
     stopper = state["stateful_callbacks"].get("EarlyStoppingCallback")
     return (
         settings.patience is not None

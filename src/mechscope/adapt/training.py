@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mechscope.data.prompt import Example, pad_id
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.settings.training import TrainSettings
+from mechscope.stats.convergence import convergence
 from mechscope.store.artifact import Artifact
 from mechscope.store.files import read_json, refusal, write_json
 from mechscope.store.hashing import hash_json
@@ -47,14 +48,19 @@ class Tuned:
         rank: LoRA ranks as text; empty for full fine-tuning.
         curve: One row per evaluation: step, tokens (input tokens seen), train_loss (mean since the last row), validation_loss; nats per token.
             Row 0 is the model before training.
-        best_loss: Lowest validation loss of a trained checkpoint; its weights are the saved ones.
+        best_loss: Lowest validation loss of a trained checkpoint; its weights are the saved ones. Of a control, the loss of the step it was matched to.
         best_step: Optimizer step of that checkpoint.
         tokens_to_best: Input tokens seen until then.
         steps: Optimizer steps done.
         tokens: Input tokens seen in all.
         stopped_early: Whether patience ran out before the steps did.
+        converged: Whether the lowest validation loss arrived (`mechscope.stats.convergence`), or patience ran out.
+        late_share: Fall of the lowest validation loss in the last quarter of the training, as a share of its whole fall; NaN where too few evaluations tell.
+        unconverged: Why it does not count as converged; empty where it does.
         trainable_parameters: Entries that could move.
         total_parameters: Parameters of the base model, and of the adapter the entries that could move.
+        seed: Seed of the order of examples, of dropout and of the adapter's start.
+        control: For a control of another training its kind (`kind`: `seed` or `shuffled`) and what it was matched with (`like`); None for others.
     """
 
     path: Path
@@ -69,6 +75,11 @@ class Tuned:
     stopped_early: bool
     trainable_parameters: int
     total_parameters: int
+    converged: bool
+    late_share: float
+    unconverged: str
+    seed: int | None = None
+    control: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Tuned:
@@ -79,7 +90,8 @@ class Tuned:
         """
         result = read_json(path / RECORD)
         curve = pd.DataFrame(result.pop("curve")).astype({"train_loss": float})
-        return cls(path=path, curve=curve, **result)
+        late = result.pop("late_share")
+        return cls(path=path, curve=curve, late_share=math.nan if late is None else late, **result)
 
 
 def tune(
@@ -94,6 +106,8 @@ def tune(
     dropout: float = 0.0,
     settings: TrainSettings | None = None,
     initial_loss: float | None = None,
+    until: int | None = None,
+    control: Mapping[str, Any] | None = None,
     replace: bool = False,
     execution: Execution = Execution(),
 ) -> Tuned:
@@ -110,6 +124,9 @@ def tune(
         dropout: LoRA's dropout.
         settings: How to train.
         initial_loss: The base's validation loss if known already (many trainings of one base); otherwise it is measured.
+        until: Optimizer step at which training ends and whose weights are saved, whatever the validation loss: a control has as many steps of the same
+            schedule as the training that it is matched with. The settings' patience is then not used.
+        control: What is recorded of a control (`Tuned.control`).
         replace: Put the result in the place of a training with other settings, data or base model, which is otherwise refused.
         execution: Seed of the order of examples, of dropout and of the adapter's start; progress, called with ("training", steps done, steps at most).
 
@@ -141,19 +158,25 @@ def tune(
         "dropout": dropout,
         "settings": asdict(settings),
         "seed": execution.seed,
-        "examples": [_digest(train), _digest(validation)],
+        "examples": [digest(train), digest(validation)],
+        # trainings that are no controls keep the request, and so the place, that they have always had
+        **({} if until is None else {"until": until}),
+        **({} if control is None else {"control": dict(control)}),
     }
     with Artifact(out.parent, request, name=out.name, replace=replace) as artifact:
         if not artifact.done:
             work = artifact.work.path("trainer")
             try:
                 try:
-                    facts = _train(subject, train, validation, work, method, placed, scaling, dropout, settings, execution, initial_loss)
+                    facts = _train(
+                        subject, train, validation, work, method, placed, scaling, dropout, settings, execution, initial_loss, until
+                    )
+                    facts |= {"seed": execution.seed, "control": None if control is None else dict(control)}
                 except RunError:
                     if ranks.is_first():
                         artifact.work.discard()  # a diverged training would diverge again
                     raise
-                ranks.by_first(lambda: _write_best(work, artifact.result, subject.tokenizer, facts))
+                ranks.by_first(lambda: _write_result(work, artifact.result, subject.tokenizer, facts, until))
             except (OSError, SafetensorError) as error:
                 raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     return Tuned.read(out)
@@ -181,6 +204,7 @@ def _train(
     settings: TrainSettings,
     execution: Execution,
     initial_loss: float | None,
+    until: int | None,
 ) -> dict[str, Any]:
     """Train up to the last checkpoint in `work`, from the one that is there if there is one, and count parameters."""
     base = total_parameters(subject.model)
@@ -193,7 +217,7 @@ def _train(
     }
     checkpoint = ranks.by_first(lambda: last_checkpoint(work))
     state = None if checkpoint is None else read_state(checkpoint)
-    if state is not None and finished(state, settings):
+    if state is not None and finished(state, settings, until):
         return facts
     with undisturbed():
         if placed is None:
@@ -210,6 +234,7 @@ def _train(
             seed=execution.seed,
             pad_id=0 if subject.tokenizer is None else pad_id(subject.tokenizer),
             first_time=checkpoint is None,
+            until=until,
             callbacks=[Reporter(execution, "training")],
         )
         trainer.initial_loss = initial_loss
@@ -219,14 +244,18 @@ def _train(
     return facts
 
 
-def _write_best(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any]) -> None:
-    """Write the best checkpoint and what was reached into the result's folder."""
+def _write_result(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any], until: int | None) -> None:
+    """Write the best checkpoint, or that of the step `until`, and what was reached into the result's folder."""
     last = last_checkpoint(work)
     state = None if last is None else read_state(last)
     if state is None:
         raise RunError(f"training in {work} left no checkpoint")
     curve = _curve(state["log_history"])
-    best = curve[curve["step"] == state["best_global_step"]].iloc[0]
+    step = state["best_global_step"] if until is None else until
+    best = curve[curve["step"] == step].iloc[0]
+    stopped = until is None and state["global_step"] < state["max_steps"]
+    # the best checkpoint is what is kept, so a loss that rises again is no change of the result
+    arrived = convergence(curve["validation_loss"].cummin(), pace=_rates(state["log_history"], curve["step"]))
     result = {
         **facts,
         "best_loss": float(best["validation_loss"]),
@@ -234,11 +263,14 @@ def _write_best(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any])
         "tokens_to_best": int(best["tokens"]),
         "steps": int(state["global_step"]),
         "tokens": int(state["num_input_tokens_seen"]),
-        "stopped_early": state["global_step"] < state["max_steps"],
+        "stopped_early": stopped,
+        "converged": stopped or arrived.converged,
+        "late_share": None if math.isnan(arrived.late_share) else arrived.late_share,
+        "unconverged": "" if stopped else arrived.reason,
         "curve": [{key: None if math.isnan(value) else value for key, value in row.items()} for row in curve.to_dict("records")],
     }
     shutil.rmtree(folder)  # what a kill left half copied
-    shutil.copytree(work / f"checkpoint-{state['best_global_step']}", folder, ignore=shutil.ignore_patterns(*_NOT_RESULT))
+    shutil.copytree(work / f"checkpoint-{step}", folder, ignore=shutil.ignore_patterns(*_NOT_RESULT))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(result, folder / RECORD)
@@ -260,5 +292,12 @@ def _curve(history: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def _rates(history: Sequence[dict[str, Any]], steps: pd.Series) -> list[float]:
+    """Return the learning rate at each evaluation: the last that was logged, and the first one before any was."""
+    logged = [(int(entry["step"]), float(entry["learning_rate"])) for entry in history if "learning_rate" in entry]
+    return [next((rate for at, rate in reversed(logged) if at <= step), logged[0][1] if logged else 1.0) for step in steps]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Return the fingerprint of examples as a training sees them, order included."""
     return hash_json([[example.input_ids, example.summary] for example in examples])

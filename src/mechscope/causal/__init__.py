@@ -1,10 +1,11 @@
 """Interventions: what matters, shown by changing it."""
 
 from mechscope.causal.ablation import ablate, ablate_together, random_like
+from mechscope.causal.alignment import Alignment
 from mechscope.causal.attribution import attribution_patch
 from mechscope.causal.counterfactuals import CounterfactualRun, run_counterfactuals
 from mechscope.causal.cross import cross_patch, swapped
-from mechscope.causal.das import Alignment, das, random_alignment, train_das
+from mechscope.causal.das import das, random_alignment, train_das
 from mechscope.causal.effects import Effects
 from mechscope.causal.knockout import attention_flow, attention_knockout
 from mechscope.causal.patching import patch

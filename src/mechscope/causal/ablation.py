@@ -47,7 +47,7 @@ def ablate(
         mode: `each` leaves one out, `keep` keeps only one (of the places considered).
         metric: `loss`, `logit-diff`, `probability` or `kl`.
         components: Only these.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per place.
@@ -60,7 +60,7 @@ def ablate(
     where = ablated_places(subject.anatomy, sites, components)
     sets = [(place,) for place in where] if mode == "each" else [tuple(other for other in where if other != place) for place in where]
     values, unchanged = _ablated(subject, pairs, sets, source, metric, execution)
-    return effects([place_columns(place) for place in where], values, unchanged, metric=metric, seed=execution.seed, mode=mode)
+    return effects([place_columns(place) for place in where], values, unchanged, metric=metric, mode=mode)
 
 
 def ablate_together(
@@ -80,7 +80,7 @@ def ablate_together(
         sets: Components ablated together.
         source: `zero`, `resample`, `corrupt`, or a `Mean` from `mean_of`.
         metric: `loss`, `logit-diff`, `probability` or `kl`.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per set; `component` is the set's text form.
@@ -92,7 +92,7 @@ def ablate_together(
     changed = [places_of(chosen, subject.anatomy) for chosen in parsed]
     values, unchanged = _ablated(subject, pairs, changed, source, metric, execution)
     rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for chosen in parsed]
-    return effects(rows, values, unchanged, metric=metric, seed=execution.seed)
+    return effects(rows, values, unchanged, metric=metric)
 
 
 def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int = 0) -> list[Components]:

@@ -69,7 +69,7 @@ def attribution_patch(
         softmax: For sites `query` and `key`: compute attention again instead of linearising the softmax.
         grad_drop: Average absolute effects over backward passes that each leave out one layer; effects are then not signed.
         check: Also patch this many places exactly, drawn at random.
-        execution: Tokens of a batch (2,048 by default), seed (of the bootstrap and of the places to check), progress.
+        execution: Tokens of a batch (2,048 by default), seed (of the places to check), progress.
 
     Returns:
         One row per place and set of positions. With `check`, a column `exact` (NaN where not measured) and the notes `correlation` (Pearson),
@@ -122,8 +122,8 @@ def attribution_patch(
     rows = [place_columns(place, label) for place in where for label in labels]
     estimate, unchanged, clean, corrupt = (gathered[name] for name in ("estimate", changed, "clean", "corrupt"))
     method = "attribution" + (" with softmax" if softmax else "") + (" with grad_drop" if grad_drop else "")
-    notes = {"direction": direction, "method": method}
-    result = effects(rows, estimate, unchanged, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, **notes)
+    notes: dict[str, Any] = {"direction": direction, "method": method}
+    result = effects(rows, estimate, unchanged, metric=metric, clean=clean, corrupt=corrupt, **notes)
     return _with_exact(result, checked, gathered["exact"], absolute=grad_drop) if checked else result
 
 

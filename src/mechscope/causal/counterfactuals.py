@@ -41,7 +41,7 @@ def run_counterfactuals(
         runs: By name: components in text form, each with its source (`clean`, `corrupt`, `zero`, `resample`, or a `Source`).
         base: Which text is read.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap).
+        execution: Tokens of a batch (1,024 by default).
 
     Returns:
         One row per run; `component` is its name, `normalised` 0 as the corrupt and 1 as the clean run.
@@ -77,4 +77,4 @@ def run_counterfactuals(
     gathered.run(changed, execution, tokens=1024, label="running counterfactuals", units=len(declared))
     rows = [{"component": name, "site": "counterfactual", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for name in declared]
     clean, corrupt = gathered["clean"], gathered["corrupt"]
-    return effects(rows, gathered["changed"], gathered[base], metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, base=base)
+    return effects(rows, gathered["changed"], gathered[base], metric=metric, clean=clean, corrupt=corrupt, base=base)

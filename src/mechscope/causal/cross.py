@@ -55,10 +55,11 @@ def cross_patch(
         sets: Further sets of heads, MLPs and layers, each exchanged as one.
         by: `activations` or `weights`.
         metric: What fine-tuning was to improve; `loss` of the target tokens.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
-        For each direction one row per part; `normalised` is the share of the gain that is carried (`into_base`) or lost (`into_tuned`).
+        For each direction one row per part; `normalised` is the share of the gain that is carried (`into_base`) or lost (`into_tuned`), withheld where
+        fine-tuning is not shown to have improved the metric on these texts.
 
     Raises:
         MechscopeError: Texts, levels or sets do not fit the models.
@@ -86,10 +87,23 @@ def cross_patch(
 
     gathered.run(exchanged, execution, tokens=1024, label=f"exchanging {by}", units=2 * len(parts))
     columns = [part.columns for part in parts]
+    # an improvement is a lower loss, or more of what the other metrics count
+    rises = -1 if metric == "loss" else 1
+    absent = f"fine-tuning did not {'lower' if rises < 0 else 'raise'} the {metric} on these texts"
     results: dict[Into, Effects] = {}
     for into in receivers:
         values, own, other = gathered[into], gathered[f"{into}.unchanged"], gathered[f"{_other(into)}.unchanged"]
-        results[into] = effects(columns, values, own, metric=metric, clean=other, corrupt=own, seed=execution.seed, by=by)
+        results[into] = effects(
+            columns,
+            values,
+            own,
+            metric=metric,
+            clean=other,
+            corrupt=own,
+            better=rises if into == "into_base" else -rises,
+            absent=absent,
+            by=by,
+        )
     return results
 
 

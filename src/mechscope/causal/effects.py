@@ -12,8 +12,10 @@ from jaxtyping import Float
 
 from mechscope.causal.places import Place
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
+from mechscope.stats.shares import shares_of
 
-_REPLICATES = 1000
+# KL (nats) of a run with itself, but for rounding
+_NO_DIVERGENCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class Effects:
     Attributes:
         table: One row per place: `component`, `site`, `layer`, `head` and `feature` (−1 where there is none), `positions`, `metric`, `n`, `value` (mean
             metric of the changed run), `effect` (its mean difference from the unchanged run), `se`, `low`, `high` (95 % interval over texts), `p`,
-            `q` (Benjamini–Hochberg over the table); of sweeps between two runs also `normalised` (0: as the corrupt run, 1: as the clean run; a
-            ratio of means) with `normalised_low`, `normalised_high` (percentile bootstrap over texts).
+            `q` (Benjamini–Hochberg over the table; both NaN for a divergence from the unchanged run, which cannot be zero on average); of sweeps
+            between two runs also `normalised` (0: as the corrupt run, 1: as the clean run; a ratio of means) with `normalised_low`,
+            `normalised_high` (Fieller's interval over texts) and `withheld`: why these three are NaN, in words, empty where they are not
+            (`mechscope.stats.shares`).
         values: ``(place, text)``: the metric of every changed run.
         unchanged: ``(text)``: the metric of the run that was changed.
         clean: ``(text)``: the metric of the clean run, if there is one.
@@ -60,7 +64,8 @@ def effects(
     metric: str,
     clean: Float[np.ndarray, " text"] | None = None,
     corrupt: Float[np.ndarray, " text"] | None = None,
-    seed: int = 0,
+    better: int = 0,
+    absent: str = "the two runs do not differ in the metric",
     **notes: Any,
 ) -> Effects:
     """Turn per-text metrics into a table with intervals.
@@ -72,7 +77,9 @@ def effects(
         metric: Its name.
         clean: The metric of the clean run, for `normalised`.
         corrupt: The metric of the corrupt run.
-        seed: Seed of the bootstrap.
+        better: Which way the clean run has to differ from the corrupt one so that there is something to take shares of: 1 where its metric has to be
+            higher, −1 lower, 0 either way.
+        absent: What is said where it does not, before the difference (in the direction of `better`) and its interval.
         notes: Kept with the result.
     """
     table = pd.DataFrame(list(rows))
@@ -82,33 +89,12 @@ def effects(
     counted = ~np.isnan(values)
     table["value"] = np.where(counted.any(1), np.where(counted, values, 0).sum(1) / np.maximum(counted.sum(1), 1), np.nan)
     table["effect"], table["se"], table["low"], table["high"] = change.mean, change.standard_error, change.low, change.high
-    table["p"], table["q"] = change.p, benjamini_hochberg(change.p)
+    # where the run that is changed is the reference of a KL divergence, no effect is negative, and none is zero on average
+    p = np.full(change.p.shape, np.nan) if metric == "kl" and (np.abs(unchanged) < _NO_DIVERGENCE).all() else change.p
+    table["p"], table["q"] = p, benjamini_hochberg(p)
     if clean is not None and corrupt is not None:
-        ratio, low, high = _normalised(values, clean, corrupt, seed)
-        table["normalised"], table["normalised_low"], table["normalised_high"] = ratio, low, high
+        sign = better or 1
+        share = shares_of(sign * (values - corrupt), sign * (clean - corrupt), absent=absent, positive=better != 0)
+        table["normalised"], table["normalised_low"], table["normalised_high"] = share.value, share.low, share.high
+        table["withheld"] = share.withheld
     return Effects(table, values, unchanged, clean, corrupt, notes)
-
-
-def _normalised(values: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean(value − corrupt) / mean(clean − corrupt) over the texts of each row, with percentile bootstrap intervals.
-
-    A ratio of means: a mean of per-text ratios would be ruled by texts on which the two runs hardly differ.
-    """
-    counted = ~np.isnan(values)
-    above = np.where(counted, values - corrupt, 0.0)
-    span = np.where(counted, clean - corrupt, 0.0)
-    texts = values.shape[1]
-    weights = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=_REPLICATES).astype(np.float64)
-
-    def ratio(weight: np.ndarray) -> np.ndarray:
-        below = span @ weight.T
-        return np.divide(above @ weight.T, below, out=np.full(below.shape, np.nan), where=below != 0)
-
-    value = ratio(np.ones((1, texts)))[:, 0]
-    if texts < 2:
-        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    replicates = ratio(weights)
-    low, high = np.full(len(values), np.nan), np.full(len(values), np.nan)
-    some = ~np.isnan(replicates).all(1)  # a place that no text has, or runs that do not differ, have no share
-    low[some], high[some] = np.nanquantile(replicates[some], [0.025, 0.975], axis=1)
-    return value, low, high

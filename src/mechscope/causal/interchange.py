@@ -72,9 +72,13 @@ class Interchange:
 
     def correct(self, logits: Tensor, among: Among = "vocabulary") -> int:
         """Count the pairs whose likeliest token is an answer."""
+        return int(self.right(logits, among).sum())
+
+    def right(self, logits: Tensor, among: Among = "vocabulary") -> Bool[Tensor, " batch"]:
+        """Tell of each pair whether its likeliest token is an answer."""
         if among == "answers":
             logits = logits.masked_fill(~(self.answers | self.wrong).to(logits.device), -torch.inf)
-        return int(self.answers.to(logits.device).gather(1, logits.argmax(-1, keepdim=True)).sum())
+        return self.answers.to(logits.device).gather(1, logits.argmax(-1, keepdim=True))[:, 0]
 
 
 def judged_by(pairs: Pairs, among: Among) -> Pairs:

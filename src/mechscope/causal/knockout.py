@@ -52,7 +52,7 @@ def attention_knockout(
         each_head: Cut one head of one layer at a time instead.
         components: Only windows around these layers, or only these heads.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per window (`layer` is its centre) or head.
@@ -69,7 +69,7 @@ def attention_knockout(
     label = f"{_name(queries)} → {_name(keys)}"
     rows = [{**row, "positions": label} for row in rows]
     values, unchanged = _cut_off(subject, pairs, cuts, [(queries, keys)], metric, execution)
-    return effects(rows, values, unchanged, metric=metric, seed=execution.seed, window=window)
+    return effects(rows, values, unchanged, metric=metric, window=window)
 
 
 def attention_flow(
@@ -93,7 +93,7 @@ def attention_flow(
         heads: Cut only these heads of a window's layers; None for all.
         components: Only windows around these layers.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per window and ordered pair of segments, `positions` being `query → key`; a text counts where there is something to cut. Pairs that no
@@ -115,7 +115,7 @@ def attention_flow(
     values, unchanged = _cut_off(subject, pairs, cuts, spans, metric, execution)
     labelled = [{**row, "positions": f"{query} → {key}"} for query, key in spans for row in rows]
     left_out = [f"{query} → {key}" for (query, key), some in possible.items() if not some]
-    return effects(labelled, values, unchanged, metric=metric, seed=execution.seed, window=window, left_out=left_out)
+    return effects(labelled, values, unchanged, metric=metric, window=window, left_out=left_out)
 
 
 def _cuts(

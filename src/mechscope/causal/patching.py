@@ -51,7 +51,7 @@ def patch(
             of names one row per name.
         components: Only these heads, MLPs or layers.
         source: Where the values come from, if not from the other text.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per place and set of positions.
@@ -87,7 +87,7 @@ def patch(
     rows = [place_columns(place, label) for place in where for label in labels]
     values, clean, corrupt = gathered["patched"], gathered["clean"], gathered["corrupt"]
     base = corrupt if direction == "denoise" else clean
-    return effects(rows, values, base, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, direction=direction)
+    return effects(rows, values, base, metric=metric, clean=clean, corrupt=corrupt, direction=direction)
 
 
 def position_labels(positions: Positions, pairs: Pairs) -> list[str]:

@@ -96,7 +96,7 @@ def path_patch(
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         through_mlps: Let the paths lead through the MLPs between sender and receiver; otherwise only the direct path is patched.
         together: Patch all senders at once instead of one at a time.
-        execution: Tokens of a batch (1,024 by default), seed (of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
         One row per sender, or one for all of them; `receivers` names what the paths lead to.
@@ -151,10 +151,7 @@ def path_patch(
     rows = [{**row, "receivers": ", ".join(receivers)} for row in rows]
     values, clean, corrupt = gathered["patched"], gathered["clean"], gathered["corrupt"]
     base = clean if direction == "noise" else corrupt
-    seed = execution.seed
-    return effects(
-        rows, values, base, metric=metric, clean=clean, corrupt=corrupt, seed=seed, direction=direction, through_mlps=through_mlps
-    )
+    return effects(rows, values, base, metric=metric, clean=clean, corrupt=corrupt, direction=direction, through_mlps=through_mlps)
 
 
 Noted = dict[Receiver | str, Tensor]

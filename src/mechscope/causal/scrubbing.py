@@ -46,8 +46,8 @@ class Scrubbed:
         table: One row per sample: `sample`, `metric`, `n`, `value` (mean metric of the scrubbed run), `effect` (its mean difference from the full model)
             with `se`, `low`, `high`, and `recovered` with `recovered_low`, `recovered_high`.
         summary: One row per `run`: `full` (the model itself), `everything` (every head and MLP exchanged freely), `scrubbed` (the hypothesis); columns as
-            in `table`, over the texts' means over samples. `recovered` is (scrubbed − everything) / (full − everything), a ratio of means with a
-            percentile bootstrap over texts.
+            in `table`, over the texts' means over samples. `recovered` is (scrubbed − everything) / (full − everything), a ratio of means with
+            Fieller's interval over texts; `withheld` says why it is not given, where it is not.
         full: ``(text)``: the metric of the model itself.
         everything: ``(samples, text)``.
         scrubbed: ``(samples, text)``.
@@ -88,7 +88,7 @@ def scrub(
             exchanged. A text that is alone with its label keeps its value. Embeddings are never exchanged.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         samples: How often partners are drawn.
-        execution: Tokens of a batch (1,024 by default), seed (of the draws and of the bootstrap), progress.
+        execution: Tokens of a batch (1,024 by default), seed (of the draws), progress.
 
     Raises:
         MechscopeError: Texts differ in length, components do not exist or are named twice, or labels do not fit the texts.
@@ -114,7 +114,7 @@ def scrub(
         return values
 
     gathered.run(scrubbed, execution, tokens=1024, label="scrubbing")
-    table, summary = _tables(gathered, metric, execution.seed)
+    table, summary = _tables(gathered, metric)
     alone = {str(place): sum(of.count(label) == 1 for label in of) for place, of in labels.items()}
     full, everything, values = gathered["full"], gathered["everything"], gathered["scrubbed"]
     partners = {str(place): of for place, of in drawn.items()}
@@ -205,12 +205,12 @@ def _unit(store: Mapping[tuple[str, int], Tensor], partners: Partners, sample: i
     return tuple(Edit(site, layer, partial(value, site=site, layer=layer)) for site, layer in together)
 
 
-def _tables(gathered: PerText, metric: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _tables(gathered: PerText, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     full, everything, scrubbed = gathered["full"], gathered["everything"].mean(0), gathered["scrubbed"]
     names = {"normalised": "recovered", "normalised_low": "recovered_low", "normalised_high": "recovered_high"}
 
     def table(rows: list[dict[str, Any]], values: np.ndarray) -> pd.DataFrame:
-        result = effects(rows, values, full, metric=metric, clean=full, corrupt=everything, seed=seed)
+        result = effects(rows, values, full, metric=metric, clean=full, corrupt=everything)
         return result.table.drop(columns=["p", "q"]).rename(columns=names)
 
     samples = [{"sample": at} for at in range(len(scrubbed))]

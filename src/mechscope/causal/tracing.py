@@ -50,7 +50,7 @@ def causal_trace(
         samples: Draws of noise per text.
         window: Layers around each layer that are restored together (Meng et al.: 10 for MLP and attention).
         metric: `logit-diff`, `probability`, `loss` or `kl`; `probability` in the paper.
-        execution: Tokens of a batch (512 by default), seed (of the noise and of the bootstrap), progress.
+        execution: Tokens of a batch (512 by default), seed (of the noise), progress.
 
     Returns:
         One row per layer and role of a token; `normalised` is 0 where nothing was restored and 1 where the corruption is undone.
@@ -100,7 +100,7 @@ def causal_trace(
     rows = [place_columns(place, role) for place in where for role in ROLES]
     values, corrupt, clean = gathered["restored"], gathered["corrupt"], gathered["clean"]
     notes: dict[str, Any] = {"noise": float(spread), "samples": samples, "window": window}
-    return effects(rows, values, corrupt, metric=metric, clean=clean, corrupt=corrupt, seed=execution.seed, **notes)
+    return effects(rows, values, corrupt, metric=metric, clean=clean, corrupt=corrupt, **notes)
 
 
 def _spread(subject: Subject, pairs: Pairs) -> float:

@@ -1,10 +1,14 @@
 """What fine-tuning changed in a circuit: overlap of base and tuned beside two nulls, and the shift of every edge's score.
 
-Two circuits of one model, found on different texts, are not equal either, so an overlap of base and tuned says nothing alone. It is shown beside
-(a) what random circuits of those sizes share, and (b) what circuits of the same model share when each is found on another half of the texts. For
-(b) base and tuned are compared on disjoint halves too: only then do they differ by as much noise as the two circuits of one model. Models may differ
-in how noisy they are, and then two circuits of the quieter one share more than it can share with the noisier one though nothing else differs. So
-what base and tuned share is held against the smaller of the two self-overlaps: a lower bound of the change.
+An overlap says nothing alone: circuits found from noisy scores differ though nothing changed, and large ones overlap by chance. So it stands beside
+
+    random      what random circuits of these sizes and layers share
+    exchanged   what two circuits share when in every text it is drawn by lot which model's scores count as base and which as tuned
+
+Were the two models the same up to noise, the labels would mean nothing, and the overlap would be one more draw of the second: exactly so where scores
+are exchangeable within a text (a permutation test whose unit is the text; Fisher 1935, Pitman 1937), and by simulation also where one model's scores are
+larger or noisier by up to three times (docs/calibration.md). Noise that both models share with a text stays in both. What the overlap falls short of is
+the change.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from mechscope.circuits.choosing import Manner, choose
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import jaccard, node_jaccard, overlap
 from mechscope.circuits.scores import EdgeScores
-from mechscope.errors import DataError
+from mechscope.errors import DataError, SettingsError
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 
 # what scores must share besides their method
 _NOTED = ("metric", "source", "texts", "steps", "points")
+# of fewer texts no labels can be exchanged that say anything: with four already p cannot fall below 1 in 8
+FEWEST_TEXTS = 4
 _MEASURES = {"edges": jaccard, "nodes": node_jaccard}
 
 
@@ -51,7 +57,7 @@ def overlap_table(
     tuned: EdgeScores,
     fractions: Sequence[float],
     *,
-    resamples: int = 50,
+    exchanges: int = 199,
     draws: int = 200,
     seed: int = 0,
     **manner: Unpack[Manner],
@@ -62,51 +68,47 @@ def overlap_table(
         base: Scores of the base model.
         tuned: Scores of the tuned model, on the same texts.
         fractions: Sizes, as fractions of all edges.
-        resamples: Random halvings of the texts.
+        exchanges: Random exchanges of the models' labels within texts.
         draws: Random circuits of the layer-matched null.
-        seed: Seed of halvings and draws.
+        seed: Seed of exchanges and draws.
         manner: Options of `choose` but its size.
 
     Returns:
-        One row per `fraction` and `what` (edges, nodes): `base_size`, `tuned_size`, `jaccard` of the two circuits of all texts; `null`, `null_low`,
-        `null_high`, `null_p` of layer-matched random circuits; on halves of the texts `across` (base on one half with tuned on the other; 2.5 % and
-        97.5 % quantiles over halvings `across_low`, `across_high`), `self_base` and `self_tuned` (both halves, one model); `change`, in each halving the
-        smaller of the two selfs − across, with `change_low`, `change_high`: positive where the models share less than the noisier one shares with
-        itself, so where tuning changed the circuit. It is a lower bound and may be negative. Halvings share texts, so quantiles over them show their
-        spread and are not confidence intervals.
+        One row per `fraction` and `what` (edges, nodes): `base_size`, `tuned_size`, `jaccard` of the two circuits; `null`, `null_low`, `null_high`,
+        `null_p` of layer-matched random circuits; `exchanged` with labels exchanged (mean, and 2.5 % and 97.5 % quantiles `exchanged_low`,
+        `exchanged_high`); `change` (exchanged − jaccard) and `p`, the share of exchanges in which the two share at most as much, the models as they
+        are among them; `n` texts.
 
     Raises:
         DataError: The scores are of different graphs, methods, metrics or numbers of texts, or were not kept by text.
-        SettingsError: The options are not as `choose` needs them.
+        SettingsError: There are no exchanges, or the options are not as `choose` needs them.
     """
     first, second = _same_texts(base, tuned)
     texts, graph = len(first), base.graph
-    if texts < 4:
-        raise DataError(f"{texts} texts cannot be halved for the models' own noise: at least 4 are needed")
-    random = np.random.default_rng(seed)
-    sides = [np.isin(np.arange(texts), random.permutation(texts)[: texts // 2]) for _ in range(resamples)]
-    means = [(first[side].mean(0), first[~side].mean(0), second[side].mean(0), second[~side].mean(0)) for side in sides]
+    if texts < FEWEST_TEXTS:
+        raise DataError(f"{texts} texts are too few to exchange models in: at least {FEWEST_TEXTS} are needed")
+    if exchanges < 1:
+        raise SettingsError(f"a null of {exchanges} exchanges: give at least 1")
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(exchanges, texts))
+    middle, apart = (first.mean(0) + second.mean(0)) / 2, signs @ (second - first) / (2 * texts)
     rows = []
     for fraction in fractions:
         whole = choose(base, fraction=fraction, **manner), choose(tuned, fraction=fraction, **manner)
         by_chance = overlap(*whole, draws=draws, seed=seed).table
-        halves = [tuple(choose((graph, mean), fraction=fraction, **manner) for mean in four) for four in means]
+        exchanged = [
+            tuple(choose((graph, scores), fraction=fraction, **manner) for scores in (middle - one, middle + one)) for one in apart
+        ]
         for what, measure in _MEASURES.items():
-            across = np.array([(measure(a, d) + measure(b, c)) / 2 for a, b, c, d in halves])
-            own = np.array([(measure(a, b), measure(c, d)) for a, b, c, d in halves])
-            # a quiet model agrees with itself more than it can agree with a noisy one
-            change = own.min(1) - across
+            shared, drawn = measure(*whole), np.array([measure(*two) for two in exchanged])
             null = by_chance[(by_chance["of"] == what) & (by_chance["null"] == "layer-matched")].iloc[0]
-            sizes = {"base_size": int(null["first"]), "tuned_size": int(null["second"]), "jaccard": measure(*whole)}
+            sizes = {"base_size": int(null["first"]), "tuned_size": int(null["second"]), "jaccard": shared}
             nulls = {"null": null["expected"], "null_low": null["low"], "null_high": null["high"], "null_p": null["p"]}
-            selves = {"self_base": own[:, 0].mean(), "self_tuned": own[:, 1].mean()}
-            spread = {**_quantiles("across", across), **selves, **_quantiles("change", change)}
+            low, high = np.quantile(drawn, [0.025, 0.975])
+            # of equal sets the index is the same number, however it was summed
+            p = (1 + (drawn <= shared + 1e-12).sum()) / (1 + exchanges)
+            spread = {"exchanged": drawn.mean(), "exchanged_low": low, "exchanged_high": high, "change": drawn.mean() - shared, "p": p}
             rows.append({"what": what, "fraction": fraction, **sizes, **nulls, **spread, "n": texts})
     return pd.DataFrame(rows)
-
-
-def _quantiles(name: str, values: np.ndarray) -> dict[str, float]:
-    return {name: values.mean(), f"{name}_low": np.quantile(values, 0.025), f"{name}_high": np.quantile(values, 0.975)}
 
 
 def _same_texts(base: EdgeScores, tuned: EdgeScores) -> tuple[np.ndarray, np.ndarray]:

@@ -43,8 +43,9 @@ class Completeness:
     Attributes:
         table: One row per set K: `component` (its nodes, comma-separated), `found` (`none`, `random` or `greedy`), `size`, `metric`, `n`, `circuit` and
             `model` (mean m(C∖K) and m(M∖K)), `gap` (their difference) with `se`, `low`, `high` (over texts), `incompleteness` (its absolute value)
-            and `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` (bootstrap over texts; from 0 where the sign is not
-            certain). Greedy sets stand after every step of their growth. They were picked for their gap, so their intervals are optimistic.
+            and `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` (over texts; from 0 where the sign is not
+            certain), `withheld` (why these are NaN). Greedy sets stand after every step of their growth. They were picked for their gap, so their
+            intervals are optimistic.
         gaps: The gap of every set and text.
         cost: Passes that were made.
         notes: What a reader should know of the run.
@@ -63,9 +64,9 @@ class Minimality:
     Attributes:
         table: One row per node: `component`, `layer`, `edges` (of the circuit, at it), `beside` (the set K beside which its removal matters most),
             `metric`, `n`, `change` (of the metric by its removal beside K) with `se`, `low`, `high` (over texts), `minimality` (its absolute value),
-            `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` (bootstrap over texts; from 0 where the sign is not certain),
-            `control` (mean minimality of the superfluous parts), `p` (share of parts whose removal matters at least as much, the node itself counted:
-            small where the node is needed) and `q` (Benjamini–Hochberg over the nodes; the notes say how small it can be).
+            `normalised` (by |m(M) − m(∅)|) with `normalised_low`, `normalised_high` (over texts; from 0 where the sign is not certain), `withheld` (why
+            these are NaN), `control` (mean minimality of the superfluous parts), `p` (share of parts whose removal matters at least as much, the node itself
+            counted: small where the node is needed) and `q` (Benjamini–Hochberg over the nodes; the notes say how small it can be).
         changes: The change of every node and text.
         controls: Minimality of every superfluous part, by the same search over K.
         cost: Passes that were made.
@@ -104,7 +105,7 @@ def completeness(
         candidates: Nodes tried at each step, drawn at random; that which widens the gap most is added.
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
-        execution: Tokens of a batch (512 by default), seed (of the sets and of the bootstrap), progress.
+        execution: Tokens of a batch (512 by default), seed (of the sets), progress.
 
     Raises:
         MechscopeError: The circuit has no node but the input or is of another graph, or texts do not fit the model or the metric.
@@ -136,7 +137,7 @@ def completeness(
     table = pd.DataFrame({"component": [",".join(taken) for taken in sets], "found": origins, "size": [len(taken) for taken in sets]})
     table["metric"], table["n"] = metric, len(pairs)
     table["circuit"], table["model"] = both.mean(-1).T
-    note = _fill(table, gaps, runs, ("gap", "incompleteness"), execution.seed)
+    note = _fill(table, gaps, runs, ("gap", "incompleteness"))
     return Completeness(table, gaps, runs.cost, {"seed": execution.seed, "nodes": len(nodes), "candidates": candidates, "normalised": note})
 
 
@@ -165,7 +166,7 @@ def minimality(
         controls: Superfluous parts; the smallest p is 1 / (controls + 1), and q of a large circuit is bounded by it (`notes["q"]`).
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
-        execution: Tokens of a batch (512 by default), seed (of the sets, the parts and the bootstrap), progress.
+        execution: Tokens of a batch (512 by default), seed (of the sets and the parts), progress.
 
     Raises:
         MechscopeError: The circuit has no node but the input or is of another graph, a set names a node outside it, or texts do not fit the model or
@@ -195,7 +196,7 @@ def minimality(
     table["edges"] = [int((circuit.edges & edges_at(circuit.graph, [node])).sum()) for node in nodes]
     table["beside"] = [",".join(other for other in taken[at] if other != node) for node, at in zip(nodes, largest, strict=False)]
     table["metric"], table["n"] = metric, len(pairs)
-    note = _fill(table, changes[: len(nodes)], runs, ("change", "minimality"), execution.seed)
+    note = _fill(table, changes[: len(nodes)], runs, ("change", "minimality"))
     table["control"] = control.mean() if len(control) else np.nan
     # parts that matter as much up to rounding count against the node
     matter_more = (control >= own[:, None] * (1 - 1e-9)).sum(1)
@@ -227,17 +228,18 @@ class _Runs:
         return evaluated.values.reshape(len(sides), 2, -1)
 
 
-def _fill(table: pd.DataFrame, differences: np.ndarray, runs: _Runs, names: tuple[str, str], seed: int) -> str | None:
+def _fill(table: pd.DataFrame, differences: np.ndarray, runs: _Runs, names: tuple[str, str]) -> str | None:
     """Add what differences of the metric say; returns why they are not normalised, if so."""
     over = paired_difference(differences.T, np.zeros_like(differences.T))
     table[names[0]], table["se"], table["low"], table["high"] = over.mean, over.standard_error, over.low, over.high
     table[names[1]] = np.abs(over.mean)
-    share = of_span(differences, runs.clean, runs.empty, seed=seed)
+    share = of_span(differences, runs.clean, runs.empty)
     table["normalised"] = np.abs(share.value)
     ends = np.abs(np.stack([share.low, share.high]))
     # an interval of a signed share that holds 0 begins at 0 once the sign is dropped
     table["normalised_low"] = np.where(share.low * share.high < 0, 0.0, ends.min(0))
     table["normalised_high"] = ends.max(0)
+    table["withheld"] = share.withheld
     return share.note
 
 

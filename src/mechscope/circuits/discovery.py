@@ -45,7 +45,7 @@ def discover(
     source: Source = "corrupt",
     thresholds: tuple[float, ...] = _LEVELS,
     fraction: float = 0.05,
-    pruning_steps: int = 500,
+    pruning_steps: int = 1000,
     execution: Execution = Execution(),
 ) -> EdgeScores:
     """Score every edge of a model by some method.

@@ -31,32 +31,12 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, check_fits, fetched
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.execution import Execution
-from mechscope.stats.inference import paired_difference
+from mechscope.stats.shares import Shares, shares_of
 from mechscope.subject import Subject
 
-_REPLICATES = 1000
 # circuits handed to `CircuitRuns` between two calls of `progress`; it bounds its memory itself
 _AT_ONCE = 64
 _ENDS = (0.025, 0.975)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Ratios of means over texts with 95 % percentile bootstrap intervals; NaN where they are not defined.
-
-    Attributes:
-        value: One per row.
-        low: Lower ends.
-        high: Upper ends.
-        replicates: ``(row, replicate)``: the ratio of every resample of the texts.
-        note: Why the values or intervals are NaN, or None.
-    """
-
-    value: Float[np.ndarray, " row"]
-    low: Float[np.ndarray, " row"]
-    high: Float[np.ndarray, " row"]
-    replicates: Float[np.ndarray, "row replicate"]
-    note: str | None
 
 
 @dataclass(frozen=True)
@@ -77,13 +57,9 @@ class Evaluated:
     metric: str
     cost: Cost
 
-    def faithfulness(self, *, seed: int = 0) -> Ratio:
-        """Return f(C) of every circuit.
-
-        Args:
-            seed: Seed of the bootstrap over texts.
-        """
-        return of_span(self.values - self.empty, self.clean, self.empty, seed=seed)
+    def faithfulness(self) -> Shares:
+        """Return f(C) of every circuit."""
+        return of_span(self.values - self.empty, self.clean, self.empty)
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,7 @@ class Area:
 
     Attributes:
         value: Of the curve.
-        low: Lower end of its interval over texts (percentile bootstrap).
+        low: Lower end of its interval over texts.
         high: Upper end.
         random: Mean over the curves of random circuits; NaN without any. `random_low` and `random_high` are their 2.5 % and 97.5 % quantiles.
     """
@@ -111,8 +87,8 @@ class Curve:
 
     Attributes:
         table: One row per fraction: `fraction`, `edges` (in the circuit after choosing), `metric`, `n` (texts), `value` (mean metric), `faithfulness` with
-            `low`, `high` (bootstrap over texts), and `random`, `random_low`, `random_high`: mean and 2.5 % and 97.5 % quantiles of the faithfulness of
-            layer-matched random circuits with as many edges (not pruned, so at small sizes most of theirs are dead ends).
+            `low`, `high` (over texts) and `withheld` (why these are NaN), and `random`, `random_low`, `random_high`: mean and 2.5 % and 97.5 % quantiles of
+            the faithfulness of layer-matched random circuits with as many edges (not pruned, so at small sizes most of theirs are dead ends).
         cpr: Area under the faithfulness. It can exceed 1.
         cmd: Area of |1 − faithfulness|, 0 at best. It is bounded below, so texts' noise moves it up.
         circuits: The circuit of each fraction.
@@ -184,36 +160,18 @@ def evaluate(
     return Evaluated(gathered["values"][place.reshape(-1)], clean, empty, metric, Cost(forward=len(distinct) + 2, backward=0))
 
 
-def of_span(
-    values: Float[np.ndarray, "row text"], clean: Float[np.ndarray, " text"], empty: Float[np.ndarray, " text"], *, seed: int = 0
-) -> Ratio:
-    """Return mean(values) / mean(clean − empty): a mean of per-text ratios would be ruled by texts on which the two runs hardly differ.
+def of_span(values: Float[np.ndarray, "row text"], clean: Float[np.ndarray, " text"], empty: Float[np.ndarray, " text"]) -> Shares:
+    """Return mean(values) / mean(clean − empty) with Fieller's intervals (`mechscope.stats.shares`).
 
     Args:
         values: Differences of the metric.
         clean: m(M).
         empty: m(∅).
-        seed: Seed of the bootstrap.
 
     Returns:
-        All NaN, and a note, where a paired t test does not show at the 5 % level that mean(clean − empty) is not 0; so for a single text.
+        Withheld, with the reason, where the texts do not show that the whole model and the empty circuit differ, and of fewer than six texts.
     """
-    span, texts = clean - empty, len(clean)
-    unknown = np.full((len(values), _REPLICATES), np.nan)
-    p = float(paired_difference(clean, empty).p)
-    if texts < 2 or p >= 0.05:
-        tested = f"p = {p:.2g}, n = {texts}" if texts > 1 else f"n = {texts}, no test"
-        note = (
-            f"the whole model and the empty circuit are not shown to differ with this few texts ({clean.mean():.4g} and {empty.mean():.4g}, {tested}), "
-            "so there is nothing to take a share of: give more texts, or texts whose two versions differ in the metric"
-        )
-        return Ratio(unknown[:, 0], unknown[:, 0], unknown[:, 0], unknown, note)
-    value = values.mean(1) / span.mean()
-    weights = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=_REPLICATES).astype(np.float64)
-    below = weights @ span
-    replicates = np.divide(values @ weights.T, below, out=unknown, where=below != 0)
-    low, high = np.nanquantile(replicates, _ENDS, axis=1)
-    return Ratio(value, low, high, replicates, None)
+    return shares_of(values, clean - empty, absent="the whole model and the empty circuit do not differ in the metric")
 
 
 def faithfulness_curve(
@@ -239,7 +197,7 @@ def faithfulness_curve(
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         source: What closed edges carry: values of the `corrupt` run, `zero`, means (`SenderOutputs.mean_over`), or another model's clean run.
         choice: How edges are chosen: `rule`, `by`, `sign` and the other options of `fractions_curve`.
-        execution: Tokens of a batch (512 by default), seed (of the random circuits and of the bootstrap), progress.
+        execution: Tokens of a batch (512 by default), seed (of the random circuits), progress.
 
     Raises:
         MechscopeError: Fractions do not rise within 0 to 1, options of the choice contradict each other, or texts do not fit the model or the metric.
@@ -254,21 +212,61 @@ def faithfulness_curve(
     drawn = [random_like(circuit, number=random, seed=execution.seed + place) for place, circuit in enumerate(circuits)]
     everything = [*circuits, *(circuit for of_size in zip(*drawn, strict=True) for circuit in of_size)]
     every = evaluate(subject, pairs, everything, metric=metric, source=source, execution=execution)
-    share = every.faithfulness(seed=execution.seed)
+    share = every.faithfulness()
     by_chance = share.value[len(at) :].reshape(random, len(at))
+    own = slice(len(at))
     table = pd.DataFrame({"fraction": at, "edges": [len(circuit) for circuit in circuits], "metric": metric, "n": len(pairs)})
-    table["value"] = every.values[: len(at)].mean(1)
-    table["faithfulness"], table["low"], table["high"] = (each[: len(at)] for each in (share.value, share.low, share.high))
+    table["value"] = every.values[own].mean(1)
+    table["faithfulness"], table["low"], table["high"] = (each[own] for each in (share.value, share.low, share.high))
+    table["withheld"] = share.withheld[own]
     table["random"], table["random_low"], table["random_high"] = _band(by_chance)
-    heights = (share.value[: len(at)], share.replicates[: len(at)].T, by_chance)
-    cpr, cmd = _area(at, *heights), _area(at, *(np.abs(1 - each) for each in heights))
+    judged = replace(every, values=every.values[own])
+    cpr, cmd = areas(at, judged, by_chance)
     notes = {"method": scores.method, **choice, "random": random, "seed": execution.seed, "faithfulness": share.note}
-    return Curve(table, cpr, cmd, tuple(circuits), replace(every, values=every.values[: len(at)]), by_chance, every.cost, notes)
+    return Curve(table, cpr, cmd, tuple(circuits), judged, by_chance, every.cost, notes)
 
 
-def _area(at: np.ndarray, curve: np.ndarray, replicates: np.ndarray, by_chance: np.ndarray) -> Area:
-    value, resampled, chance = (np.trapezoid(each, at, axis=-1) / (at[-1] - at[0]) for each in (curve, replicates, by_chance))
-    return Area(*(float(each) for each in (value, *_band(resampled)[1:], *_band(chance))))
+def areas(at: Float[np.ndarray, " fraction"], evaluated: Evaluated, by_chance: Float[np.ndarray, "draw fraction"]) -> tuple[Area, Area]:
+    """Return CPR and CMD of a curve.
+
+    Args:
+        at: The fractions of edges, rising.
+        evaluated: The circuit of each.
+        by_chance: Faithfulness of random circuits at each; empty without any.
+    """
+    return _cpr(at, evaluated, by_chance), _cmd(at, evaluated, by_chance)
+
+
+def _cpr(at: np.ndarray, evaluated: Evaluated, by_chance: np.ndarray) -> Area:
+    """Return the area under the faithfulness: a ratio of means itself, of each text's area and the whole."""
+    weights = _weights(at)
+    part = (weights @ (evaluated.values - evaluated.empty))[None]
+    area = of_span(part, evaluated.clean, evaluated.empty)[0]
+    return Area(area.value, area.low, area.high, *(float(each) for each in _band(by_chance @ weights)))
+
+
+def _cmd(at: np.ndarray, evaluated: Evaluated, by_chance: np.ndarray) -> Area:
+    """Return the area of |1 − faithfulness|.
+
+    It is a ratio of means where the sign of 1 − f is known at every size. Where it is not, the interval is the hull over its being positive, negative,
+    zero and as it is measured at all such sizes: simulated, that covers .95 to .99, where the sign as measured alone covers .86 where all circuits are as
+    good as the model, since |1 − f| is never below zero.
+    """
+    weights = _weights(at)
+    missing = evaluated.clean - evaluated.values
+    short = of_span(missing, evaluated.clean, evaluated.empty)
+    sign = np.sign(short.value)
+    unsure = (short.low <= 0) & (short.high >= 0)
+    signs = np.stack([sign, *(np.where(unsure, each, sign) for each in (0.0, 1.0, -1.0))])
+    areas = of_span((signs * weights) @ missing, evaluated.clean, evaluated.empty)
+    chance = np.abs(1 - by_chance) @ weights
+    return Area(float(areas.value[0]), max(0.0, areas.low.min()), float(areas.high.max()), *(float(each) for each in _band(chance)))
+
+
+def _weights(at: np.ndarray) -> Float[np.ndarray, " fraction"]:
+    """Return what each fraction counts in an area by trapezoids, divided by the width."""
+    gaps = np.diff(at) / (at[-1] - at[0])
+    return (np.append(gaps, 0.0) + np.append(0.0, gaps)) / 2
 
 
 def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from mechscope.choices import GradientMethod
 from mechscope.circuits.attribution import attribute_edges
-from mechscope.circuits.evaluation import evaluate, of_span
+from mechscope.circuits.evaluation import evaluate
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import random_like
 from mechscope.circuits.scores import Cost, EdgeScores
@@ -29,6 +29,8 @@ from mechscope.data.pairs import Pairs
 from mechscope.data.scoring import check_fits
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.stats.inference import rank_p
+from mechscope.stats.shares import shares_of
 from mechscope.subject import Pair
 
 
@@ -37,8 +39,10 @@ class Gain:
     """What tuned edges carry.
 
     Attributes:
-        table: One row per size and `kind` (`tuned`: chosen by attribution, `random`: mean of random sets): `fraction`, `edges`, `value` (mean metric of
-            the base model with these tuned edges), `share` of the gain with `low`, `high` (over texts; for `random` the band over sets).
+        table: One row per size and `kind` (`tuned`: chosen by attribution, `random`: mean of random sets): `fraction`, `edges`, `n` (texts), `random_sets`,
+            `value` (mean metric of the base model with these tuned edges), `share` of the gain with `low`, `high` (over texts; for `random` the band over
+            sets), `withheld` (why these are NaN), and of the tuned edges `p_random` and `p_less`: the share of sets, the chosen one counted, that carry at
+            least as much, and at most as much.
         scores: What each tuned edge would change, to first order.
         base: Mean metric of the base model.
         tuned: Mean metric of the tuned model.
@@ -60,7 +64,7 @@ def tuned_edges(
     *,
     fractions: Sequence[float],
     scored_on: Pairs | None = None,
-    random: int = 10,
+    random: int = 40,
     metric: str = "logit-diff",
     method: GradientMethod = "eap",
     steps: int = 5,
@@ -74,11 +78,11 @@ def tuned_edges(
         fractions: How many edges are tuned, as fractions of all.
         scored_on: Texts on which edges are ranked and which tell whether the metric should rise or fall. None: the same texts, and then shares of
             small sets are too large, by far where texts are few: edges come first that happen to fit these texts.
-        random: Random sets per size.
+        random: Random sets per size; with fewer than 40 no rank among them can be below .025.
         metric: What fine-tuning changed: `logit-diff`, `probability` or `loss`.
         method: How edges are ranked: `eap` or `eap-ig-activations`.
         steps: Points of `eap-ig-activations`.
-        execution: Tokens of a batch (512 by default), seed (of random sets and of the bootstrap), progress.
+        execution: Tokens of a batch (512 by default), seed (of random sets), progress.
 
     Raises:
         MechscopeError: Texts, metric or method do not fit the models.
@@ -111,19 +115,20 @@ def tuned_edges(
     drawn = [random_like(chosen, number=random, seed=execution.seed + place) for place, chosen in enumerate(sets)]
     everything = [*sets, *(one for of_size in drawn for one in of_size)]
     evaluated = evaluate(pair.base, texts, [whole - one for one in everything], source=pair.tuned, **options)
-    share = of_span(evaluated.values - own, tuned, own, seed=execution.seed)
+    # an improvement is a lower loss, or more of what the other metrics count
+    better = -1 if metric == "loss" else 1
+    absent = f"fine-tuning did not {'lower' if better < 0 else 'raise'} the {metric} on these texts"
+    share = shares_of(better * (evaluated.values - own), better * (tuned - own), absent=absent, positive=True)
     rows = []
     for place, (fraction, chosen) in enumerate(zip(fractions, sets, strict=True)):
-        row = {"fraction": fraction, "edges": len(chosen), "n": len(texts)}
-        chosen_share = {"share": share.value[place], "low": share.low[place], "high": share.high[place]}
-        rows.append({**row, "kind": "tuned", "value": evaluated.values[place].mean(), **chosen_share})
+        row = {"fraction": fraction, "edges": len(chosen), "n": len(texts), "random_sets": random}
+        ends = {"share": share.value[place], "low": share.low[place], "high": share.high[place], "withheld": share.withheld[place]}
+        these = slice(len(sets) + place * random, len(sets) + (place + 1) * random)
+        more, less = rank_p(share.value[place], share.value[these])
+        ranked_as = {"p_random": more, "p_less": less}
+        rows.append({**row, "kind": "tuned", "value": evaluated.values[place].mean(), **ends, **ranked_as})
         if random:
-            these = slice(len(sets) + place * random, len(sets) + (place + 1) * random)
             low, high = np.quantile(share.value[these], [0.025, 0.975])
             by_chance = {"value": evaluated.values[these].mean(), "share": share.value[these].mean(), "low": low, "high": high}
-            rows.append({**row, "kind": "random", **by_chance})
-    note = None
-    if share.note is not None:
-        measured = f"base ({own.mean():.4g}) and tuned ({tuned.mean():.4g})"
-        note = f"{measured} are not shown to differ in {metric} by {len(texts)} texts, so there is no gain to share"
-    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), evaluated.cost, note)
+            rows.append({**row, "kind": "random", **by_chance, "withheld": share.withheld[place], "p_random": np.nan, "p_less": np.nan})
+    return Gain(pd.DataFrame(rows), scores, float(own.mean()), float(tuned.mean()), evaluated.cost, share.note)

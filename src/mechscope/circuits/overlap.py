@@ -28,6 +28,9 @@ from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import EdgeScores
 from mechscope.errors import DataError, SettingsError
 
+# random pairs of circuits behind an expected overlap
+_DRAWS = 50
+
 # which of all edges, or of all heads and MLPs, are in a circuit
 Members = Bool[np.ndarray, " part"]
 
@@ -60,7 +63,7 @@ class Robustness:
         halves: ``(resample, 2)``: the same of two circuits from disjoint random halves: each has half the texts only, so this is the strict one.
         inclusion: Share of the bootstrap circuits that contain each edge.
         table: One row per `comparison` (resample with whole, half with half) and `of` (edges, nodes): `mean`, `low`, `high` (2.5 % and 97.5 % quantiles over
-            resamples), `null` (expected of uniformly drawn circuits of the same sizes) and `n` resamples.
+            resamples), `null` (expected of layer-matched random circuits of the same sizes) and `n` resamples.
     """
 
     circuit: Circuit
@@ -185,9 +188,9 @@ def robustness(scores: EdgeScores, *, resamples: int = 100, seed: int = 0, **cho
     boots = [chosen(weights) for weights in random.multinomial(texts, np.full(texts, 1 / texts), size=resamples)]
     sides = [np.isin(np.arange(texts), random.permutation(texts)[: texts // 2]) for _ in range(resamples)]
     halves = [(chosen(side.astype(float)), chosen((~side).astype(float))) for side in sides]
-    rows, values = [], []
+    rows, values, chance = [], [], _Chance(graph, random)
     for name, pairs in (("resample with whole", [(boot, whole) for boot in boots]), ("half with half", halves)):
-        compared = pd.DataFrame([_compared(*pair) for pair in pairs])
+        compared = pd.DataFrame([chance.compared(*pair) for pair in pairs])
         values.append(compared[["edges", "nodes"]].to_numpy())
         for of in ("edges", "nodes"):
             low, high = np.quantile(compared[of], [0.025, 0.975])
@@ -200,16 +203,17 @@ def compare_seeds(circuits: Sequence[Circuit]) -> pd.DataFrame:
     """Compare the circuits that one method found with several seeds.
 
     Returns:
-        One row per pair: `first`, `second` (places in the list), Jaccard `edges` and `nodes`, and what uniformly drawn circuits of the same sizes would
-        have: `edges_null`, `nodes_null`. Pairs share circuits and are not independent.
+        One row per pair: `first`, `second` (places in the list), Jaccard `edges` and `nodes`, and what layer-matched random circuits of the same sizes
+        would have: `edges_null`, `nodes_null`. Pairs share circuits and are not independent.
 
     Raises:
         SettingsError: There are fewer than two circuits, or they are of different graphs.
     """
     if len(circuits) < 2:
         raise SettingsError(f"{len(circuits)} circuits cannot be compared: give those of at least two seeds")
+    chance = _Chance(circuits[0].graph, np.random.default_rng(0))
     pairs = combinations(range(len(circuits)), 2)
-    return pd.DataFrame([{"first": i, "second": j, **_compared(circuits[i], circuits[j])} for i, j in pairs])
+    return pd.DataFrame([{"first": i, "second": j, **chance.compared(circuits[i], circuits[j])} for i, j in pairs])
 
 
 def score_correlation(a: Scored, b: Scored) -> float:
@@ -284,10 +288,18 @@ def _jaccard(a: Members, b: Members) -> float:
     return float(_index(np.array([(a & b).sum()]), int(a.sum()), int(b.sum()))[0])
 
 
-def _compared(a: Circuit, b: Circuit) -> dict[str, float]:
-    observed = {"edges": jaccard(a, b), "nodes": node_jaccard(a, b)}
-    nulls = _uniform(a.edges, b.edges)["expected"], _uniform(a.nodes[1:], b.nodes[1:])["expected"]
-    return observed | {"edges_null": nulls[0], "nodes_null": nulls[1]}
+class _Chance:
+    """What layer-matched random circuits share: the one chance that overlaps are shown beside."""
+
+    def __init__(self, graph: Graph, random: np.random.Generator) -> None:
+        self._cells, self._node_cells, self._random = cells(graph), _node_cells(graph), random
+
+    def compared(self, a: Circuit, b: Circuit) -> dict[str, float]:
+        """Return the overlap of two circuits' edges and nodes, and what is expected by chance."""
+        observed = {"edges": jaccard(a, b), "nodes": node_jaccard(a, b)}
+        parts = {"edges": (a.edges, b.edges, self._cells), "nodes": (a.nodes[1:], b.nodes[1:], self._node_cells)}
+        nulls = {f"{of}_null": _matched(*part, self._random, _DRAWS)["expected"] for of, part in parts.items()}
+        return observed | nulls
 
 
 def _same_graph(a: Circuit, b: Circuit) -> None:

@@ -72,7 +72,10 @@ class EdgeScores:
         return float(self.mean[self.graph.index(edge)])
 
     def table(self) -> pd.DataFrame:
-        """Return one row per edge: `edge`, `sender`, `receiver`, their layers, `score` and, with scores per text, `se`, `low`, `high`, `p`, `q`."""
+        """Return one row per edge: `edge`, `sender`, `receiver`, their layers, `score` and, with scores per text, `se`, `low`, `high`.
+
+        Where scores have a sign also `p` and `q` of "the score is zero"; a score that is never negative cannot be zero but in every text.
+        """
         graph = self.graph
         senders, receivers = graph.edges.T
         table = pd.DataFrame({"edge": graph.names})
@@ -81,23 +84,24 @@ class EdgeScores:
         table["sender_layer"] = np.array(graph.layer_of(graph.senders))[senders]
         table["receiver_layer"] = np.array(graph.layer_of(graph.receivers))[receivers]
         table["score"] = self.mean
-        return _with_intervals(table, self.per_text)
+        return _with_intervals(table, self.per_text, tested=self.signed)
 
     def node_table(self) -> pd.DataFrame:
         """Return one row per sender: `node`, `layer`, `score` (sum of its outgoing edges) and intervals as in `table`."""
         graph = self.graph
         table = pd.DataFrame({"node": graph.senders, "layer": graph.layer_of(graph.senders)})
         table["score"] = sums_by_node(graph, self.mean)
-        return _with_intervals(table, None if self.per_text is None else sums_by_node(graph, self.per_text))
+        return _with_intervals(table, None if self.per_text is None else sums_by_node(graph, self.per_text), tested=self.signed)
 
 
-def _with_intervals(table: pd.DataFrame, per_text: np.ndarray | None) -> pd.DataFrame:
+def _with_intervals(table: pd.DataFrame, per_text: np.ndarray | None, *, tested: bool) -> pd.DataFrame:
     table["n"] = 0
     if per_text is not None:
         estimate = paired_difference(per_text.astype(np.float64), np.zeros_like(per_text, dtype=np.float64))
         table["n"] = estimate.n.astype(int)
         table["se"], table["low"], table["high"] = estimate.standard_error, estimate.low, estimate.high
-        table["p"], table["q"] = estimate.p, benjamini_hochberg(estimate.p)
+        if tested:
+            table["p"], table["q"] = estimate.p, benjamini_hochberg(estimate.p)
     return table
 
 

@@ -1,6 +1,6 @@
 """What is kept of the documents seen so far: mergeable sums, of constant size.
 
-Moments of every measure over documents, a Poisson bootstrap of the two that rank heads, and a fixed-size sample of pooled states for the
+Moments of every measure over documents, a Poisson bootstrap of those that rank heads, and a fixed-size sample of pooled states for the
 geometry (idea 3 of the design). The same object is summed over batches and processes and saved to resume a killed run to the last bit.
 """
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mechscope.difference.lockstep import GINI_MEASURES, HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS, SIDES, Measured
 from mechscope.stats.geometry import BottomK
-from mechscope.stats.moments import Moments, Resampled
+from mechscope.stats.moments import Resampled
+from mechscope.stats.skewness import ThirdMoments
 
 # the head measures that selection rules rank by, resampled over documents to say how stable a selection is
-RESAMPLED = ("kl_base_tuned", "entropy_change")
+RESAMPLED = ("kl_base_tuned", "entropy_change", "write_change")
 
 
 class Accumulated:
@@ -28,9 +29,9 @@ class Accumulated:
     ) -> None:
         """Start with no documents; pooled states of at most `geometry_documents` are kept, and the seed is that of bootstrap and sample."""
         self.head_measures = HEAD_MEASURES + (GINI_MEASURES if gini else ())
-        self.heads = Moments((len(ROWS), len(self.head_measures), n_layers, n_heads))
-        self.layers = Moments((len(ROWS), len(LAYER_MEASURES), n_layers))
-        self.outputs = Moments((len(ROWS), len(OUTPUT_MEASURES)))
+        self.heads = ThirdMoments((len(ROWS), len(self.head_measures), n_layers, n_heads))
+        self.layers = ThirdMoments((len(ROWS), len(LAYER_MEASURES), n_layers))
+        self.outputs = ThirdMoments((len(ROWS), len(OUTPUT_MEASURES)))
         self.resampled = Resampled((len(ROWS), len(RESAMPLED), n_layers, n_heads), replicates, seed)
         self.pooled = BottomK(geometry_documents, seed)
 
@@ -64,6 +65,12 @@ class Accumulated:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned."""
-        for name, kind in (("heads", Moments), ("layers", Moments), ("outputs", Moments), ("resampled", Resampled), ("pooled", BottomK)):
+        for name, kind in (
+            ("heads", ThirdMoments),
+            ("layers", ThirdMoments),
+            ("outputs", ThirdMoments),
+            ("resampled", Resampled),
+            ("pooled", BottomK),
+        ):
             arrays = {key.removeprefix(f"{name}."): value.numpy() for key, value in state.items() if key.startswith(f"{name}.")}
             setattr(self, name, kind.from_state(arrays))

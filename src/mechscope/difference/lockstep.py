@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mechscope.data.prompt import Batch, Rows
+from mechscope.difference.rows import row_means
+from mechscope.difference.writes import Recorder, SameInput, Writers, write_changes, writing
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, PatternStatistics, Walk, compare, observed, unembed
 from mechscope.instrument.kernels import statistics_dtype
@@ -41,18 +43,28 @@ HEAD_MEASURES = (
     "kl_base_tuned",
     "kl_tuned_base",
     "z_cosine_distance",
+    "write_change",
+    "write_change_own",
 )
+# the measures of attention and z, which come before those of what is written
+_PATTERNS = HEAD_MEASURES.index("write_change")
 GINI_MEASURES = ("gini_base", "gini_tuned")
 LAYER_MEASURES = (
     "kl_base_tuned",
     "kl_tuned_base",
     "entropy_change",
+    "write_change",
+    "write_change_own",
     "activation_norm_base",
     "activation_norm_tuned",
     "activation_abs_base",
     "activation_abs_tuned",
     "cosine_distance",
+    "mlp_write_change",
+    "mlp_write_change_own",
 )
+# what a layer's row has of its heads: their mean
+_MEANS = ("kl_base_tuned", "kl_tuned_base", "entropy_change", "write_change", "write_change_own")
 OUTPUT_MEASURES = ("kl_base_tuned", "kl_tuned_base", "loss_base", "loss_tuned", "loss_change")
 
 # logits held at once, in elements of one model: 64 MiB in float32, about 330 rows of GPT-2's vocabulary
@@ -122,7 +134,14 @@ def measure(pair: Pair, batch: Batch, *, gini: bool = False, method: Method = "a
 
 @torch.no_grad()
 def launch(
-    pairs: Sequence[Pair], batch: Batch, *, gini: Collection[int] = (), sample: Collection[str] | None = None, method: Method = "auto"
+    pairs: Sequence[Pair],
+    batch: Batch,
+    *,
+    gini: Collection[int] = (),
+    sample: Collection[str] | None = None,
+    same_input: Sequence[Collection[str] | None] | None = None,
+    writers: Sequence[Writers] | None = None,
+    method: Method = "auto",
 ) -> list[Pending]:
     """Run all models of some pairs over a batch and return each pair's numbers, in their order; on a GPU before the work is done.
 
@@ -132,9 +151,13 @@ def launch(
         gini: Numbers of the pairs of which the Gini coefficient of every pattern is measured too (takes the exact path, several times slower on long
             documents).
         sample: The ids of the documents whose pooled states are wanted; all by default.
+        same_input: For each pair, the ids of the documents on which its tuned blocks also run on the base's residual stream (half of a pass more);
+            None for all, and all of every pair by default. Elsewhere what is measured on the same input is NaN.
+        writers: Each pair's output projections, kept from batch to batch.
         method: How pattern statistics are computed: `auto`, `fused` or `exact`; see `mechscope.instrument.patterns.describe`.
     """
     subjects = models_of(pairs)
+    writers = [Writers(pair) for pair in pairs] if writers is None else writers
     place = {id(subject): at for at, subject in enumerate(subjects)}
     places = [(place[id(pair.base)], place[id(pair.tuned)]) for pair in pairs]
     # looked at on the CPU: where the padding stands is known without waiting for a device
@@ -151,18 +174,29 @@ def launch(
     pooled = [torch.empty(size, dtype=torch.float32, device=real.device) for size in sizes]
     with contextlib.ExitStack() as stack:
         # an adapter's views with and without it are one module: watched once
-        for side in {id(subject.plain): subject for subject in subjects}.values():
+        recorders: dict[int, Recorder] = {}
+        for plain, side in {id(subject.plain): subject for subject in subjects}.items():
             stack.enter_context(observed(side, calls.append))
             stack.enter_context(fused_activations(side))
+            recorders[plain] = stack.enter_context(writing(side))
         # the mask as it stands on the CPU: whether it is needed is decided without waiting for a device
         walks = [Walk(subject, batch.input_ids, batch.attention_mask) for subject in subjects]
+        again = [SameInput(pair, batch, chosen) for pair, chosen in zip(pairs, same_input or [None] * len(pairs), strict=True)]
         hidden = [walk.hidden for walk in walks]
         for layer in range(subjects[0].anatomy.n_layers):
-            hidden = [walk.step(layer, stream) for walk, stream in zip(walks, hidden, strict=True)]
+            given, hidden, written = hidden, [], []
+            for walk, stream in zip(walks, given, strict=True):
+                hidden.append(walk.step(layer, stream))
+                written.append(recorders[id(walk.subject.plain)].take(hidden[-1]))
             for number, (base, tuned) in enumerate(places):
                 here = rows.to(hidden[base].device)
                 of_heads = _attention(calls[base], calls[tuned], padding, here, gini=number in gini, method=method)
-                of_layer = torch.cat([_mean_over_heads(of_heads), _residual(hidden[base], hidden[tuned].to(here.device), here)], dim=2)
+                own = write_changes(writers[number], layer, written[base], written[tuned], here)
+                recorder = recorders[id(pairs[number].tuned.plain)]
+                same = again[number].changes(writers[number], layer, given[base], written[base], recorder, here)
+                of_heads = torch.cat([of_heads[:, :, :_PATTERNS], same.heads, own.heads, of_heads[:, :, _PATTERNS:]], dim=2)
+                stream = _residual(hidden[base], hidden[tuned].to(here.device), here)
+                of_layer = torch.cat([_mean_over_heads(of_heads), stream, same.mlp, own.mlp], dim=2)
                 heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
             states = [_pooled(stream, rows, sampled).to(real.device) for stream in hidden]
@@ -203,12 +237,12 @@ def _attention(
     values += [compared.tuned.entropy - compared.base.entropy, compared.kl_base_tuned, compared.kl_tuned_base, z_distance]
     if gini:
         values += [side.gini for side in sides]
-    return torch.stack([_row_means(value, rows) for value in values], dim=2)
+    return torch.stack([row_means(value, rows) for value in values], dim=2)
 
 
-def _mean_over_heads(heads: Float[Tensor, "batch rows measure head"]) -> Float[Tensor, "batch rows 3"]:
+def _mean_over_heads(heads: Float[Tensor, "batch rows measure head"]) -> Float[Tensor, "batch rows 5"]:
     # one by one: a list of places would be copied to the device, which waits for it
-    return torch.stack([heads[:, :, HEAD_MEASURES.index(name)].mean(-1) for name in LAYER_MEASURES[:3]], dim=2)
+    return torch.stack([heads[:, :, HEAD_MEASURES.index(name)].mean(-1) for name in _MEANS], dim=2)
 
 
 def _residual(
@@ -217,7 +251,7 @@ def _residual(
     """Measure the residual stream after a block: size by two norms, and direction."""
     streams = (base.float() if base.dtype != torch.float64 else base, tuned.float() if tuned.dtype != torch.float64 else tuned)
     values = [stream.norm(dim=-1) for stream in streams] + [stream.abs().mean(-1) for stream in streams] + [cosine_distance(*streams)]
-    return _row_means(torch.stack(values, dim=1), rows)
+    return row_means(torch.stack(values, dim=1), rows)
 
 
 def _pooled(
@@ -225,23 +259,13 @@ def _pooled(
 ) -> Float[Tensor, "sampled rows d"]:
     """Average the residual stream over each kind of row of some documents."""
     here = sampled.to(stream.device)
-    return _row_means(stream[here].transpose(1, 2), rows.to(stream.device)[here])
+    return row_means(stream[here].transpose(1, 2), rows.to(stream.device)[here])
 
 
 def cosine_distance(x: Float[Tensor, "*shape d"], y: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
     """Return 1 − cosine as half the squared distance of the unit vectors: no cancellation, and exactly zero for equal vectors."""
     x, y = (value if value.dtype == torch.float64 else value.float() for value in (x, y))
     return (normalize(x, dim=-1) - normalize(y, dim=-1)).square().sum(-1) / 2
-
-
-def _row_means(x: Float[Tensor, "batch some token"], rows: Bool[Tensor, "batch rows token"]) -> Float[Tensor, "batch rows some"]:
-    """Average over each document's query rows of each kind, in float64; NaN rows (and padding, whatever it holds) are left out."""
-    x = x.double()
-    valid = ~x.isnan()
-    kinds = rows.to(x.device).double()
-    total = torch.einsum("bst,brt->brs", x.masked_fill(~valid, 0.0), kinds)
-    count = torch.einsum("bst,brt->brs", valid.double(), kinds)
-    return total / torch.where(count > 0, count, torch.nan)
 
 
 def _outputs(
@@ -274,7 +298,7 @@ def _outputs(
     for values in parts:
         by_token = torch.full((len(OUTPUT_MEASURES), *predicted.shape), torch.nan, dtype=torch.float64, device=rows.device)
         by_token[:, row, token] = torch.cat(values, dim=1).to(rows.device)
-        means.append(_row_means(by_token.transpose(0, 1), rows[:, :, 1:]))
+        means.append(row_means(by_token.transpose(0, 1), rows[:, :, 1:]))
     return means
 
 

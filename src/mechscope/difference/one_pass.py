@@ -3,7 +3,7 @@
     1. batch by batch, walk the models in lock-step and reduce to per-document means (`lockstep`);
     2. add these to constant-size statistics (`accumulate`), saving them now and then (`share`);
     3. compare the weights (`weights`);
-    4. turn the statistics into tables (`tables`).
+    4. turn the statistics into tables (`tables`), with a verdict on every quantity for which a smallest effect of interest is given.
 
 The unit of statistics is the document. Results do not depend on padding; batching changes them only by rounding.
 """
@@ -25,8 +25,10 @@ from mechscope.data.prompt import Encoded
 from mechscope.difference.accumulate import Accumulated
 from mechscope.difference.lockstep import Pending, launch, models_of
 from mechscope.difference.share import Share
+from mechscope.difference.smallest import SmallestEffects
 from mechscope.difference.tables import heads_table, layers_table, outputs_table
 from mechscope.difference.weights import WeightDifference, compare_weights_of
+from mechscope.difference.writes import Writers
 from mechscope.errors import DataError
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.memory import FEWEST, Halving, tokens_that_fit
@@ -58,7 +60,7 @@ class Difference:
     problems: dict[str, int]
 
     def replicates(self, name: str, rows: str = "all") -> np.ndarray:
-        """Return bootstrap means of `kl_base_tuned` or `entropy_change`, ``(replicate, layer, head)``."""
+        """Return bootstrap means of `kl_base_tuned`, `entropy_change` or `write_change`, ``(replicate, layer, head)``."""
         return self.accumulated.replicates(name, rows)
 
 
@@ -69,6 +71,8 @@ def difference(
     gini: bool = False,
     replicates: int = 200,
     geometry_documents: int = 300,
+    same_input_documents: int = 32,
+    smallest: SmallestEffects | None = None,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
     execution: Execution = Execution(),
@@ -80,6 +84,8 @@ def difference(
         gini=gini,
         replicates=replicates,
         geometry_documents=geometry_documents,
+        same_input_documents=same_input_documents,
+        smallest=smallest,
         stage=stage,
         checkpoint_seconds=checkpoint_seconds,
         execution=execution,
@@ -94,6 +100,8 @@ def differences(
     gini: bool = False,
     replicates: int = 200,
     geometry_documents: int = 300,
+    same_input_documents: int = 32,
+    smallest: SmallestEffects | None = None,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
     execution: Execution = Execution(),
@@ -105,10 +113,12 @@ def differences(
     Args:
         pairs: The base and the tuned model of each, by name.
         encoded: The documents as tokens.
-        in_full: Names of the pairs that get Gini coefficients and bootstrap replicates, where those are wanted; all by default.
+        in_full: Names of the pairs that get Gini coefficients, bootstrap replicates and runs on the same input, where those are wanted; all by default.
         gini: Also the Gini coefficient of the attention patterns.
         replicates: Bootstrap replicates for the stability of selections.
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
+        same_input_documents: Most documents on which tuned blocks also run on the base's residual stream, for `write_change`; of the pairs in full.
+        smallest: Smallest effects of interest, by which verdicts are given; without any, all verdicts are "not measured".
         stage: A stage of a run folder to keep partial state in; a killed run continues from it with an equal result.
         checkpoint_seconds: About how often that state is saved.
         execution: Tokens of every model's batches (by default what free memory allows; a continued run keeps its batches, unless a smaller number is
@@ -144,11 +154,15 @@ def differences(
     before, sent = share.done, 0
     # how many rounds lie between two checkpoints; the first tells how long one takes
     every, saved, halving = 1, time.monotonic(), Halving()
+    ids = [example.id for example in encoded.examples]
+    same_input = BottomK.chosen(ids, same_input_documents, execution.seed)
     measured = partial(
         launch,
         tuple(pairs.values()),
+        same_input=[same_input if name in whole else () for name in pairs],
+        writers=[Writers(pair) for pair in pairs.values()],
         gini=[at for at, name in enumerate(pairs) if gini and name in whole],
-        sample=BottomK.chosen((example.id for example in encoded.examples), geometry_documents, execution.seed),
+        sample=BottomK.chosen(ids, geometry_documents, execution.seed),
     )
     # while a device works on a batch, the numbers of the one before are fetched; a CPU has done its work, and need not hold them
     ahead = int(any(subject.device.type != "cpu" for subject in models_of(tuple(pairs.values()))))
@@ -179,7 +193,7 @@ def differences(
         execution.told("comparing documents", len(encoded), len(encoded))
     weights = compare_weights_of(tuple(pairs.values()), execution=execution)
     return {
-        name: assemble(accumulated, changed, encoded.problems)
+        name: assemble(accumulated, changed, encoded.problems, smallest)
         for name, accumulated, changed in zip(pairs, share.together(), weights, strict=True)
     }
 
@@ -191,14 +205,16 @@ def chosen(pairs: Mapping[str, Pair], encoded: Encoded) -> int:
     return ranks.agreed(min(tokens_that_fit(models[0], models=len(models)), max(FEWEST, 2 ** (shared.bit_length() - 1))))
 
 
-def assemble(accumulated: Accumulated, weights: WeightDifference, problems: dict[str, int]) -> Difference:
+def assemble(
+    accumulated: Accumulated, weights: WeightDifference, problems: dict[str, int], smallest: SmallestEffects | None = None
+) -> Difference:
     """Turn accumulated statistics into tables."""
-    heads = heads_table(accumulated, weights.heads)
+    heads = heads_table(accumulated, weights.heads, smallest)
     return Difference(
         heads=heads,
-        layers=layers_table(accumulated, heads, weights.layers),
+        layers=layers_table(accumulated, heads, weights.layers, smallest),
         weights=weights.table,
-        outputs=outputs_table(accumulated),
+        outputs=outputs_table(accumulated, smallest),
         accumulated=accumulated,
         problems=problems,
     )

@@ -2,8 +2,9 @@
 
 A rule gives every candidate (a layer or a head) a score, ranks by it and keeps the first k. The paper's own rule (arXiv 2505.17073) is
 not stated; the top layers by mean attention KL reproduce its {2, 3, 5} from its published chart, so that is the default, with a quarter
-of the layers (3 of 12). Random and last layers are controls. How far a selection depends on the documents at hand is measured by redoing
-it on bootstrap replicates: `frequency` is the share of them in which a candidate is chosen.
+of the layers (3 of 12). Attention KL is blind to heads whose values or output projections changed; the change of what a head writes on
+the same input is not, so it is the default for heads. Random and last layers are controls. How far a selection depends on the documents at
+hand is measured by redoing it on bootstrap replicates: `frequency` is the share of them in which a candidate is chosen.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def _magnitude(columns: np.ndarray, names: list[str], seed: int) -> np.ndarray:
     return np.abs(columns[0])
 
 
+def _average(columns: np.ndarray, names: list[str], seed: int) -> np.ndarray:
+    averages: np.ndarray = np.abs(columns).mean(axis=0)
+    return averages
+
+
 def _combined(columns: np.ndarray, names: list[str], seed: int) -> np.ndarray:
     return combined_score(columns)
 
@@ -67,9 +73,11 @@ def _random(columns: np.ndarray, names: list[str], seed: int) -> np.ndarray:
 
 _RULES: dict[str, _Rule] = {
     "layers_by_kl": _Rule("layer", ("kl_base_tuned",), _magnitude),
+    "layers_by_write": _Rule("layer", ("write_change", "mlp_write_change"), _average),
     "layers_by_score": _Rule("layer", LAYER_SCORE_COLUMNS, _combined),
     "heads_by_kl": _Rule("head", ("kl_base_tuned",), _magnitude),
     "heads_by_entropy": _Rule("head", ("entropy_change",), _magnitude),
+    "heads_by_write": _Rule("head", ("write_change",), _magnitude),
     "heads_by_score": _Rule("head", HEAD_SCORE_COLUMNS, _combined),
     "last_layers": _Rule("layer", (), _depth),
     "random_layers": _Rule("layer", (), _random),
@@ -89,8 +97,9 @@ def select(
     """Choose the layers or heads that a rule ranks first.
 
     Args:
-        rule: One of `RULES`. `*_by_kl` rank by mean KL(base ‖ tuned), `heads_by_entropy` by |entropy change|, `*_by_score` by the combined
-            score of `mechscope.stats.ranking`, `last_layers` by depth, `random_*` by the seed.
+        rule: One of `RULES`. `*_by_kl` rank by mean KL(base ‖ tuned), `heads_by_entropy` by |entropy change|, `heads_by_write` by
+            how much of what a head writes changed on the same input, `layers_by_write` by the mean of its heads' and of its MLP's, `*_by_score`
+            by the combined score of `mechscope.stats.ranking`, `last_layers` by depth, `random_*` by the seed.
         heads: The heads table.
         layers: The layers table.
         number: How many to choose; by default `default_number` layers, or as many heads as those layers hold.
@@ -143,7 +152,7 @@ def stability(
         rule: One of `RULES`.
         heads: The heads table.
         layers: The layers table.
-        replicates: Resampled means by column name, such as `kl_base_tuned` and `entropy_change`, of the same rows.
+        replicates: Resampled means by column name, such as `kl_base_tuned`, `entropy_change` and `write_change`, of the same rows.
         number: How many to choose; by default `default_number` layers, or as many heads as those layers hold.
         seed: Seed of the random rules.
         rows: Which query rows' statistics to use.
@@ -181,7 +190,7 @@ def selection_table(
     Args:
         heads: The heads table.
         layers: The layers table.
-        replicates: Resampled means by column name, such as `kl_base_tuned` and `entropy_change`, of the same rows; without, `frequency` is
+        replicates: Resampled means by column name, such as `kl_base_tuned`, `entropy_change` and `write_change`, of the same rows; without, `frequency` is
             NaN and `n_resamples` 0.
         rules: Which rules.
         n_selected_layers: How many layers a rule of layers chooses; by default `default_number`.

@@ -1,7 +1,8 @@
 """From accumulated statistics to tidy tables: heads, layers, outputs.
 
 One row per head (or layer, or output) and kind of query rows. Means are over documents; every change carries a standard error, a 95 % interval by
-Student's t, and per head a p and a Benjamini–Hochberg q over all heads of that kind of rows.
+Student's t, and per head a p and a Benjamini–Hochberg q over all heads of that kind of rows. Quantities with a smallest effect of interest have a verdict,
+corrected over all heads (layers) of that kind of rows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import pandas as pd
 
 from mechscope.difference.accumulate import Accumulated
 from mechscope.difference.lockstep import GINI_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS
+from mechscope.difference.smallest import QUANTITIES, Level, SmallestEffects
 from mechscope.stats.geometry import cka, rsa
 from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate
 from mechscope.stats.ranking import layer_score
+from mechscope.stats.skewness import ThirdMoments
+from mechscope.stats.verdicts import verdicts
 
 # columns in the order of the contract (issue: "others build on them")
 _HEADS = (
@@ -38,10 +42,11 @@ _HEADS = (
     "sink_base",
     "sink_tuned",
     "z_cosine_distance",
+    *(f"{name}{end}" for name in ("write_change", "write_change_own") for end in ("", "_se", "_low", "_high", "_n")),
 )
 
 
-def heads_table(accumulated: Accumulated, weight_change: np.ndarray) -> pd.DataFrame:
+def heads_table(accumulated: Accumulated, weight_change: np.ndarray, smallest: SmallestEffects | None = None) -> pd.DataFrame:
     """Build the table `heads`, one row per kind of rows, layer and head; `weight_change` is ``(layer, head)``."""
     estimates = estimate(accumulated.heads)
     names = accumulated.head_measures
@@ -61,13 +66,16 @@ def heads_table(accumulated: Accumulated, weight_change: np.ndarray) -> pd.DataF
                 "n": columns["entropy_change_n"].ravel(),
                 **{name: columns[name].ravel() for name in wanted},
                 "weight_change": weight_change.ravel(),
+                **_verdicts("heads", accumulated.heads, names, index, smallest),
             }
         )
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def layers_table(accumulated: Accumulated, heads: pd.DataFrame, weight_change: np.ndarray) -> pd.DataFrame:
+def layers_table(
+    accumulated: Accumulated, heads: pd.DataFrame, weight_change: np.ndarray, smallest: SmallestEffects | None = None
+) -> pd.DataFrame:
     """Build the table `layers`, one row per kind of rows and layer; `heads` is the heads table, `weight_change` is ``(layer,)``."""
     estimates = estimate(accumulated.layers)
     change = heads["entropy_change"]
@@ -82,7 +90,7 @@ def layers_table(accumulated: Accumulated, heads: pd.DataFrame, weight_change: n
                 "rows": rows,
                 "layer": list(layers),
                 "n": columns["kl_base_tuned_n"],
-                **{name: columns[name] for name in ("kl_base_tuned", "kl_tuned_base", "entropy_change")},
+                **{name: columns[name] for name in LAYER_MEASURES[:3]},
                 "share_focused": [float(focused[rows, layer]) for layer in layers],
                 **{name: columns[name] for name in LAYER_MEASURES[3:]},
                 "cka": [_geometry(cka, accumulated, rows, layer) for layer in layers],
@@ -92,11 +100,13 @@ def layers_table(accumulated: Accumulated, heads: pd.DataFrame, weight_change: n
         )
         table["score"] = layer_score(table)
         bounds = {f"{name}_{end}": columns[f"{name}_{end}"] for name in LAYER_MEASURES for end in ("se", "low", "high")}
+        bounds |= {f"{name}_n": columns[f"{name}_n"] for name in LAYER_MEASURES if "write_change" in name}
+        bounds |= _verdicts("layers", accumulated.layers, LAYER_MEASURES, index, smallest)
         tables.append(pd.concat([table, pd.DataFrame(bounds)], axis=1))
     return pd.concat(tables, ignore_index=True)
 
 
-def outputs_table(accumulated: Accumulated) -> pd.DataFrame:
+def outputs_table(accumulated: Accumulated, smallest: SmallestEffects | None = None) -> pd.DataFrame:
     """Build the table `outputs`: next-token KL (nats) and loss (nats per token), one row per kind of predicted tokens."""
     estimates = estimate(accumulated.outputs)
     rows = []
@@ -107,8 +117,22 @@ def outputs_table(accumulated: Accumulated) -> pd.DataFrame:
             row.update({key: columns[key] for key in (name, f"{name}_se", f"{name}_low", f"{name}_high")})
         row.update({name: columns[name] for name in ("loss_base", "loss_tuned")})
         row.update({key: columns[key] for key in ("loss_change", *(f"loss_change_{end}" for end in ("se", "low", "high", "p")))})
+        row.update({name: found[0] for name, found in _verdicts("outputs", accumulated.outputs, OUTPUT_MEASURES, index, smallest).items()})
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _verdicts(
+    table: Level, moments: ThirdMoments, names: tuple[str, ...], rows: int, smallest: SmallestEffects | None
+) -> dict[str, np.ndarray]:
+    """Decide of every quantity that has a smallest effect of interest whether it changed, for one kind of rows."""
+    found = {}
+    for quantity in QUANTITIES:
+        if quantity.table == table:
+            delta = float("nan") if smallest is None else smallest[table, quantity.name]
+            own = moments.part((rows, names.index(quantity.name)))
+            found[f"{quantity.name}_verdict"] = verdicts(own, delta, signed=quantity.signed).reshape(-1)
+    return found
 
 
 def _columns(estimates: Estimate, names: tuple[str, ...], rows: int) -> dict[str, np.ndarray]:

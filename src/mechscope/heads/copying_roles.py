@@ -3,8 +3,9 @@
 Row t of a head's OV circuit in vocabulary space says what attending to token t adds to every logit (Elhage et al. 2021). A copying head raises t itself, a
 head of negative OV lowers it, a successor head raises what follows t in its order (Gould et al. 2023, "Successor Heads"). Negative OV is what weights can
 show of copy suppression (McDougall et al. 2023), in which such a head also attends to a token because it is predicted; that is not measured here. Scores
-are ranks, so that no head's size counts. Heads behind the first layer read tokens with what the first MLP makes of them where `effective` says so: Gould
-et al. do, since GPT-2's first MLP widens the embedding.
+are ranks, so that no head's size counts; chance is what the same heads reach with their values turned at random before the output projection. Heads
+behind the first layer read tokens with what the first MLP makes of them where `effective` says so: Gould et al. do, since GPT-2's first MLP widens the
+embedding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mechscope.data.pieces import Pieces
 from mechscope.heads.roles import Role, RoleScores
+from mechscope.heads.turned import DRAWS, orthogonal
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 from mechscope.weights import Forms, Vocabulary
@@ -30,8 +32,8 @@ COPYING = Role(
     "logits; mean over sampled tokens.",
     source="Elhage et al. 2021, A Mathematical Framework for Transformer Circuits",
     null="0.5: the rank of any token.",
-    # the token among the highest tenth, on average
-    threshold=0.9,
+    # half of the way from chance to always
+    least=0.25,
 )
 NEGATIVE_OV = replace(
     COPYING,
@@ -44,7 +46,8 @@ SUCCESSOR = Role(
     definition="Share of days, months, numbers and letters whose successor is what the head's OV circuit raises most among the others of their order.",
     source="Gould et al. 2023, Successor Heads",
     null="One in the number of the others.",
-    threshold=0.5,
+    # a quarter of the steps more than chance
+    least=0.25,
 )
 ORDERS = (
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
@@ -89,21 +92,29 @@ def copying_roles(subject: Subject, *, n: int = 256, effective: bool = False, ex
     tokens, steps = order[:n].sort().values, successions(subject)
     own = np.empty((len(tokens), anatomy.n_layers, anatomy.n_heads))
     next_one = np.empty((len(steps), anatomy.n_layers, anatomy.n_heads))
+    turned = np.empty((2, DRAWS, anatomy.n_layers, anatomy.n_heads))
+    chance = np.array([1 / len(step.others) for step in steps])
+    random = np.random.default_rng(execution.seed)
     for layer, head in anatomy.heads():
         form = forms.ov(layer, head)
         a, b = vocabulary.read(form, layer), vocabulary.written(form.right)
         own[:, layer, head] = _ranks(a, b.to(a), tokens)
-        next_one[:, layer, head] = [_succeeds(a, b.to(a), step) for step in steps]
+        next_one[:, layer, head] = [_succeeds(a[step.token], b.to(a), step) for step in steps]
+        for draw, turn in enumerate(torch.from_numpy(orthogonal(anatomy.d_head, DRAWS, random)).to(a)):
+            # among the sampled tokens alone, which are as good as all
+            turned[0, draw, layer, head] = _ranks(a[tokens] @ turn, b[tokens].to(a), torch.arange(len(tokens))).mean() - 0.5
+            turned[1, draw, layer, head] = (
+                np.mean([_succeeds(a[step.token] @ turn, b.to(a), step) for step in steps] - chance) if steps else np.nan
+            )
         execution.told("reading what heads copy", layer * anatomy.n_heads + head + 1, anatomy.n_layers * anatomy.n_heads)
     names = tuple(map(str, tokens.tolist()))
     even = np.full_like(own, 0.5)
-    roles = [RoleScores(COPYING, names, own, even), RoleScores(NEGATIVE_OV, names, 1 - own, even)]
+    roles = [RoleScores(COPYING, names, own, even, turned[0]), RoleScores(NEGATIVE_OV, names, 1 - own, even, -turned[0])]
     if not steps:
         log.info("%s: its tokenizer has too few days, months, numbers and letters as single tokens for the role successor", subject.source)
     else:
-        chance = np.array([1 / len(step.others) for step in steps])[:, None, None]
         ids = tuple(f"{step.token}>{step.others[0]}" for step in steps)
-        roles.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance, next_one.shape).copy()))
+        roles.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance[:, None, None], next_one.shape).copy(), turned[1]))
     return tuple(roles)
 
 
@@ -134,7 +145,7 @@ def _ranks(a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"], token
     return ((below + equal / 2) / (entries.shape[1] - 1)).cpu().numpy()
 
 
-def _succeeds(a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"], step: _Step) -> float:
-    entries = b[list(step.others)] @ a[step.token]
+def _succeeds(a: Float[Tensor, " rank"], b: Float[Tensor, "vocab rank"], step: _Step) -> float:
+    entries = b[list(step.others)] @ a
     # a head that writes nothing has no favourite
     return float(bool((entries[0] > entries[1:]).all()))

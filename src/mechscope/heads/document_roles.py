@@ -5,7 +5,7 @@ is the work of few heads (Wu et al. 2024, "Retrieval head mechanistically explai
 attends to most holds the very token that is written next. They test the tokens of a planted needle; here, with the reference summary given, the summary's
 tokens that stand in the document and were not written before.
 
-All rows of all roles come from one forward pass over the documents.
+All rows of all roles come from one forward pass over the documents; what turned heads retrieve from a second one over the first of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mechscope.errors import DataError
 from mechscope.heads.attention import run_probes, strongest
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
+from mechscope.heads.turned import TEXTS, Turns, mean_excess
 from mechscope.instrument import AttentionCall
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
@@ -41,7 +42,7 @@ WITHIN_DOCUMENT = Role(
     definition="Attention from the document's rows to the document.",
     source=_SUMMARIZATION,
     null=_UNIFORM,
-    threshold=None,
+    least=None,
 )
 WITHIN_SUMMARY = replace(WITHIN_DOCUMENT, name="within-summary", definition="Attention from the summary's rows to the summary.")
 TO_DOCUMENT = replace(
@@ -59,7 +60,7 @@ RETRIEVAL = Role(
     "token is to be written, is that token in the document.",
     source="Wu et al. 2024, Retrieval head mechanistically explains long-context factuality",
     null="The share of the visible keys that are that token in the document.",
-    threshold=0.1,
+    least=0.1,
 )
 
 
@@ -89,7 +90,9 @@ def document_roles(
     values = run_probes(subject, pairs, _Documents(lead), execution=execution)
     roles = (WITHIN_DOCUMENT, WITHIN_SUMMARY, TO_DOCUMENT, *(() if lead is None else (LEAD,)), RETRIEVAL)
     texts = tuple(pair.id for pair in pairs)
-    return tuple(RoleScores(role, texts, values[..., at, 0], values[..., at, 1]) for at, role in enumerate(roles))
+    turned = run_probes(subject, pairs.first(TEXTS), Turns(subject, seed=execution.seed).each(_retrieved_of), execution=execution)
+    chance = {RETRIEVAL: mean_excess(turned[..., 0, :], turned[..., 1, :])}
+    return tuple(RoleScores(role, texts, values[..., at, 0], values[..., at, 1], chance.get(role)) for at, role in enumerate(roles))
 
 
 def lead_spans(
@@ -150,7 +153,17 @@ class _Documents:
             evenly = spread(shares["document"], chance["lead"], chance["document"])
             parts.append((row_means(shares["lead"], rows), row_means(evenly, rows)))
         parts.append(_retrieved(call, batch))
-        return torch.stack([torch.stack([score, null.expand_as(score)], -1).double() for score, null in parts], 2)
+        return torch.stack([_both(*part) for part in parts], 2)
+
+
+def _both(
+    score: Float[Tensor, "batch head"], null: Float[Tensor, "batch head"] | Float[Tensor, "batch 1"]
+) -> Float[Tensor, "batch head 2"]:
+    return torch.stack([score, null.expand_as(score)], -1).double()
+
+
+def _retrieved_of(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head 2"]:
+    return _both(*_retrieved(call, batch))
 
 
 def _retrieved(call: AttentionCall, batch: PairBatch) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch 1"]]:

@@ -35,6 +35,7 @@ from mechscope.errors import DataError
 from mechscope.heads.attention import mass_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import marked, masses, row_means, spread
+from mechscope.heads.turned import TEXTS, Turns, mean_excess
 from mechscope.instrument import AttentionCall
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
@@ -48,14 +49,14 @@ ENTITY = Role(
     definition="Attention from the tokens of a fact's second mention to those of its first.",
     source=_SOURCE,
     null="The same rows' attention when another article's fact of the same kind stands at the first mention.",
-    threshold=0.1,
+    least=0.1,
 )
 SALIENCE = Role(
     name="salience",
     definition="Attention from the summary's rows to the tokens of the document that state its five facts.",
     source=_SOURCE,
     null="The same rows' attention to the document, spread evenly over its tokens.",
-    threshold=None,
+    least=None,
 )
 
 
@@ -85,7 +86,9 @@ def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution
     clean = run_probes(subject, pairs, _facts, execution=execution)
     corrupt = run_probes(subject, pairs.swapped(), _followed, execution=execution)
     texts = tuple(pair.id for pair in pairs)
-    return (RoleScores(ENTITY, texts, clean[..., 0], corrupt), RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2]))
+    few, followed = pairs.first(TEXTS), Turns(subject, seed=execution.seed).each(_followed)
+    turned = mean_excess(*(run_probes(subject, of, followed, execution=execution) for of in (few, few.swapped())))
+    return (RoleScores(ENTITY, texts, clean[..., 0], corrupt, turned), RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2]))
 
 
 def entity_pairs(tokenizer: PreTrainedTokenizerBase | None, n: int, *, seed: int = 0, max_tokens: int) -> Pairs:

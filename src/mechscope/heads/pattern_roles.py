@@ -3,7 +3,7 @@
 The probes are random tokens A and B, all different: a text A A, in which every token of the second half stood before, and its control A B, in which none
 did. A head that looks L back in both does so for the distance and not for the token; so the control is the null of the roles that are about
 repetition (Olsson et al. 2022, "In-context Learning and Induction Heads"; Wang et al. 2022), and a role of its own, the positional twin of induction.
-Lengths differ, so that no distance is all texts'.
+Lengths differ, so that no distance is all texts'. What heads reach by chance is measured on the same texts, with heads turned at random.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from mechscope.errors import DataError
 from mechscope.heads.attention import masses_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
 from mechscope.heads.segments import row_means, uniform
+from mechscope.heads.turned import TEXTS, Turns, mean_excess
 from mechscope.instrument import AttentionCall, describe
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Subject
 
 _OLSSON = "Olsson et al. 2022, In-context Learning and Induction Heads"
-# nearly a third of a row's attention on one key, several times what chance gives: a convention, chosen with trained induction models at hand
-_ASCRIBED = 0.3
+# a tenth of a row's attention more than chance gives is worth a name
+_LEAST = 0.1
 # tokens of the repeated part: long enough that chance is small, short enough for a model of 64 positions
 _SHORTEST, _LONGEST = 12, 24
 
@@ -37,14 +38,14 @@ PREVIOUS = Role(
     definition="Attention to the token just before, over a random text.",
     source=_OLSSON,
     null="The same number for a head that looks at all keys it can see alike.",
-    threshold=_ASCRIBED,
+    least=_LEAST,
 )
 INDUCTION = Role(
     name="induction",
     definition="Attention to the token behind the earlier occurrence of the same token, over the second half of a repeated random text.",
     source=_OLSSON,
     null="The same places in the control text, whose second half repeats nothing.",
-    threshold=_ASCRIBED,
+    least=_LEAST,
 )
 DUPLICATE = replace(
     INDUCTION,
@@ -62,15 +63,15 @@ SINK = replace(
     name="attention-sink",
     definition="Attention to the first token, over a random text.",
     source="Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks",
-    # more on one token than on all others together
-    threshold=0.5,
+    # any query goes there where a model has learned to park attention, turned ones too: no job that a head is aligned for
+    least=None,
 )
 BROAD = Role(
     name="broad",
     definition="Entropy of a row over its largest possible value, mean over a random text: 1 looks at all alike, 0 at one token.",
     source="mechscope",
     null="1: a head that looks at all alike, so heads can only fall below it.",
-    threshold=None,
+    least=None,
 )
 ROLES = (PREVIOUS, DUPLICATE, INDUCTION, OFFSET, SINK, BROAD)
 
@@ -92,18 +93,21 @@ def pattern_roles(subject: Subject, *, n: int = 32, execution: Execution = Execu
     """
     texts = repeated_texts(subject, n, seed=execution.seed)
     names = tuple(pair.id for pair in texts)
-    repeated = run_probes(subject, texts, _repetition, execution=execution)
+    repeated = run_probes(subject, texts, _looks, execution=execution)
     control = run_probes(subject, texts.swapped(), _control, execution=execution)
-    again, behind, offset_null, previous, previous_null, sink, sink_null, broad = (control[..., at] for at in range(8))
-    scores = (
-        (PREVIOUS, previous, previous_null),
-        (DUPLICATE, repeated[..., 0], again),
-        (INDUCTION, repeated[..., 1], behind),
-        (OFFSET, behind, offset_null),
-        (SINK, sink, sink_null),
-        (BROAD, broad, broad * 0 + 1),
+    few, turns = texts.first(TEXTS), Turns(subject, seed=execution.seed)
+    turned = run_probes(subject, few, turns.each(_looks), execution=execution)
+    turned_control = run_probes(subject, few.swapped(), turns.each(_looks), execution=execution)
+    again, behind, previous, offset_null, previous_null, sink_null, sink, broad = (control[..., at] for at in range(8))
+    evenly = control[: len(few), ..., 3:5, None]
+    return (
+        RoleScores(PREVIOUS, names, previous, previous_null, mean_excess(turned_control[..., 2, :], evenly[..., 1, :])),
+        RoleScores(DUPLICATE, names, repeated[..., 0], again, mean_excess(turned[..., 0, :], turned_control[..., 0, :])),
+        RoleScores(INDUCTION, names, repeated[..., 1], behind, mean_excess(turned[..., 1, :], turned_control[..., 1, :])),
+        RoleScores(OFFSET, names, behind, offset_null, mean_excess(turned_control[..., 1, :], evenly[..., 0, :])),
+        RoleScores(SINK, names, sink, sink_null),
+        RoleScores(BROAD, names, broad, broad * 0 + 1),
     )
-    return tuple(RoleScores(role, names, score, null) for role, score, null in scores)
 
 
 def repeated_texts(subject: Subject, n: int, *, seed: int = 0) -> Pairs:
@@ -150,42 +154,27 @@ def _places(batch: PairBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     return second.to(device), keys.to(device)
 
 
-def _repetition(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head 2"]:
+def _looks(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head 4"]:
+    """Return the attention to the earlier occurrence, to what stands behind it, to the token before, and to the first token."""
     device = call.query.device
     second, keys = _places(batch, device)
-    masses = masses_at(call, keys, batch.real.to(device))
-    return torch.stack([row_means(masses[..., place], second) for place in range(2)], dim=-1)
+    before, first = _previous(batch).to(device), _first(batch).to(device)
+    masses = masses_at(call, torch.cat([keys, before[..., None], first[..., None]], dim=-1), batch.real.to(device))
+    rows = (second, second, before >= 0, first >= 0)
+    return torch.stack([row_means(masses[..., at], of) for at, of in enumerate(rows)], dim=-1)
 
 
 def _control(call: AttentionCall, batch: PairBatch) -> Float[Tensor, "batch head 8"]:
-    device = call.query.device
-    real = batch.real.to(device)
-    second, keys = _places(batch, device)
-    before = _previous(batch).to(device)
-    keys = torch.cat([keys, before[..., None]], dim=-1)
-    evenly = uniform(call)
-    own, chance = masses_at(call, keys, real), masses_at(evenly, keys, real)
-    seen, seen_evenly = describe(call, batch.real), describe(evenly, batch.real)
-    # a row that sees one key has no choice
-    inner = real & (real.cumsum(1) > 1)
-    heads = own.shape[1]
+    """Return what heads look at where nothing repeats: again, behind, previous; chance of the last two and of the first token; that token; breadth."""
+    own, chance = _looks(call, batch), _looks(uniform(call), batch).expand(-1, call.query.shape[1], -1)
+    broad = row_means(describe(call, batch.real).relative_entropy, _first(batch) >= 0)
+    return torch.cat([own[..., :3], chance[..., 1:], own[..., 3:], broad[..., None]], dim=-1)
 
-    def alike(values: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch head"]:
-        return values.expand(-1, heads)
 
-    return torch.stack(
-        [
-            row_means(own[..., 0], second),
-            row_means(own[..., 1], second),
-            alike(row_means(chance[..., 1], second)),
-            row_means(own[..., 2], before >= 0),
-            alike(row_means(chance[..., 2], before >= 0)),
-            row_means(seen.sink, inner),
-            alike(row_means(seen_evenly.sink, inner)),
-            row_means(seen.relative_entropy, inner),
-        ],
-        dim=-1,
-    )
+def _first(batch: PairBatch) -> Int[Tensor, "batch query"]:
+    """Return the first token's column for every row; −1 for a row that sees one key and has no choice."""
+    begin = batch.real.to(torch.int64).argmax(1, keepdim=True)
+    return torch.where(batch.real & (batch.real.cumsum(1) > 1), begin, -1)
 
 
 def _previous(batch: PairBatch) -> Int[Tensor, "batch query"]:

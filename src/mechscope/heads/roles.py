@@ -1,8 +1,9 @@
 """Roles of heads and their scores, text by text, beside what chance gives on the same text.
 
-A role is a number per head and text ("attention to the previous token") with its null: the number that a head without the role gets on that text. A
-head has a role if its mean score reaches the role's threshold and stands above the null by more than texts vary: Student's t over texts, and
-Benjamini–Hochberg over all heads of the role. For a base and a tuned model the same texts are read by both, so changes are paired.
+A role is a number per head and text ("attention to the previous token") with its null: the number that a head without the role gets on that text. What is
+above it is the excess. A head has a role if its mean excess is worth the name and more than the same heads reach when turned at random
+(`mechscope.heads.turned`): of the heads that are given a role, 5 % are expected to be false. For a base and a tuned model the same texts are read by
+both, so changes are paired.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from mechscope.errors import DataError
+from mechscope.heads.turned import false_share, reached
 from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 
@@ -32,8 +34,7 @@ class Role:
         definition: What is measured, on what, in one sentence.
         source: The paper it comes from.
         null: What a head without the role scores and how that is computed, in one sentence.
-        threshold: The mean score from which on a head has the role, if it is also significantly above the null; None for a role that is measured
-            and never ascribed.
+        least: The smallest mean excess over the null that is worth the name; None for a role that is measured and never ascribed.
         low: Least score there can be; None for one without a bound.
         high: Largest score there can be; None for one without a bound.
     """
@@ -42,7 +43,7 @@ class Role:
     definition: str
     source: str
     null: str
-    threshold: float | None
+    least: float | None
     low: float | None = 0.0
     high: float | None = 1.0
 
@@ -56,18 +57,24 @@ class RoleScores:
         texts: Names of the probes: texts, or tokens where weights are looked at.
         score: ``(text, layer, head)``; NaN where a text says nothing.
         null: What chance gives on the same text, in the same shape.
+        turned: ``(draw, layer, head)``: the mean excess of the same heads under each random turn; without, no head is given the role.
     """
 
     role: Role
     texts: tuple[str, ...]
     score: Float[np.ndarray, "text layer head"]
     null: Float[np.ndarray, "text layer head"]
+    turned: Float[np.ndarray, "draw layer head"] | None = None
 
     def __post_init__(self) -> None:
         if not self.score.shape == self.null.shape == (len(self.texts), *self.score.shape[1:]) or self.score.ndim != 3:
             raise DataError(
                 f"role {self.role.name!r}: scores {self.score.shape} and nulls {self.null.shape} for {len(self.texts)} texts: "
                 "give both as (text, layer, head)"
+            )
+        if self.turned is not None and self.turned.shape[1:] != self.score.shape[1:]:
+            raise DataError(
+                f"role {self.role.name!r}: scores {self.score.shape} and turned heads {self.turned.shape}: give those as (draw, layer, head)"
             )
 
     @property
@@ -85,12 +92,13 @@ def roles_table(found: Sequence[RoleScores], *, model: str = "model") -> pd.Data
 
     Returns:
         One row per role and head: `model`, `role`, `layer`, `head`, `component`, `n` (texts that say something), `score` with `low` and `high` (95 %
-        interval over texts), `null`, `excess` (score − null) with `excess_low` and `excess_high`, `p` (the excess is zero, two-sided), `q`
-        (Benjamini–Hochberg over all heads of the role), `has_role` (score at or above the role's threshold, excess above zero, q < 0.05; never for a
-        role without a threshold). The threshold is on the score, not on the excess, which has only to be above zero, however little.
+        interval over texts), `null`, `excess` (score − null) with `excess_low` and `excess_high`, `threshold` (the excess that heads of this model must
+        exceed for the role: what turned heads reach, or the least that is worth the name), `q` (expected share of false ones among the model's
+        heads with at least this excess, by heads turned at random) and `has_role` (q of .05 at most, an excess worth the name, its interval above
+        zero). Threshold and q are NaN for roles that are never ascribed.
     """
     if not found:
-        return pd.DataFrame(columns=["model", "role", *_HEAD, "n", *_SCORE, *_EXCESS, "p", "q", "has_role"])
+        return pd.DataFrame(columns=["model", "role", *_HEAD, "n", *_SCORE, *_EXCESS, "threshold", "q", "has_role"])
     return pd.concat([_table(scores, model) for scores in found], ignore_index=True)
 
 
@@ -103,18 +111,24 @@ def _table(scores: RoleScores, model: str) -> pd.DataFrame:
     excess = scores.excess
     silent = np.isnan(excess)  # of what is silent on either side, neither is averaged
     score, null, above = (_estimated(np.where(silent, np.nan, part)) for part in (scores.score, scores.null, excess))
-    q = benjamini_hochberg(above.p)
+    q, threshold = _chance(scores, above.mean)
     measured = (score.mean, score.low, score.high, null.mean, above.mean, above.low, above.high)
     columns = dict(zip((*_SCORE, *_EXCESS), measured, strict=True))
-    columns |= {"p": above.p, "q": q, "has_role": _has(scores.role, score.mean, above.mean, q)}
+    # without an interval (one text) nothing is surely above zero
+    columns |= {
+        "threshold": np.full(q.shape, threshold),
+        "q": q,
+        "has_role": (above.mean >= threshold) & (q <= _FALSE_DISCOVERIES) & (above.low > 0),
+    }
     return _rows({"model": model, "role": scores.role.name}, above.n, columns)
 
 
-def _has(role: Role, score: np.ndarray, excess: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Tell which heads have a role: those that do much of it (mean score), and surely more than chance (any excess above zero)."""
-    if role.threshold is None:
-        return np.zeros(score.shape, dtype=bool)
-    return (score >= role.threshold) & (excess > 0) & (q < _FALSE_DISCOVERIES)
+def _chance(scores: RoleScores, excess: Float[np.ndarray, "layer head"]) -> tuple[Float[np.ndarray, "layer head"], float]:
+    """Return every head's q, and the excess above which heads have the role: NaN for a role that is never ascribed."""
+    if scores.role.least is None or scores.turned is None:
+        return np.full(excess.shape, np.nan), float("nan")
+    q = false_share(excess, scores.turned)
+    return q, max(scores.role.least, reached(scores.turned, int((q <= _FALSE_DISCOVERIES).sum()), _FALSE_DISCOVERIES))
 
 
 def _rows(names: Mapping[str, str], n: np.ndarray, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -140,7 +154,8 @@ def role_changes(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> pd.
     Returns:
         One row per role and head: `role`, `layer`, `head`, `component`, `n`, `base` and `tuned` (mean scores), `change` (tuned − base) with `low` and
         `high` (95 % interval over texts), `p` (the change is zero), `q` (Benjamini–Hochberg over all heads of the role), `gained` and `lost`
-        (whether only the tuned, or only the base model's head has the role). After them one row per role with the component `all`, layer and head −1:
+        (whether only the tuned, or only the base model's head has the role, and its score surely rose, or fell: q < .05). After them one row per
+        role with the component `all`, layer and head −1:
         each text's mean over heads, its q over the roles.
 
     Raises:
@@ -152,10 +167,12 @@ def role_changes(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> pd.
         silent = np.isnan(changes)
         before, after = (_estimated(np.where(silent, np.nan, scores.score)).mean for scores in (one, two))
         has_before, has_after = (_table(scores, "")["has_role"].to_numpy().reshape(before.shape) for scores in (one, two))
-        columns = {**_change(before, after, paired_difference(two.score, one.score)), "gained": has_after & ~has_before}
-        columns["lost"] = has_before & ~has_after
-        table = _rows({"role": one.role.name}, (~silent).sum(0), columns)
-        tables.append(table.assign(q=benjamini_hochberg(table["p"])))
+        columns = _change(before, after, paired_difference(two.score, one.score))
+        q = benjamini_hochberg(columns["p"])
+        # a head that stands at the threshold crosses it by next to nothing
+        surely = np.where(q < _FALSE_DISCOVERIES, np.sign(columns["change"]), 0)
+        columns |= {"q": q, "gained": has_after & ~has_before & (surely > 0), "lost": has_before & ~has_after & (surely < 0)}
+        tables.append(_rows({"role": one.role.name}, (~silent).sum(0), columns))
         wholes.append(_of_all_heads(one.role, *(_text_means(scores.score, silent) for scores in (one, two))))
     order = ["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"]
     if not tables:

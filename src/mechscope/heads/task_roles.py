@@ -35,6 +35,7 @@ from mechscope.data.tasks import ioi
 from mechscope.errors import DataError
 from mechscope.heads.attention import mass_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
+from mechscope.heads.turned import TEXTS, Turns, mean_excess
 from mechscope.instrument import AttentionCall
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.readout import Readout
@@ -49,7 +50,7 @@ NAME_MOVER = Role(
     definition="Attention from the last token to the indirect object, where the head's value there raises that name above all others of the probe.",
     source=_WANG,
     null=_CORRUPT,
-    threshold=0.3,
+    least=0.1,
 )
 NEGATIVE_NAME_MOVER = replace(
     NAME_MOVER,
@@ -70,7 +71,7 @@ DIRECT_EFFECT = Role(
     definition="What the head writes at the last token to the logit of the indirect object minus that of the subject, in nats.",
     source=_WANG,
     null=_CORRUPT,
-    threshold=None,
+    least=None,
     low=None,
     high=None,
 )
@@ -105,7 +106,11 @@ def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution
     names = _names(pairs)
     score, null = (_Jobs(subject, names).run(texts, execution) for texts in (pairs, pairs.swapped()))
     texts = tuple(pair.id for pair in pairs)
-    return tuple(RoleScores(role, texts, score[..., at], null[..., at]) for at, role in enumerate(ROLES))
+    few, turns = pairs.first(TEXTS), Turns(subject, seed=execution.seed)
+    turned = [run_probes(subject, of, turns.each(_Jobs(subject, names)), execution=execution) for of in (few, few.swapped())]
+    # the direct effect of turned heads lacks the final norm's scale, and is not ascribed
+    chance = [None if role.least is None else mean_excess(*(one[..., at, :] for one in turned)) for at, role in enumerate(ROLES)]
+    return tuple(RoleScores(role, texts, score[..., at], null[..., at], chance[at]) for at, role in enumerate(ROLES))
 
 
 def _place(pair: PromptPair, name: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.subject.anatomy import acting
+from mechscope.subject.placement import fetched
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,21 @@ def recognised(family: str, module: nn.Module) -> Norm:
         ModelError: It is neither a LayerNorm nor an RMS norm with a gain.
     """
     module = acting(module)
-    weight = getattr(module, "weight", None)
     eps = next(
         (float(value) for name in ("eps", "variance_epsilon", "epsilon") if (value := getattr(module, name, None)) is not None), None
     )
-    if weight is not None and eps is not None:
-        generator = torch.Generator().manual_seed(0)
-        # of half precision the module rounds at every step, of what it gives the largest decides; RMS norms compute in float32 whatever the type
-        tolerance = 2e-2 if weight.element_size() == 2 else 1e-5
-        rows = (torch.randn(3, weight.shape[-1], generator=generator) + 0.5).to(weight)
-        for centred in (True, False):
-            for offset in (0.0, 1.0):
-                norm = Norm(module, centred, eps, offset)
-                expected = norm.normalised(rows.double())[0] * norm.gain + (0.0 if norm.shift is None else norm.shift)
-                if torch.allclose(module(rows).double(), expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))):
-                    return norm
+    if getattr(module, "weight", None) is not None and eps is not None:
+        # a module whose weights are offloaded lets go of them when it has run, so what they should give comes first
+        with fetched(module):
+            weight = module.weight
+            generator = torch.Generator().manual_seed(0)
+            # of half precision the module rounds at every step, of what it gives the largest decides; RMS norms compute in float32 whatever the type
+            tolerance = 2e-2 if weight.element_size() == 2 else 1e-5
+            rows = (torch.randn(3, weight.shape[-1], generator=generator) + 0.5).to(weight)
+            norms = [Norm(module, centred, eps, offset) for centred in (True, False) for offset in (0.0, 1.0)]
+            all_expected = [norm.normalised(rows.double())[0] * norm.gain + (0.0 if norm.shift is None else norm.shift) for norm in norms]
+        given = module(rows).double()
+        for norm, expected in zip(norms, all_expected, strict=True):
+            if torch.allclose(given, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))):
+                return norm
     raise ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: it cannot be taken apart")

@@ -9,7 +9,7 @@ from mechscope.lens.places import SITES, LensPlace
 from mechscope.lens.reading import LensReading, TextReading, compare_lenses
 from mechscope.lens.spectroscopy import Bands, bands, logit_spectrum, suppress_bands
 from mechscope.lens.token_attribution import attribute_positions, attribute_sources
-from mechscope.lens.training import Trained, evaluate_lens, train_tuned_lens
+from mechscope.lens.training import Trained, evaluate_lens, train_tuned_lens, with_training
 from mechscope.lens.translators import Translator, Translators
 from mechscope.settings.lens import TunedLensSettings
 
@@ -41,4 +41,5 @@ __all__ = [
     "suppress_bands",
     "train_attention_lens",
     "train_tuned_lens",
+    "with_training",
 ]

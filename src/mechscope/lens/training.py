@@ -33,6 +33,7 @@ from mechscope.lens.projection import Final, Projection
 from mechscope.lens.reading import MEASURES
 from mechscope.lens.translators import Translator, Translators
 from mechscope.settings.lens import TunedLensSettings
+from mechscope.stats.convergence import convergence
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
 from mechscope.stats.moments import Moments
 from mechscope.subject import Subject
@@ -41,6 +42,7 @@ from mechscope.subject import Subject
 _CLIP = 1.0
 # gradients shrink a hundredfold within a hundred steps: with Adam's usual memory of a thousand they would still be divided by the first ones
 _BETAS = (0.9, 0.95)
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Trained:
 
     Attributes:
         translators: The maps.
-        curve: One row per step and place: `step`, `component`, `kl` (nats; of the step's tokens, before the step).
+        curve: One row per step and place: `step`, `component`, `kl` (nats; of the step's tokens, before the step); and of the place `converged`,
+            `late_share` (see `mechscope.stats.convergence`) and `unconverged` (why its map has not, or empty), the same in each of its rows.
     """
 
     translators: Translators
@@ -131,7 +134,20 @@ def train(
     translators = Translators(
         done, subject.fingerprint, subject.anatomy.n_layers, {**asdict(settings), "seed": execution.seed, "texts": texts.hash}
     )
-    return Trained(translators, pd.DataFrame(curve, columns=["step", "component", "kl"]))
+    return Trained(translators, _with_convergence(pd.DataFrame(curve, columns=["step", "component", "kl"]), settings.steps))
+
+
+def _with_convergence(curve: pd.DataFrame, steps: int) -> pd.DataFrame:
+    by_step = curve.pivot(index="step", columns="component", values="kl")
+    arrived = {name: convergence(by_step[name], pace=1 - by_step.index / steps) for name in by_step}
+    facts = pd.DataFrame([{"component": name, **each.columns, "unconverged": each.reason} for name, each in arrived.items()])
+    return curve.merge(facts, on="component", how="left")
+
+
+def with_training(judged: pd.DataFrame, curve: pd.DataFrame) -> pd.DataFrame:
+    """Give what `evaluate_lens` returned the columns `converged`, `late_share` and `unconverged` of the training's curve."""
+    facts = curve.drop_duplicates("component")[["component", "converged", "late_share", "unconverged"]]
+    return judged.merge(facts, on="component", how="left")
 
 
 def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, execution: Execution = Execution()) -> pd.DataFrame:
@@ -140,7 +156,7 @@ def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, e
     Returns:
         One row per place: `site`, `layer`, `head`, `component`, `n` (texts), `kl_logit_lens` and `kl_tuned` (KL(final ‖ lens), nats, mean over texts
         of means over tokens), each with `_se`, `_low`, `_high` (95 %), and their difference `kl_change` with `_p` and `_q` (Benjamini–Hochberg
-        over places) too.
+        over places) too; `verdict`: at q < .05 the map comes `nearer` to the model than no map or lies `farther` from it, else `undecided`.
 
     Raises:
         MechscopeError: The translators are another model's, or the texts do not fit.
@@ -150,7 +166,7 @@ def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, e
     options: dict[str, Any] = {"sites": sites, "layers": layers, "k": 1, "execution": execution}
     readings = [logit_lens(subject, texts, translators=chosen, **options) for chosen in (None, translators)]
     plain, tuned = (np.stack([text.means("all")[:, MEASURES.index("kl")] for text in reading.texts]) for reading in readings)
-    columns: dict[str, object] = {"n": len(texts)}
+    columns: dict[str, Any] = {"n": len(texts)}
     for name, values in (("kl_logit_lens", plain), ("kl_tuned", tuned)):
         moments = Moments(values.shape[1:])
         moments.update_many(values)
@@ -159,6 +175,8 @@ def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, e
     change = paired_difference(tuned, plain)
     columns |= {"kl_change": change.mean, "kl_change_se": change.standard_error, "kl_change_low": change.low}
     columns |= {"kl_change_high": change.high, "kl_change_p": change.p, "kl_change_q": benjamini_hochberg(change.p)}
+    shown = columns["kl_change_q"] < _LEVEL
+    columns["verdict"] = np.select([shown & (change.mean < 0), shown & (change.mean > 0)], ["nearer", "farther"], "undecided")
     return pd.concat([places_table(readings[0].places), pd.DataFrame(columns)], axis=1)
 
 

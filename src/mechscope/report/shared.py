@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -29,6 +30,10 @@ _LARGEST = 40
 
 NORMALISED = number("0: as the corrupt run, 1: as the clean run; a ratio of means", "share", "low", "high")
 """Column of sweeps between two runs."""
+WITHHELD = Column("why shares are not given, in words; empty where they are")
+"""Column beside shares of a whole, see `mechscope.stats.shares`."""
+TOKENIZER = Column('how ROUGE cut texts into words: "english" (a–z and digits, stemmed) or "unicode" (words of any script)')
+"""Column beside ROUGE, see `mechscope.data.rouge`."""
 
 
 def effect_columns(
@@ -66,7 +71,7 @@ def largest_effects(effects: pd.DataFrame, component: str = "component") -> View
     if effects["positions"].nunique() > 1 or (effects["positions"] != "all").any():
         view = view.words("positions", "positions")
     view = view.numbers("effect", "effect", ends=("low", "high"), sign=True)
-    view = view.numbers("normalised", "normalised", ends=("normalised_low", "normalised_high"))
+    view = view.shares("normalised", "normalised", ends=("normalised_low", "normalised_high"))
     return view.numbers("q", "q").numbers("n", "texts").view()
 
 
@@ -84,6 +89,27 @@ def estimated(row: pd.Series, column: str, *, share: bool = False, sign: bool = 
     return f"{value} {interval(scale * row[f'{column}_low'], scale * row[f'{column}_high'], sign=sign)}".strip()
 
 
+def share_of(row: Mapping[Any, Any] | pd.Series, column: str, whole: str) -> str:
+    """Return a share of a row in words: `65 % [51.0, 80.2] of what the noise took`, or why it is withheld.
+
+    Args:
+        row: A row with the columns `column`, `column_low`, `column_high` and `withheld`.
+        column: The share.
+        whole: What it is a share of.
+    """
+    if row.get("withheld"):
+        return f"its share of {whole} is withheld ({row['withheld']})"
+    return f"{percent(row[column])} {interval(100 * row[f'{column}_low'], 100 * row[f'{column}_high'])} of {whole}".replace("  ", " ")
+
+
+def withheld_shares(table: pd.DataFrame) -> list[str]:
+    """Return the caveat that shares of a table are withheld, with the most frequent reason; empty where none is."""
+    reasons = table["withheld"][table["withheld"].fillna("") != ""] if "withheld" in table else pd.Series(dtype=str)
+    if reasons.empty:
+        return []
+    return [f"{len(reasons)} of {len(table)} shares are withheld: {reasons.mode().iloc[0]}."]
+
+
 def texts(n: float) -> str:
     """Return a number of texts in words: `1 text`, `1,024 texts`."""
     return f"{written(int(n))} text{'' if n == 1 else 's'}"
@@ -96,7 +122,9 @@ def differ_from_zero(effects: pd.DataFrame) -> str:
 
 
 def main_rule(selection: pd.DataFrame | None, kind: str) -> str | None:
-    """Return the rule whose choice the figures outline: the first by attention KL, else the first that is not a control; None without any.
+    """Return the rule whose choice the figures outline; None without any.
+
+    Of layers the first by attention KL, of heads the first by what they write; else the first that is not a control.
 
     Args:
         selection: The selection table, or None.
@@ -107,7 +135,8 @@ def main_rule(selection: pd.DataFrame | None, kind: str) -> str | None:
     rules = [str(rule) for rule in dict.fromkeys(selection.loc[selection["kind"] == kind, "rule"])]
     # random and last layers are what a selection is compared with
     rules = [rule for rule in rules if not rule.startswith(("random", "last"))]
-    return next((rule for rule in rules if "kl" in rule.lower()), rules[0] if rules else None)
+    preferred = "write" if kind == "head" else "kl"
+    return next((rule for rule in rules if preferred in rule.lower()), rules[0] if rules else None)
 
 
 def chosen(selection: pd.DataFrame | None, kind: str) -> list[tuple[int, int]]:

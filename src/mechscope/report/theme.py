@@ -47,9 +47,11 @@ PROTOCOL_NAMES = {"equal_rank": "equal rank", "equal_parameters": "equal paramet
 METRIC_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 RULE_NAMES = {
     "layers_by_kl": "layers by attention KL",
+    "layers_by_write": "layers by what they write",
     "layers_by_score": "layers by combined score",
     "heads_by_kl": "heads by attention KL",
     "heads_by_entropy": "heads by |entropy change|",
+    "heads_by_write": "heads by what they write",
     "heads_by_score": "heads by combined score",
 }
 ROWS_NAMES = {"all": "all tokens", "document": "article", "summary": "summary"}

@@ -21,6 +21,7 @@ class DiscoverySettings(Settings):
     method: DiscoveryMethod = setting("eap-ig", "How edges are scored.")
     metric: MetricName = setting("logit-diff", "What is measured; loss is of a target span, kl compares with the clean run.")
     steps: Number = setting(5, "Points of integrated gradients.")
+    pruning_steps: Number = setting(1000, "Steps of edge-pruning; the circuit's measures say whether it converged.")
     points: PathPoints = setting("left", "Where they lie: left (as EAP-IG's authors) or midpoint.")
     source: Literal["corrupt", "mean", "zero"] = setting("corrupt", "What closed edges carry: the corrupt run's values, means, or zero.")
     rule: Literal["top", "greedy"] = setting("top", "How edges are chosen: the strongest, or greedily from the logits.")

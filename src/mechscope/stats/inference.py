@@ -130,6 +130,66 @@ def share_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[floa
     return float(bounds.low), float(bounds.high)
 
 
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation with what is known about it; NaN where a series does not vary or has gaps.
+
+    Attributes:
+        rho: Spearman's correlation.
+        low: Lower end of its interval; NaN below six pairs.
+        high: Upper end.
+        p: Two-sided p of "there is none".
+    """
+
+    rho: float
+    low: float
+    high: float
+    p: float
+
+
+def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], *, level: float = 0.95) -> Correlation:
+    """Return Spearman's rank correlation with Bonett and Wright's interval (2000), by Fisher's z with variance (1 + ρ²/2) / (n − 3).
+
+    Simulated on normal pairs with correlations of 0, .5 and .9 it covers .94 to .97 from 8 pairs up and .99 of 6; a percentile bootstrap
+    over pairs .89 to .98.
+
+    Args:
+        x: One series.
+        y: The other, in the same order.
+        level: Confidence, a fraction.
+    """
+    x, y = (np.asarray(each, dtype=np.float64) for each in (x, y))
+    n, nan = len(x), float("nan")
+    if n < 3 or np.isnan(x).any() or np.isnan(y).any() or not np.ptp(x) or not np.ptp(y):
+        return Correlation(nan, nan, nan, nan)
+    rho, p = (float(value) for value in distributions.spearmanr(x, y))
+    if n < 6 or abs(rho) >= 1:
+        return Correlation(rho, nan, nan, p)
+    width = distributions.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    low, high = np.tanh(np.arctanh(rho) + width * np.array([-1, 1]))
+    return Correlation(rho, float(low), float(high), p)
+
+
+def rank_p(value: float, others: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Return the two one-sided p of "this value is one more draw of those": its rank among them (Dwass 1957; Phipson and Smyth 2010).
+
+    Exact, whatever the distribution, where the value and the others are exchangeable; ties count against it. A two-sided verdict at .05 wants either below
+    .025, which takes 40 others or more.
+
+    Args:
+        value: What is compared.
+        others: Draws under the null.
+
+    Returns:
+        The share of all, the value itself counted, that are at least as large, and at most as large. NaN without others, or where any is NaN.
+    """
+    others = np.asarray(others, dtype=np.float64)
+    if not len(others) or np.isnan(others).any() or np.isnan(value):
+        return float("nan"), float("nan")
+    n = len(others) + 1
+    return (1 + int((others >= value).sum())) / n, (1 + int((others <= value).sum())) / n
+
+
 def _broadcast(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bring three arguments to one shape; degrees of freedom are NaN where there are none."""
     centre, error, count = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (mean, standard_error, n)))

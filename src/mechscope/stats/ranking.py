@@ -13,8 +13,15 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-HEAD_SCORE_COLUMNS = ("kl_base_tuned", "entropy_change", "z_cosine_distance", "weight_change")
-LAYER_SCORE_COLUMNS = ("kl_base_tuned", "entropy_change", "cosine_distance", "weight_change")
+HEAD_SCORE_COLUMNS = ("kl_base_tuned", "entropy_change", "z_cosine_distance", "write_change", "weight_change")
+LAYER_SCORE_COLUMNS = (
+    "kl_base_tuned",
+    "entropy_change",
+    "cosine_distance",
+    "write_change_own",
+    "mlp_write_change_own",
+    "weight_change",
+)
 
 
 def combined_score(measures: Float[np.ndarray, "measures *batch n"]) -> Float[np.ndarray, "*batch n"]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from math import comb
 
 import numpy as np
 import pandas as pd
-from scipy import stats as distributions
 
 from mechscope.causal import Effects, ablate_together, cross_patch, mean_of, random_like
 from mechscope.choices import AblationSource
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Execution
-from mechscope.stats.inference import interval
+from mechscope.stats.inference import rank_correlation, rank_p
+from mechscope.stats.shares import share_of, shares_of
 from mechscope.studies.selection import Chosen
 from mechscope.subject import Components, Pair
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # sets of as many layers as were selected, to compare with: all of them where there are no more
 _LAYER_SETS = 40
-_RESAMPLES = 2000
+_NO_GAIN = "fine-tuning did not lower the loss on these summaries"
 # tokens of a batch where no number is given
 _TOKENS = 4096
 
@@ -56,7 +56,7 @@ def measure_importance(
         rows: Which of their query rows are correlated with the gain.
         source: What ablated heads are replaced by.
         random_sets: Random head sets that the ablation is compared with.
-        execution: Tokens of a batch (4,096 by default), seed of random sets and resampling, progress.
+        execution: Tokens of a batch (4,096 by default), seed of random sets, progress.
 
     Returns:
         The tables `cross_model`, `layer_sets`, `ablation` and `importance`.
@@ -67,6 +67,9 @@ def measure_importance(
     by_weights = cross_patch(
         pair, texts, levels=("layer", "attention", "mlp", "embedding", "unembedding"), by="weights", execution=execution
     )
+    base, tuned = by_activations["into_base"], by_activations["into_tuned"].unchanged
+    gain = base.unchanged - tuned
+    no_gain = share_of(gain, gain, absent=_NO_GAIN, positive=True).withheld
     singles = {into: _without_sets(effects) for into, effects in by_activations.items()}
     cross = pd.concat(
         [effects.table.assign(by="activations", into=into) for into, effects in singles.items()]
@@ -75,9 +78,11 @@ def measure_importance(
     )
     return {
         "cross_model": cross,
-        "layer_sets": layer_sets_table(by_activations["into_base"], by_activations["into_tuned"].unchanged),
-        "ablation": ablation_table(pair, texts, chosen.heads, source=source, random_sets=random_sets, execution=execution),
-        "importance": importance_table(changed["heads"], changed["layers"], cross, rows=rows, seed=execution.seed),
+        "layer_sets": layer_sets_table(base, tuned),
+        "ablation": ablation_table(
+            pair, texts, chosen.heads, source=source, random_sets=random_sets, withheld=no_gain, execution=execution
+        ),
+        "importance": importance_table(changed["heads"], changed["layers"], cross, rows=rows),
     }
 
 
@@ -109,40 +114,48 @@ def layer_sets_table(effects: Effects, tuned: np.ndarray) -> pd.DataFrame:
         tuned: The tuned model's loss per text.
 
     Returns:
-        One row per set (`component`, `selected`, `share` of the gain, `gain` in nats per token), and on the selected one how much more it
-        carries than the mean of the others: `more`, `more_low`, `more_high` as shares of the gain (95 % interval over texts).
+        One row per set (`component`, `selected`, `gain` in nats per token, `share` of the gain, `n`, `withheld`: why shares are NaN), and on the selected one
+        how much more it carries than the mean of the others: `more`, `more_low`, `more_high` as shares of the gain (95 % interval over texts), and
+        `p_random` and `p_less`: the share of sets, itself counted, that carry at least, and at most, as much.
     """
     rows = (effects.table["site"] == "set").to_numpy()
     gains = effects.unchanged - effects.values[rows]  # loss that is gained, per text
-    whole = float((effects.unchanged - tuned).mean())
+    shares = shares_of(gains, effects.unchanged - tuned, absent=_NO_GAIN, positive=True)
     table = pd.DataFrame(
         {
             "component": effects.table.loc[rows, "component"].to_numpy(),
             "selected": np.arange(len(gains)) == 0,
             "gain": gains.mean(1),
-            "share": gains.mean(1) / whole if whole else np.nan,
-            "n": gains.shape[1],
+            "share": shares.value,
+            "n": shares.n,
+            "withheld": shares.withheld,
         }
     )
-    for column in ("more", "more_low", "more_high"):
-        table[column] = np.nan
-    if len(gains) > 1 and whole:
-        more = gains[0] - gains[1:].mean(0)
-        mean, error = more.mean(), more.std(ddof=1) / np.sqrt(len(more)) if len(more) > 1 else np.nan
-        low, high = interval(mean, error, len(more))
-        ends = sorted((float(low) / whole, float(high) / whole))
-        table.loc[0, ["more", "more_low", "more_high"]] = [mean / whole, *ends]
+    table[["more", "more_low", "more_high", "p_random", "p_less"]] = np.nan
+    if len(gains) > 1:
+        more = share_of(gains[0] - gains[1:].mean(0), effects.unchanged - tuned, absent=_NO_GAIN, positive=True)
+        ends = [more.value, more.low, more.high]
+        table.loc[0, ["more", "more_low", "more_high", "p_random", "p_less"]] = [*ends, *rank_p(shares.value[0], shares.value[1:])]
     return table
 
 
 def ablation_table(
-    pair: Pair, texts: Pairs, heads: Components, *, source: AblationSource, random_sets: int, execution: Execution
+    pair: Pair, texts: Pairs, heads: Components, *, source: AblationSource, random_sets: int, withheld: str = "", execution: Execution
 ) -> pd.DataFrame:
     """Ablate the selected heads together in the tuned model, and random sets with as many heads in each layer; arguments as above.
 
+    Args:
+        pair: The models.
+        texts: Held-out documents.
+        heads: The selected heads.
+        source: What ablated heads are replaced by.
+        random_sets: How many random sets.
+        withheld: Why nothing is to be said of what these heads matter for: there is no gain. Empty where there is one.
+        execution: Tokens of a batch, seed of the random sets, progress.
+
     Returns:
-        One row per set: `kind` (`selected` or `random`), the columns of `ablate_together`, and on the selected one `p_random`: the share of random sets
-        (itself counted) whose ablation costs at least as much.
+        One row per set: `kind` (`selected` or `random`), the columns of `ablate_together`, and on the selected one `p_random` and
+        `p_less`: the share of sets, itself counted, whose ablation costs at least, and at most, as much; and `withheld`.
     """
     try:
         controls = random_like(heads, pair.tuned.anatomy, random_sets, seed=execution.seed)
@@ -152,19 +165,19 @@ def ablation_table(
     replacement = mean_of(pair.tuned, texts, ("z",)) if source == "mean" else source
     table = ablate_together(pair.tuned, texts, [heads, *controls], source=replacement, execution=execution).table
     table["kind"] = ["selected", *["random"] * len(controls)]
-    table["p_random"] = np.nan
-    if controls:
-        costs = table["effect"].to_numpy()
-        table.loc[0, "p_random"] = (1 + int((costs[1:] >= costs[0]).sum())) / len(costs)
+    table[["p_random", "p_less"]] = np.nan
+    costs = table["effect"].to_numpy()
+    table.loc[0, ["p_random", "p_less"]] = rank_p(costs[0], costs[1:])
+    table["withheld"] = [withheld, *[""] * len(controls)]
     return table
 
 
-def importance_table(heads: pd.DataFrame, layers: pd.DataFrame, cross: pd.DataFrame, *, rows: str, seed: int) -> pd.DataFrame:
+def importance_table(heads: pd.DataFrame, layers: pd.DataFrame, cross: pd.DataFrame, *, rows: str) -> pd.DataFrame:
     """Correlate how much parts changed with how much of the gain they carry, by ranks (Spearman).
 
     Returns:
-        One row per level (`layer`, `head`), way of exchange (`by`) and direction (`into`): `rho` with a percentile bootstrap interval over the parts,
-        `p` and `n` parts.
+        One row per level (`layer`, `head`), way of exchange (`by`) and direction (`into`): `rho` with an interval over the parts, `p` and `n`
+        parts; NaN where shares of the gain are withheld.
     """
     correlations = []
     for level, changed in (("layer", layers), ("head", heads)):
@@ -173,19 +186,5 @@ def importance_table(heads: pd.DataFrame, layers: pd.DataFrame, cross: pd.DataFr
         for (by, into), part in cross[cross["site"] == site].groupby(["by", "into"], sort=False):
             carried = part.set_index(["layer", "head"] if level == "head" else ["layer"])["normalised"]
             both = pd.concat([measured, carried], axis=1, join="inner").to_numpy()
-            correlations.append({"level": level, "by": by, "into": into, **_rank_correlation(both, seed)})
+            correlations.append({"level": level, "by": by, "into": into, **asdict(rank_correlation(*both.T)), "n": len(both)})
     return pd.DataFrame(correlations)
-
-
-def _rank_correlation(both: np.ndarray, seed: int) -> dict[str, float]:
-    n = len(both)
-    if n < 3 or np.isnan(both).any() or (np.ptp(both, axis=0) == 0).any():
-        return {"rho": np.nan, "low": np.nan, "high": np.nan, "p": np.nan, "n": n}
-    result = distributions.spearmanr(both[:, 0], both[:, 1])
-    drawn = np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))
-    ranks = distributions.rankdata(both[drawn], axis=1)
-    centred = ranks - ranks.mean(1, keepdims=True)
-    spread = np.sqrt((centred**2).sum(1).prod(1))
-    rho = np.divide(centred.prod(2).sum(1), spread, out=np.full(len(drawn), np.nan), where=spread > 0)
-    low, high = np.nanquantile(rho, [0.025, 0.975])
-    return {"rho": float(result.statistic), "low": float(low), "high": float(high), "p": float(result.pvalue), "n": n}

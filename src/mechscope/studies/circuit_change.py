@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from mechscope.circuits.change import edge_shift, overlap_table
+from mechscope.circuits.change import FEWEST_TEXTS, edge_shift, overlap_table
 from mechscope.circuits.choosing import choose
 from mechscope.circuits.gain import tuned_edges
 from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import overlap
 from mechscope.circuits.scores import EdgeScores
 from mechscope.instrument.execution import Execution
-from mechscope.studies.circuits import FALLBACK, FEWEST, CircuitRequest
+from mechscope.studies.circuits import FALLBACK, CircuitRequest
 from mechscope.subject import Pair
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ OVERLAP_FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 GAIN_FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # random pairs of circuits behind each null
 _DRAWS = 200
+# of fewer random sets none can be beaten at a two-sided level of .05
+_JUDGED_SETS = 40
 
 Circuits = Mapping[str, tuple[EdgeScores, Circuit]]
 """Scores and circuit by label of the model."""
@@ -46,29 +48,37 @@ def compare_circuits(
     (base, base_circuit), (tuned, tuned_circuit) = circuits["base"], circuits["tuned"]
     settings, tables = request.settings, {}
     if base.per_text is None:
-        log.warning("method %s keeps no scores of single texts: overlap with the models' own noise and shifts are left out", base.method)
+        log.warning("method %s keeps no scores of single texts: overlap beside exchanged models and shifts are left out", base.method)
     else:
         tables["circuit_shift"] = edge_shift(base, tuned, base_circuit, tuned_circuit)
-        if (texts := len(base.per_text)) >= FEWEST:
-            resamples = settings.circuit_resamples
-            tables["circuit_overlap"] = overlap_table(
-                base, tuned, OVERLAP_FRACTIONS, resamples=resamples, seed=execution.seed, **request.manner
-            )
+        if (texts := len(base.per_text)) >= FEWEST_TEXTS:
+            tables["circuit_overlap"] = overlap_table(base, tuned, OVERLAP_FRACTIONS, seed=execution.seed, **request.manner)
         else:
-            log.warning("edges were scored on %d texts, which cannot be halved: overlap with the models' own noise needs %d", texts, FEWEST)
+            log.warning(
+                "edges were scored on %d texts, too few to exchange models in: the overlap of circuits needs %d", texts, FEWEST_TEXTS
+            )
     if settings.metric != "kl":
-        gain = tuned_edges(
-            pair,
-            request.judged_on,
-            fractions=GAIN_FRACTIONS,
-            scored_on=request.scored_on,
-            random=settings.random_circuits,
-            metric=settings.metric,
-            execution=execution,
-        )
-        if gain.note is not None:
-            log.warning("the gain of fine-tuning: %s", gain.note)
-        tables["circuit_gain"] = gain.table
+        # the size that is judged gets as many random sets as a rank among them needs, if there are to be any
+        judged = max(settings.random_circuits, _JUDGED_SETS) if settings.random_circuits else 0
+        sizes = {judged: [FALLBACK], settings.random_circuits: [fraction for fraction in GAIN_FRACTIONS if fraction != FALLBACK]}
+        if judged == settings.random_circuits:
+            sizes = {judged: list(GAIN_FRACTIONS)}
+        gains = [
+            tuned_edges(
+                pair,
+                request.judged_on,
+                fractions=fractions,
+                scored_on=request.scored_on,
+                random=random,
+                metric=settings.metric,
+                execution=execution,
+            )
+            for random, fractions in sizes.items()
+        ]
+        if gains[0].note is not None:
+            log.warning("the gain of fine-tuning: %s", gains[0].note)
+        together = pd.concat([gain.table for gain in gains], ignore_index=True)
+        tables["circuit_gain"] = together.sort_values("fraction", kind="stable", ignore_index=True)
     return tables
 
 

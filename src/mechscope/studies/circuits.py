@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 FALLBACK = 0.05
 # pairs that a half needs
 FEWEST = 4
+# of methods that learn
+CONVERGED = "learning converged (1: yes)"
 # below it a component is said to be needed
 _LEVEL = 0.05
 
@@ -155,6 +157,7 @@ def score_edges(subject: Subject, request: CircuitRequest, *, execution: Executi
         request.scored_on,
         method=settings.method,
         steps=settings.steps,
+        pruning_steps=settings.pruning_steps,
         points=settings.points,
         source=request.source(subject, execution=execution),
         fraction=request.share_of(Graph.of(subject)) or FALLBACK,
@@ -252,7 +255,7 @@ def judge_circuit(
     if not len(circuit):
         log.warning("no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty", 100 * fraction)
     own = evaluate(subject, request.judged_on, [circuit], **options)
-    share = own.faithfulness(seed=execution.seed)
+    share = own.faithfulness()
     summary = [
         _measure("edges", len(circuit)),
         _measure("edges of the model", len(graph)),
@@ -260,9 +263,9 @@ def judge_circuit(
         _measure("metric of the model", own.clean.mean()),
         _measure("metric without edges", own.empty.mean()),
         _measure("metric of the circuit", own.values[0].mean()),
-        _measure("faithfulness", share.value[0], share.low[0], share.high[0]),
-        _area("CPR", curve.cpr),
-        _area("CMD", curve.cmd),
+        _measure("faithfulness", share.value[0], share.low[0], share.high[0], withheld=str(share.withheld[0])),
+        _area("CPR", curve.cpr, curve.notes["faithfulness"]),
+        _area("CMD", curve.cmd, curve.notes["faithfulness"]),
     ]
     needed: Minimality | None = None
     if settings.criteria and circuit.components():
@@ -282,6 +285,9 @@ def judge_circuit(
             summary.append(_measure(name, row["mean"], row["low"], row["high"], random=row["null"]))
     if other_seed is not None:
         summary += _seeds(circuit, choose(other_seed, fraction=fraction, **request.manner))
+    if "converged" in scores.notes:
+        converged, why = bool(scores.notes["converged"]), str(scores.notes["unconverged"])
+        summary.append(_measure(CONVERGED, float(converged), withheld="" if converged else f"the search had not converged: {why}"))
     summary += [_measure("forward passes to score", scores.cost.forward), _measure("backward passes to score", scores.cost.backward)]
     cards = component_cards(subject, request.judged_on, circuit, **options)
     tables = {
@@ -320,12 +326,15 @@ def _seeds(circuit: Circuit, other: Circuit) -> list[dict[str, Any]]:
     ]
 
 
-def _measure(name: str, value: float, low: float = np.nan, high: float = np.nan, *, random: float = np.nan) -> dict[str, Any]:
-    return {"measure": name, "value": float(value), "low": low, "high": high, "random": random, "random_low": np.nan, "random_high": np.nan}
+def _measure(
+    name: str, value: float, low: float = np.nan, high: float = np.nan, *, random: float = np.nan, withheld: str = ""
+) -> dict[str, Any]:
+    measured = {"measure": name, "value": float(value), "low": low, "high": high}
+    return {**measured, "random": random, "random_low": np.nan, "random_high": np.nan, "withheld": withheld}
 
 
-def _area(name: str, area: Area) -> dict[str, Any]:
-    row = _measure(name, area.value, area.low, area.high, random=area.random)
+def _area(name: str, area: Area, note: str | None) -> dict[str, Any]:
+    row = _measure(name, area.value, area.low, area.high, random=area.random, withheld=note or "")
     return {**row, "random_low": area.random_low, "random_high": area.random_high}
 
 

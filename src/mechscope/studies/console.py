@@ -129,7 +129,7 @@ def show(job: Job[Any], result: Any, *, quiet: bool = False) -> None:
         return
     if not quiet:
         _show_contents(result)
-    out.print(f"run     {escape(str(result.path))}", highlight=False)
+    out.print(f"run     {escape(str(result.path))}", highlight=False, soft_wrap=True)
     show_report(result.report)
 
 

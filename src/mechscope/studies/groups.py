@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mechscope.choices import Dtype, HeadRule, LayerRule, Rows
-from mechscope.settings import Count, Number, Settings, setting
+from mechscope.settings import Count, Number, Settings, nested, setting
+from mechscope.settings.smallest import SmallestSettings
 
 DEFAULT_TEMPLATE = "Article: {document}\nSummary: {summary}"
 # what a source of prompt pairs may be, for help
@@ -167,8 +168,16 @@ class Measuring(Running):
     gini: bool = setting(False, "Also measure the Gini sparsity of attention (several times slower on long documents).")
     replicates: Number = setting(200, "Bootstrap replicates for the stability of selections.")
     geometry_documents: Number = setting(300, "Most documents whose pooled states are kept for CKA and RSA.")
+    same_input_documents: Number = setting(
+        32, "Most documents on which tuned blocks also run on the base's residual stream (write_change)."
+    )
     pattern_documents: Count = setting(0, "Documents whose whole attention patterns are kept (tensors/patterns.safetensors).")
     rows: Rows = setting("all", "Which query rows selections and claims read.")
+    smallest: SmallestSettings = nested(SmallestSettings, prefix="smallest_")
+
+
+MEASURED_BY = ("gini", "replicates", "geometry_documents", "same_input_documents", "pattern_documents", "smallest", "seed")
+"""Settings of `Measuring` that decide what a difference is; the rest decides how it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +187,9 @@ class Selecting(Settings):
     panel: ClassVar[str] = "Selection"
 
     layer_rule: LayerRule = setting("layers_by_kl", "Rule that chooses layers; layers_by_kl is the paper's.")
-    head_rule: HeadRule = setting("heads_by_kl", "Rule that chooses heads.")
+    head_rule: HeadRule = setting(
+        "heads_by_write",
+        "Rule that chooses heads; heads_by_write sees every change of a head's own weights, heads_by_kl only where it attends.",
+    )
     selected_layers: Number | None = setting(None, "How many layers; by default a quarter of them.")
     selected_heads: Number | None = setting(None, "How many heads; by default as many as the selected layers hold.")

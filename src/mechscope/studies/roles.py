@@ -48,7 +48,7 @@ def role_tables(
         The tables `head_roles`, `role_definitions` and, of a base and a tuned model, `head_role_changes`.
     """
     scores = {label: score_roles(subject, documents, probes=probes, execution=execution) for label, subject in subjects.items()}
-    columns = ["role", "definition", "source", "low", "high", "null", "threshold"]
+    columns = ["role", "definition", "source", "low", "high", "null", "least"]
     roles = pd.DataFrame([asdict(one.role) for one in next(iter(scores.values()))]).rename(columns={"name": "role"})
     tables = {
         "head_roles": pd.concat([roles_table(of, model=label) for label, of in scores.items()], ignore_index=True),

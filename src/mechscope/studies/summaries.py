@@ -12,7 +12,7 @@ from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
 from mechscope.instrument import Execution
 from mechscope.settings.decoding import Decoding
-from mechscope.stats.bootstrap import bootstrap_interval
+from mechscope.stats.bootstrap import mean_interval
 from mechscope.studies.inputs import Documents
 from mechscope.subject import Subject
 
@@ -47,7 +47,7 @@ def write_summaries(
         execution: Tokens of a batch, seed of the intervals, progress.
 
     Returns:
-        The tables `summaries` (one row per document, one column per model) and `rouge` (mean score with its interval over documents).
+        The tables `summaries` (one row per document, one column per model) and `rouge` (mean score with its interval over documents, or why there is none).
     """
     references = [document.summary for document in documents]
     table = pd.DataFrame({"id": [d.id for d in documents], "document": [d.document for d in documents], "reference": references})
@@ -73,7 +73,7 @@ def _score(model: str, written: list[str], references: list[str], *, seed: int) 
     scores = rouge(written, references)
     rows = []
     for metric in _METRICS:
-        mean = bootstrap_interval(scores[metric].to_numpy(), seed=seed)
-        ends = {"mean": float(mean.value), "low": float(mean.low), "high": float(mean.high)}
-        rows.append({"model": model, "metric": metric, **ends, "n": len(scores)})
+        mean = mean_interval(scores[metric].to_numpy(), seed=seed)
+        ends = {"mean": mean.value, "low": mean.low, "high": mean.high, "withheld": mean.withheld}
+        rows.append({"model": model, "metric": metric, **ends, "n": len(scores), "tokenizer": scores["tokenizer"].iloc[0]})
     return pd.DataFrame(rows)

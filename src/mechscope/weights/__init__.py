@@ -10,7 +10,7 @@ from mechscope.weights.forms import ChangedForms, Forms
 from mechscope.weights.memories import agreement, memories
 from mechscope.weights.neurons import neuron_tokens, neuron_weights
 from mechscope.weights.positions import position_scores
-from mechscope.weights.rotary import is_bilinear, score_matrices
+from mechscope.weights.rotary import is_bilinear, position_turn, score_matrices
 from mechscope.weights.singular import singular_tokens
 from mechscope.weights.tokens import ov_tokens, qk_tokens
 from mechscope.weights.vocabulary import Vocabulary, position_rows
@@ -37,6 +37,7 @@ __all__ = [
     "ov_tokens",
     "position_rows",
     "position_scores",
+    "position_turn",
     "qk_tokens",
     "score_matrices",
     "singular_tokens",

@@ -1,8 +1,14 @@
 """Heads in position space: how much a query looks for a key by where it stands.
 
-Learned positions have a matrix of their own, W_pos W_QK W_posᵀ (Elhage et al. 2021): a previous-token head shows there as its first lower diagonal.
-Rotary families have no vectors of positions; what is left of position there is the score that an average query gives an average key at each
-offset, the mean over all pairs of tokens.
+Learned positions have a matrix of their own, W_pos W_QK W_posᵀ (Elhage et al. 2021): in an attention-only model whose first layer reads positions as they
+are embedded, a previous-token head shows there as its first lower diagonal. Rotary families have no vectors of positions; what is left of position
+there is the score that an average query gives an average key at each offset, the mean over all pairs of tokens.
+
+This finds no previous-token heads in general. Positions are read as if nothing had been added to them, which holds in layer 0 alone, and tokens, whose
+scores may be larger, are left out. Measured: of a two-layer attention-only model the known head is first (all queries score the token before
+highest); of GPT-2's 144 heads the known ones rank 80th and 100th; of a GPT-2 of 7 million parameters on news, the four heads that attend most to the token
+before rank 15th to 22nd of 48 by share, with a rank correlation of .01 over heads, and no contrast of the scores does better (−.4 to −.3). Which
+heads attend to the token before, `pattern_roles` measures on texts.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ def position_scores(
     Returns:
         One row per head and offset: `layer`, `head`, `component`, `space` (`learned` or `rotary`), `offset`, `score` (before softmax: the mean over
         all queries that have this many keys behind them, or over all pairs of tokens) and `share` (the share of these queries, 0–1, that score the key at
-        this offset highest of all keys they can see; 1 at offset 1 for a pure previous-token head; NaN in rotary families).
+        this offset highest of all keys they can see, by position alone: no sign of a previous-token head behind layer 0; NaN in rotary families).
 
     Raises:
         SettingsError: Heads or the number of offsets do not fit the model.

@@ -50,6 +50,18 @@ def score_matrices(subject: Subject, layer: int, offsets: Sequence[int]) -> Floa
 
 
 @torch.no_grad()
+def position_turn(subject: Subject, layer: int) -> Float[Tensor, "d_head d_head"]:
+    """Return the orthogonal matrix by which one position more turns a query; the identity in families without rotary embedding.
+
+    A norm of queries (Qwen 3) does not matter: it lengthens a basis vector alike at every position.
+    """
+    turned = _turned(subject, layer, 2)
+    here, next_one = (_slots(turned.query, subject, position) for position in (0, 1))
+    # rows are turned basis vectors
+    return (torch.linalg.pinv(here) @ next_one).T
+
+
+@torch.no_grad()
 def is_bilinear(subject: Subject, layer: int) -> bool:
     """Tell whether a layer's scores are bilinear in what its heads read, for any one offset."""
     once, other = (_turned(subject, layer, 2, factor=factor, shift=shift) for factor, shift in ((1.0, 0), (2.0, 1)))

@@ -10,7 +10,7 @@ import pytest
 
 from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.instrument import Execution
-from mechscope.lens import Translators, TunedLensSettings, evaluate_lens, train_attention_lens
+from mechscope.lens import Translators, TunedLensSettings, evaluate_lens, train_attention_lens, with_training
 from mechscope.studies.jobs.attention_lens import JOB
 from mechscope.studies.pairs import held_out
 from tests.studies.jobs.running import PAIRS, findings, refuses, run, shown, subject
@@ -26,7 +26,8 @@ def test_tables_are_those_of_the_functions_and_the_page_shows_them(tmp_path: Pat
         subject(), learned, layers=(1, 2), settings=TunedLensSettings(steps=3, tokens_per_step=30), execution=Execution(seed=2)
     )
     pd.testing.assert_frame_equal(result.attention_lens_training, trained.curve)
-    pd.testing.assert_frame_equal(result.attention_lens, evaluate_lens(subject(), judged, trained.translators))
+    expected = with_training(evaluate_lens(subject(), judged, trained.translators), trained.curve)
+    pd.testing.assert_frame_equal(result.attention_lens, expected)
     assert "Sakarvadia et al. 2023" in shown(result, "attention-lens")
     kept = Translators.load(result.path / "lenses" / "attention.safetensors", subject())
     assert {place.component for place in kept.maps} == set(result.attention_lens["component"])
@@ -37,11 +38,23 @@ def test_the_sentence_counts_the_heads_that_came_nearer() -> None:
     table["kl_change"], table["kl_change_q"] = -0.1, 0.5
     table.loc[:2, "kl_change_q"] = 0.01
     table.loc[2, "kl_change"] = 0.3  # surely, but farther
+    table["verdict"] = "undecided"
+    table.loc[:1, "verdict"], table.loc[2, "verdict"] = "nearer", "farther"
+    table["converged"], table["unconverged"] = True, ""
     table["kl_tuned"] = 1.0
     table.loc[5, ["kl_tuned", "kl_tuned_low", "kl_tuned_high", "kl_logit_lens"]] = [0.5, 0.4, 0.6, 0.9]
     (sentence,) = findings("attention-lens", attention_lens=table)
     assert "what a2.h1 writes comes nearest to the model's prediction, of 8 heads: KL 0.500 [0.400, 0.600] nats" in sentence
     assert "0.900 without. The maps bring 2 of 8 heads nearer" in sentence
+    assert sentence.endswith("; 1 are worse than none.")
+
+
+def test_three_steps_have_not_converged_and_nothing_is_said_of_their_maps() -> None:
+    table = run(JOB, None, **QUICK).attention_lens
+    assert not table["converged"].any()
+    (sentence,) = findings("attention-lens", attention_lens=table)
+    assert "What the maps of 8 of 8 heads say is withheld: their training had not converged" in sentence
+    assert "too few to tell" in sentence
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,12 @@ def test_another_file_of_runs_is_run_in_the_same_folder(tmp_path: Path) -> None:
 
 def test_every_run_has_a_sentence_of_its_own_numbers() -> None:
     table = run_counterfactuals(subject(), PAIRS, {"one": {"m1": "zero"}, "two": {"m2": "zero"}}).table.assign(changed="x")
-    table.loc[1, ["effect", "low", "high", "value", "normalised"]] = [-2.0, -3.0, -1.0, 0.5, 0.25]
+    changed = {"effect": -2.0, "low": -3.0, "high": -1.0, "value": 0.5, "normalised": 0.25, "normalised_low": 0.1, "normalised_high": 0.4}
+    table.loc[1, list(changed)] = list(changed.values())
+    table["withheld"] = ["", ""]
     first, second = findings("counterfactual", counterfactual=table)
     assert first.startswith("Run “one” changes logit-diff by ")
-    assert "Run “two” changes logit-diff by −2.00 [−3.00, −1.00] to 0.500 (n = 6 texts), 25\u202f% of the way" in second
+    assert "Run “two” changes logit-diff by −2.00 [−3.00, −1.00] to 0.500 (n = 6 texts), 25\u202f% [10.0, 40.0] of the way" in second
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_equal_texts_fall_on_one_side() -> None:
         held_out(Pairs(MANY.pairs[:1] * 3, "one"), 0.3, 0)
 
 
-def exchanges(learned: float, random: float) -> pd.DataFrame:
+def exchanges(learned: float, random: float, *, width: float = float("nan"), unconverged: str = "") -> pd.DataFrame:
     """Return a table of one layer in which a learned and two random subspaces reach so much of 100 pairs."""
     rows = [("das", -1, learned), ("random", 0, 0.05), ("random", 1, random), ("full", -1, 0.9), ("none", -1, 0.02)]
     return pd.DataFrame(
@@ -63,6 +63,10 @@ def exchanges(learned: float, random: float) -> pd.DataFrame:
                 "accuracy": share,
                 "low": share - 0.1,
                 "high": share + 0.1,
+                "width": width if method == "das" else float("nan"),
+                "converged": not unconverged,
+                "late_share": 0.02,
+                "unconverged": unconverged,
             }
             for method, draw, share in rows
         ]
@@ -77,6 +81,20 @@ def test_the_sentence_judges_by_the_best_random_subspace(random: float, verdict:
     assert "a learned subspace of 3 dimensions of resid1 makes 70\u202f% [60.0, 80.0] of 100 held-out pairs right" in sentence
     assert "the whole vector 90\u202f%, nothing 2\u202f%" in sentence
     assert f"2 random subspaces of equal size reach {100 * random:.0f}\u202f% at most: {verdict}." in sentence
+
+
+def test_a_width_is_said_where_it_was_sought_and_its_training_converged() -> None:
+    _, sentence = findings("das", das=exchanges(0.7, 0.1, width=1.0))
+    assert "1 dimension is the fewest of resid1 that do as well as the best" in sentence
+    _, sentence = findings("das", das=exchanges(0.7, 0.1, unconverged="its last quarter still lowered the loss by 30% of the whole change"))
+    assert "is withheld: its training had not converged (its last quarter still lowered the loss by 30% of the whole change)" in sentence
+
+
+def test_two_epochs_have_not_converged_and_the_width_is_withheld(tmp_path: Path) -> None:
+    table = run(JOB, tmp_path / "run", pairs=MANY, layers="1", boundless=True, **QUICK).das
+    assert not table.loc[table["method"] == "das", "converged"].any()
+    assert table["width"].isna().all()
+    assert any("is withheld: its training had not converged" in sentence for sentence in findings("das", das=table))
 
 
 @pytest.mark.parametrize(

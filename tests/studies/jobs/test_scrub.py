@@ -57,9 +57,14 @@ def test_the_sentence_gives_the_share_between_both_controls() -> None:
     table = scrub(subject(), EQUAL, {"m2": None}, samples=1).summary.set_index("run")
     table.loc["full", "value"], table.loc["everything", "value"] = 3.0, 1.0
     table.loc["scrubbed", ["value", "recovered", "recovered_low", "recovered_high"]] = [2.5, 0.75, 0.6, 0.9]
+    table["withheld"] = ""
     (sentence,) = findings("scrub", scrub=table.reset_index())
     assert "Under the hypothesis 75\u202f% [60.0, 90.0] of logit-diff is left (n = 6 texts): 2.50, between 1.00 with everything" in sentence
     assert sentence.endswith("and 3.00 of the model itself.")
+    (sentence,) = findings("scrub", scrub=table.assign(withheld="nothing is lost").reset_index())
+    assert sentence.startswith(
+        "Under the hypothesis the share of logit-diff that is left is withheld (nothing is lost) (n = 6 texts): 2.50"
+    )
 
 
 def test_a_hypothesis_that_was_tested_has_no_caveat_about_labels() -> None:

@@ -41,11 +41,14 @@ def test_the_sentence_says_what_noise_took_and_what_came_back() -> None:
     table = causal_trace(subject(), PAIRS, segment="beginning", samples=1).table
     row = table.index[(table["component"] == "resid1") & (table["positions"] == "last subject token")][0]
     changed = {"effect": 0.4, "low": 0.3, "high": 0.5, "value": 0.6, "normalised": 0.8, "normalised_low": 0.7, "normalised_high": 0.9}
+    table["withheld"] = ""
     table.loc[row, list(changed)] = list(changed.values())
     table.loc[table.index != row, "effect"] = 0.01
     (sentence,) = findings("trace", trace=table)
     assert "Restoring resid1 at the last subject token changes probability most, from 0.200 with a blurred subject to 0.600" in sentence
     assert "+0.400 [+0.300, +0.500], 80\u202f% [70.0, 90.0] of what the noise took (n = 6 texts)" in sentence
+    (sentence,) = findings("trace", trace=table.assign(withheld="too few texts: 4 of at least 6"))
+    assert "its share of what the noise took is withheld (too few texts: 4 of at least 6) (n = 6 texts)" in sentence
 
 
 def test_roles_that_no_text_has_do_not_spoil_the_page(tmp_path: Path) -> None:

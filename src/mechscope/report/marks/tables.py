@@ -123,8 +123,16 @@ class Table:
         self, column: str, heading: str, *, ends: tuple[str, str] = ("", ""), digits: int = 3, sign: bool = False, bold: str | None = None
     ) -> Self:
         """Add a column of numbers, with intervals from the columns `ends` and in bold where the column `bold` is a significant q."""
+        return self._numbers(column, heading, ends, digits, sign, bold, "")
 
+    def shares(self, column: str, heading: str, *, ends: tuple[str, str], sign: bool = False) -> Self:
+        """Add a column of shares as `numbers` does; one that is withheld says so, and why (column `withheld`)."""
+        return self._numbers(column, heading, ends, 3, sign, None, "withheld")
+
+    def _numbers(self, column: str, heading: str, ends: tuple[str, str], digits: int, sign: bool, bold: str | None, withheld: str) -> Self:
         def cell(row: Row) -> Cell:
+            if withheld and _none(row[column]) and row.get(withheld):
+                return Cell("withheld", str(row[withheld]))
             note = interval(row.get(ends[0]), row.get(ends[1]), sign=sign)
             return value(row[column], note=note, digits=digits, sign=sign, strong=bold is not None and row.get(bold, 1.0) < Q_SIGNIFICANT)
 

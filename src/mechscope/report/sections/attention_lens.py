@@ -7,7 +7,7 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, head_heatmap
 from mechscope.report.marks.series import curves
-from mechscope.report.marks.tables import Shown, Table
+from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Card, Section, Tables, number, table
 from mechscope.report.shared import estimated, few_texts, texts
 from mechscope.report.theme import label
@@ -26,12 +26,19 @@ TABLES = {
         kl_logit_lens=number("KL(final ‖ lens) of what the head writes, without a map", "nats", "se", "low", "high"),
         kl_tuned=number("the same through its trained map", "nats", "se", "low", "high"),
         kl_change=number("with the map minus without, paired by text", "nats", "se", "low", "high", "p", "q"),
+        verdict="nearer (the map brings the head nearer to the prediction, q < .05), farther (it is worse than none) or undecided",
+        converged="whether the map's training converged, by one rule for all that is trained (methods.md)",
+        late_share=number("change of the loss in the last quarter of the training, of its whole change; below 0: it rose", "share"),
+        unconverged="why the training does not count as converged; empty where it does",
     ),
     "attention_lens_training": table(
         "One row per training step and head.",
         step="the step, from 0",
         component="the head, a3.h5",
         kl=number("KL(final ‖ lens) on the step's tokens, before the step", "nats"),
+        converged="whether the map's training converged, by one rule for all that is trained (methods.md)",
+        late_share=number("change of the loss in the last quarter of the training, of its whole change; below 0: it rose", "share"),
+        unconverged="why the training does not count as converged; empty where it does",
     ),
 }
 
@@ -85,7 +92,8 @@ def _views(tables: Tables) -> list[Shown]:
     view = view.numbers("kl_tuned", "KL with map, nats", ends=("kl_tuned_low", "kl_tuned_high"))
     view = view.numbers("kl_logit_lens", "without", ends=("kl_logit_lens_low", "kl_logit_lens_high"))
     view = view.numbers("kl_change", "change", ends=("kl_change_low", "kl_change_high"), sign=True, bold="kl_change_q")
-    view = view.numbers("kl_change_q", "q", digits=2).numbers("n", "texts")
+    view = view.numbers("kl_change_q", "q", digits=2).words("verdict", "the map")
+    view = view.cells("converged", "converged", lambda row: Cell("yes" if row["converged"] else "no")).numbers("n", "texts")
     return [Shown("Heads nearest to the prediction", view.view(), terminal=True)]
 
 
@@ -93,20 +101,32 @@ def _findings(tables: Tables) -> list[str]:
     judged = tables.get("attention_lens")
     if judged is None:
         return []
-    best = judged.nsmallest(1, "kl_tuned").iloc[0]
-    nearer = int(((judged["kl_change_q"] < Q_SIGNIFICANT) & (judged["kl_change"] < 0)).sum())
-    return [
-        f"On {texts(best['n'])} that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "
-        f"{len(judged)} heads: KL {estimated(best, 'kl_tuned')} nats through its trained map, "
-        f"{written(best['kl_logit_lens'])} without. The maps bring {nearer} of {len(judged)} heads nearer (q < {Q_SIGNIFICANT})."
-    ]
+    arrived = judged[judged["converged"].astype(bool)]
+    sentences = []
+    if len(arrived):
+        best = arrived.nsmallest(1, "kl_tuned").iloc[0]
+        nearer, farther = (int((arrived["verdict"] == verdict).sum()) for verdict in ("nearer", "farther"))
+        worse = f"; {farther} are worse than none" if farther else ""
+        sentences.append(
+            f"On {texts(best['n'])} that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "
+            f"{len(arrived)} heads: KL {estimated(best, 'kl_tuned')} nats through its trained map, "
+            f"{written(best['kl_logit_lens'])} without. The maps bring {nearer} of {len(arrived)} heads nearer (q < {Q_SIGNIFICANT}){worse}."
+        )
+    if len(judged) > len(arrived):
+        reason = judged.loc[~judged["converged"].astype(bool), "unconverged"].iloc[0]
+        sentences.append(
+            f"What the maps of {len(judged) - len(arrived)} of {len(judged)} heads say is withheld: their training had not converged (the first: {reason}); "
+            f"give it more steps."
+        )
+    return sentences
 
 
 def _cards(tables: Tables) -> list[Card]:
     judged = tables.get("attention_lens")
-    if judged is None:
+    arrived = None if judged is None else judged[judged["converged"].astype(bool)]
+    if arrived is None or arrived.empty:
         return []
-    best = judged.nsmallest(1, "kl_tuned").iloc[0]
+    best = arrived.nsmallest(1, "kl_tuned").iloc[0]
     return [Card(label(best["component"]), "tells the prediction best of all heads", f"{written(best['kl_tuned'])} nats from it")]
 
 

@@ -12,12 +12,9 @@ from mechscope.report.marks.curves import learning_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.tables import Cell, Row, Shown, View, value, words
 from mechscope.report.section import Column, Section, Tables, number, table
-from mechscope.report.shared import verb
+from mechscope.report.shared import TOKENIZER, verb
 from mechscope.report.theme import METRIC_NAMES, interval, name_of, percent
 from mechscope.report.theme import number as written
-
-# fewer seeds than these make an interval worth little: the page says so
-_FEW_SEEDS = 3
 
 _ARM: dict[str, Column | str] = {
     "protocol": "equal_rank, equal_parameters, or reference: outside both",
@@ -42,10 +39,12 @@ BAKEOFF = table(
         "first evaluated step with a loss as low as the standard arm's best of the same seed; none if never", "steps"
     ),
     stopped_early="whether training ended before its last step, because the loss had stopped falling",
+    converged="whether the lowest validation loss had arrived when training ended",
+    unconverged="why it does not count as arrived, in words; empty where it does",
     **_ROUGE,
     n_documents="held-out documents that were summarised",
 )
-BAKEOFF_ROUGE = table("One row per arm and held-out document.", **_ARM, seed=_SEED, id="the document", **_ROUGE)
+BAKEOFF_ROUGE = table("One row per arm and held-out document.", **_ARM, seed=_SEED, id="the document", **_ROUGE, tokenizer=TOKENIZER)
 BAKEOFF_SUMMARIES = table(
     "One row per held-out document.",
     {"": Column(_WRITERS)},
@@ -53,16 +52,32 @@ BAKEOFF_SUMMARIES = table(
     document="its text",
     reference="its reference summary",
 )
-_AGAINST = "strategy minus {}, paired by document; none against itself and where the other was not run"
+
+
+def _against(name: str, other: str) -> dict[str, Column | str]:
+    """Describe a paired difference: its interval over trainings, how much trainings differ, and the interval for these trainings alone."""
+    meaning = (
+        f"strategy minus {other}, paired by document and seed; interval over both. None against itself and where the other was not run"
+    )
+    these = "95 % interval over documents for these very trainings, which says nothing about others"
+    return {
+        name: number(meaning, "share", "low", "high"),
+        f"{name}_sd": number("its standard deviation between seeds", "share"),
+        f"{name}_documents_low": number(f"{these}, lower end", "share"),
+        f"{name}_documents_high": number(f"{these}, upper end", "share"),
+    }
+
+
 BAKEOFF_SUMMARY = table(
     "One row per protocol, strategy and metric.",
     **_ARM,
     metric="rouge1, rouge2, rougeL, rougeLsum",
-    mean=number("mean over documents and seeds", "share", "low", "high", bare=True),
+    mean=number("mean over documents and seeds; interval over both, none below three seeds", "share", "low", "high", bare=True),
     n_seeds="seeds",
     n_documents="documents",
-    vs_standard=number(_AGAINST.format("standard LoRA"), "share", "low", "high"),
-    vs_random=number(_AGAINST.format("random layers, of the circuit random circuits"), "share", "low", "high"),
+    **_against("vs_standard", "standard LoRA"),
+    **_against("vs_random", "random layers, of the circuit random circuits"),
+    withheld="why there are no intervals over trainings, in words; empty where there are",
 )
 LEARNING_CURVES = table(
     "One row per arm and evaluation; step 0 is before training.",
@@ -151,29 +166,28 @@ def _findings(tables: Tables) -> list[str]:
                 over = f"{written(int(row['n_seeds']))} seeds, {written(int(row['n_documents']))} documents"
                 score = f"{written(row['mean'])} {interval(row['low'], row['high'])}".strip()
                 sentences.append(
-                    f"{at}, LoRA in the {name_of(strategy)} scores ROUGE-1 {score} ({over}): {_against(row, 'standard', 'standard LoRA')}, "
-                    f"and {_against(row, 'random', control)}."
+                    f"{at}, LoRA in the {name_of(strategy)} scores ROUGE-1 {score} ({over}): {_compared(row, 'standard', 'standard LoRA')}, "
+                    f"and {_compared(row, 'random', control)}."
                 )
     return sentences
 
 
-def _against(row: Row, baseline: str, other: str) -> str:
+def _compared(row: Row, baseline: str, other: str) -> str:
     difference, low, high = (float(row[f"vs_{baseline}{end}"]) for end in ("", "_low", "_high"))
     if math.isnan(difference):
         return f"not compared with {other}"
+    if math.isnan(low):
+        ends = interval(row[f"vs_{baseline}_documents_low"], row[f"vs_{baseline}_documents_high"], sign=True)
+        return f"{written(difference, sign=True)} against {other} in these trainings ({f'over documents {ends}; ' if ends else ''}{row['withheld']})"
     compared = verb(low, high, below="worse than", above="better than", neither="no difference shown from")
     return f"{compared} {other} ({written(difference, sign=True)} {interval(low, high, sign=True)})".replace(" )", ")")
 
 
 def _caveats(tables: Tables) -> list[str]:
-    caveats = []
-    if "bakeoff" in tables:
-        trained = tables["bakeoff"][tables["bakeoff"]["trainable_parameters"] > 0]
-        seeds = int(trained.groupby(["protocol", "strategy"])["seed"].nunique().min()) if len(trained) else 0
-        if 0 < seeds < _FEW_SEEDS:
-            caveats.append(
-                f"At least one arm of the bake-off ran with {seeds} seed{'s' * (seeds > 1)}: differences between arms may be differences between seeds."
-            )
+    summary, caveats = tables.get("bakeoff_summary"), []
+    reasons = summary["withheld"][summary["withheld"] != ""] if summary is not None and "withheld" in summary else pd.Series(dtype=str)
+    if len(reasons):
+        caveats.append(f"Nothing is said of other trainings, {reasons.iloc[0]}: differences between arms may be differences between seeds.")
     return [*caveats, "ROUGE counts shared words. It does not tell whether a summary is true."]
 
 

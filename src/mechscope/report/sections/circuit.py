@@ -12,13 +12,15 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.series import Series, curves, long
 from mechscope.report.marks.tables import Cell, Shown, Table, View, strongest, value, words
 from mechscope.report.section import Card, Panel, Section, Tables, number, optional, table
-from mechscope.report.shared import each_model
+from mechscope.report.shared import WITHHELD, each_model
 from mechscope.report.theme import interval, name_of, percent
 from mechscope.report.theme import number as written
 
 _TOP = 40
 # a mean over fewer texts than these has an interval worth little
 _FEW_TEXTS = 30
+# of methods that learn which edges to keep
+_CONVERGED = "learning converged (1: yes)"
 _MEASURES = {
     "faithfulness": "faithfulness",
     "CPR": "CPR (area under faithfulness, higher is better)",
@@ -65,6 +67,7 @@ CURVE = table(
     n="texts",
     value=number("mean metric of the circuit", "of the metric"),
     faithfulness=number("(circuit − no edges) / (model − no edges) of the mean metric", "share", "low", "high", bare=True),
+    withheld=WITHHELD,
     random=number("the same, mean over random circuits with as many edges in every layer", "share", "low", "high"),
 )
 SUMMARY = table(
@@ -73,6 +76,7 @@ SUMMARY = table(
     measure="what was measured: edges, nodes, faithfulness, CPR, CMD, incompleteness, Jaccard indices of resampled circuits …",
     value=number("its value", "of the measure", "low", "high", bare=True),
     random=number("the same of random circuits, where measured", "of the measure", "low", "high"),
+    withheld="why a share is not given, in words; empty where it is, and for what is no share",
 )
 
 
@@ -131,6 +135,8 @@ def measures(summary: pd.DataFrame) -> View:
 
 
 def _measured(row: Mapping[Any, Any]) -> Cell:
+    if row.get("withheld"):
+        return Cell("withheld", str(row["withheld"]))
     random = f"random {written(row['random'])} {interval(row['random_low'], row['random_high'])}".strip() if pd.notna(row["random"]) else ""
     # a count is whole and has no interval
     count = pd.isna(row["low"]) and float(row["value"]).is_integer()
@@ -145,7 +151,22 @@ def _strongest(edges: pd.DataFrame) -> View:
 
 
 def _findings(tables: Tables) -> list[str]:
-    return [_finding(picture) for picture in _ends(pictures(tables))]
+    unconverged = _unconverged(tables)
+    return [
+        _finding(picture)
+        if picture.model not in unconverged
+        else f"{picture.title}: nothing is said of it, as {unconverged[picture.model]}; give it more steps."
+        for picture in _ends(pictures(tables))
+    ]
+
+
+def _unconverged(tables: Tables) -> dict[str, str]:
+    """Return of each model whose circuit a search that had not converged found, why."""
+    summary = tables.get("circuit_summary")
+    if summary is None:
+        return {}
+    rows = summary[(summary["measure"] == _CONVERGED) & (summary["value"] == 0)]
+    return {str(row["model"]): str(row["withheld"]) for row in rows.to_dict("records")}
 
 
 def _finding(picture: Picture) -> str:
@@ -153,17 +174,24 @@ def _finding(picture: Picture) -> str:
     size = picture.size_words().replace("The chosen circuit:", f"{picture.title}:")
     if picture.chosen is None:
         return f"{size}."
+    if picture.chosen.get("withheld"):
+        return f"{size}. Its faithfulness is withheld: {picture.chosen['withheld']}."
     n = "" if picture.curve is None or "n" not in picture.curve else f" (n = {written(int(picture.curve['n'].max()))} texts)"
     return f"{size}. Its faithfulness is {faithful}{n}; that of random circuits of its size is {random}."
 
 
 def _cards(tables: Tables) -> list[Card]:
     drawn, cards = pictures(tables), []
+    unconverged = _unconverged(tables)
     for picture in _ends(drawn):
+        if picture.model in unconverged:
+            continue
         whose = f", {name_of(picture.model)}" if len(drawn) > 1 else ""
         share = percent(len(picture.circuit) / len(picture.edges), digits=2)
         cards.append(Card(written(len(picture.circuit)), f"edges in the circuit{whose}", f"{share} of {written(len(picture.edges))}"))
-        if picture.chosen is not None:
+        if picture.chosen is not None and picture.chosen.get("withheld"):
+            cards.append(Card("withheld", f"faithfulness{whose}", str(picture.chosen["withheld"])))
+        elif picture.chosen is not None:
             beside = f"random circuits of that size: {picture.faithfulness_words()[1]}"
             note = f"{interval(picture.chosen['low'], picture.chosen['high'])}; {beside}".removeprefix("; ")
             cards.append(Card(written(picture.chosen["value"]), f"faithfulness{whose}", note))

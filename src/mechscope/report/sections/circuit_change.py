@@ -10,6 +10,7 @@ from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.series import Series, curves, long
 from mechscope.report.marks.tables import Cell, Row, Shown, Table, strongest
 from mechscope.report.section import Section, Tables, number, optional, table
+from mechscope.report.shared import WITHHELD
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -27,22 +28,17 @@ OVERLAP = table(
     jaccard=number("shared / in either, of the circuits of all texts", "Jaccard index"),
     null=number("the same of layer-matched random circuits, mean; its band of 95 % over draws", "Jaccard index", "low", "high"),
     null_p=optional("share of the draws that share at least as many, the observed one among them"),
-    across=number(
-        "base on one half of the texts with tuned on the other, mean; its band of 95 % over halvings",
+    exchanged=number(
+        "the same with the two models' scores exchanged at random within texts, mean; its band of 95 % over exchanges",
         "Jaccard index",
         "low",
         "high",
         optional=True,
     ),
-    self_base=number("base on one half with base on the other, mean over halvings", "Jaccard index"),
-    self_tuned=number("tuned on one half with tuned on the other, mean over halvings", "Jaccard index"),
-    change=number(
-        "the smaller self − across, mean; its band of 95 % over halvings. Above zero: the models share less than the noisier shares with itself",
-        "Jaccard index",
-        "low",
-        "high",
-        optional=True,
+    change=optional(
+        "exchanged − jaccard: what the models share less than if it did not matter which one a text's scores are of", "Jaccard index"
     ),
+    p=optional("share of the exchanges in which the two circuits share at most as much, the models as they are among them"),
     n=optional("texts"),
 )
 SHIFT = table(
@@ -68,6 +64,10 @@ GAIN = table(
     share=number(
         "what it has of the gain of fine-tuning; the interval is over texts, for random over sets", "share", "low", "high", bare=True
     ),
+    random_sets=optional("random sets of that size"),
+    withheld=WITHHELD,
+    p_random=optional("tuned only: share of sets, the chosen one counted, that carry at least as much", "share"),
+    p_less=optional("the same, at most as much", "share"),
 )
 
 
@@ -79,9 +79,7 @@ def _figures(tables: Tables) -> list[Figure]:
 def _overlap(overlap: pd.DataFrame) -> list[Figure]:
     series = [
         Series("base and tuned", "jaccard"),
-        Series("base and tuned, halves", "across", "across_"),
-        Series("base, halves", "self_base"),
-        Series("tuned, halves", "self_tuned"),
+        Series("models exchanged", "exchanged", "exchanged_"),
         Series("random circuits", "null", "null_", chance=True),
     ]
     return [
@@ -95,8 +93,8 @@ def _overlap(overlap: pd.DataFrame) -> list[Figure]:
             axis="Jaccard index",
             kinds=("circuit", "random circuits"),
             colours={"random circuits": _GREY},
-            caption="Two circuits of one model, from two halves of the texts, differ by noise alone. Base on one half against tuned on the other "
-            "differs by noise and fine-tuning: as high as the same model means that no change was shown.",
+            caption="Two circuits of noisy scores differ though nothing changed. With the models' scores exchanged at random within texts they differ by "
+            "that noise alone: where base and tuned share less, their circuits differ. Bands: 95 % of exchanges, of random circuits.",
         )
     ]
 
@@ -176,15 +174,15 @@ def _overlap_finding(tables: Tables) -> str:
     chance = f"{written(row['null'])} {interval(row['null_low'], row['null_high'])}".strip()
     shared = (
         f"With {percent(row['fraction'], digits=2)} of the edges each, the circuits of base and tuned share a Jaccard index of "
-        f"{written(row['jaccard'])}{_texts(row)}; chance gives {chance}"
+        f"{written(row['jaccard'])}{_texts(row)}; random circuits of the same layers {chance}"
     )
-    if any(pd.isna(row.get(column)) for column in ("across", "change", "change_low", "change_high")):
+    if any(pd.isna(row.get(column)) for column in ("exchanged", "exchanged_low", "exchanged_high", "change", "p")):
         return f"{shared}."
-    verdict = "fine-tuning changed the circuit more than noise does" if row["change_low"] > 0 else "no change beyond noise was shown"
+    differ = row["p"] <= Q_SIGNIFICANT and row["change"] > 0
+    verdict = "the two models' circuits differ" if differ else "no difference between the two models' circuits was shown"
     return (
-        f"{shared}. On halves of the texts, two circuits of base share {written(row['self_base'])}, two of tuned {written(row['self_tuned'])}, and "
-        f"base and tuned {written(row['across'])}: {verdict} (the smaller of the first two less the third is {written(row['change'], sign=True)}, in 95 % "
-        f"of halvings {interval(row['change_low'], row['change_high'], sign=True)})."
+        f"{shared}. With the two models' scores exchanged at random within texts they share {written(row['exchanged'])} "
+        f"{interval(row['exchanged_low'], row['exchanged_high'])}: {verdict} ({written(row['change'], sign=True)}, p = {written(row['p'])})."
     )
 
 
@@ -209,9 +207,12 @@ def _shift_finding(tables: Tables) -> str:
 
 def _gain_finding(tables: Tables) -> str:
     gain = tables.get("circuit_gain")
-    rows = None if gain is None else gain[(gain["kind"] == "tuned") & gain["share"].notna()]
-    if rows is None or rows.empty:
+    if gain is None:
         return ""
+    rows = gain[(gain["kind"] == "tuned") & gain["share"].notna()]
+    if rows.empty:
+        reasons = gain["withheld"][gain["withheld"].fillna("") != ""] if "withheld" in gain else pd.Series(dtype=str)
+        return "" if reasons.empty else f"How much of the gain tuned edges carry is withheld: {reasons.iloc[0]}."
     # half of the gain is a size to remember; where no size reaches it, the largest is told
     half = rows[rows["share"] >= 0.5].sort_values("edges")
     row = half.iloc[0] if len(half) else rows.sort_values("edges").iloc[-1]
@@ -231,8 +232,9 @@ SECTION = Section(
     id="circuit-change",
     heading="What changed in the circuit",
     intro=(
-        "The circuits of both models on the same texts. Two circuits of one and the same model differ too when the texts are resampled; a change counts "
-        "only beyond that."
+        "The circuits of both models on the same texts. Circuits of noisy scores differ though nothing changed, so what base and tuned share stands beside "
+        "what they share when it is drawn by lot in every text which model's scores are whose (a permutation test; the unit is the text). It is about these "
+        "two models: what another training would change is not known from them."
     ),
     tables={"circuit_overlap": OVERLAP, "circuit_shift": SHIFT, "circuit_gain": GAIN},
     figures=_figures,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
+
 from mechscope.report.marks.tables import Cell, Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import THIS_PAIR
+from mechscope.report.section import Card, Section, Tables, number, optional, table
 
 CLAIMS = table(
     "One row per claim.",
@@ -15,10 +16,16 @@ CLAIMS = table(
     paper="what the paper says of it, or that it does not",
     measured="what was measured here",
     value=number("the number that the verdict hangs on, in the unit of the statement", "", "low", "high", bare=True),
-    verdict="supported, contradicted, undecided; no change where the two models do not differ",
+    verdict="supported, contradicted, undecided; withheld where what the claim presupposes is not so; no change where the two models do not differ",
     note="how it was judged",
+    unit=optional("what was observed several times independently: document, prompt pair, seed, training, noise draw"),
+    overturn=optional("what would overturn the verdict, or what it lacks: trainings, a control, n"),
 )
 _VERDICTS = ("supported", "contradicted", "undecided")
+_UNITS = (
+    "The unit of a claim says what its interval covers: over documents it is about this pair of models and does not cover training again; over trainings or "
+    "seeds it does."
+)
 
 
 def _views(tables: Tables) -> list[Shown]:
@@ -27,12 +34,14 @@ def _views(tables: Tables) -> list[Shown]:
         "measured", "measured here", lambda row: Cell(str(row["measured"]))
     )
     view.numbers("value", "value and 95 % interval", ends=("low", "high"))
+    view.cells("unit", "unit", lambda row: Cell(str(row["unit"] or "–")))
     view.cells("verdict", "verdict", lambda row: Cell(str(row["verdict"]), badge=str(row["verdict"])))
+    view.cells("overturn", "what would overturn it", lambda row: Cell(str(row["overturn"] or "–")))
     return [Shown("What is claimed and what was measured", replace(view.view(), prose=True), terminal=True)]
 
 
 def _counts(tables: Tables) -> dict[str, int]:
-    """Return how many claims have each verdict; "no change" only where there is one."""
+    """Return how many claims have each verdict; "withheld" and "no change" only where there is one."""
     counts = tables["claims"]["verdict"].value_counts()
     return {verdict: int(counts.get(verdict, 0)) for verdict in dict.fromkeys((*_VERDICTS, *sorted(map(str, counts.index))))}
 
@@ -45,7 +54,17 @@ def _findings(tables: Tables) -> list[str]:
 def _cards(tables: Tables) -> list[Card]:
     counts = _counts(tables)
     note = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != "supported")
-    return [Card(f"{counts['supported']} of {len(tables['claims'])}", "claims supported", note)]
+    return [Card(f"{counts['supported']} of {len(tables['claims'])}", "claims supported", f"{note}.{_would_overturn(tables['claims'])}")]
+
+
+def _would_overturn(claims: pd.DataFrame) -> str:
+    """Say what would overturn the first decided claim or, where none is decided, what the first one lacks; nothing where the table does not tell."""
+    told = claims[claims["overturn"].astype(str) != ""] if "overturn" in claims else claims.iloc[:0]
+    if told.empty:
+        return ""
+    decided = told[told["verdict"].isin(["supported", "contradicted"])]
+    row = (decided if len(decided) else told).iloc[0]
+    return f" What would overturn {row['claim']}: {row['overturn']}"
 
 
 SECTION = Section(
@@ -53,12 +72,13 @@ SECTION = Section(
     heading="Claims of the paper",
     intro=(
         "What the paper (arXiv 2505.17073) claims, beside what was measured here. A verdict needs an interval that excludes the alternative; where it does "
-        "not, the claim stays undecided."
+        "not, the claim stays undecided. Claims about fine-tuning are decided by trainings, one number each: an interval over documents is about these two "
+        "models only. Rows named noise say whether a number tells the tuned model from noise of the same size, and nothing more."
     ),
     tables={"claims": CLAIMS},
     views=_views,
     findings=_findings,
     cards=_cards,
-    caveats=lambda tables: [THIS_PAIR],
+    caveats=lambda tables: [_UNITS],
     adds="mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
 )

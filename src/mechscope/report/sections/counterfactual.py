@@ -6,14 +6,15 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.intervals import interval_plot
 from mechscope.report.marks.tables import Shown, Table
 from mechscope.report.section import Section, Tables, table
-from mechscope.report.shared import NORMALISED, effect_columns, few_texts
-from mechscope.report.theme import interval, label, percent
+from mechscope.report.shared import NORMALISED, WITHHELD, effect_columns, few_texts, share_of
+from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
 COUNTERFACTUAL = table(
     "One row per declared run.",
     **effect_columns(component="the run's name", site="counterfactual", positions="all"),
     normalised=NORMALISED,
+    withheld=WITHHELD,
     changed="its components, and where they take their values from",
 )
 
@@ -35,7 +36,7 @@ def _figures(tables: Tables) -> list[Figure]:
 def _views(tables: Tables) -> list[Shown]:
     view = Table(tables["counterfactual"]).words("component", "run").texts("changed", "takes its values from").numbers("value", "metric")
     view = view.numbers("effect", "effect", ends=("low", "high"), sign=True, bold="q")
-    view = view.numbers("normalised", "normalised", ends=("normalised_low", "normalised_high")).numbers("q", "q").numbers("n", "texts")
+    view = view.shares("normalised", "normalised", ends=("normalised_low", "normalised_high")).numbers("q", "q").numbers("n", "texts")
     return [Shown("Declared runs", view.view(), terminal=True)]
 
 
@@ -46,7 +47,7 @@ def _findings(tables: Tables) -> list[str]:
         sentences.append(
             f"Run “{label(row['component'])}” changes {row['metric']} by {written(row['effect'], sign=True)} "
             f"{interval(row['low'], row['high'], sign=True)} to {written(row['value'])} (n = {written(int(row['n']))} texts), "
-            f"{percent(row['normalised'])} of the way from the corrupt run to the clean one."
+            f"{share_of(row, 'normalised', 'the way from the corrupt run to the clean one')}."
         )
     return sentences
 

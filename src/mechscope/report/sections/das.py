@@ -6,7 +6,7 @@ import pandas as pd
 
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
-from mechscope.report.marks.tables import Shown, Table
+from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Card, Section, Tables, number, table
 from mechscope.report.shared import few_texts
 from mechscope.report.theme import interval, label, percent
@@ -32,6 +32,13 @@ DAS = table(
     n="pairs that were judged on and not learned from",
     correct="pairs whose likeliest token after the exchange is an answer",
     accuracy=number("their share, with Wilson's interval", "share", "low", "high", bare=True),
+    width=(
+        "of the learned subspace, how many dimensions the variable needs, as a boundless search found (the narrowest that does as well as the best on pairs "
+        "set aside); none where the number was given or a training it rests on has not converged"
+    ),
+    converged="whether its training converged, by one rule for all that is trained (methods.md); true for what is not learned",
+    late_share=number("change of the loss in the last quarter of the training, of its whole change; below 0: it rose", "share"),
+    unconverged="why the training does not count as converged; empty where it does",
 )
 
 
@@ -69,6 +76,9 @@ def _views(tables: Tables) -> list[Shown]:
         Table(das).words("component", "place").words("position", "tokens").words("method", "exchanged").numbers("dimensions", "dimensions")
     )
     view = view.numbers("accuracy", "right", ends=("low", "high")).numbers("correct", "pairs right").numbers("n", "pairs")
+    if das["width"].notna().any():
+        view = view.numbers("width", "dimensions needed")
+    view = view.cells("converged", "converged", lambda row: Cell("yes" if row["converged"] else "no"))
     return [Shown("Exchanges", view.view(), terminal=True)]
 
 
@@ -89,11 +99,23 @@ def _findings(tables: Tables) -> list[str]:
         beside = f" {len(controls)} random subspaces of equal size reach {percent(highest)} at most: {verdict}."
     many = das.loc[das["method"] == "das", "layer"].nunique()
     chosen = f", the best of {many} layers" if many > 1 else ""
-    return [
+    sentences = [
         f"Exchanging a learned subspace of {written(int(best['dimensions']))} dimensions of {label(best['component'])}{chosen} makes "
         f"{percent(best['accuracy'])} {interval(100 * best['low'], 100 * best['high'])} of {written(int(best['n']))} held-out pairs right; the whole vector "
         f"{percent(others.get('full'))}, nothing {percent(others.get('none'))}.{beside}"
     ]
+    if not best["converged"]:
+        sentences.append(
+            f"What the subspace says of the variable, its number of dimensions and how much a better one would move, is withheld: its training had not "
+            f"converged ({best['unconverged']}); give it more epochs."
+        )
+    elif pd.notna(best["width"]):
+        needed = int(best["width"])
+        sentences.append(
+            f"Of the widths that were learned, {written(needed)} {'dimension is' if needed == 1 else 'dimensions are'} the fewest of "
+            f"{label(best['component'])} that do as well as the best, up to noise, on pairs set aside."
+        )
+    return sentences
 
 
 def _cards(tables: Tables) -> list[Card]:

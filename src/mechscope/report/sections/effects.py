@@ -10,7 +10,7 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap, position_heatmap
 from mechscope.report.marks.tables import Shown, strongest
 from mechscope.report.section import Card, Section, Tables, optional, table
-from mechscope.report.shared import NORMALISED, differ_from_zero, effect_columns, largest_effects
+from mechscope.report.shared import NORMALISED, WITHHELD, differ_from_zero, effect_columns, largest_effects, withheld_shares
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -23,6 +23,7 @@ EFFECTS = table(
         site="z (a head's output), query, key, value, pattern, attention_output, mlp_output, neuron, residual, embedding",
     ),
     normalised=replace(NORMALISED, optional=True),
+    withheld=replace(WITHHELD, optional=True),
     exact=optional("attribution only: the effect by exact patching, where it was checked", "of the metric"),
 )
 
@@ -96,4 +97,5 @@ SECTION = Section(
     views=_views,
     findings=_findings,
     cards=_cards,
+    caveats=lambda tables: withheld_shares(tables["effects"]),
 )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import pandas as pd
 
 from mechscope.report.marks.figure import Figure
-from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, Scale, head_heatmap
-from mechscope.report.marks.tables import Row, Shown, Table, View, kinds, value, words
+from mechscope.report.marks.heatmaps import Scale, head_heatmap
+from mechscope.report.marks.tables import Cell, Row, Shown, Table, View, kinds, value, words
 from mechscope.report.section import Card, Section, Tables, number, optional, table
-from mechscope.report.shared import NO_CAUSE, THIS_PAIR, UNEQUAL_LENGTHS, chosen_heads, few_documents, of_rows
+from mechscope.report.shared import NO_CAUSE, THIS_PAIR, UNEQUAL_LENGTHS, chosen_heads, estimated, few_documents, of_rows
 from mechscope.report.theme import number as written
-from mechscope.report.theme import percent
+from mechscope.report.verdicts import VERDICT, counted, in_words, largest, smallest_of
 
 TOP_HEADS = 20
 """Heads in the table, per kind of query rows."""
 
+_SURE = ("se", "low", "high")
 HEADS = table(
     "One row per kind of query rows, layer and head; means over documents.",
     rows="query rows that were averaged: all, document, summary",
@@ -36,9 +37,34 @@ HEADS = table(
     sink_base=number("attention on the first token, base model", "share"),
     sink_tuned=number("the same of the tuned model", "share"),
     z_cosine_distance=number("1 − cosine of the two models' z, the head's output before the output projection"),
+    write_change=number(
+        "change of what the head writes (z W_O) on the same input, the base's residual stream: its norm over the norm of what the base's head writes",
+        "share",
+        *_SURE,
+    ),
+    write_change_n="documents on which tuned blocks also ran on the base's residual stream",
+    write_change_own=number("the same, each model on its own residual stream, so with what changed further up", "share", *_SURE),
+    write_change_own_n="documents of that",
     gini_base=optional("Gini coefficient of the attention rows, base model", "share"),
     gini_tuned=optional("the same of the tuned model", "share"),
     weight_change=number("norm of the change of the head's slices of query, key, value and output projection, over their norm"),
+    entropy_change_verdict=VERDICT,
+    kl_base_tuned_verdict=VERDICT,
+    write_change_verdict=VERDICT,
+)
+SMALLEST = table(
+    "One row per quantity on which verdicts are given.",
+    table="the table it is a column of: heads, layers, outputs",
+    quantity="the column",
+    smallest=number(
+        "smallest effect of interest: a change must be larger to be called one, and smaller to be called negligible", "of the quantity"
+    ),
+    unit="its unit",
+    source="where it is from: set, or the precision floor",
+    floor=number(
+        "what the base model differs from itself by in another precision, at the worst head or layer and kind of rows", "of the quantity"
+    ),
+    n="documents behind the floor",
 )
 
 # what a reader is told about the head under the pointer, in every heatmap of heads
@@ -54,10 +80,18 @@ _TOOLTIP = {
     "entropy_change_q": "q",
     "distance_change": "distance change, tokens",
     "sink_change": "first-token mass, change",
+    "write_change": "change of what it writes, share",
+    "write_change_own": "the same on its own input",
     "z_cosine_distance": "1 − cosine of z",
     "weight_change": "weight change, relative",
     "n": "documents",
 }
+
+
+_SMALLEST = (
+    "What must be exceeded for a verdict of changed, and stayed below for one of negligible; both at a false-discovery rate of 5 % over all heads or "
+    "layers, from the 95 % interval over documents."
+)
 
 
 def _with_changes(heads: pd.DataFrame) -> pd.DataFrame:
@@ -67,6 +101,8 @@ def _with_changes(heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def _figures(tables: Tables) -> list[Figure]:
+    if "heads" not in tables:
+        return []
     heads, selected = _with_changes(tables["heads"]), chosen_heads(tables)
 
     def heatmap(
@@ -79,12 +115,16 @@ def _figures(tables: Tables) -> list[Figure]:
 
     return [
         heatmap(
+            *("write_change", "write-change", "How much of what a head writes changed", "share of what the base's head writes, √ scale"),
+            "Change of what each head writes into the residual stream, both models given the base's residual stream.",
+        ),
+        heatmap(
             *("kl_base_tuned", "attention-kl", "How far attention moved", "KL(base || tuned), nats, √ scale"),
             "Mean over documents of the divergence between the two models' attention rows, per head.",
         ),
         heatmap(
             *("entropy_change", "entropy-change", "Which heads became more focused", "entropy change, nats (blue: more focused)"),
-            "Attention entropy, tuned minus base.",
+            "Attention entropy, tuned minus base. A dot tells a change from chance, whatever its size.",
             scale="change",
             significance="entropy_change_q",
         ),
@@ -110,16 +150,26 @@ def _figures(tables: Tables) -> list[Figure]:
 
 
 def _views(tables: Tables) -> list[Shown]:
+    if "heads" not in tables:
+        return []
     heads, selected = _with_changes(tables["heads"]), set(chosen_heads(tables))
     shown = []
     for kind in kinds(heads):
-        top = heads[heads["rows"] == kind].sort_values("kl_base_tuned", ascending=False, kind="stable").head(TOP_HEADS)
+        top = heads[heads["rows"] == kind].sort_values("write_change", ascending=False, kind="stable").head(TOP_HEADS)
         caption = (
-            f"The {len(top)} heads with the largest KL(base || tuned). Distance, first token (attention mass on it) and entropy change are tuned minus base. "
-            f"Bold heads are selected; a bold change is significant at q < {Q_SIGNIFICANT}."
+            f"The {len(top)} heads with the largest change of what they write, on the same input. Distance, first token (attention mass on "
+            "it) and entropy change are tuned minus base. "
+            f"Bold heads are selected; a bold number changed by more than the smallest effect of interest."
         )
         shown.append(Shown("Heads that changed most", _top(top, kind, selected), caption))
+    if "smallest_effects" in tables:
+        shown.append(Shown("Smallest effects of interest", _smallest(tables["smallest_effects"]), _SMALLEST))
     return shown
+
+
+def _smallest(effects: pd.DataFrame) -> View:
+    view = Table(effects).words("table", "table").words("quantity", "quantity").numbers("smallest", "smallest effect", digits=2)
+    return view.words("unit", "unit").numbers("floor", "precision floor", digits=2).words("source", "from").view()
 
 
 def _top(heads: pd.DataFrame, kind: str, selected: Collection[tuple[int, int]]) -> View:
@@ -129,42 +179,51 @@ def _top(heads: pd.DataFrame, kind: str, selected: Collection[tuple[int, int]]) 
     view = Table(heads)
     # sorted by place: a10.h2 comes after a9.h11
     view.cells("component", "head", lambda row: words(row["component"], sort=float(row["layer"] * 10**6 + row["head"]), strong=head(row)))
-    view.cells(
-        *("kl_base_tuned", "KL(base||tuned)"),
-        lambda row: value(row["kl_base_tuned"], note=f"± {written(row['kl_base_tuned_se'], digits=2)}"),
-    )
+
+    def sized(quantity: str, *, sign: bool = False) -> Callable[[Row], Cell]:
+        strong = f"{quantity}_verdict"
+        return lambda row: value(
+            row[quantity], note=f"± {written(row[f'{quantity}_se'], digits=2)}", sign=sign, strong=row[strong] == "changed"
+        )
+
+    view.cells("write_change", "writes", sized("write_change")).numbers("write_change_own", "on own input")
+    view.cells("kl_base_tuned", "KL(base||tuned)", sized("kl_base_tuned"))
     view.numbers("kl_tuned_base", "KL(tuned||base)").numbers("entropy_base", "entropy base").numbers("entropy_tuned", "tuned")
-    ends = ("entropy_change_low", "entropy_change_high")
-    view.numbers("entropy_change", "change", ends=ends, sign=True, bold="entropy_change_q")
-    view.numbers("entropy_change_q", "q", digits=2, bold="entropy_change_q")
+    view.cells("entropy_change", "change", sized("entropy_change", sign=True)).numbers("entropy_change_q", "q", digits=2)
     view.numbers("distance_change", "distance", sign=True).numbers("sink_change", "first token", sign=True)
     return view.numbers("z_cosine_distance", "1 − cos z").numbers("weight_change", "ΔW").view(kind)
 
 
-def _significant(tables: Tables) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Return the heads over all tokens, those whose entropy changed significantly, and how many of these became more focused."""
-    heads, _ = of_rows(tables["heads"])
-    significant = heads[heads["entropy_change_q"] < Q_SIGNIFICANT]
-    return heads, significant, int((significant["entropy_change"] < 0).sum())
-
-
 def _findings(tables: Tables) -> list[str]:
-    heads, significant, focused = _significant(tables)
+    if "heads" not in tables:
+        return []
+    heads, _ = of_rows(tables["heads"])
+    delta = smallest_of(tables, "heads", "write_change")
+    writes = in_words(heads, "write_change", delta, of="heads", what="changed what they write on the same input", unit="of it")
+    first = largest(heads, "write_change")
+    most = f"the largest is {first['component']} with {estimated(first, 'write_change')} (n = {written(int(first['write_change_n']))} documents)"
     over = f"over {written(int(heads['n'].max()))} documents"
-    if significant.empty:
-        return [f"None of the {len(heads)} heads changed its attention entropy significantly (q < {Q_SIGNIFICANT}, {over})."]
-    lower = percent((heads["entropy_change"] < 0).mean())
-    return [
-        f"{written(len(significant))} of {written(len(heads))} heads changed their attention entropy (q < {Q_SIGNIFICANT}, {over}): "
-        f"{written(focused)} became more focused, {written(len(significant) - focused)} more diffuse. "
-        f"Counting heads regardless of significance, {lower} have lower entropy after fine-tuning."
-    ]
+    delta = smallest_of(tables, "heads", "entropy_change")
+    entropy = in_words(heads, "entropy_change", delta, of="heads", what="changed their attention entropy", unit="nats")
+    changed = heads[heads["entropy_change_verdict"] == "changed"]
+    focused = int((changed["entropy_change"] < 0).sum())
+    sides = (
+        f"; of those that changed {written(focused)} became more focused, {written(len(changed) - focused)} more diffuse"
+        if len(changed)
+        else ""
+    )
+    return [f"{writes}; {most}.", f"{entropy.removesuffix('.')}{sides} ({over})."]
 
 
 def _cards(tables: Tables) -> list[Card]:
-    heads, significant, focused = _significant(tables)
-    note = f"{written(focused)} more focused, {written(len(significant) - focused)} more diffuse (q < {Q_SIGNIFICANT})"
-    return [Card(f"{written(len(significant))} of {written(len(heads))}", "heads changed their entropy", note)]
+    if "heads" not in tables:
+        return []
+    heads, _ = of_rows(tables["heads"])
+    found, smallest = counted(heads, "write_change"), smallest_of(tables, "heads", "write_change")
+    if found["not measured"] == len(heads):
+        return []
+    note = f"by more than {written(smallest, digits=2)} of it; {written(found['negligible'])} negligible, {written(found['undecided'])} undecided"
+    return [Card(f"{written(found['changed'])} of {written(len(heads))}", "heads changed what they write", note)]
 
 
 def _caveats(tables: Tables) -> list[str]:
@@ -175,7 +234,7 @@ SECTION = Section(
     id="heads",
     heading="Attention heads",
     intro="Each cell is one attention head. Hover over a cell for its numbers; the menu at a chart's corner saves it.",
-    tables={"heads": HEADS},
+    tables={"heads": HEADS, "smallest_effects": SMALLEST},
     figures=_figures,
     views=_views,
     findings=_findings,

@@ -110,6 +110,9 @@ TABLES = {
         step="training step",
         component=_PLACE["component"],
         kl=number("KL(final ‖ lens) on the step's tokens, before the step", "nats"),
+        converged="whether the map's training converged, by one rule for all that is trained (methods.md); the same in all rows of a place",
+        late_share=number("change of the loss in the last quarter of the training, of its whole change; below 0: it rose", "share"),
+        unconverged="why the training does not count as converged; empty where it does",
     ),
 }
 

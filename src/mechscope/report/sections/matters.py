@@ -11,7 +11,7 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Cell, Shown, Table, View, value, words
 from mechscope.report.section import Column, Section, Tables, number, table
-from mechscope.report.shared import THIS_PAIR, chosen_heads, chosen_layers
+from mechscope.report.shared import THIS_PAIR, WITHHELD, chosen_heads, chosen_layers, withheld_shares
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -43,6 +43,7 @@ CROSS_MODEL = table(
     "One row per exchanged part, way of exchange and direction.",
     **_PLACE,
     normalised=number("share of the whole gain that is carried (into_base) or lost (into_tuned)", "share", "low", "high"),
+    withheld=WITHHELD,
     by="activations or weights: what was exchanged",
     into="into_base: the tuned part in the base model; into_tuned: the base part in the tuned model",
 )
@@ -51,6 +52,8 @@ ABLATION = table(
     **_PLACE,
     kind="selected, or random: as many heads in each layer",
     p_random=number("selected set only: share of random sets, itself counted, whose ablation costs at least as much", "share"),
+    p_less=number("the same, at most as much", "share"),
+    withheld="selected set only: why nothing is said of what it matters for; empty where it is",
 )
 LAYER_SETS = table(
     "One row per set of layers whose tuned activations were put into the base model.",
@@ -59,7 +62,10 @@ LAYER_SETS = table(
     gain=number("loss that is gained", "nats per token"),
     share=number("the same as a share of the whole gain", "share"),
     n="documents",
+    withheld=WITHHELD,
     more=number("selected set only: how much more it carries than the mean of the others", "share", "low", "high"),
+    p_random=number("selected set only: share of sets, itself counted, that carry at least as much", "share"),
+    p_less=number("the same, at most as much", "share"),
 )
 IMPORTANCE = table(
     "One row per level, way of exchange and direction.",
@@ -75,6 +81,8 @@ def _figures(tables: Tables) -> list[Figure]:
     cross = tables.get("cross_model")
     if cross is None:
         return []
+    # where there is no gain there are no shares to draw
+    cross = cross[cross["normalised"].notna()]
     drawn = [
         _by_layer(
             part,
@@ -132,7 +140,7 @@ def _ablation(ablation: pd.DataFrame) -> View:
         (
             words("selected heads"),
             value(row["effect"], note=interval(row["low"], row["high"], sign=True), sign=True),
-            Cell(written(row["p_random"])),
+            Cell(written(row["p_random"]), str(row.get("withheld") or "")),
         )
         for row in ablation[ablation["kind"] == "selected"].to_dict("records")
     ]
@@ -162,6 +170,10 @@ def _findings(tables: Tables) -> list[str]:
     if sets is None or not sets["selected"].any():
         return []
     row, others = sets[sets["selected"]].iloc[0], sets.loc[~sets["selected"], "share"]
+    if row.get("withheld"):
+        return [
+            f"What the selected {label(row['component'])} carry of the gain is withheld: {row['withheld']} (n = {written(int(row['n']))} documents)."
+        ]
     beside = f"; {len(others)} other sets of as many layers carry {percent(others.min())} to {percent(others.max())}" if len(others) else ""
     if pd.notna(row.get("more")):
         # in points of the gain: "12 % more" would read as a ratio
@@ -182,6 +194,6 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    caveats=lambda tables: [THIS_PAIR],
+    caveats=lambda tables: [*(withheld_shares(tables["cross_model"]) if "cross_model" in tables else []), THIS_PAIR],
     adds="mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
 )

@@ -9,6 +9,7 @@ from mechscope.report.section import Card, Section, Tables, number, table
 from mechscope.report.shared import THIS_PAIR, few_documents, verb
 from mechscope.report.theme import interval, name_of
 from mechscope.report.theme import number as written
+from mechscope.report.verdicts import VERDICT, smallest_of
 
 OUTPUTS = table(
     "One row per kind of predicted tokens; means over documents.",
@@ -19,6 +20,8 @@ OUTPUTS = table(
     loss_base=number("loss of the base model", "nats per token"),
     loss_tuned=number("loss of the tuned model", "nats per token"),
     loss_change=number("tuned − base", "nats per token", "se", "low", "high", "p"),
+    kl_base_tuned_verdict=VERDICT,
+    loss_change_verdict=VERDICT,
 )
 
 
@@ -48,10 +51,23 @@ def _findings(tables: Tables) -> list[str]:
     moved = verb(row["loss_change_low"], row["loss_change_high"], below="fell", above="rose", neither="shows no change")
     change = f"{written(row['loss_change'], sign=True)} {interval(row['loss_change_low'], row['loss_change_high'], sign=True)}".strip()
     loss = f"{written(row['loss_base'])} nats per token before fine-tuning, {written(row['loss_tuned'])} after"
+    sizes = [_sized(row, tables, name) for name in ("loss_change", "kl_base_tuned")]
     return [
-        f"The loss on {name_of(row['rows'])} tokens {moved}: {loss} ({change}; n = {written(int(row['n']))} documents). "
-        f"The next-token distributions are {written(row['kl_base_tuned'])} nats apart (KL of tuned from base)."
+        f"The loss on {name_of(row['rows'])} tokens {moved}: {loss} ({change}{sizes[0]}; n = {written(int(row['n']))} documents). "
+        f"The next-token distributions are {written(row['kl_base_tuned'])} nats apart (KL of tuned from base{sizes[1]})."
     ]
+
+
+def _sized(row: pd.Series, tables: Tables, quantity: str) -> str:
+    """Return what an effect's size is held against: `; negligible: less than 0.004 nats per token`."""
+    smallest = smallest_of(tables, "outputs", quantity)
+    words = {
+        "changed": f"more than {written(smallest, digits=2)}, the smallest effect of interest",
+        "negligible": f"negligible: shown to be less than {written(smallest, digits=2)}, the smallest effect of interest",
+        "undecided": f"not shown to be more or less than {written(smallest, digits=2)}, the smallest effect of interest",
+    }
+    verdict = row[f"{quantity}_verdict"]
+    return f"; {words[verdict]}" if verdict in words else ""
 
 
 def _cards(tables: Tables) -> list[Card]:

@@ -7,7 +7,7 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Shown, strongest
 from mechscope.report.section import Card, Section, Tables, table
-from mechscope.report.shared import NORMALISED, differ_from_zero, effect_columns, few_texts, largest_effects
+from mechscope.report.shared import NORMALISED, WITHHELD, differ_from_zero, effect_columns, few_texts, largest_effects, withheld_shares
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -18,6 +18,7 @@ PATHS = table(
     ),
     receivers="what the paths lead to",
     normalised=NORMALISED,
+    withheld=WITHHELD,
 )
 
 
@@ -84,7 +85,7 @@ def _cards(tables: Tables) -> list[Card]:
 
 
 def _caveats(tables: Tables) -> list[str]:
-    return few_texts(tables, "paths")
+    return [*withheld_shares(tables["paths"]), *few_texts(tables, "paths")]
 
 
 SECTION = Section(

@@ -41,9 +41,14 @@ TABLES = {
         score=number("mean score", "of the role", "low", "high", bare=True),
         null=number("what chance gives on the same texts", "of the role"),
         excess=number("score − null", "of the role", "low", "high"),
-        p="p: that the excess is zero, two-sided",
-        q="q: p after Benjamini–Hochberg over the heads of the role",
-        has_role=f"whether the score reaches the role's threshold and lies above the null at q < {Q_SIGNIFICANT}",
+        threshold=number(
+            "excess that heads of this model must exceed for the role: what its heads reach when turned at random, or the least worth the name; "
+            "none for roles that are only scored",
+            "of the role",
+        ),
+        q="q: expected share of false ones among the model's heads with at least this excess, as many turned heads as reach it; none for roles that "
+        "are only scored",
+        has_role=f"whether q is at most {Q_SIGNIFICANT}, the excess is worth the name and its interval lies above zero",
     ),
     "role_definitions": table(
         "One row per role.",
@@ -53,7 +58,7 @@ TABLES = {
         low=number("least score there can be; none where it has no bound", "of the role"),
         high=number("largest score there can be; none where it has no bound", "of the role"),
         null="what a head without the role scores, and how that is computed",
-        threshold=number("mean score from which on a head has the role; none for roles that are only scored", "of the role"),
+        least=number("smallest excess over the null that is worth the name; none for roles that are only scored", "of the role"),
     ),
     "head_role_changes": table(
         "One row per role and head, and one per role for the mean over all heads (component all); of a base and a tuned model.",
@@ -67,8 +72,8 @@ TABLES = {
         change=number("tuned − base, paired by text", "of the role", "low", "high", bare=True),
         p="p: that the change is zero, two-sided",
         q="q: p after Benjamini–Hochberg over the heads of the role; of the means over all heads, over the roles",
-        gained="whether only the tuned model's head has the role",
-        lost="whether only the base model's head has the role",
+        gained=f"whether only the tuned model's head has the role, and its score rose at q < {Q_SIGNIFICANT}",
+        lost=f"whether only the base model's head has the role, and its score fell at q < {Q_SIGNIFICANT}",
     ),
     "head_cards": table(
         "One row per model and chosen head.",
@@ -138,7 +143,7 @@ def _views(tables: Tables) -> list[Shown]:
         shown += _role_views(roles, first=not shown)
     if definitions is not None:
         rows = Table(definitions).mapped("role", "role").texts("definition", "definition").cells("high", "range", _range)
-        rows = rows.texts("null", "null").numbers("threshold", "threshold").texts("source", "source")
+        rows = rows.texts("null", "null").numbers("least", "least excess").texts("source", "source")
         shown.append(Shown("What each role means", rows.view(), folded=True))
     if "head_cards" in tables:
         shown.append(_card_view(tables["head_cards"]))
@@ -153,8 +158,12 @@ def _role_views(roles: pd.DataFrame, *, first: bool) -> list[Shown]:
         ranked = _in_order(ranked, "role", own["role"])
         rows = Table(ranked).mapped("role", "role").words("component", "head", strong=lambda row: bool(row["has_role"]))
         rows = rows.numbers("score", "score", ends=("low", "high")).numbers("null", "null")
-        rows = rows.numbers("excess", "score − null", ends=("excess_low", "excess_high"), sign=True).numbers("q", "q", digits=2)
-        words = f"The {HEADS_SHOWN} heads with the highest score in each role; bold: has the role."
+        rows = rows.numbers("excess", "score − null", ends=("excess_low", "excess_high"), sign=True)
+        rows = rows.numbers("threshold", "needed").numbers("q", "q", digits=2)
+        words = (
+            f"The {HEADS_SHOWN} heads with the highest score in each role; bold: has the role. Needed: the excess that this model's heads must exceed, "
+            "which is what they reach when they are turned at random."
+        )
         shown.append(Shown(f"Heads of each role{whose}", rows.numbers("n", "texts").view(), words, folded=True))
     if first:
         having = strongest(roles[roles["has_role"]], "score", _TOP)
@@ -226,7 +235,7 @@ def _role_sentence(whose: str, roles: pd.DataFrame) -> str:
     having = roles[roles["has_role"]]
     named = [f"{name_of(role)} ({written(int(heads))})" for role, heads in having["role"].value_counts(sort=True).head(4).items()]
     most = f": most often {', '.join(named)}" if len(named) > 1 else f": {named[0]}" if named else ""
-    return f"In {whose} {_share(roles)} heads have at least one role (q < {Q_SIGNIFICANT}, {_texts(roles)}){most}."
+    return f"In {whose} {_share(roles)} heads have at least one role ({Q_SIGNIFICANT:.0%} of those named are expected to be false; {_texts(roles)}){most}."
 
 
 def _share(roles: pd.DataFrame) -> str:
@@ -276,8 +285,9 @@ SECTION = Section(
     heading="Roles of heads",
     intro=(
         "What each head does on texts made to elicit it. A score stands beside its null, what a head without the role would score on the same texts. A "
-        f"head has a role where its score reaches the role's threshold and lies above the null at q < {Q_SIGNIFICANT}; roles without a threshold are only "
-        "scored."
+        "head has a role where the excess of its score is worth the name and more than this model's heads reach when their queries and values are turned "
+        f"at random, so that of the heads named {Q_SIGNIFICANT:.0%} are expected to be false; in a model of random weights any head is named for a role "
+        f"with a probability of {Q_SIGNIFICANT:.0%} at most. Roles without a least excess are only scored."
     ),
     tables=TABLES,
     figures=_figures,

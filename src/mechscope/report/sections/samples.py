@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from mechscope.report.marks.tables import Shown, View, value, words
+from mechscope.report.marks.tables import Row, Shown, View, value, words
 from mechscope.report.section import Column, Panel, Section, Tables, number, table
+from mechscope.report.shared import TOKENIZER
 from mechscope.report.theme import METRIC_NAMES, interval, name_of
 
 SAMPLES = 12
@@ -26,14 +27,16 @@ ROUGE = table(
     model="base, tuned, or lora",
     metric="rouge1, rouge2, rougeL, rougeLsum",
     mean=number("mean F-measure over documents", "share", "low", "high", bare=True),
+    withheld="why there is no interval, in words; empty where there is one",
     n="documents",
+    tokenizer=TOKENIZER,
 )
 
 
 def _views(tables: Tables) -> list[Shown]:
     if "rouge" not in tables:
         return []
-    caption = "ROUGE (F-measure, 0 to 1) of each model's summaries of held-out documents, with 95 % bootstrap intervals over documents."
+    caption = "ROUGE (F-measure, 0 to 1) of each model's summaries of held-out documents, with 95 % intervals over documents (studentised bootstrap)."
     return [Shown("ROUGE", _rouge(tables["rouge"]), caption)]
 
 
@@ -42,10 +45,14 @@ def _rouge(scores: pd.DataFrame) -> View:
     metrics = [metric for metric in METRIC_NAMES if (scores["metric"] == metric).any()]
     rows = []
     for model, group in scores.groupby("model", sort=False):
-        of_metric = group.set_index("metric")
-        cells = [value(of_metric.loc[m, "mean"], note=interval(of_metric.loc[m, "low"], of_metric.loc[m, "high"])) for m in metrics]
+        of_metric = {row["metric"]: row for row in group.to_dict("records")}
+        cells = [value(of_metric[m]["mean"], note=_ends(of_metric[m])) for m in metrics]
         rows.append((words(model, strong=True), *cells, value(int(group["n"].iloc[0]))))
     return View(("model", *(METRIC_NAMES[metric] for metric in metrics), "documents"), tuple(rows))
+
+
+def _ends(score: Row) -> str:
+    return str(score.get("withheld") or "") or interval(score["low"], score["high"])
 
 
 def _panels(tables: Tables) -> list[Panel]:

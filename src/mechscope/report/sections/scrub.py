@@ -6,7 +6,7 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.intervals import interval_plot
 from mechscope.report.marks.tables import Shown, Table
 from mechscope.report.section import Card, Column, Section, Tables, number, table
-from mechscope.report.shared import few_texts
+from mechscope.report.shared import WITHHELD, few_texts
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -17,6 +17,7 @@ _MEASURED: dict[str, Column | str] = {
     "value": number("mean metric of the run", "of the metric"),
     "effect": number("its mean difference from the model itself", "of the metric", "se", "low", "high", bare=True),
     "recovered": number("(value − everything exchanged) / (model − everything exchanged), a ratio of means", "share", "low", "high"),
+    "withheld": WITHHELD,
 }
 SCRUB = table(
     "One row per run, texts averaged over the draws.",
@@ -55,7 +56,7 @@ def _views(tables: Tables) -> list[Shown]:
     if "scrub" in tables:
         view = Table(tables["scrub"]).mapped("run", "run", lambda run: _RUNS.get(str(run), str(run))).numbers("value", "metric")
         view = view.numbers("effect", "effect", ends=("low", "high"), sign=True)
-        view = view.numbers("recovered", "recovered", ends=("recovered_low", "recovered_high")).numbers("n", "texts")
+        view = view.shares("recovered", "recovered", ends=("recovered_low", "recovered_high")).numbers("n", "texts")
         shown.append(Shown("Runs", view.view(), terminal=True))
     if "scrub_hypothesis" in tables:
         parts = Table(tables["scrub_hypothesis"]).words("component", "components").words("depends_on", "may depend on")
@@ -63,7 +64,7 @@ def _views(tables: Tables) -> list[Shown]:
         shown.append(Shown("The hypothesis", parts.view()))
     if "scrub_samples" in tables:
         draws = Table(tables["scrub_samples"]).numbers("sample", "draw").numbers("value", "metric")
-        draws = draws.numbers("recovered", "recovered", ends=("recovered_low", "recovered_high"))
+        draws = draws.shares("recovered", "recovered", ends=("recovered_low", "recovered_high"))
         shown.append(Shown("Single draws", draws.view(), folded=True))
     return shown
 
@@ -73,9 +74,11 @@ def _findings(tables: Tables) -> list[str]:
         return []
     runs = {row["run"]: row for row in tables["scrub"].to_dict("records")}
     scrubbed, full, everything = (runs[name] for name in ("scrubbed", "full", "everything"))
-    share = f"{percent(scrubbed['recovered'])} {interval(100 * scrubbed['recovered_low'], 100 * scrubbed['recovered_high'])}"
+    share = f"{percent(scrubbed['recovered'])} {interval(100 * scrubbed['recovered_low'], 100 * scrubbed['recovered_high'])} of {scrubbed['metric']} is left"
+    if scrubbed.get("withheld"):
+        share = f"the share of {scrubbed['metric']} that is left is withheld ({scrubbed['withheld']})"
     return [
-        f"Under the hypothesis {share} of {scrubbed['metric']} is left (n = {written(int(scrubbed['n']))} texts): {written(scrubbed['value'])}, between "
+        f"Under the hypothesis {share} (n = {written(int(scrubbed['n']))} texts): {written(scrubbed['value'])}, between "
         f"{written(everything['value'])} with everything exchanged and {written(full['value'])} of the model itself."
     ]
 
@@ -85,6 +88,8 @@ def _cards(tables: Tables) -> list[Card]:
         return []
     scrubbed = tables["scrub"].set_index("run").loc["scrubbed"]
     ends = interval(100 * scrubbed["recovered_low"], 100 * scrubbed["recovered_high"])
+    if scrubbed.get("withheld"):
+        return [Card("withheld", f"how much of {scrubbed['metric']} is left under the hypothesis", str(scrubbed["withheld"]))]
     return [Card(percent(scrubbed["recovered"]), f"of {scrubbed['metric']} left under the hypothesis", ends)]
 
 

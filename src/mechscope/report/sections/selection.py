@@ -18,7 +18,10 @@ SELECTION = table(
     layer="its layer",
     head="its head, −1 for a layer",
     rank="its rank by the rule, from 1",
-    score=number("what the rule ranks by: attention KL (nats), |entropy change| (nats), a combined score (share), depth, or chance"),
+    score=number(
+        "what the rule ranks by: attention KL (nats), |entropy change| (nats), the change of what it writes (share), a combined score "
+        "(share), depth, or chance"
+    ),
     chosen="whether the rule chose it",
     frequency=number("resamples of the documents in which the rule chose it; none without resampling", "share"),
     n_resamples="resamples",

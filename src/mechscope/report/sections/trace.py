@@ -6,7 +6,16 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import position_heatmap
 from mechscope.report.marks.tables import Shown, strongest
 from mechscope.report.section import Card, Section, Tables, table
-from mechscope.report.shared import NORMALISED, differ_from_zero, effect_columns, few_texts, largest_effects
+from mechscope.report.shared import (
+    NORMALISED,
+    WITHHELD,
+    differ_from_zero,
+    effect_columns,
+    few_texts,
+    largest_effects,
+    share_of,
+    withheld_shares,
+)
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -18,6 +27,7 @@ TRACE = table(
         positions="the role of the restored tokens: first, middle and last subject token, first subsequent token, further tokens, last token",
     ),
     normalised=NORMALISED,
+    withheld=WITHHELD,
 )
 
 
@@ -45,7 +55,7 @@ def _findings(tables: Tables) -> list[str]:
     trace = tables["trace"]
     top = strongest(trace, "effect", 1).iloc[0]
     blurred = top["value"] - top["effect"]
-    share = f"{percent(top['normalised'])} {interval(100 * top['normalised_low'], 100 * top['normalised_high'])} of what the noise took"
+    share = share_of(top, "normalised", "what the noise took")
     return [
         f"Restoring {label(top['component'])} at the {label(top['positions'])} changes {top['metric']} most, from {written(blurred)} with a blurred subject to "
         f"{written(top['value'])}: {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}, {share} "
@@ -59,7 +69,7 @@ def _cards(tables: Tables) -> list[Card]:
         Card(
             f"{label(top['component'])}",
             f"has the largest effect, restored at the {label(top['positions'])}",
-            f"{percent(top['normalised'])} of what the noise took",
+            f"share withheld: {top['withheld']}" if top.get("withheld") else f"{percent(top['normalised'])} of what the noise took",
         )
     ]
 
@@ -67,6 +77,7 @@ def _cards(tables: Tables) -> list[Card]:
 def _caveats(tables: Tables) -> list[str]:
     return [
         "Where a fact is recalled is not where it is best edited (Hase et al. 2023). Where noise takes little from the metric, shares are of little.",
+        *withheld_shares(tables["trace"]),
         *few_texts(tables, "trace"),
     ]
 

@@ -67,11 +67,12 @@ def _train(run: JobRun[AttentionLensSettings]) -> Tables:
 
 
 def _evaluate(run: JobRun[AttentionLensSettings]) -> Tables:
-    from mechscope.lens import Translators, evaluate_lens
+    from mechscope.lens import Translators, evaluate_lens, with_training
 
     _, texts = _split(run)
     translators = Translators.load(_file(run), run.first)
-    return {"attention_lens": evaluate_lens(run.first, texts, translators, execution=run.execution)}
+    judged = evaluate_lens(run.first, texts, translators, execution=run.execution)
+    return {"attention_lens": with_training(judged, run.table("attention_lens_training"))}
 
 
 TRAINING = Stage(name="training", work=_train, hangs_on=("layers", "test_share", "training", "seed"), inputs=(MODELS, TEXTS))

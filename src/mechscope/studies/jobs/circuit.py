@@ -140,7 +140,7 @@ def _draws(settings: Any) -> bool:
 def _scores_hang_on(settings: Any) -> tuple[str, ...]:
     names = ("method", "metric", "steps", "points", "source")
     # a method that draws learns as many edges as the circuit is to have
-    return (*names, "circuit_edges", "circuit_fraction", "seed") if _draws(settings) else names
+    return (*names, "circuit_edges", "circuit_fraction", "pruning_steps", "seed") if _draws(settings) else names
 
 
 def _title(names: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ class DasSettings(OneModel, PromptPairs):
         "vocabulary", "An exchange succeeds if an answer is the likeliest of the whole vocabulary, or of right and wrong answers."
     )
     test_share: Annotated[float, Gt(0), Lt(1)] = setting(0.3, "Share of the pairs that are judged on and not learned from.")
-    epochs: Number = setting(20, "Passes over the pairs that are learned from.")
+    epochs: Number = setting(100, "Passes over the pairs that are learned from; the table says whether the training converged.")
     learning_rate: Rate = setting(0.01, "Of Adam, falling linearly to zero.")
     size_penalty: Annotated[float, Ge(0)] = setting(1.0, "With --boundless: what all dimensions together cost, in nats.")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mechscope.studies.groups import Measuring, OneCorpus, Selecting, TwoModels
+from mechscope.studies.controls import Controlled, controls_stage
+from mechscope.studies.groups import MEASURED_BY, Measuring, OneCorpus, Selecting, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.paper_2505_17073 import claims_stage
@@ -14,7 +15,7 @@ from mechscope.studies.selection import check_selection, selection_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffSettings(TwoModels, OneCorpus, Measuring, Selecting):
+class DiffSettings(TwoModels, OneCorpus, Measuring, Selecting, Controlled):
     """Which models, which documents, and what is measured."""
 
     panel: ClassVar[str] = "Measure"
@@ -33,10 +34,11 @@ def _difference(run: JobRun[Any]) -> Tables:
 DIFFERENCE = Stage(
     name="difference",
     work=_difference,
-    hangs_on=("gini", "replicates", "geometry_documents", "pattern_documents", "seed"),
+    hangs_on=MEASURED_BY,
     inputs=(PAIR, CORPUS),
 )
 SELECTION = selection_stage(DIFFERENCE)
+CONTROLS = controls_stage(PAIR, CORPUS)
 
 JOB = Job(
     name="diff",
@@ -46,8 +48,8 @@ JOB = Job(
     settings=DiffSettings,
     arguments=("base", "tuned"),
     inputs=(MODELS, PAIR, CORPUS),
-    stages=(DIFFERENCE, SELECTION, claims_stage(DIFFERENCE, SELECTION)),
-    sections=("claims", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
+    stages=(DIFFERENCE, SELECTION, CONTROLS, claims_stage(DIFFERENCE, SELECTION, CONTROLS)),
+    sections=("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
     title=lambda names: f"What fine-tuning changed in {names['base']}",
     check=_check,
 )

@@ -109,6 +109,18 @@ def _read(run: JobRun[LensSettings]) -> Tables:
     return lens_tables(models, request, translators=translators, execution=run.execution)
 
 
+def _judge(run: JobRun[LensSettings]) -> Tables:
+    import pandas as pd
+
+    from mechscope.lens import Translators, evaluate_lens, with_training
+
+    curves, judged = run.table("lens_training"), []
+    for label, subject in run[MODELS].items():
+        table = evaluate_lens(subject, run[TEXTS], Translators.load(_file(run, label), subject), execution=run.execution)
+        judged.append(with_training(table, curves[curves["model"] == label]).assign(model=label))
+    return {"lens_judged": pd.concat(judged, ignore_index=True)}
+
+
 def _file(run: JobRun[LensSettings], label: str) -> Path:
     return run.folder.path / "lenses" / f"{label}.safetensors"
 
@@ -118,6 +130,14 @@ TUNED_LENS = Stage(
     work=_train,
     hangs_on=("training", "seed"),
     inputs=(MODELS, TRAINING),
+    when=lambda settings: settings.lens_data is not None,
+)
+TUNED_LENS_JUDGED = Stage(
+    name="tuned-lens-judged",
+    work=_judge,
+    hangs_on=(),
+    inputs=(MODELS, TEXTS),
+    after=(TUNED_LENS,),
     when=lambda settings: settings.lens_data is not None,
 )
 LENS = Stage(
@@ -143,8 +163,8 @@ JOB = Job(
     settings=LensSettings,
     arguments=("model", "tuned"),
     inputs=(MODELS, TEXTS, TRAINING),
-    stages=(TUNED_LENS, LENS),
-    sections=("lens", "attribution"),
+    stages=(TUNED_LENS, TUNED_LENS_JUDGED, LENS),
+    sections=("lens", "tuned-lens", "attribution"),
     title=_title,
     check=_check,
     function="read_lens",

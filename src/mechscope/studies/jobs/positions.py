@@ -54,7 +54,7 @@ def _title(names: Mapping[str, str]) -> str:
 
 JOB = Job(
     name="positions",
-    help="How much every head looks for a key by its distance, read off the weights: previous-token heads and their like (Elhage et al. 2021).",
+    help="How much every head looks for a key by its distance, read off the weights, as if blocks before it wrote nothing (Elhage et al. 2021).",
     panel="read",
     example="mechscope positions gpt2 --offsets 8 --out runs/positions",
     settings=PositionsSettings,

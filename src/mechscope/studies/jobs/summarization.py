@@ -3,7 +3,7 @@
 1. documents: load, divide, encode
 2. tuned model: the one given, or fine-tuned here (full, and LoRA beside it)
 3. difference: base against tuned over held-out documents; with a LoRA trained here, the two further pairs of the paper
-4. selection: which layers and heads changed most, and how stable that is
+4. selection: which layers and heads changed most, and how stable that is; controls: other trainings, and noise of the same size, measured beside it
 5. reading: the roles of heads before and after, cards of the selected heads, what each layer already says of a summary
 6. interventions: do these layers and heads carry what fine-tuning brought?
 7. circuits: which edges bring salient content into the summary, before and after, and what changed
@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mechscope.studies.contest import bakeoff_stage, summaries_stage
+from mechscope.studies.controls import controls_stage
+from mechscope.studies.groups import MEASURED_BY
 from mechscope.studies.inputs import HELD_OUT, SPLITS, TRAINING
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.jobs.circuit import circuit_stages
@@ -157,10 +159,11 @@ LORA = _tune_stage("lora", "lora", ("lora",))
 DIFFERENCE = Stage(
     name="difference",
     work=_difference,
-    hangs_on=("gini", "replicates", "geometry_documents", "pattern_documents", "seed"),
+    hangs_on=MEASURED_BY,
     inputs=(PAIRS_OF_MODELS, HELD_OUT),
 )
 SELECTION = selection_stage(DIFFERENCE)
+CONTROLS = controls_stage(PAIRS_OF_MODELS, HELD_OUT, name="")
 ROLES = Stage(name="roles", work=_roles, hangs_on=("role_documents", "seed"), inputs=(BOTH, HELD_OUT), when=_reads_roles)
 CARDS = Stage(name="cards", work=_cards, inputs=(BOTH, HELD_OUT, CHOSEN), after=(ROLES,), when=_reads_roles)
 ATTENTION = Stage(name="attention", work=_attention, inputs=(BOTH, HELD_OUT, CHOSEN), when=_reads_roles)
@@ -185,7 +188,7 @@ CHANGE = Stage(
 )
 BAKEOFF = bakeoff_stage(PLAIN_BASE, PLACES, when=lambda settings: settings.bakeoff)
 SUMMARIES = summaries_stage(STUDY_MODELS, BAKEOFF)
-CLAIMS = claims_stage(DIFFERENCE, SELECTION, CAUSAL, CIRCUIT, CHANGE, BAKEOFF)
+CLAIMS = claims_stage(DIFFERENCE, SELECTION, CONTROLS, CAUSAL, CIRCUIT, CHANGE, BAKEOFF)
 
 
 JOB = Job(
@@ -200,6 +203,7 @@ JOB = Job(
         LORA,
         DIFFERENCE,
         SELECTION,
+        CONTROLS,
         ROLES,
         CARDS,
         ATTENTION,
@@ -214,7 +218,7 @@ JOB = Job(
         CLAIMS,
     ),
     sections=(
-        *("claims", "heads", "layers", "weights", "outputs", "selection", "matters"),
+        *("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters"),
         *("circuit", "circuit-components", "circuit-change", "lens", "attribution", "roles", "token-attention"),
         *("bakeoff", "samples"),
     ),

@@ -1,4 +1,4 @@
-"""`mechscope tune`: fine-tune a model to summarize; a model or an adapter comes out, with the learning curve beside it."""
+"""`mechscope tune`: fine-tune a model to summarize, or train a control of a fine-tuning; a model or an adapter comes out, with the learning curve beside it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mechscope.choices import TuningMethod
+from mechscope.choices import TrainedControl, TuningMethod
 from mechscope.errors import SettingsError
-from mechscope.settings import nested, setting
+from mechscope.settings import Count, nested, setting
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
 from mechscope.studies.groups import Loading, SplitCorpus
@@ -31,18 +31,35 @@ class TuneSettings(Loading, SplitCorpus):
     targets: str | None = setting(None, 'Where LoRA learns, e.g. "layers:2,3,5" or "a3.h5,m3"; by default every layer.')
     training: TrainSettings = nested(TrainSettings)
     lora: LoraSettings = nested(LoraSettings)
+    control: TrainedControl | None = setting(
+        None,
+        "Train a control of the training in --like, with as many steps of the same schedule: shuffled (every document with another one's summary) or "
+        "seed (the same with another seed). Give the other settings as they were there.",
+    )
+    like: str | None = setting(None, "Folder of the finished training that the control is matched with.")
+    control_seed: Count | None = setting(
+        None,
+        "Seed of the control's training and of the shuffling, where --seed remains that of the documents; by default --seed, or one more for seed.",
+    )
 
     def __post_init__(self) -> None:
-        """Fill in the method, and refuse targets that full fine-tuning cannot have.
+        """Fill in the method and the control's seed, and refuse what does not go together.
 
         Raises:
-            SettingsError: Targets are given with the method full, or batches cannot be shared by the ranks.
+            SettingsError: Targets are given with the method full, a control without what it is matched with, or batches that the ranks cannot share.
         """
         super().__post_init__()
         if self.method is None:
             object.__setattr__(self, "method", "full" if self.targets is None else "lora")
         if self.targets is not None and self.method == "full":
             raise SettingsError(f"targets {self.targets!r} are for LoRA, but the method is full: use method lora, or leave the targets out")
+        if (self.control is None) is not (self.like is None):
+            given, missing = ("control", "like") if self.like is None else ("like", "control")
+            raise SettingsError(f"setting {given!r} needs {missing!r}: a control is of a kind, and matched with a finished training")
+        if self.control_seed is not None and self.control is None:
+            raise SettingsError("setting 'control_seed' is for controls: give control and like, or use seed")
+        if self.control is not None and self.control_seed is None:
+            object.__setattr__(self, "control_seed", self.seed + (self.control == "seed"))
         self.training.check_ranks()
 
 
@@ -75,17 +92,35 @@ def _tune(
         components = everywhere if settings.targets is None else Components.parse(settings.targets).validate(subject.anatomy)
         placed = place(subject, components, rank=settings.lora.rank, modules=settings.lora.lora_modules)
     splits = load_splits(settings, subject)
+    train, validation = (splits.encoded[name].examples for name in ("train", "validation"))
+    how: dict[str, Any] = {
+        "method": "full" if placed is None else "lora",
+        "placed": placed,
+        "scaling": settings.lora.lora_scaling,
+        "dropout": settings.lora.lora_dropout,
+    }
+    if settings.control is None:
+        execution = Execution(seed=settings.seed, progress=progress)
+        return tune(subject, train, validation, Path(out), **how, settings=settings.training, execution=execution)
+    from mechscope.adapt.controls import matched, shuffled_summaries
+    from mechscope.studies.corpora import encode_for
+
+    seed = settings.control_seed or 0
+    match = matched(Path(settings.like or ""), subject, train, validation, **how, settings=settings.training)
+    if settings.control == "seed" and seed == match.seed:
+        raise SettingsError(f"setting 'control_seed' is {seed}, the seed of the training in {settings.like}: choose another")
+    if settings.control == "shuffled":
+        train = encode_for(settings, shuffled_summaries(splits.corpora["train"], seed=seed), subject).examples
     return tune(
         subject,
-        splits.encoded["train"].examples,
-        splits.encoded["validation"].examples,
+        train,
+        validation,
         Path(out),
-        method="full" if placed is None else "lora",
-        placed=placed,
-        scaling=settings.lora.lora_scaling,
-        dropout=settings.lora.lora_dropout,
-        settings=settings.training,
-        execution=Execution(seed=settings.seed, progress=progress),
+        **how,
+        settings=match.settings,
+        until=match.step,
+        control={"kind": settings.control, "like": match.name},
+        execution=Execution(seed=seed, progress=progress),
     )
 
 
@@ -95,11 +130,14 @@ def _show(tuned: Tuned) -> None:
     from mechscope.studies.console import out
 
     share = tuned.trainable_parameters / tuned.total_parameters
+    reached = "best validation loss" if tuned.control is None else f"control ({tuned.control['kind']}): validation loss"
     out.print(
-        f"best validation loss {tuned.best_loss:.4f} nats per token at step {tuned.best_step:,} of {tuned.steps:,}; "
+        f"{reached} {tuned.best_loss:.4f} nats per token at step {tuned.best_step:,} of {tuned.steps:,}; "
         f"{tuned.trainable_parameters:,} trainable parameters ({share:.2%})",
         highlight=False,
     )
+    if not tuned.converged:
+        out.print(f"not converged: {escape(tuned.unconverged)}; give it more steps", highlight=False)
     out.print(f"model   [bold]{escape(str(tuned.path))}[/bold]", highlight=False, soft_wrap=True)
 
 

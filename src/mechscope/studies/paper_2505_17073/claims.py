@@ -1,7 +1,8 @@
 """The claims of paper 1 (arXiv 2505.17073) beside what was measured, with a verdict each, from tables alone.
 
 A verdict is `supported` or `contradicted` only where a 95 % interval lies wholly on one side of a threshold stated in the claim's own
-words; otherwise `undecided`, also where nothing was measured. A pair of models that does not differ has the verdict `no change`.
+words; otherwise `undecided`, also where nothing was measured. A pair of models that does not differ has the verdict `no change`. Every row names its
+unit: what was observed several times independently. A claim about fine-tuning is decided by trainings, never by documents alone.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Claim:
     where_alike: tuple[Verdict, str] | None = None
 
 
-def _of_attention(name: str, judge: Callable[[Tables, Scope], Judgement]) -> Claim:
-    return Claim(name, ("heads", "layers", "selection"), judge, ("no change", _ALIKE))
+def _of_attention(name: str, judge: Callable[[Tables, Scope], Judgement | None]) -> Claim:
+    needs = ("heads", "layers", "selection", "controls", "control_heads", "control_layers")
+    return Claim(name, needs, judge, ("no change", _ALIKE))
 
 
 def _of_training(name: str, judge: Callable[[Tables, Scope], Judgement | None]) -> Claim:
@@ -53,6 +55,8 @@ CLAIMS = (
     _of_attention("heads_focused_all", attention.heads_focused),
     _of_attention("heads_focused_selected", attention.selected_heads_focused),
     _of_attention("change_concentrated", attention.change_concentrated),
+    _of_attention("heads_focused_all.noise", attention.heads_focused_beyond_noise),
+    _of_attention("change_concentrated.noise", attention.concentrated_beyond_noise),
     Claim("layers_carry_improvement", ("layer_sets", "importance"), interventions.layers_carry, ("undecided", _PICKED)),
     Claim("selected_heads_matter", ("ablation",), interventions.heads_matter, ("undecided", _PICKED)),
     *(
@@ -89,7 +93,7 @@ def claims_table(
         margin: By how much of that score (a fraction) targeted LoRA may fall behind standard LoRA and still count as equal.
 
     Returns:
-        One row per claim: `claim`, `statement`, `paper`, `measured`, `value`, `low`, `high`, `verdict`, `note`.
+        One row per claim: `claim`, `statement`, `paper`, `measured`, `value`, `low`, `high`, `verdict`, `note`, `unit`, `overturn`.
 
     Raises:
         SettingsError: A table lacks the rows or the rule.
@@ -101,7 +105,7 @@ def claims_table(
         judgement = claim.judge({name: tables[name] for name in claim.needs if name in tables}, scope)
         if judgement is not None and claim.where_alike is not None and alike:
             verdict, note = claim.where_alike
-            judgement = judgement.replaced(verdict=verdict, note=note)
+            judgement = judgement.replaced(verdict=verdict, note=note, overturn="Two models that differ.")
         if judgement is not None:
             judged.append(judgement.row(claim.name))
     return pd.DataFrame(judged)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-Verdict = Literal["supported", "contradicted", "undecided", "no change"]
+Verdict = Literal["supported", "contradicted", "undecided", "no change", "withheld"]
 Tables = Mapping[str, pd.DataFrame]
 NAN = float("nan")
 SIGNIFICANT = 0.05
@@ -35,7 +35,21 @@ class Scope:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One row of the table `claims`, but for the claim's name."""
+    """One row of the table `claims`, but for the claim's name.
+
+    Attributes:
+        statement: What is claimed.
+        paper: What the paper says of it.
+        measured: What was measured here; where withheld, why there is nothing to measure.
+        value: The number that the verdict hangs on; NaN where there is none.
+        low: Lower end of its interval.
+        high: Upper end.
+        verdict: `undecided` where the evidence does not reach, `withheld` where what the claim presupposes does not hold: "what carries the
+            improvement" of a fine-tuning that improved nothing.
+        note: How it was judged.
+        unit: What was observed independently: document, prompt pair, seed, training, set of layers.
+        overturn: What would overturn the verdict, or what it lacks: more seeds, a control, n.
+    """
 
     statement: str
     paper: str
@@ -45,6 +59,8 @@ class Judgement:
     high: float = NAN
     verdict: Verdict = "undecided"
     note: str = ""
+    unit: str = ""
+    overturn: str = ""
 
     def replaced(self, **fields: Any) -> Judgement:
         """Return the judgement with some fields changed."""

@@ -12,6 +12,7 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Number, Settings, setting
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.studies.contest import Contested
+from mechscope.studies.controls import Controlled
 from mechscope.studies.groups import Loading, Measuring, Selecting
 
 # random circuits of each size in a whole study
@@ -68,7 +69,7 @@ class Reading(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings(Loading, Contested, Measuring, Selecting, Interventions, CircuitOfSummaries, Reading):
+class StudySettings(Loading, Contested, Measuring, Selecting, Controlled, Interventions, CircuitOfSummaries, Reading):
     """Which models, and which parts of the study."""
 
     panel: ClassVar[str] = "Study"

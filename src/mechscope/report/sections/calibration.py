@@ -1,0 +1,98 @@
+"""Calibration: rates of verdicts and coverages of intervals where the truth is known."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from mechscope.report.marks.tables import Shown, Table
+from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.theme import percent
+
+CALIBRATION = table(
+    "One row per claim or quantity and world whose truth is known.",
+    claim="the claim, as in the table claims, or the quantity an interval is for",
+    world="what is true there",
+    kind="null (the claim is false, or nothing is there), planted (it is there) or coverage (of an interval)",
+    size="size of the planted effect; of a coverage the number of units",
+    unit="what is observed independently: document, prompt pair, seed, training, head",
+    n="draws that count; of a coverage those in which an interval was given",
+    withheld=number("draws of a coverage in which no interval was given", "share"),
+    rate=number("wrong verdicts under a null, right ones under a planted effect, intervals that hold the truth", "share"),
+    low=number("its interval over draws (Wilson, 95 %), lower end", "share"),
+    high=number("its interval, upper end", "share"),
+    allowed_from=number("least rate that is allowed, with the binomial error of n draws", "share"),
+    allowed_to=number("greatest rate that is allowed", "share"),
+    holds="whether the rate is allowed; a power always is",
+    verdicts="how often each verdict was given",
+)
+
+_HEADINGS = {
+    "null": ("Nulls: how often a verdict is wrong", "wrong"),
+    "coverage": ("Coverage: how often an interval holds the truth", "coverage"),
+    "planted": ("Power: how often a planted effect is found", "power"),
+}
+
+
+def _views(tables: Tables) -> list[Shown]:
+    shown = []
+    for kind, (heading, rate) in _HEADINGS.items():
+        rows = tables["calibration"].query("kind == @kind")
+        if rows.empty:
+            continue
+        view = Table(rows).words("claim", "claim or quantity").texts("world", "what is true").words("unit", "unit")
+        view = view.numbers("size", "size" if kind == "planted" else "units") if kind != "null" else view
+        view = view.numbers("n", "draws").numbers("rate", rate, ends=("low", "high"))
+        view = view.numbers("allowed_from", "allowed from") if kind == "coverage" else view
+        view = view.numbers("allowed_to", "allowed to") if kind != "planted" else view
+        shown.append(Shown(heading, view.texts("verdicts", "verdicts").view()))
+    return shown
+
+
+def _failing(calibration: pd.DataFrame) -> pd.DataFrame:
+    return calibration[~calibration["holds"].astype(bool)]
+
+
+def _draws(rows: pd.DataFrame) -> str:
+    low, high = int(rows["n"].min()), int(rows["n"].max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _findings(tables: Tables) -> list[str]:
+    calibration = tables["calibration"]
+    sentences = []
+    for kind, words in (("null", "wrong verdicts"), ("coverage", "intervals that hold the truth")):
+        rows = calibration[calibration["kind"] == kind]
+        if len(rows):
+            bad = _failing(rows)
+            sentences.append(
+                f"{len(rows) - len(bad)} of {len(rows)} rates of {words} are what is claimed, but for the binomial error of "
+                f"{_draws(rows)} draws."
+            )
+    sentences += [
+        f"Not calibrated: {row['claim']} where {row['world']}: {percent(row['rate'])} of {int(row['n'])} draws."
+        for row in _failing(calibration).to_dict("records")
+    ]
+    return sentences
+
+
+def _cards(tables: Tables) -> list[Card]:
+    rows = tables["calibration"].query("kind != 'planted'")
+    held = int(rows["holds"].sum())
+    return [
+        Card(
+            f"{held} of {len(rows)}", "error rates and coverages as claimed", "5 % wrong verdicts, 93 to 97 % coverage, with binomial error"
+        )
+    ]
+
+
+SECTION = Section(
+    id="calibration",
+    heading="Calibration",
+    intro="Worlds whose truth is known were drawn many times and judged by the functions that judge real models. Under a null the share of wrong "
+    "verdicts may be 5 % at most, and an interval that claims 95 % must hold the truth in 93 to 97 %, both but for the binomial error of as many "
+    "draws (central 99 %). Power is how often a planted effect of a given size is found.",
+    tables={"calibration": CALIBRATION},
+    views=_views,
+    findings=_findings,
+    cards=_cards,
+)
