@@ -76,7 +76,7 @@ def recognised(family: str, module: nn.Module) -> Norm:
     if getattr(module, "weight", None) is not None and eps is not None:
         # a module whose weights are offloaded lets go of them when it has run, so what they should give comes first
         with fetched(module):
-            weight = module.weight
+            weight = module.get_parameter("weight")
             generator = torch.Generator().manual_seed(0)
             # of half precision the module rounds at every step, of what it gives the largest decides; RMS norms compute in float32 whatever the type
             tolerance = 2e-2 if weight.element_size() == 2 else 1e-5
