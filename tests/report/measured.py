@@ -1,0 +1,83 @@
+"""Tables that were measured, not invented: each job whose tables no test invents, run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from mechscope.settings import resolve
+from mechscope.studies.calibration.rates import rates_table
+from mechscope.studies.calibration.truth import Truth
+from mechscope.studies.job import Job
+from mechscope.studies.runner import run_job
+from tests.causal.pairs import random_pairs
+from tests.studies.jobs.running import run, subject
+
+# settings of a run that ends within a second or two
+_JOBS: dict[str, dict[str, Any]] = {
+    "attention_lens": {"layers": "1-2", "steps": 3, "tokens_per_step": 30},
+    "attribute_positions": {"documents": 3},
+    "attribute_sources": {"components": "a1.h0,a2.h3", "documents": 3},
+    "backward_lens": {"documents": 3, "matrices": "mlp_down,mlp_up", "layers": "1-2", "top": 4},
+    "das": {
+        "pairs": random_pairs(12),
+        "layers": "0,2",
+        "epochs": 2,
+        "dimensions": 3,
+        "controls": 2,
+        "position": "changed",
+        "test_share": 0.5,
+    },
+    "flow": {"segments": "beginning,changed fact,last"},
+    "gradient_directions": {"documents": 3, "layers": "1-2", "rank": 2, "top": 4},
+    "knockout": {"keys": "2,4", "queries": "last", "each_head": True, "components": "layers:1"},
+    "patchscope": {"documents": 2, "new_tokens": 2, "top": 3},
+    "paths": {"receivers": "a2.h1<k>, logits"},
+    "spectrum": {"bands": 5, "sites": "head_output,residual", "documents": 4},
+    "steer": {"pairs": random_pairs(12), "layer": 1, "strengths": "-1,2", "prompt": "w3 w4 w5", "new_tokens": 3},
+    "suppress": {"bands": 4, "suppressed": "0", "layers": "1", "controls": 2},
+    "trace": {"segment": "beginning", "site": "mlp", "samples": 2, "window": 2},
+}
+# jobs that read a file: the setting that names it, and what it holds
+_FILES: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+    ("counterfactual", "runs", {"two": {"m2": "zero"}, "half": {"a2.h0": 0.5}}, {}),
+    (
+        "scrub",
+        "hypothesis",
+        {"m2": None, "a1.h1,a1.h2": ["x", "y", "x", "y", "x", "z"]},
+        {"pairs": random_pairs(6, lengths=(9,)), "samples": 2},
+    ),
+)
+_KINDS: tuple[Literal["null", "coverage", "planted"], ...] = ("null", "coverage", "planted")
+_TRUTHS = [Truth(claim="it_changed", world="nothing did", kind=kind, draw=str, unit="document", right=("supported",)) for kind in _KINDS]
+
+
+@cache
+def measured_tables() -> dict[str, pd.DataFrame]:
+    """Return the tables of all these jobs by name."""
+    tables: dict[str, pd.DataFrame] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, setting, content, settings in _FILES:
+            file = Path(folder) / f"{name}.json"
+            file.write_text(json.dumps(content), encoding="utf-8")
+            tables |= run(_job(name), None, **{setting: str(file)}, **settings).tables
+    for name, settings in _JOBS.items():
+        tables |= run(_job(name), None, **settings).tables
+    positions = _job("positions")
+    read = resolve(positions.settings, model="given in memory", offsets=4, components="layers:0-1")
+    tables |= run_job(positions, read, None, given={"model": subject()}).tables
+    return {
+        **tables,
+        "calibration": rates_table(_TRUTHS, [{"undecided": 40}, {"inside": 38, "outside": 2, "withheld": 10}, {"supported": 12}]),
+    }
+
+
+def _job(name: str) -> Job[Any]:
+    job: Job[Any] = import_module(f"mechscope.studies.jobs.{name}").JOB
+    return job
