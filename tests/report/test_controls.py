@@ -85,15 +85,26 @@ def claims(*rows: tuple[str, str, str]) -> dict[str, pd.DataFrame]:
 def test_the_card_ends_with_what_would_overturn_it() -> None:
     (card,) = CLAIMS.cards(claims(("one", "undecided", "More seeds."), ("two", "supported", "Other trainings.")))
     assert card.value == "1 of 2"
-    assert card.note == "0 contradicted, 1 undecided. What would overturn two: Other trainings."
+    assert card.note == "0 contradicted, 1 undecided. What would overturn “two”: Other trainings."
     (card,) = CLAIMS.cards(claims(("one", "withheld", ""), ("two", "undecided", "A control.")))
-    assert card.note == "0 contradicted, 1 undecided, 1 withheld. What would overturn two: A control."
+    assert card.note == "0 contradicted, 1 undecided, 1 withheld. What would overturn “two”: A control."
 
 
 def test_every_claim_shows_its_unit_and_what_would_overturn_it() -> None:
     (shown,) = CLAIMS.views(claims(("one", "undecided", "More seeds."), ("two", "supported", "")))
-    assert shown.view.columns[-3:] == ("unit", "verdict", "what would overturn it")
-    assert [[cell.text for cell in row[-3:]] for row in shown.view.rows] == [
-        ["training", "undecided", "More seeds."],
-        ["training", "supported", "–"],
+    assert shown.view.columns[2:] == ("measured here", "value and 95 % interval", "unit", "verdict")
+    assert [(row[2].note, row[-2].text, row[-1].text) for row in shown.view.rows] == [
+        ("What would overturn it: More seeds.", "training", "undecided"),
+        ("", "training", "supported"),
     ]
+
+
+def test_rows_about_noise_are_no_claims_of_the_paper_and_what_is_decided_is_named() -> None:
+    tables = claims(
+        ("few_edges", "supported", ""), ("steps.equal_rank", "contradicted", ""), ("heads.noise", "supported", ""), ("x", "undecided", "")
+    )
+    (sentence,) = CLAIMS.findings(tables)
+    assert sentence.startswith(
+        "Of 3 claims of and about arXiv 2505.17073 tested here: 1 supported (few edges), 1 contradicted (steps, equal rank), 1 undecided"
+    )
+    assert CLAIMS.cards(tables)[0].value == "1 of 3"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from mechscope.report.marks.tables import Cell, Shown, Table
+from mechscope.report.marks.tables import Cell, Row, Shown, Table
 from mechscope.report.section import Card, Section, Tables, number, optional, table
 
 CLAIMS = table(
@@ -30,31 +30,49 @@ _UNITS = (
 
 def _views(tables: Tables) -> list[Shown]:
     view = Table(tables["claims"]).cells("statement", "claim", lambda row: Cell(str(row["statement"]), str(row["note"])))
-    view.cells("paper", "the paper", lambda row: Cell(str(row["paper"]))).cells(
-        "measured", "measured here", lambda row: Cell(str(row["measured"]))
-    )
+    view.cells("paper", "the paper", lambda row: Cell(str(row["paper"]))).cells("measured", "measured here", _measured)
     view.numbers("value", "value and 95 % interval", ends=("low", "high"))
     view.cells("unit", "unit", lambda row: Cell(str(row["unit"] or "–")))
     view.cells("verdict", "verdict", lambda row: Cell(str(row["verdict"]), badge=str(row["verdict"])))
-    view.cells("overturn", "what would overturn it", lambda row: Cell(str(row["overturn"] or "–")))
     return [Shown("What is claimed and what was measured", replace(view.view(), prose=True), terminal=True)]
 
 
-def _counts(tables: Tables) -> dict[str, int]:
+def _measured(row: Row) -> Cell:
+    overturn = row.get("overturn") or ""
+    return Cell(str(row["measured"]), f"What would overturn it: {overturn}" if overturn else "")
+
+
+def _of_the_paper(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims without the rows about noise, which say nothing of fine-tuning."""
+    return claims[~claims["claim"].astype(str).str.endswith(".noise")]
+
+
+def _counts(claims: pd.DataFrame) -> dict[str, int]:
     """Return how many claims have each verdict; "withheld" and "no change" only where there is one."""
-    counts = tables["claims"]["verdict"].value_counts()
+    counts = claims["verdict"].value_counts()
     return {verdict: int(counts.get(verdict, 0)) for verdict in dict.fromkeys((*_VERDICTS, *sorted(map(str, counts.index))))}
 
 
 def _findings(tables: Tables) -> list[str]:
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in _counts(tables).items())
-    return [f"Of {len(tables['claims'])} claims of and about arXiv 2505.17073 tested here: {counts}."]
+    claims = _of_the_paper(tables["claims"])
+    counts = []
+    for verdict, count in _counts(claims).items():
+        names = [_words(name) for name in claims.loc[claims["verdict"] == verdict, "claim"]]
+        decided = f" ({'; '.join(names)})" if names and verdict in ("supported", "contradicted") else ""
+        counts.append(f"{count} {verdict}{decided}")
+    return [f"Of {len(claims)} claims of and about arXiv 2505.17073 tested here: {', '.join(counts)}."]
+
+
+def _words(claim: object) -> str:
+    """Write a claim's name as words: "fewer steps, equal rank"."""
+    return str(claim).replace(".", ", ").replace("_", " ")
 
 
 def _cards(tables: Tables) -> list[Card]:
-    counts = _counts(tables)
+    claims = _of_the_paper(tables["claims"])
+    counts = _counts(claims)
     note = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != "supported")
-    return [Card(f"{counts['supported']} of {len(tables['claims'])}", "claims supported", f"{note}.{_would_overturn(tables['claims'])}")]
+    return [Card(f"{counts['supported']} of {len(claims)}", "claims supported", f"{note}.{_would_overturn(claims)}")]
 
 
 def _would_overturn(claims: pd.DataFrame) -> str:
@@ -64,7 +82,7 @@ def _would_overturn(claims: pd.DataFrame) -> str:
         return ""
     decided = told[told["verdict"].isin(["supported", "contradicted"])]
     row = (decided if len(decided) else told).iloc[0]
-    return f" What would overturn {row['claim']}: {row['overturn']}"
+    return f" What would overturn “{_words(row['claim'])}”: {row['overturn']}"
 
 
 SECTION = Section(

@@ -189,7 +189,7 @@ def _cards(tables: Tables) -> list[Card]:
         return []
     layers, _ = of_rows(tables["layers"])
     top = layers.sort_values("kl_base_tuned", ascending=False, kind="stable").iloc[0]
-    documents = Card(written(int(layers["n"].max())), "documents", "the unit of every interval")
+    documents = Card(written(int(layers["n"].max())), "documents", "on which the difference was measured")
     if not (layers["kl_base_tuned_verdict"] == "changed").any():
         return [documents]
     return [
