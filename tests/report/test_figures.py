@@ -55,9 +55,15 @@ def test_a_clipped_colour_scale_says_so(tables: dict[str, pd.DataFrame]) -> None
     assert "the largest change is 50" in figure.caption
 
 
-def test_significance_is_marked_below_five_percent_of_q(drawn: dict[str, Figure]) -> None:
-    filters = [transform["filter"] for layer in layers_of(drawn["entropy-change"].spec) for transform in layer.get("transform", [])]
-    assert any(re.search(r"entropy_change_q < 0\.05", text) for text in filters)
+def test_heads_whose_entropy_changed_by_more_than_the_smallest_effect_are_dotted(tables: dict[str, pd.DataFrame]) -> None:
+    heads = tables["heads"].assign(entropy_change_q=0.001)  # surely different from zero is not enough
+    figure = named(figures_of({"heads": heads}), "entropy-change")
+    filters = [transform["filter"] for layer in layers_of(figure.spec) for transform in layer.get("transform", [])]
+    assert "datum.changed" in filters
+    dotted = [row["changed"] for row in numbers(figure, "changed")]
+    assert dotted == (heads["entropy_change_verdict"] == "changed").tolist()
+    assert 0 < sum(dotted) < len(dotted)
+    assert "A dot marks a change beyond the smallest effect of interest." in figure.caption
 
 
 def test_selected_heads_are_those_of_the_rule_by_kl(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:

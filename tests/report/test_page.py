@@ -218,7 +218,7 @@ def test_sentences_name_the_layer_and_count_the_significant_heads() -> None:
     top = tables["layers"].query("rows == 'all'").nlargest(1, "kl_base_tuned")["layer"].iloc[0]
     text = " ".join(findings_of(tables))
     assert f"changed most in layer {top} " in text
-    assert f"{(heads['entropy_change_q'] < 0.05).sum()} of 144 heads" in text
+    assert f"{(heads['entropy_change_verdict'] == 'changed').sum()} of 144 heads changed their attention entropy" in text
 
 
 def test_few_documents_and_few_seeds_are_told() -> None:

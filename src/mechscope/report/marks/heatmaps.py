@@ -82,6 +82,7 @@ def head_heatmap(
     selected: Collection[tuple[int, int]] = (),
     tooltip: Mapping[str, str],
     significance: str | None = None,
+    verdict: str | None = None,
 ) -> Figure:
     """Draw one number per layer (down) and head (across).
 
@@ -96,12 +97,16 @@ def head_heatmap(
         selected: (layer, head) of the heads to outline.
         tooltip: Columns told about the head under the pointer, and their names. Heatmaps with equal columns share their numbers in the page.
         significance: Column of q values; cells under `Q_SIGNIFICANT` get a dot.
+        verdict: Column of verdicts by size; cells that changed get a dot.
     """
     n_layers, n_heads = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
     numbers = Numbers()
     step, across = _cell(n_layers, 560, smallest=11, largest=30), _cell(n_heads, 800, smallest=11, largest=38)
     table = heads.assign(selected=[(layer, head) in selected for layer, head in zip(heads["layer"], heads["head"], strict=True)])
     shown = list(dict.fromkeys(["component", "layer", "head", "selected", value, *tooltip]))
+    if verdict is not None:
+        table["changed"] = table[verdict] == "changed"
+        shown.append("changed")
     shown += [column for column in ("rows", significance or value) if column in table and column not in shown]
     colours, clipped = diverging(table[value]) if scale == "change" else (_SHARE if scale == "share" else _magnitude(table[value]), "")
     told = [alt.Tooltip("component:N", title="component")]
@@ -113,11 +118,17 @@ def head_heatmap(
         base.mark_rect(cornerRadius=1).encode(color=alt.Color(f"{value}:Q", scale=colours, legend=gradient(legend, share=scale == "share")))
     ]
     words = caption + clipped
-    if significance is not None:
+    dotted = f"datum.{significance} !== null && datum.{significance} < {Q_SIGNIFICANT}" if verdict is None else "datum.changed"
+    if significance is not None or verdict is not None:
         size = int(np.clip(min(step, across) ** 2 * 0.045, 5, 26))
         dots = base.mark_point(filled=True, size=size, fill="#ffffff", stroke="#20262d", strokeWidth=0.7, opacity=1)
-        layers.append(dots.transform_filter(f"datum.{significance} !== null && datum.{significance} < {Q_SIGNIFICANT}"))
-        words += f" A dot marks q < {Q_SIGNIFICANT} (Benjamini–Hochberg over all heads)."
+        layers.append(dots.transform_filter(dotted))
+        means = (
+            f"q < {Q_SIGNIFICANT} (Benjamini–Hochberg over all heads)"
+            if verdict is None
+            else "a change beyond the smallest effect of interest"
+        )
+        words += f" A dot marks {means}."
     if selected:
         layers.append(base.mark_rect(style="outline", fillOpacity=0).transform_filter("datum.selected"))
         words += " Outlined: the selected heads."

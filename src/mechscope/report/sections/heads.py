@@ -106,11 +106,11 @@ def _figures(tables: Tables) -> list[Figure]:
     heads, selected = _with_changes(tables["heads"]), chosen_heads(tables)
 
     def heatmap(
-        column: str, name: str, title: str, legend: str, caption: str, *, scale: Scale = "magnitude", significance: str | None = None
+        column: str, name: str, title: str, legend: str, caption: str, *, scale: Scale = "magnitude", verdict: str | None = None
     ) -> Figure:
         return head_heatmap(
             heads, column, name=name, title=title, legend=legend, caption=caption, scale=scale, selected=selected,
-            tooltip=_TOOLTIP, significance=significance,
+            tooltip=_TOOLTIP, verdict=verdict,
         )  # fmt: skip
 
     return [
@@ -124,9 +124,9 @@ def _figures(tables: Tables) -> list[Figure]:
         ),
         heatmap(
             *("entropy_change", "entropy-change", "Which heads became more focused", "entropy change, nats (blue: more focused)"),
-            "Attention entropy, tuned minus base. A dot tells a change from chance, whatever its size.",
+            "Attention entropy, tuned minus base.",
             scale="change",
-            significance="entropy_change_q",
+            verdict="entropy_change_verdict",
         ),
         heatmap(
             *("z_cosine_distance", "head-output-change", "How far head outputs turned", "1 − cosine of z, √ scale"),
