@@ -114,7 +114,7 @@ def _flags_in_errors(job: Job[Any]) -> Iterator[None]:
         message = str(error)
         for leaf in job.options:
             flag = leaf.name.upper() if leaf.name in job.arguments else f"--{leaf.name.replace('_', '-')}"
-            message = re.sub(rf"setting '{leaf.name}'|'{leaf.name}'", flag, message)
+            message = re.sub(rf"setting '{leaf.name}'", flag, message)
             if "_" in leaf.name:
                 message = re.sub(rf"(?<![\w'-]){leaf.name}(?![\w'])", flag, message)
         raise SettingsError(message) from error

@@ -56,6 +56,7 @@ def table(
     form: Annotated[Literal["csv", "json"], typer.Option("--as", help="CSV, or JSON with one record per row.")] = "csv",
 ) -> None:
     """Print a table of a run, such as: mechscope table runs/diff heads > heads.csv."""
+    from mechscope.errors import RunError
     from mechscope.store.run import RunFolder
     from mechscope.studies.places import table_names
 
@@ -63,6 +64,8 @@ def table(
     if name is None:
         typer.echo("\n".join(table_names(folder)))
         return
+    if name not in (known := table_names(folder)):
+        raise RunError(f"{run} has no table {name!r}: it has {', '.join(known)}")
     rows = folder.table(name)
     sys.stdout.write(rows.to_csv(index=False) if form == "csv" else rows.to_json(orient="records", indent=1, force_ascii=False) + "\n")
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from mechscope.report.sections import heads, layers, outputs
-from mechscope.report.verdicts import counted, in_words, largest
+from mechscope.report.verdicts import FEWEST, counted, in_words, largest
+from mechscope.stats import verdicts
 from tests.report.synthetic import tables
 
 LAYERS, HEADS = 6, 8
@@ -82,3 +83,12 @@ def test_heads_are_listed_by_the_size_of_what_they_write(kind: str) -> None:
     rows = made["heads"][made["heads"]["rows"] == kind].sort_values("write_change", ascending=False)
     assert [row[0].text for row in view.rows] == rows["component"].head(heads.TOP_HEADS).tolist()
     assert np.all(np.diff(rows["write_change"]) <= 0)
+
+
+def test_few_documents_are_not_judged_and_no_verdict_is_not_no_change() -> None:
+    table = pd.DataFrame({"x": [0.5, 0.6], "x_verdict": ["undecided", "undecided"], "n": [4, 4]})
+    said = in_words(table, "x", 0.1, of="heads", what="changed", unit="nats")
+    assert said == "Whether heads changed by more than 0.10 nats, the smallest effect of interest, is not judged: 4 documents of at least 8"
+    said = in_words(table.assign(n=20), "x", 0.1, of="heads", what="changed", unit="nats")
+    assert said.startswith("Of 2 heads none is shown to have changed by more than 0.10 nats")
+    assert FEWEST == verdicts.FEWEST

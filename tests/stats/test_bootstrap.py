@@ -57,3 +57,9 @@ def test_few_documents_have_a_mean_and_no_interval() -> None:
     assert np.isnan(lone.low)
     equal = mean_interval(np.full(8, 0.2))
     assert (equal.low, equal.high, equal.withheld) == (equal.value, equal.value, "")
+
+
+def test_equal_scores_have_an_interval_whatever_rounding_leaves() -> None:
+    for n in (6, 10):
+        equal = mean_interval(np.full(n, 0.1))
+        assert (equal.low, equal.high, equal.withheld) == (equal.value, equal.value, "")

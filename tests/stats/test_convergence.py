@@ -93,3 +93,10 @@ def test_what_is_no_curve_is_refused() -> None:
         convergence([1.0, float("nan"), 0.5])
     with pytest.raises(DataError, match="give one of each per point"):
         convergence([1.0, 2.0], pace=[1.0])
+
+
+def test_nothing_to_learn_and_a_rate_of_nothing_say_so() -> None:
+    assert "nothing to learn" in convergence(np.linspace(1, 0, 40), whole=0.0).reason
+    ended = convergence(np.linspace(1, 0, 8), pace=[1.0, *[0.0] * 7])
+    assert not ended.converged
+    assert "its learning rate was zero" in ended.reason

@@ -306,3 +306,11 @@ def test_claims_read_the_tables_that_they_declare_and_no_others() -> None:
     assert tables.read == {"heads", "layers", "selection", "controls", "control_heads", "control_layers"}
     assert set(NEEDED) == {name for claim in CLAIMS for name in claim.needs}
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_what_was_not_measured_is_not_alike() -> None:
+    heads, layers = difference((0.1, 0.2, 0.3, 0.4), focused=0.5)
+    selection = selection_table(heads, layers, rules=["layers_by_kl"])
+    missing = heads.assign(kl_base_tuned=np.nan, entropy_change=np.nan)
+    claims = claims_table({"heads": missing, "layers": layers, "selection": selection})
+    assert "no change" not in set(claims["verdict"])

@@ -164,3 +164,8 @@ def test_numbers_of_a_run_do_not_hang_on_how_many_draws_there_are(tiny_model: Pa
     one = diff(base=str(tiny_model), tuned=str(trained / "tuned"), **settings).control_heads
     ours, theirs = (table[table["control"] == "noise 0"]["entropy_change"].to_numpy() for table in (one, compared.control_heads))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_control_in_a_folder_called_tuned_keeps_its_path_as_its_name() -> None:
+    settings = resolve(DIFF.settings, base="b", tuned="t", data="newsroom", controls="shuffled:/x/models/tuned,/y/other,/z/noise 0")
+    assert [control.name for control in named_controls(settings)] == ["/x/models/tuned", "other", "/z/noise 0"]

@@ -80,3 +80,11 @@ def test_the_suite_of_known_truths_holds_every_claim_of_attention() -> None:
     assert {"heads_focused_all", "heads_focused_selected", "change_concentrated", "most_changed_layers"} <= judged
     assert {"heads_focused_all.noise", "change_concentrated.noise"} <= judged
     assert len({(truth.claim, truth.world, truth.size) for truth in TRUTHS}) == len(TRUTHS)
+
+
+def test_shares_that_do_not_vary_or_are_cut_off_are_not_compared() -> None:
+    assert np.isnan(beyond(0.5, np.full(5, 0.5 + 1e-12)).low)
+    assert np.isnan(compare(np.full(3, 0.9995), np.full(3, 0.99995)).low)
+    assert np.isnan(compare(np.array([0.5, 0.6, np.nan]), np.array([0.1, 0.2, 0.15])).low)
+    # of heads that can be counted a step is hidden
+    assert beyond(0.5, np.full(5, 0.25), grain=0.25).low < 0.25

@@ -118,7 +118,7 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
                 row |= _compared(f"vs_{name}", differences, seed)
             trainings = len(group) if group[0].arm.trained else len(standard or ())
             few = 0 < trainings < MIN_TRAININGS
-            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else ""
+            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else _lone_document(scores)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -161,6 +161,10 @@ def summaries_table(outcomes: Sequence[Outcome], documents: Sequence[Document]) 
         name = "base" if arm.strategy == "none" else arm.strategy if arm.strategy in SHARED else f"{arm.strategy}_{arm.protocol}"
         table.setdefault(name, list(outcome.summaries))
     return pd.DataFrame(table)
+
+
+def _lone_document(scores: np.ndarray) -> str:
+    return "one document says nothing of others" if scores.shape[1] < 2 else ""
 
 
 def _scores(group: Sequence[Outcome], metric: str) -> Float[np.ndarray, "seeds documents"]:

@@ -6,9 +6,9 @@ An overlap says nothing alone: circuits found from noisy scores differ though no
     exchanged   what two circuits share when in every text it is drawn by lot which model's scores count as base and which as tuned
 
 Were the two models the same up to noise, the labels would mean nothing, and the overlap would be one more draw of the second: exactly so where scores
-are exchangeable within a text (a permutation test whose unit is the text; Fisher 1935, Pitman 1937), and by simulation also where one model's scores are
-larger or noisier by up to three times (docs/calibration.md). Noise that both models share with a text stays in both. What the overlap falls short of is
-the change.
+are exchangeable within a text (a permutation test whose unit is the text; Fisher 1935, Pitman 1937). Both models' scores are brought to one size
+first, and by simulation it then holds also where one model's are larger, noisier, or both (docs/calibration.md). Noise that both models share with a
+text stays in both. What the overlap falls short of is the change.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def overlap_table(
         raise DataError(f"{texts} texts are too few to exchange models in: at least {FEWEST_TEXTS} are needed")
     if exchanges < 1:
         raise SettingsError(f"a null of {exchanges} exchanges: give at least 1")
+    # a louder or cleaner model would dominate every exchanged circuit: both are brought to one size first
+    first, second = first / _size(first), second / _size(second)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(exchanges, texts))
     middle, apart = (first.mean(0) + second.mean(0)) / 2, signs @ (second - first) / (2 * texts)
     rows = []
@@ -109,6 +111,14 @@ def overlap_table(
             spread = {"exchanged": drawn.mean(), "exchanged_low": low, "exchanged_high": high, "change": drawn.mean() - shared, "p": p}
             rows.append({"what": what, "fraction": fraction, **sizes, **nulls, **spread, "n": texts})
     return pd.DataFrame(rows)
+
+
+def _size(per_text: np.ndarray) -> float:
+    """Return how large a model's mean scores are without what noise adds to them: the root of their sum of squares less that of their errors."""
+    squares = (per_text.mean(0) ** 2).sum()
+    noise = (per_text.var(0, ddof=1) / len(per_text)).sum()
+    # where noise is nearly all there is, its estimate may exceed the whole
+    return float(np.sqrt(max(squares - noise, 0.05 * squares))) or 1.0
 
 
 def _same_texts(base: EdgeScores, tuned: EdgeScores) -> tuple[np.ndarray, np.ndarray]:

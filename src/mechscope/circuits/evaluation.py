@@ -260,7 +260,9 @@ def _cmd(at: np.ndarray, evaluated: Evaluated, by_chance: np.ndarray) -> Area:
     signs = np.stack([sign, *(np.where(unsure, each, sign) for each in (0.0, 1.0, -1.0))])
     areas = of_span((signs * weights) @ missing, evaluated.clean, evaluated.empty)
     chance = np.abs(1 - by_chance) @ weights
-    return Area(float(areas.value[0]), max(0.0, areas.low.min()), float(areas.high.max()), *(float(each) for each in _band(chance)))
+    return Area(
+        float(areas.value[0]), float(np.maximum(0.0, areas.low.min())), float(areas.high.max()), *(float(each) for each in _band(chance))
+    )
 
 
 def _weights(at: np.ndarray) -> Float[np.ndarray, " fraction"]:

@@ -207,8 +207,8 @@ def write_changes(writers: Writers, layer: int, base: Written, tuned: Written, r
 
 
 def _ratio(change: Tensor, size: Tensor) -> Tensor:
-    # no change of nothing is no change
-    return torch.where(change == 0, change, change / size)
+    # no change of nothing is no change; what writes nothing in the base has no size to relate a change to
+    return torch.where(change == 0, change, torch.where(size == 0, torch.nan, change / size))
 
 
 def _of_heads(writers: Writers, layer: int, base: Written, tuned: Written) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from mechscope.report.theme import number as written
 
 VERDICT = Column("changed: more than the smallest effect of interest; negligible: shown to be less; undecided; not measured")
 """Column of a verdict on a quantity, see `mechscope.stats.verdicts`."""
+FEWEST = 8
+"""Documents below which there is no verdict, as `mechscope.stats.verdicts` has it."""
 _WORDS = ("changed", "negligible", "undecided", "not measured")
 
 
@@ -51,8 +53,14 @@ def in_words(table: pd.DataFrame, quantity: str, smallest: float, *, of: str, wh
     if found["not measured"] == many:
         return f"Whether {of} {what} is not judged: no smallest effect of interest was measured or set, or no document has such tokens."
     than = f"{written(smallest, digits=2)} {unit}".strip()
-    none = "none" if not found["changed"] else written(found["changed"])
-    sentence = f"{none} of {written(many)} {of} {what} by more than {than}, the smallest effect of interest"
+    documents = int(table[f"{quantity}_n" if f"{quantity}_n" in table else "n"].max())
+    if documents < FEWEST:
+        return f"Whether {of} {what} by more than {than}, the smallest effect of interest, is not judged: {documents} documents of at least {FEWEST}"
+    if not found["changed"] and found["undecided"]:
+        sentence = f"of {written(many)} {of} none is shown to have {what} by more than {than}, the smallest effect of interest"
+    else:
+        number = written(found["changed"]) if found["changed"] else "none"
+        sentence = f"{number} of {written(many)} {of} {what} by more than {than}, the smallest effect of interest"
     rest = f"{written(found['negligible'])} negligible (shown to be smaller), {written(found['undecided'])} undecided"
     missing = f", {written(found['not measured'])} not measured" if found["not measured"] else ""
     return f"{sentence[0].upper()}{sentence[1:]}; {rest}{missing}"

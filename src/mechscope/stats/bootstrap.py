@@ -63,7 +63,7 @@ def mean_interval(values: Float[np.ndarray, " n"], *, replicates: int = 2000, se
     errors = np.sqrt(np.where(variances > 1e-12 * values.var(), variances, 0.0) / (n - 1))
     # a resample that does not vary lies infinitely many of its standard errors away, unless it lies at the mean itself
     ratios = np.divide(np.abs(means), errors, out=np.where(np.abs(means) > 0, np.inf, 0.0), where=errors > 0)
-    if not centred.any():
+    if np.ptp(values) == 0:
         return MeanInterval(mean, mean, mean, "")
     width = float(np.quantile(ratios, level, method="higher")) * float(values.std(ddof=1)) / math.sqrt(n)
     if not math.isfinite(width):

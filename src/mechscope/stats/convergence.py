@@ -81,6 +81,8 @@ def convergence(loss: ArrayLike, *, pace: ArrayLike | None = None, whole: float 
     late = np.flatnonzero(way > 1 - LATE)
     if len(late) < FEWEST:
         return Convergence(False, float("nan"), f"its last quarter has {len(late)} points, too few to tell whether it arrived")
+    if np.ptp(way[late]) == 0:
+        return Convergence(False, float("nan"), "its learning rate was zero in its last quarter, so nothing tells whether it arrived")
     blocks = np.array_split(late, np.clip(len(late) // 3, FEWEST, _BLOCKS))
     line = distributions.linregress(*(np.array([values[block].mean() for block in blocks]) for values in (way, y)))
     fall, error = -float(line.slope) * LATE, float(np.nan_to_num(line.stderr)) * LATE
@@ -92,6 +94,8 @@ def convergence(loss: ArrayLike, *, pace: ArrayLike | None = None, whole: float 
         flat = abs(fall) + reach <= noise or not own
         return Convergence(flat, float("nan"), "" if flat else "noise hides whether the training changed the loss at all")
     whole = own if whole is None else whole
+    if whole <= 0:
+        return Convergence(False, float("nan"), "there was nothing to learn: the loss of the untrained is zero")
     if abs(fall) + reach <= TOLERANCE * whole:
         return Convergence(True, fall / whole, "")
     if abs(fall) <= reach:

@@ -66,7 +66,9 @@ def named_controls(settings: Controlled) -> tuple[Control, ...]:
     if twice := [source for source in sources if sources.count(source) > 1]:
         raise SettingsError(f"setting 'controls' names {twice[0]!r} twice: a training counts once")
     last = [Path(source).name for source in sources]
-    names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
+    # the tuned model and the draws of noise stand beside them by these names
+    taken = {"tuned", *(f"noise {number}" for number in range(settings.noise_draws))}
+    names = [source if last.count(name) > 1 or name in taken else name for name, source in zip(last, sources, strict=True)]
     controls = []
     for name, (kind, source) in zip(names, parts, strict=True):
         recorded, seed = recorded_training(source)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BEGINS = ("/", "./", "../", "~")
 _ENDS = (".jsonl", ".json", ".csv", ".parquet")
 # settings that name models, documents or prompt pairs; pairs may name a file behind a colon
-_SOURCES = ("data", "validation_data", "test_data", "pairs")
+_SOURCES = ("tuned", "data", "validation_data", "test_data", "pairs")
 
 
 def new_run(job: str, root: Path = Path("runs")) -> Path:
@@ -35,8 +35,13 @@ def check_paths(job: Job[Any], settings: Any) -> None:
     """
     for leaf in job.options:
         value = leaf.read(settings)
-        if isinstance(value, str) and (leaf.name in job.arguments or leaf.name == "tuned" or leaf.name in _SOURCES):
+        if isinstance(value, str) and (leaf.name in job.arguments or leaf.name in _SOURCES):
             check_source(f"setting {leaf.name!r}", value)
+        elif isinstance(value, str) and leaf.name == "controls":
+            for source in value.split(","):
+                check_source("setting 'controls'", source.strip().removeprefix("seed:").removeprefix("shuffled:").removeprefix("other:"))
+        elif isinstance(value, str) and leaf.name == "like" and not Path(value).expanduser().is_dir():
+            raise SettingsError(f"setting 'like' is {value!r}: no such folder")
 
 
 def check_source(name: str, source: str) -> None:

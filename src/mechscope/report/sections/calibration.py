@@ -57,6 +57,11 @@ def _draws(rows: pd.DataFrame) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
+def _unseen(rows: pd.DataFrame, kind: str) -> float:
+    """Return the rate that so few draws leave unnoticed."""
+    return float(rows["allowed_to"].max() if kind == "null" else rows["allowed_from"].min())
+
+
 def _findings(tables: Tables) -> list[str]:
     calibration = tables["calibration"]
     sentences = []
@@ -65,8 +70,8 @@ def _findings(tables: Tables) -> list[str]:
         if len(rows):
             bad = _failing(rows)
             sentences.append(
-                f"{len(rows) - len(bad)} of {len(rows)} rates of {words} are what is claimed, but for the binomial error of "
-                f"{_draws(rows)} draws."
+                f"{len(bad)} of {len(rows)} rates of {words} are shown not to be as claimed, over {_draws(rows)} draws each; of the fewest, a "
+                f"rate {'of up to' if kind == 'null' else 'down to'} {percent(_unseen(rows, kind))} would not be noticed."
             )
     sentences += [
         f"Not calibrated: {row['claim']} where {row['world']}: {percent(row['rate'])} of {int(row['n'])} draws."
@@ -78,11 +83,8 @@ def _findings(tables: Tables) -> list[str]:
 def _cards(tables: Tables) -> list[Card]:
     rows = tables["calibration"].query("kind != 'planted'")
     held = int(rows["holds"].sum())
-    return [
-        Card(
-            f"{held} of {len(rows)}", "error rates and coverages as claimed", "5 % wrong verdicts, 93 to 97 % coverage, with binomial error"
-        )
-    ]
+    note = "5 % wrong verdicts, 93 to 97 % coverage, with binomial error"
+    return [Card(f"{len(rows) - held} of {len(rows)}", "error rates and coverages not as claimed", note)]
 
 
 SECTION = Section(

@@ -12,7 +12,7 @@ from mechscope.report.marks.tables import Cell, Row, Shown, Table, View, kinds, 
 from mechscope.report.section import Card, Section, Tables, number, optional, table
 from mechscope.report.shared import NO_CAUSE, THIS_PAIR, UNEQUAL_LENGTHS, chosen_heads, estimated, few_documents, of_rows
 from mechscope.report.theme import number as written
-from mechscope.report.verdicts import VERDICT, counted, in_words, largest, smallest_of
+from mechscope.report.verdicts import FEWEST, VERDICT, counted, in_words, largest, smallest_of
 
 TOP_HEADS = 20
 """Heads in the table, per kind of query rows."""
@@ -220,7 +220,7 @@ def _cards(tables: Tables) -> list[Card]:
         return []
     heads, _ = of_rows(tables["heads"])
     found, smallest = counted(heads, "write_change"), smallest_of(tables, "heads", "write_change")
-    if found["not measured"] == len(heads):
+    if found["not measured"] == len(heads) or int(heads["write_change_n"].max()) < FEWEST:
         return []
     note = f"by more than {written(smallest, digits=2)} of it; {written(found['negligible'])} negligible, {written(found['undecided'])} undecided"
     return [Card(f"{written(found['changed'])} of {written(len(heads))}", "heads changed what they write", note)]

@@ -27,6 +27,7 @@ class _World:
         texts: How many.
         shared: Share of the variance of noise that both models have in common on a text.
         louder: How many times larger tuned's scores are.
+        noise: How large the noise of both is.
         noisier: How many times larger the noise of tuned alone is.
         moved: Share of the edges whose score tuning drew anew.
         heavy: Noise with the tails of Student's t with 3 degrees of freedom, texts of very different weight.
@@ -35,6 +36,7 @@ class _World:
     texts: int = 24
     shared: float = 0.0
     louder: float = 1.0
+    noise: float = 1.0
     noisier: float = 1.0
     moved: float = 0.0
     heavy: bool = False
@@ -48,8 +50,8 @@ def _draw(seed: int, *, world: _World) -> str:
     common, own, other = (_noise(random, (world.texts, edges), heavy=world.heavy) for _ in range(3))
     weight = np.exp(random.standard_normal((world.texts, 1))) if world.heavy else np.ones((world.texts, 1))
     alone = np.sqrt(1 - world.shared)
-    base = weight * (before + np.sqrt(world.shared) * common + alone * own)
-    tuned = world.louder * weight * (after + np.sqrt(world.shared) * common + world.noisier * alone * other)
+    base = weight * (before + world.noise * (np.sqrt(world.shared) * common + alone * own))
+    tuned = world.louder * weight * (after + world.noise * (np.sqrt(world.shared) * common + world.noisier * alone * other))
     table = overlap_table(_scores(base), _scores(tuned), (SIZE,), exchanges=79, draws=2, seed=seed, prune=False)
     judgement = circuit_changed({"circuit_overlap": table}, Scope())
     assert judgement is not None
@@ -71,6 +73,8 @@ _NULLS = {
     "one circuit, heavy tails": _World(heavy=True, shared=0.5),
     "one circuit, tuned twice as large": _World(louder=2.0, shared=0.8),
     "one circuit, tuned three times as noisy": _World(noisier=3.0),
+    "one circuit, tuned three times as large and a third as noisy": _World(louder=3.0, noise=3.0, noisier=1 / 3),
+    "one circuit, tuned a third as large and three times as noisy": _World(louder=1 / 3, noisier=3.0),
 }
 
 TRUTHS: tuple[Truth, ...] = (

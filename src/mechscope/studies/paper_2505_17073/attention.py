@@ -183,7 +183,7 @@ def _concentration(heads: pd.DataFrame, layers: pd.DataFrame) -> float:
 
 def _share_focused(heads: pd.DataFrame, layers: pd.DataFrame) -> float:
     """Return the share of heads whose entropy fell."""
-    return float((heads["entropy_change"] < 0).mean())
+    return float((heads["entropy_change"].dropna() < 0).mean())
 
 
 def _share_focused_on_top(number: int) -> Statistic:

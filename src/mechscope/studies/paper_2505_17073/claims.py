@@ -125,4 +125,6 @@ def _attend_alike(tables: Tables, scope: Scope) -> bool:
             f"({', '.join(sorted(selection['rule'].unique()))})"
         )
     heads = tables["heads"][tables["heads"]["rows"] == scope.rows]
-    return not ((heads["kl_base_tuned"].abs() >= SAME_KL).any() or (heads["entropy_change"].abs() >= SAME_ENTROPY).any())
+    kl, entropy = (heads[name].abs() for name in ("kl_base_tuned", "entropy_change"))
+    # what was not measured is not alike
+    return bool((kl < SAME_KL).any() and not ((kl >= SAME_KL).any() or (entropy >= SAME_ENTROPY).any()))

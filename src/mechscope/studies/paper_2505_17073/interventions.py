@@ -48,7 +48,9 @@ def layers_carry(tables: Tables, scope: Scope) -> Judgement:
         f"{_points(high)}); {ranks(row)}."
     )
     # the rank says whether another selection would do as well, the interval whether other documents would say so too
-    decided: Verdict = ranked(row) if low > 0 or high < 0 else "undecided"
+    agreed = {"supported": low > 0, "contradicted": high < 0}
+    decided: Verdict = ranked(row)
+    decided = decided if agreed.get(decided, True) else "undecided"
     return judgement.replaced(
         measured=measured,
         value=more,

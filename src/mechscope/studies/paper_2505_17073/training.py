@@ -74,6 +74,8 @@ def _judged(
     strategy: str = "targeted_layers",
 ) -> Judgement:
     """Judge a paired ROUGE difference against a threshold."""
+    bakeoff = tables.get("bakeoff")
+    compared_with = None if versus == "vs_standard" else "random_circuit" if strategy == "circuit" else "random_layers"
     metric, compared = scope.metric, _runs(tables.get("bakeoff_summary"), protocol, strategy)
     compared = compared[compared["metric"] == metric] if len(compared) else compared
     if compared.empty or np.isnan(compared[versus].iloc[0]):
@@ -85,9 +87,10 @@ def _judged(
     judgement = judgement.replaced(value=value, unit="training", overturn=_more_seeds(seeds, float(row[f"{versus}_sd"]), scope.margin))
     if np.isnan(low):
         ends = f"{100 * row[f'{versus}_documents_low']:+.2f} to {100 * row[f'{versus}_documents_high']:+.2f}"
+        why = "So few trainings cannot tell a placement from its seed" if seeds < MIN_TRAININGS else "One document says nothing of others"
         return judgement.replaced(
             measured=f"{what} (of these trainings, over documents: {ends}).",
-            note=f"Paired over {over}. So few trainings cannot tell a placement from its seed: no interval over trainings, undecided.",
+            note=f"Paired over {over}. {why}: no interval over trainings, undecided.",
         )
     return judgement.replaced(
         measured=f"{what} ({100 * low:+.2f} to {100 * high:+.2f}).",
@@ -96,7 +99,10 @@ def _judged(
         verdict=verdict(low, high, threshold),
         note=f"Paired over {over}; the interval is over both."
         + (" The whole interval is above zero." if low > 0 else "")
-        + _unfinished(_runs(tables.get("bakeoff"), protocol, strategy), _standard(tables.get("bakeoff"), protocol)),
+        + _unfinished(
+            _runs(bakeoff, protocol, strategy),
+            _standard(bakeoff, protocol) if compared_with is None else _runs(bakeoff, protocol, compared_with),
+        ),
     )
 
 

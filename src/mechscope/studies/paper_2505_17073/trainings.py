@@ -88,7 +88,7 @@ def compare(tuned: np.ndarray, controls: np.ndarray, *, grain: float = 0.0) -> C
         controls: One per control training.
         grain: The step between two shares that can be, such as one head of all; 0 where any share can be.
     """
-    if len(tuned) < FEWEST_TUNED or len(controls) < FEWEST_CONTROLS:
+    if len(tuned) < FEWEST_TUNED or len(controls) < FEWEST_CONTROLS or not _spread(np.concatenate([tuned, controls]), grain):
         return Comparison()
     ours, theirs = _probit(tuned, grain), _probit(controls, grain)
     n = np.array([len(ours), len(theirs)])
@@ -104,11 +104,18 @@ def compare(tuned: np.ndarray, controls: np.ndarray, *, grain: float = 0.0) -> C
 def beyond(value: float, draws: np.ndarray, *, grain: float = 0.0) -> Comparison:
     """Compare one share with draws from a null by a prediction interval of Student's t on the probit scale, at least 95 %; arguments as for `compare`."""
     k = len(draws)
-    if k < FEWEST_DRAWS:
+    if k < FEWEST_DRAWS or not _spread(np.append(draws, value), grain):
         return Comparison()
     ours, theirs = _probit(np.array([value]), grain), _probit(draws, grain)
     spread = max(theirs.std(ddof=1), _hidden(theirs, grain)) * np.sqrt(1 + 1 / k)
     return _as_shares(ours.mean() - theirs.mean(), stats.t.ppf(_QUANTILE, k - 1) * spread, theirs.mean())
+
+
+def _spread(shares: np.ndarray, grain: float) -> bool:
+    """Tell whether shares can be compared: all measured, and where any share can be, none so near to none or all that its distance is cut off."""
+    if not np.isfinite(shares).all():
+        return False
+    return grain > 0 or bool(np.ptp(shares) > 1e-9 and shares.min() > _EDGE and shares.max() < 1 - _EDGE)
 
 
 def _probit(shares: np.ndarray, grain: float) -> np.ndarray:
@@ -152,7 +159,10 @@ def about_fine_tuning(
         )
     measured = f"{judgement.measured} {_listed(f'On {found.n} documents, tuned', found.tuned, say)} {_listed(_KINDS[found.kind], found.controls, say)}"
     compared = compare(found.tuned, found.controls, grain=grain)
-    if np.isnan(compared.difference):
+    few = len(found.tuned) < FEWEST_TUNED or len(found.controls) < FEWEST_CONTROLS
+    if np.isnan(compared.difference) and not few:
+        return judgement.replaced(verdict="undecided", measured=measured, note=f"Undecided: {_NO_SPREAD} {judgement.note}".strip())
+    if few:
         return judgement.replaced(
             verdict="undecided",
             measured=measured,
@@ -195,11 +205,14 @@ def about_noise(judgement: Judgement, found: Trainings | None, say: Callable[[fl
         overturn="Nothing about fine-tuning hangs on it: control trainings do."
         if differs
         else f"More draws (noise_draws): {len(found.noise)} were made, at least {FEWEST_DRAWS} are needed."
+        if len(found.noise) < FEWEST_DRAWS
+        else f"Another measurement: {_NO_SPREAD}"
         if not enough
         else "A larger change, or more documents; more draws narrow the interval by little.",
     )
 
 
+_NO_SPREAD = "the shares are all equal, at none or all, or not measured in some, so they cannot be compared."
 _KINDS = {"shuffled": "Trained on shuffled summaries", "other": "Other trainings", "": ""}
 
 
