@@ -102,6 +102,10 @@ def test_every_claim_of_the_paper_has_a_null() -> None:
     assert {claim.name for claim in CLAIMS} - counted <= nulls | drawn
 
 
+def test_a_claim_can_be_named_among_others() -> None:
+    assert not [truth.claim for truth in all_truths() if "," in truth.claim]
+
+
 @pytest.mark.slow
 def test_every_verdict_and_interval_is_as_right_as_it_says(tmp_path: Path) -> None:
     table = run(JOB, tmp_path / "run").calibration

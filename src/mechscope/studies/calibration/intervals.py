@@ -124,7 +124,7 @@ TRUTHS: tuple[Truth, ...] = (
         truth
         for world, drawn, true in _SHARES
         for truth in _coverage(
-            "share of the gain, faithfulness", f"{world}, share {true:.2g}", "document", partial(_share, world=drawn, true=true)
+            "share of the gain (faithfulness)", f"{world}, share {true:.2g}", "document", partial(_share, world=drawn, true=true)
         )
     ),
     *_coverage("CPR", "faithfulness from 0 to 1, noise shared by sizes", "prompt pair", partial(_area, which=0)),

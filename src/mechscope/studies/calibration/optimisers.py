@@ -199,7 +199,7 @@ def _curves() -> tuple[Truth, ...]:
     return tuple(truths)
 
 
-_ALIGNMENT = "width of a subspace (das, boundless)"
+_ALIGNMENT = "width of a subspace (boundless das)"
 _PRUNING = "circuit (edge pruning)"
 TRUTHS: tuple[Truth, ...] = (
     *_curves(),

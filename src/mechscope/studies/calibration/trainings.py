@@ -287,7 +287,7 @@ TRUTHS: tuple[Truth, ...] = (
     ),
     *(
         Truth(
-            claim="heads with lower entropy, of these two models",
+            claim="heads with lower entropy (of these two models)",
             world=f"48 heads that share {n} documents",
             kind="null",
             unit="document",
