@@ -207,6 +207,16 @@ def test_the_loss_fell_only_where_its_interval_lies_below_zero() -> None:
     assert "tokens rose" in _loss(0.1, 0.2)
 
 
+def test_what_fine_tuning_did_to_the_loss_on_documents_is_said_beside_that_on_summaries() -> None:
+    outputs = synthetic.outputs_table()
+    dear = outputs["rows"] == "document"
+    outputs.loc[dear, ["loss_base", "loss_tuned", "loss_change", "loss_change_low", "loss_change_high"]] = [1.35, 3.02, 1.67, 1.6, 1.7]
+    first, second = findings_of({"outputs": outputs})
+    assert "summary tokens fell: 3.58 nats per token before fine-tuning, 3.02 after" in first
+    assert "tokens rose: 1.35 nats per token before fine-tuning, 3.02 after (+1.67 [+1.60, +1.70]" in second
+    assert len(findings_of({"outputs": outputs[~dear]})) == 1
+
+
 def test_identical_models_are_said_to_attend_alike() -> None:
     layers = synthetic.tables(4, 4)["layers"].assign(kl_base_tuned=1e-9)
     assert "attend alike" in " ".join(findings_of({"layers": layers}))

@@ -48,14 +48,24 @@ def _summary(tables: Tables) -> pd.Series:
 
 def _findings(tables: Tables) -> list[str]:
     row = _summary(tables)
+    apart = _sized(row, tables, "kl_base_tuned")
+    sentences = [
+        f"{_loss(row, tables)}. The next-token distributions are {written(row['kl_base_tuned'])} nats apart (KL of tuned from base{apart})."
+    ]
+    # what the summaries cost the model elsewhere
+    others = tables["outputs"][tables["outputs"]["rows"] == "document"]
+    if row["rows"] == "summary" and len(others):
+        sentences.append(f"{_loss(others.iloc[0], tables)}.")
+    return sentences
+
+
+def _loss(row: pd.Series, tables: Tables) -> str:
+    """Say how the loss on one kind of tokens moved, without the full stop."""
     moved = verb(row["loss_change_low"], row["loss_change_high"], below="fell", above="rose", neither="shows no change")
     change = f"{written(row['loss_change'], sign=True)} {interval(row['loss_change_low'], row['loss_change_high'], sign=True)}".strip()
     loss = f"{written(row['loss_base'])} nats per token before fine-tuning, {written(row['loss_tuned'])} after"
-    sizes = [_sized(row, tables, name) for name in ("loss_change", "kl_base_tuned")]
-    return [
-        f"The loss on {name_of(row['rows'])} tokens {moved}: {loss} ({change}{sizes[0]}; n = {written(int(row['n']))} documents). "
-        f"The next-token distributions are {written(row['kl_base_tuned'])} nats apart (KL of tuned from base{sizes[1]})."
-    ]
+    size = _sized(row, tables, "loss_change")
+    return f"The loss on {name_of(row['rows'])} tokens {moved}: {loss} ({change}{size}; n = {written(int(row['n']))} documents)"
 
 
 def _sized(row: pd.Series, tables: Tables, quantity: str) -> str:
