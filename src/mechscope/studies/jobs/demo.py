@@ -12,7 +12,7 @@ from mechscope.studies.paper_2505_17073.settings import StudySettings
 
 
 def demo_settings() -> StudySettings:
-    """Return settings sized so that everything, bake-off included, ends in about four minutes on two idle cores."""
+    """Return settings sized so that everything, bake-off included, ends in about six minutes on two cores."""
     from mechscope.data.newsroom import newsroom_model_path
 
     return StudySettings(
