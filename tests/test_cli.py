@@ -36,6 +36,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return 0
 
 
+def spectrum_into(out: Path) -> tuple[object, ...]:
+    """Return the words of a command that ends within a second or two."""
+    return ("spectrum", newsroom_model_path(), "--data", "newsroom", "--documents", 3, "--layers", 0, "--bands", 4, "--out", out)
+
+
 @pytest.fixture
 def articles(tmp_path: Path) -> Path:
     path = tmp_path / "articles.jsonl"
@@ -104,20 +109,7 @@ def test_a_run_without_a_folder_gets_a_new_one_that_is_printed(monkeypatch, caps
 
 
 def test_quiet_prints_where_the_run_is_and_verbose_its_log(monkeypatch, capsys, tmp_path):
-    asked = (
-        "spectrum",
-        newsroom_model_path(),
-        "--data",
-        "newsroom",
-        "--documents",
-        3,
-        "--layers",
-        0,
-        "--bands",
-        4,
-        "--out",
-        tmp_path / "run",
-    )
+    asked = spectrum_into(tmp_path / "run")
     assert run(monkeypatch, *asked, "--quiet") == 0
     said = capsys.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()] == ["run", "report"]

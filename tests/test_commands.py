@@ -13,12 +13,11 @@ import pytest
 import yaml
 
 import mechscope
-from mechscope.data.newsroom import newsroom_model_path
 from mechscope.settings import leaves
 from mechscope.store.run import RunFolder
 from mechscope.studies.jobs import jobs
 from mechscope.studies.templates import config_template
-from tests.test_cli import run
+from tests.test_cli import run, spectrum_into
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,20 +54,7 @@ def test_an_unknown_template_is_one_red_line(monkeypatch, capsys):
 
 
 def test_tables_of_a_run_go_to_csv_and_json(monkeypatch, capsys, tmp_path):
-    asked = (
-        "spectrum",
-        newsroom_model_path(),
-        "--data",
-        "newsroom",
-        "--documents",
-        3,
-        "--layers",
-        0,
-        "--bands",
-        4,
-        "--out",
-        tmp_path / "run",
-    )
+    asked = spectrum_into(tmp_path / "run")
     assert run(monkeypatch, *asked, "--quiet") == 0
     capsys.readouterr()
     assert run(monkeypatch, "table", tmp_path / "run") == 0

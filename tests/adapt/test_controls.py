@@ -104,3 +104,11 @@ def test_a_control_is_not_matched_with_a_control(make_subject, examples, tmp_pat
     control = tune(subject, train, validation, tmp_path / "control", settings=SETTINGS, until=2, control={"kind": "shuffled"})
     with pytest.raises(SettingsError, match="is itself a control"):
         matched(control.path, subject, train, validation, **PLAIN, settings=SETTINGS)
+
+
+def test_a_step_that_too_few_examples_never_reach_is_refused_before_training(make_subject, examples, tmp_path: Path) -> None:
+    # 20 examples in batches of 8 over 4 epochs are 12 steps
+    assert SETTINGS.steps(20) == 12
+    with pytest.raises(SettingsError, match=r"kept the weights of step 13, and 20 examples give but 12 steps"):
+        tune(make_subject("gpt2"), examples(20), examples(9, seed=1), tmp_path / "control", settings=SETTINGS, until=13)
+    assert not (tmp_path / "control").exists()

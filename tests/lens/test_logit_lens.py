@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -260,8 +260,9 @@ def test_the_summary_is_the_mean_of_texts_means() -> None:
     table = reading.table()
     table["agreement"] = (table.top_1 == table.groupby(["text", "position"]).top_1.transform("last")).astype(float)
     table["log_probability"], table["reciprocal_rank"] = np.log(table.probability), 1 / table["rank"]
-    for rows, kept in (("all", table), ("target", table[table.target.notna()])):
-        summary = reading.summary(rows=rows)  # type: ignore[arg-type]  # "all" or "target"
+    kinds: tuple[tuple[Literal["all", "target"], pd.DataFrame], ...] = (("all", table), ("target", table[table.target.notna()]))
+    for rows, kept in kinds:
+        summary = reading.summary(rows=rows)
         assert summary.component.tolist() == ["embed", "resid0", "resid1", "resid2"]
         assert summary.n.tolist() == [3] * 4
         for name in ("log_probability", "reciprocal_rank", "agreement", "entropy", "kl"):

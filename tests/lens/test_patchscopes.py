@@ -85,8 +85,7 @@ def test_a_patch_is_what_a_hook_by_hand_makes_of_it(family: str, position: int, 
     states = states_by_hand(subject, SOURCE)
     found = patchscope(subject, SOURCE, subject, PROMPT, position=position, target_position=target_position, k=8)
     plain = subject.plain(torch.tensor([PROMPT]), use_cache=False).logits[0, -1]
-    for row in found.itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
         expected = patched_by_hand(subject, PROMPT, layer, target_position % len(PROMPT), states[layer][position])
         same_distribution(row, expected)
         # behind the last block only the last token's own state reaches its logits; a window may hide other tokens earlier
@@ -100,8 +99,8 @@ def test_source_and_target_layers_may_differ_and_come_in_any_order(family: str) 
     found = patchscope(subject, SOURCE, subject, PROMPT, layers=(2, 0), target_layer=1, target_position=3, k=8)
     assert list(found["source_layer"]) == [2, 0]
     assert list(found["target_layer"]) == [1, 1]
-    for row in found.itertuples():
-        same_distribution(row, patched_by_hand(subject, PROMPT, 1, 3, states[int(row.source_layer)][-1]))  # type: ignore[arg-type]  # itertuples has no types
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
+        same_distribution(row, patched_by_hand(subject, PROMPT, 1, 3, states[layer][-1]))
 
 
 @pytest.mark.parametrize("target_position", [-1, 3])
@@ -159,8 +158,7 @@ def test_a_mapping_takes_states_of_one_width_to_another() -> None:
     bias = torch.randn(48, generator=generator, dtype=torch.float64)
     states = states_by_hand(base, SOURCE)
     found = patchscope(base, SOURCE, wide, PROMPT, mapping=lambda layer, x: weights[layer] @ x + bias, k=8)
-    for row in found.itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
         same_distribution(row, patched_by_hand(wide, PROMPT, layer, len(PROMPT) - 1, weights[layer] @ states[layer][-1] + bias))
 
 

@@ -91,11 +91,8 @@ def matched(
         raise SettingsError(
             f"the training in {like} was another than this control would be ({describe(changes)}): give the same base, data and settings"
         )
-    steps = settings.epochs * settings.steps_per_epoch(len(train))
     # shuffling may leave out a document whose new summary is too long: the schedule must not hang on their number
-    fixed = dataclasses.replace(
-        settings, max_steps=steps if settings.max_steps is None else min(steps, settings.max_steps), epochs=settings.epochs + 1
-    )
+    fixed = dataclasses.replace(settings, max_steps=settings.steps(len(train)), epochs=settings.epochs + 1)
     return Match(fixed, tuned.best_step, int(request["seed"]), short(hash_json(request)))
 
 

@@ -134,7 +134,7 @@ def tune(
         What was reached, with the learning curve.
 
     Raises:
-        SettingsError: Method and placement contradict each other.
+        SettingsError: Method and placement contradict each other, or the step `until` lies behind the last one.
         DataError: No examples.
         RunError: The folder is taken by something else or cannot be written, or the loss is no longer a number.
     """
@@ -147,6 +147,11 @@ def tune(
     for name, examples in (("training", train), ("validation", validation)):
         if not examples:
             raise DataError(f"there are no {name} examples: give at least one document with a summary")
+    if until is not None and until > (steps := settings.steps(len(train))):
+        raise SettingsError(
+            f"the training that this control is matched with kept the weights of step {until}, and {len(train)} examples give but {steps} steps: "
+            "shuffling left too many documents out as too long; raise max_tokens for both trainings"
+        )
     if subject.dtype == torch.float16:
         raise ModelError(f"model {subject.source!r} is loaded in float16, in which training overflows: load it in float32 or bfloat16")
     request = {

@@ -47,6 +47,11 @@ class TrainSettings(Settings):
         micro_batches = -(-n_examples // self.batch_size)
         return -(-micro_batches // self.gradient_accumulation)
 
+    def steps(self, n_examples: int) -> int:
+        """Return the optimizer steps of a whole training that nothing stops early."""
+        steps = self.epochs * self.steps_per_epoch(n_examples)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def check_ranks(self) -> None:
         """Refuse batches that the ranks cannot share evenly.
 
