@@ -193,9 +193,7 @@ def build_trainer(
         until: Step at which it ends, whatever patience says; the schedule stays that of all steps.
         callbacks: The trainer's own kind of callbacks.
     """
-    per_epoch = settings.steps_per_epoch(len(train))
-    every = settings.eval_every or per_epoch
-    steps = settings.epochs * per_epoch
+    every = settings.eval_every or settings.steps_per_epoch(len(train))
     patience: list[TrainerCallback] = []
     if until is not None:
         patience = [EndAt(until)]
@@ -203,7 +201,7 @@ def build_trainer(
         patience = [EarlyStoppingCallback(early_stopping_patience=settings.patience)]
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
-        max_steps=steps if settings.max_steps is None else min(steps, settings.max_steps),
+        max_steps=settings.steps(len(train)),
         per_device_train_batch_size=settings.batch_size // ranks.size(),
         ddp_find_unused_parameters=False,
         gradient_accumulation_steps=settings.gradient_accumulation,
