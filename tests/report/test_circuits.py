@@ -124,6 +124,16 @@ def test_sentence_tells_size_and_faithfulness_of_the_circuit() -> None:
     assert "0.861 [0.812, 0.903] (n = 64 texts)" in sentence
 
 
+def test_a_circuit_whose_faithfulness_may_be_zero_is_said_to_carry_nothing_for_sure() -> None:
+    tables = invented.circuit_tables(12, 12)
+    faithful = tables["circuit_summary"]["measure"] == "faithfulness"
+    assert "the interval holds zero" not in findings_of(tables)[0]
+    tables["circuit_summary"].loc[faithful, "low"] = -0.1
+    (sentence,) = findings_of(tables)
+    assert sentence.endswith("These texts do not show that it carries anything: the interval holds zero.")
+    assert "[−0.100, 0.903]" in sentence
+
+
 def test_large_numbers_are_those_of_the_first_and_the_last_model() -> None:
     tables = invented.of_models(("base", "step 10", "tuned"), 4, 4)
     cards = {card.label: card for card in cards_of(tables)}

@@ -177,7 +177,8 @@ def _finding(picture: Picture) -> str:
     if picture.chosen.get("withheld"):
         return f"{size}. Its faithfulness is withheld: {picture.chosen['withheld']}."
     n = "" if picture.curve is None or "n" not in picture.curve else f" (n = {written(int(picture.curve['n'].max()))} texts)"
-    return f"{size}. Its faithfulness is {faithful}{n}; that of random circuits of its size is {random}."
+    shown = "" if not picture.chosen["low"] <= 0 else " These texts do not show that it carries anything: the interval holds zero."
+    return f"{size}. Its faithfulness is {faithful}{n}; that of random circuits of its size is {random}.{shown}"
 
 
 def _cards(tables: Tables) -> list[Card]:
