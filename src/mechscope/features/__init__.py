@@ -1,0 +1,50 @@
+"""Features: dictionaries of directions that a model writes; training them, measuring them, and using them inside the model."""
+
+from mechscope.features.activations import Harvest, HarvestSettings, Live, harvest
+from mechscope.features.codes import Codes
+from mechscope.features.controls import pca_control, random_control
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
+from mechscope.features.learner import DivergedError, FeatureTraining
+from mechscope.features.measures import Measures, measure
+from mechscope.features.objective import Objective
+from mechscope.features.places import Latent, Place
+from mechscope.features.rows import TokenSettings
+from mechscope.features.rules import Rule
+from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
+from mechscope.features.trainer import Plan, TrainedDictionary, train
+
+__all__ = [
+    "Codes",
+    "Dictionary",
+    "DivergedError",
+    "FeatureTraining",
+    "Group",
+    "Harvest",
+    "HarvestSettings",
+    "Latent",
+    "LatentEdit",
+    "Layout",
+    "Live",
+    "Measures",
+    "Objective",
+    "Place",
+    "Plan",
+    "Rule",
+    "Spliced",
+    "TokenSettings",
+    "TrainedDictionary",
+    "ablated",
+    "autoencoder",
+    "cross_layer",
+    "crosscoder",
+    "harvest",
+    "measure",
+    "pca_control",
+    "random_control",
+    "scaled",
+    "splice",
+    "steered",
+    "train",
+    "transcoder",
+]

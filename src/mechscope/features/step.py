@@ -1,0 +1,317 @@
+"""One step of training: the loss of a batch and its gradients, written for sparse codes.
+
+No autograd: the gradient of a squared error through a sparse code is known, and only entries that are active have one.
+
+    G = 2 (v̂ − v) / tokens                      of the reconstruction
+    ∂/∂f_tj = ⟨G_t, D_j⟩                        at active entries                          `Codes.inner`
+    ∂/∂D_j  = Σ_t f_tj G_t                      over active entries                        `ByLatent.outer`
+    ∂/∂pre  = ∂/∂f through the rule             penalties added before, thresholds beside
+    ∂/∂E_j  = Σ_t (∂/∂pre_tj) u_t               over active entries                        `ByLatent.outer`
+
+What dead latents get from AuxK goes through the same products: their entries are put beside the active ones, with a gradient of their own, so that
+nothing of size latents × width is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mechscope.features.codes import ByLatent, Codes
+from mechscope.features.dictionary import decoded, decoder_sizes
+from mechscope.features.layout import Layout
+from mechscope.features.objective import Objective
+from mechscope.features.rules import magnitudes
+from mechscope.features.selection import Selected, select
+from mechscope.shapes import by_shape
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a batch gives.
+
+    Attributes:
+        loss: All terms together.
+        reconstruction: Mean over tokens of the squared error; with prefixes of all latents together.
+        gradients: Of the loss, by the names of the tensors.
+        codes: Active latents and their values.
+        cut: Smallest score that was kept (`batchtopk`), or None.
+    """
+
+    loss: float
+    reconstruction: float
+    gradients: dict[str, Tensor]
+    codes: Codes
+    cut: float | None
+
+    __repr__ = by_shape
+
+
+class _Through(NamedTuple):
+    """What the rule makes of gradients: of pre-activations at each entry, and of its own tensors."""
+
+    pre: Tensor
+    own: dict[str, Tensor]
+
+
+class _Part(NamedTuple):
+    """Neighbouring latents of one group, and the gradient of what they write."""
+
+    start: int
+    stop: int
+    group: int
+    gradient: Tensor
+
+
+@torch.no_grad()
+def step(
+    layout: Layout,
+    tensors: Tensors,
+    u: Float[Tensor, "token read"],
+    v: Float[Tensor, "token written"],
+    objective: Objective,
+    *,
+    dead: Bool[Tensor, " latent"] | None = None,
+    cut: float = 0.0,
+) -> Step:
+    """Return a batch's loss and gradients.
+
+    Args:
+        layout: What the dictionary reads and writes.
+        tensors: Its tensors.
+        u: What it reads, in the units of the tensors.
+        v: What it is to write.
+        objective: The terms, checked.
+        dead: Latents that AuxK revives; None for nobody.
+        cut: `batchtopk`: a guess of the smallest score that will be kept, such as the last batch's; only the speed depends on it.
+    """
+    sizes = decoder_sizes(layout, tensors) if objective.norms == "free" else None
+    k = 0 if dead is None or not objective.aux_weight else objective.aux_latents(layout, int(dead.sum()))
+    picked = select(layout, tensors, u, sizes if layout.rule.by_norm else None, objective.bandwidth, dead=dead, aux_k=k, cut=cut)
+    codes = picked.codes.with_values(_values(layout, tensors, picked.codes))
+    tokens = len(u)
+    parts, error, reconstruction, all_prefixes = _reconstructed(layout, tensors, codes, u, v, objective)
+    written = parts[0].gradient  # of what is added whole: bias and skip
+    df = _inner(layout, tensors, codes, parts)
+    penalty, df, d_sizes = _penalised(layout, picked.codes, codes, df, sizes, objective)
+    through, more = _through(layout, tensors, picked, codes, df, error, sizes, objective)
+    loss = all_prefixes + penalty + more
+    aux_gradient, aux_pre = None, None
+    if picked.aux is not None and len(picked.aux):
+        auxiliary, aux_gradient, aux_pre = _revival(layout, tensors, picked.aux, error, objective.aux_weight)
+        loss += auxiliary
+    gradients = dict(through.own)
+    gradients |= _of_maps(layout, codes, picked.aux, parts, aux_gradient, through.pre, aux_pre, u)
+    if d_sizes is not None:
+        _add_through_sizes(layout, tensors, gradients, d_sizes)
+    gradients["encoder_bias"] = gradients.get("encoder_bias", 0) + codes.total(through.pre)
+    if aux_pre is not None and picked.aux is not None:
+        gradients["encoder_bias"] += picked.aux.total(aux_pre)
+    gradients["decoder_bias"] = written.sum(0)
+    if layout.skip:
+        gradients["skip"] = written.T @ u
+    active = codes.values > 0
+    if not bool(active.all()):
+        codes = Codes.of(codes.rows[active], codes.latents[active], codes.values[active], tokens, layout.latents)
+    return Step(float(loss), float(reconstruction), gradients, codes, picked.cut)
+
+
+def _values(layout: Layout, tensors: Tensors, codes: Codes) -> Tensor:
+    """Return f of entries that hold pre-activations."""
+    match layout.rule.name:
+        case "gated":
+            return magnitudes(codes, tensors)
+        case "jumprelu":
+            # entries within the thresholds' window are held too, and may be below
+            return codes.values * (codes.values > tensors["threshold"][codes.latents])
+    return codes.values
+
+
+def _reconstructed(
+    layout: Layout, tensors: Tensors, codes: Codes, u: Tensor, v: Tensor, objective: Objective
+) -> tuple[list[_Part], Tensor, Tensor, Tensor]:
+    """Return the gradients of what latents write, the error v̂ − v of all together, its loss, and the mean loss over prefixes."""
+    factor = 2 / len(v)
+    if not objective.prefixes:
+        error = decoded(layout, tensors, codes)
+        if layout.skip:
+            error += linear(u, tensors["skip"])
+        error -= v
+        loss = error.square().sum() / len(v)
+        gradient = error * factor
+        return [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)], error, loss, loss
+    ends = (0, *objective.prefixes)
+    error = tensors["decoder_bias"] - v
+    if layout.skip:
+        error = error + linear(u, tensors["skip"])
+    gradients, losses = [], []
+    for start, stop in pairwise(ends):
+        error = error + codes.between(start, stop)[0].decoded(tensors["decoder.0"][start:stop])
+        losses.append(error.square().sum() / len(v))
+        gradients.append(error * (factor / len(objective.prefixes)))
+    # a latent is part of its own prefix and of all longer ones
+    for shorter in range(len(gradients) - 2, -1, -1):
+        gradients[shorter] += gradients[shorter + 1]
+    parts = [_Part(start, stop, 0, each) for (start, stop), each in zip(pairwise(ends), gradients, strict=True)]
+    return parts, error, losses[-1], torch.stack(losses).mean()
+
+
+def _rows(layout: Layout, tensors: Tensors, part: _Part) -> tuple[Tensor, Tensor]:
+    """Return a part's gradient in the columns that it writes, and its decoder."""
+    first = layout.spans[part.group][0]
+    decoder = tensors[f"decoder.{part.group}"][part.start - first : part.stop - first]
+    return part.gradient[:, layout.written_columns(layout.groups[part.group])], decoder
+
+
+def _inner(layout: Layout, tensors: Tensors, codes: Codes, parts: list[_Part]) -> Tensor:
+    """Return ⟨G_t, D_j⟩ of every entry."""
+    found = torch.empty_like(codes.values)
+    for part in parts:
+        entries, at = codes.between(part.start, part.stop)
+        found[at] = entries.inner(*_rows(layout, tensors, part))
+    return found
+
+
+def _penalised(
+    layout: Layout, pre: Codes, codes: Codes, df: Tensor, sizes: Tensor | None, objective: Objective
+) -> tuple[Tensor | float, Tensor, Tensor | None]:
+    """Return the penalty on values, the gradient of values with it, and that of the decoders' norms."""
+    if not objective.sparsity or objective.penalty not in ("l1", "tanh"):
+        return 0.0, df, None
+    factor = objective.sparsity / codes.tokens
+    if layout.rule.name == "gated":
+        # what is penalised are gates, not values: `_through_gates` does it but for the norms
+        return 0.0, df, None if sizes is None else pre.total(factor * pre.values)
+    size = 1.0 if sizes is None else sizes[codes.latents]
+    weighed = codes.values * size
+    if objective.penalty == "l1":
+        # entries are active, so the absolute value is the value
+        slope, penalty = torch.full_like(weighed, factor), factor * weighed.sum()
+    else:
+        height = torch.tanh(objective.steepness * weighed)
+        slope, penalty = factor * objective.steepness * (1 - height.square()), factor * height.sum()
+    d_sizes = None if sizes is None else codes.total(slope * codes.values)
+    return penalty, df + slope * size, d_sizes
+
+
+def _through(
+    layout: Layout, tensors: Tensors, picked: Selected, codes: Codes, df: Tensor, error: Tensor, sizes: Tensor | None, objective: Objective
+) -> tuple[_Through, Tensor | float]:
+    """Return what the rule makes of the gradient of values, and the loss terms that are the rule's own."""
+    match layout.rule.name:
+        case "gated":
+            return _through_gates(layout, tensors, picked.codes, codes, df, error, sizes, objective)
+        case "jumprelu":
+            return _through_jumps(tensors, picked.codes, df, objective)
+    return _Through(df, {}), 0.0
+
+
+def _through_jumps(tensors: Tensors, pre: Codes, df: Tensor, objective: Objective) -> tuple[_Through, Tensor | float]:
+    threshold = tensors["threshold"][pre.latents]
+    above = pre.values > threshold
+    window = ((pre.values - threshold).abs() < objective.bandwidth / 2).to(df) / objective.bandwidth
+    d_threshold = -threshold * window * df
+    penalty: Tensor | float = 0.0
+    active = above.sum().to(df) / pre.tokens
+    if objective.sparsity and objective.penalty == "l0":
+        penalty = objective.sparsity * active
+        d_threshold = d_threshold - window * objective.sparsity / pre.tokens
+    if objective.sparsity and objective.penalty == "target":
+        off = active / objective.target - 1
+        penalty = objective.sparsity * off.square()
+        d_threshold = d_threshold - window * (objective.sparsity * 2 * off / objective.target / pre.tokens)
+    return _Through(df * above, {"threshold": pre.total(d_threshold)}), penalty
+
+
+def _through_gates(
+    layout: Layout, tensors: Tensors, gates: Codes, codes: Codes, df: Tensor, error: Tensor, sizes: Tensor | None, objective: Objective
+) -> tuple[_Through, Tensor]:
+    """Magnitudes learn from the reconstruction; gates from the penalty and from reconstructing by themselves, with the decoder held fixed."""
+    at, tokens = gates.latents, gates.tokens
+    plain = gates.values - tensors["encoder_bias"][at]
+    growth = tensors["magnitude_log"][at].exp()
+    d_magnitude = df * (codes.values > 0)
+    # v̂ of the gates is that of the magnitudes with other values
+    by_gates = error + decoded(layout, tensors, gates.with_values(gates.values - codes.values)) - tensors["decoder_bias"]
+    gradient = by_gates * (2 / tokens)
+    d_gate = _inner(layout, tensors, gates, [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)])
+    weighed = gates.values * (1.0 if sizes is None else sizes[at])
+    d_gate = d_gate + objective.sparsity / tokens * (1.0 if sizes is None else sizes[at])
+    loss = by_gates.square().sum() / tokens + objective.sparsity / tokens * weighed.sum()
+    own = {
+        "magnitude_log": gates.total(d_magnitude * growth * plain),
+        "magnitude_bias": gates.total(d_magnitude),
+        # the gate's bias is no part of what magnitudes read: taken off what all entries will be given
+        "encoder_bias": -gates.total(d_magnitude * growth),
+    }
+    return _Through(d_gate + d_magnitude * growth, own), loss
+
+
+def _revival(layout: Layout, tensors: Tensors, aux: Codes, error: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return AuxK's loss, its gradient of what dead latents write, and that of their pre-activations."""
+    left = -error
+    variance = (left - left.mean(0)).square().sum().clamp(min=torch.finfo(left.dtype).tiny)
+    missed = decoded(layout, tensors, aux) - tensors["decoder_bias"] - left
+    gradient = missed * (2 * weight / variance)
+    parts = [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)]
+    return weight * missed.square().sum() / variance, gradient, _inner(layout, tensors, aux, parts)
+
+
+def _of_maps(
+    layout: Layout,
+    codes: Codes,
+    aux: Codes | None,
+    parts: list[_Part],
+    aux_gradient: Tensor | None,
+    pre: Tensor,
+    aux_pre: Tensor | None,
+    u: Tensor,
+) -> dict[str, Tensor]:
+    """Return the gradients of encoders and decoders."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        group, first = layout.groups[part.group], layout.spans[part.group][0]
+        entries, at = codes.between(part.start, part.stop)
+        columns = layout.written_columns(group)
+        latents, values, rows, d_pre = entries.latents, entries.values, entries.rows, pre[at]
+        table, read_rows = part.gradient[:, columns], rows
+        if aux is not None and aux_gradient is not None and aux_pre is not None:
+            dead, dead_at = aux.between(part.start, part.stop)
+            latents, values = torch.cat([latents, dead.latents]), torch.cat([values, dead.values])
+            d_pre = torch.cat([d_pre, aux_pre[dead_at]])
+            read_rows = torch.cat([rows, dead.rows])
+            # the second half of the table is what dead latents learn from
+            rows = torch.cat([rows, dead.rows + codes.tokens])
+            table = torch.cat([table, aux_gradient[:, columns]])
+        by = ByLatent.of(latents, part.stop - part.start)
+        made = {
+            f"decoder.{part.group}": by.outer(rows, values, table.contiguous()),
+            f"encoder.{part.group}": by.outer(read_rows, d_pre, u[:, layout.read_columns(group)].contiguous()),
+        }
+        for name, gradient in made.items():
+            if (part.start, part.stop) == layout.spans[part.group]:
+                found[name] = gradient
+            else:
+                whole = found.setdefault(name, gradient.new_empty(group.latents, gradient.shape[1]))
+                whole[part.start - first : part.stop - first] = gradient
+    return found
+
+
+def _add_through_sizes(layout: Layout, tensors: Tensors, gradients: dict[str, Tensor], d_sizes: Tensor) -> None:
+    """Add what decoders get through their norms: ∂‖D‖/∂D = D / ‖D‖ at every place."""
+    for number, (group, (start, stop)) in enumerate(zip(layout.groups, layout.spans, strict=True)):
+        widths = layout.output_widths[slice(*group.writes)]
+        for gradient, rows in zip(
+            gradients[f"decoder.{number}"].split(widths, dim=1), tensors[f"decoder.{number}"].split(widths, dim=1), strict=True
+        ):
+            length = torch.linalg.vector_norm(rows, dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+            gradient.addcmul_(rows, (d_sizes[start:stop] / length)[:, None])

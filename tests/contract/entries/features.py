@@ -1,0 +1,40 @@
+"""The contract of dictionaries measured inside a model."""
+
+from __future__ import annotations
+
+import torch
+
+from mechscope import features
+from mechscope.features import Dictionary, Rule
+from mechscope.instrument import Execution
+from tests import families
+from tests.contract.technique import Case, Result, Technique, columns
+
+
+def _dictionary(layout: features.Layout) -> Dictionary:
+    """Return random directions, of which some are active everywhere and none for want of a digit."""
+    return Dictionary.plain(layout, layout.tensors(seed=1, dtype=torch.float64))
+
+
+def autoencoder(case: Case, execution: Execution) -> Result:
+    """Measure an autoencoder of the residual stream."""
+    given = _dictionary(features.autoencoder("resid1", families.WIDTH, 50, Rule("topk", 6)))
+    found = features.measure(case.subject, given, case.pairs, execution=execution)
+    return columns(found.table) | columns(found.latents)
+
+
+def transcoder(case: Case, execution: Execution) -> Result:
+    """Measure a transcoder of an MLP."""
+    given = _dictionary(features.transcoder(1, families.WIDTH, 50, Rule("relu"), skip=True))
+    found = features.measure(case.subject, given, case.pairs, execution=execution)
+    return columns(found.table) | columns(found.latents)
+
+
+def crosscoder(case: Case, execution: Execution) -> Result:
+    """Measure a crosscoder of two models."""
+    given = _dictionary(features.crosscoder("base:resid1,tuned:resid1", (families.WIDTH,) * 2, 50, Rule("topk", 6)))
+    models = {"base": case.pair.base, "tuned": case.pair.tuned}
+    return columns(features.measure(models, given, case.pairs, execution=execution).table)
+
+
+TECHNIQUES: dict[str, Technique] = {"autoencoder": autoencoder, "transcoder": transcoder, "crosscoder": crosscoder}

@@ -1,0 +1,172 @@
+"""Several dictionaries learn from one harvest as each would alone, and an interrupted training ends with the same weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechscope.errors import RunError, SettingsError
+from mechscope.features import trainer
+from mechscope.features.activations import Block, HarvestSettings, Live
+from mechscope.features.affine import Affine, moments_of
+from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
+from mechscope.features.learner import DivergedError, FeatureTraining
+from mechscope.features.objective import Objective
+from mechscope.features.places import Place, places
+from mechscope.features.rules import Rule
+from mechscope.features.trainer import Plan, train
+from mechscope.instrument import Execution
+from tests import families
+from tests.features.planted import Planted
+from tests.features.test_harvest import texts
+
+PLANTED = Planted.of(16, 24, 2)
+WHERE = places("resid0,m1.in,m1,m0.in,m0")
+
+
+class Made:
+    """Planted activations in four blocks, the same at all places but for their scale and centre."""
+
+    def __init__(self, where: tuple[Place, ...] = WHERE) -> None:
+        self.places = where
+        self.blocks = 4
+        self.identity: dict[str, Any] = {"models": {"": "abc"}, "made": "planted"}
+
+    def block(self, number: int) -> Block:
+        rows = PLANTED.rows(500, number)
+        return {place: rows * (2.0 + at) + at for at, place in enumerate(self.places)}
+
+    def affine(self, place: Place) -> Affine:
+        moments = moments_of(torch.cat([self.block(number)[place] for number in range(self.blocks)]))
+        return Affine.fitted(moments)
+
+
+PLANS = {
+    "topk": Plan(autoencoder("resid0", 16, 32, Rule("topk", 3)), Objective(dead_after=500)),
+    "l1": Plan(autoencoder("m1", 16, 24, Rule("relu")), Objective(sparsity=0.1), learning_rate=5e-3),
+    "transcoder": Plan(transcoder(1, 16, 32, Rule("batchtopk", 3), skip=True)),
+    "cross-layer": Plan(cross_layer((0, 1), 16, 24, Rule("jumprelu")), Objective(sparsity=0.1, target=4.0, bandwidth=0.05)),
+    "crosscoder": Plan(crosscoder("resid0,m1", (16, 16), 32, Rule("topk", 3, by_norm=True)), Objective(norms="free")),
+}
+TRAINING = FeatureTraining(steps=30, batch=64, learning_rate=3e-3)
+
+
+def test_dictionaries_learn_together_what_each_learns_alone() -> None:
+    together = train(Made(), PLANS, training=TRAINING)
+    for name, plan in PLANS.items():
+        alone = train(Made(), {name: plan}, training=TRAINING)[name]
+        for key, tensor in alone.dictionary.tensors.items():
+            assert torch.equal(tensor, together[name].dictionary.tensors[key])
+        assert alone.curve.equals(together[name].curve)
+        losses = alone.curve["loss"]
+        assert losses.iloc[-5:].mean() < 0.9 * losses.iloc[:5].mean()
+    # a dictionary reads and writes the model's units
+    rows = Made().block(2)
+    given = together["topk"].dictionary
+    (out,) = given([rows[WHERE[0]]])
+    left = (out - rows[WHERE[0]]).square().sum() / (rows[WHERE[0]] - rows[WHERE[0]].mean(0)).square().sum()
+    assert float(left) == pytest.approx(together["topk"].curve["reconstruction"].iloc[-5:].mean(), rel=0.2)
+    assert given.fingerprint == "abc"
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("killed_at", [7, 23])
+def test_a_killed_training_ends_with_the_same_weights(killed_at: int, tmp_path: Path) -> None:
+    whole = train(Made(), PLANS, training=TRAINING)
+
+    def kill(label: str, done: int, total: int) -> None:
+        if done == killed_at:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(Made(), PLANS, tmp_path / "run", training=TRAINING, keep_every=10, execution=Execution(progress=kill))
+    assert not (tmp_path / "run").exists()
+    steps = []
+    again = train(
+        Made(),
+        PLANS,
+        tmp_path / "run",
+        training=TRAINING,
+        keep_every=10,
+        execution=Execution(progress=lambda _, done, __: steps.append(done)),
+    )
+    assert steps[0] == (killed_at - 1) // 10 * 10 + 1
+    for name, each in whole.items():
+        assert all(torch.equal(again[name].dictionary.tensors[key], tensor) for key, tensor in each.dictionary.tensors.items())
+        assert again[name].curve.equals(each.curve)
+        assert again[name].convergence == each.convergence or each.convergence.late_share != each.convergence.late_share
+    steps.clear()
+    train(Made(), PLANS, tmp_path / "run", training=TRAINING, execution=Execution(progress=lambda _, done, __: steps.append(done)))
+    assert steps == []
+    with pytest.raises(RunError, match="other settings or data"):
+        train(Made(), {"topk": PLANS["topk"]}, tmp_path / "run", training=TRAINING)
+
+
+class Spoiled(Made):
+    """Activations that hold a value that is no number in their last block."""
+
+    def block(self, number: int) -> Block:
+        rows = super().block(number)
+        if number == 3:
+            rows[WHERE[0]][::20] = torch.nan
+        return rows
+
+    def affine(self, place: Place) -> Affine:
+        return Made().affine(place)
+
+
+def test_a_loss_that_is_no_number_is_one_error_and_the_last_state_is_kept(tmp_path: Path) -> None:
+    words = r"dictionary 'topk' diverged \(loss nan.* at step \d+\): lower its learning_rate; the state of step \d+ is kept in"
+    with pytest.raises(DivergedError, match=words):
+        train(Spoiled(), {"topk": PLANS["topk"]}, tmp_path / "run", training=TRAINING, keep_every=3)
+    (kept,) = tmp_path.glob(".run.work/checkpoint.safetensors")
+    assert kept.is_file()
+
+
+def test_memory_is_said_and_too_much_refused(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with caplog.at_level(logging.INFO):
+        train(Made(), {"topk": PLANS["topk"]}, training=FeatureTraining(steps=1, batch=64))
+    assert "1 dictionary of 32 latents needs 0.00 GiB" in caplog.text
+    assert "step 1 of 1" in caplog.text
+    monkeypatch.setattr(trainer, "free_memory", lambda _: 1000)
+    with pytest.raises(RunError, match="train fewer at once"):
+        train(Made(), {"topk": PLANS["topk"]}, training=TRAINING)
+
+
+def test_plans_that_do_not_fit_the_activations_are_refused() -> None:
+    with pytest.raises(SettingsError, match="needs activations of resid5, harvested are"):
+        train(Made(), {"far": Plan(autoencoder("resid5", 16, 32, Rule("relu")))})
+    with pytest.raises(SettingsError, match="width 8 at resid0, its activations have 16"):
+        train(Made(), {"narrow": Plan(autoencoder("resid0", 8, 32, Rule("relu")))})
+    with pytest.raises(SettingsError, match="at least one plan"):
+        train(Made(), {})
+
+
+def test_training_straight_from_a_model_and_its_resumption(tmp_path: Path) -> None:
+    subject = families.subject("llama")
+    given = texts(lengths=(14, 9, 11, 6, 12, 13, 14, 10))
+    plans = {"one": Plan(autoencoder("resid1", families.WIDTH, 40, Rule("topk", 4)))}
+    settings, training = HarvestSettings(rows=30), FeatureTraining(steps=20, batch=8, learning_rate=1e-2)
+
+    def live() -> Live:
+        return Live(subject, given, "resid1", settings=settings)
+
+    whole = train(live(), plans, training=training)["one"]
+    assert whole.curve["loss"].iloc[-1] < whole.curve["loss"].iloc[0]
+    assert whole.dictionary.check(subject) is whole.dictionary
+
+    def kill(label: str, done: int, total: int) -> None:
+        if done == 13:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(live(), plans, tmp_path / "run", training=training, keep_every=5, execution=Execution(progress=kill))
+    again = train(live(), plans, tmp_path / "run", training=training, keep_every=5)["one"]
+    assert all(torch.equal(again.dictionary.tensors[key], tensor) for key, tensor in whole.dictionary.tensors.items())
