@@ -4,13 +4,18 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-gpu lint format tables truth bench bench-peers clean
+.PHONY: demo test test-all test-gpu lint format tables notebooks docs picture truth bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# what the documentation site and the notebooks need beside that
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 demo: .venv/ready
@@ -25,7 +30,7 @@ lint: .venv/ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-test-all: lint
+test-all: lint .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not gpu'
 
 # on a machine with a CUDA device
@@ -39,6 +44,21 @@ format: .venv/ready
 # docs/tables.md, from the sections of the page
 tables: .venv/ready
 	$(BIN)/python -m mechscope.report.documentation > docs/tables.md
+
+# the notebooks of docs/notebooks, executed again; five minutes
+notebooks: .venv/docs
+	$(BIN)/python -m website.notebooks
+
+# build/site, without a network; the gallery shows the figures of a run
+GALLERY ?= $(wildcard runs/demo)
+docs: .venv/docs
+	MECHSCOPE_GALLERY=$(GALLERY) NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
+
+# docs/images/report.png, the first screen of a run's page, for README.md; needs Chromium
+CHROMIUM ?= chromium
+picture:
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --virtual-time-budget=8000 --window-size=1180,760 \
+	  --screenshot=$(CURDIR)/docs/images/report.png file://$(abspath $(GALLERY))/report.html
 
 # docs/calibration.md, from a full run of `mechscope calibrate`: hours on two cores; a run that was stopped goes on
 truth: .venv/ready
