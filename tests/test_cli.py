@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -19,9 +20,10 @@ import mechscope
 from mechscope.api import functions
 from mechscope.cli import main
 from mechscope.data.newsroom import newsroom_model_path
+from mechscope.store.run import RunFolder
 from mechscope.studies.jobs import jobs
 from mechscope.studies.places import new_run
-from tests.studies.conftest import TINY, tiny_model
+from tests.studies.conftest import tiny_model
 
 __all__ = ["tiny_model"]
 
@@ -50,15 +52,6 @@ def articles(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
-
-
-def flags() -> list[str]:
-    return [
-        part
-        for name, value in TINY.items()
-        if name not in ("data", "replicates", "seeds")
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
 
 
 def test_help_answers_without_importing_torch():
@@ -120,23 +113,77 @@ def test_quiet_prints_where_the_run_is_and_verbose_its_log(monkeypatch, capsys, 
     assert "•" in said.out
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("diff", "/nope/model", "x", "--data", "newsroom"), "BASE is '/nope/model': no such folder"),
-        (("diff", "gpt2", "./nope", "--data", "newsroom"), "TUNED is './nope': no such folder"),
-        (("diff", "gpt2", "gpt2", "--data", "nope.jsonl"), "--data is 'nope.jsonl': no such file"),
-        (("patch", "gpt2", "--pairs", "facts:nope.csv"), "--pairs is 'facts:nope.csv': no such file"),
-        (("inspect", "/nope/model"), "MODEL is '/nope/model': no such folder"),
-    ],
-)
-def test_a_path_that_is_not_there_is_found_before_anything_heavy_is_imported(words, said, tmp_path):
-    code = f"import sys; sys.argv = {['mechscope', *words]!r}\nfrom mechscope.cli import main\ntry: main()\nexcept SystemExit as end: print(end.code)\n"
-    code += "print([name for name in ('torch', 'transformers', 'pandas', 'altair') if name in sys.modules])"
+MODEL = str(newsroom_model_path())
+# what is wrong with arguments and paths, and what is said of it
+SLIPS = {
+    ("diff", "/nope/model", "x", "--data", "newsroom"): "BASE is '/nope/model': no such folder",
+    ("diff", "gpt2", "./nope", "--data", "newsroom"): "TUNED is './nope': no such folder",
+    ("diff", MODEL, "runs/tuend", "--data", "newsroom"): "TUNED is 'runs/tuend': nothing there; did you mean runs/tuned?",
+    ("diff", "runs", MODEL, "--data", "newsroom"): "BASE: directory 'runs' is not a model: it has no config.json (it holds tuned)",
+    ("diff", "gpt2", "gpt2", "--data", "nope.jsonl"): "--data is 'nope.jsonl': no such file",
+    ("diff", "gpt2", "gpt2", "--data", "newsrom"): "--data is 'newsrom': neither a file here nor a known corpus: did you mean newsroom?",
+    ("diff", "gpt2", "gpt2", "--data", "./runs"): "--data is './runs': a folder; name one data file",
+    ("diff", "gpt2", "gpt2", "--data", "newsroom", "--controls", "shuffled:/nope"): "--controls is '/nope': no such folder",
+    ("diff", "gpt2", "gpt2", "--data", "newsroom", "--out", "mine"): "mine is not empty and not a run folder",
+    ("diff",): "--data, BASE and TUNED are missing",
+    ("diff", "gpt2", "gpt2"): "--data is missing: Documents",
+    ("patch", "gpt2", "--pairs", "facts:nope.csv"): "--pairs is 'facts:nope.csv': no such file",
+    ("patch", "gpt2", "--pairs", "greater_then"): "--pairs is 'greater_then': neither a file here nor known: did you mean greater_than?",
+    ("patch", "gpt2", "--pairs", "verbs"): "--pairs is 'verbs': neither a file here nor known: known are ioi, greater_than",
+    ("counterfactual", "gpt2", "--pairs", "ioi", "--runs", "nope.yaml"): "--runs is 'nope.yaml': no such file",
+    ("tune", "gpt2", "--data", "newsroom", "--targets", "circuit.json"): "--targets is 'circuit.json': no such file",
+    ("tune", "--control", "seed", "--like", "runs/tuend"): "--like is 'runs/tuend': nothing there; did you mean runs/tuned?",
+    ("tune", "gpt2", "--data", "newsroom", "--control", "seed"): "--control needs --like",
+    ("inspect", "/nope/model"): "MODEL is '/nope/model': no such folder",
+    ("report", "nope"): "nope is not a run folder",
+    ("verify", "mine"): "mine is not a run folder",
+    ("table", "nope"): "nope is not a run folder",
+}
+
+
+def test_a_slip_in_arguments_or_paths_is_found_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "runs" / "tuned").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("important")
+    code = f"""
+import sys
+from mechscope.cli import main
+for words in {list(SLIPS)!r}:
+    sys.argv = ["mechscope", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+    print("---", file=sys.stderr, flush=True)
+print([name for name in ("torch", "transformers", "pandas", "altair", "datasets") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.split("\n")[:2] == ["2", "[]"]
-    assert f"error: {said}" in " ".join(done.stderr.split())
-    assert not (tmp_path / "runs").exists()
+    assert done.stdout.split("\n")[:-1] == [*["2"] * len(SLIPS), "[]"]
+    for said, expected in zip(done.stderr.split("---\n"), SLIPS.values(), strict=False):
+        assert f"error: {expected}" in " ".join(said.split())
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tuned"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["diff", "ablate", "summarization", "tune", "patchscope"])
+def test_help_is_in_the_order_of_use(monkeypatch, capsys, name):
+    job = jobs()[name]
+    assert run(monkeypatch, *([job.group] if job.group else []), name, "--help") == 0
+    out = capsys.readouterr().out
+    panels = [line.split("─ ")[1].split(" ─")[0] for line in out.splitlines() if line.startswith("╭─ ")]
+    texts = {"ablate": ["Pairs", "Data"], "summarization": ["Study", "Data"]}.get(name, ["Data"])
+    assert (
+        panels[: len(texts) + 2]
+        == [*(["Arguments"] if job.arguments else []), *texts, "Output", *panels[len(texts) + 1 :]][: len(texts) + 2]
+    )
+    assert panels[-2:] == ["Models", "Run"]
+    assert len(set(panels)) == len(panels)
+
+
+def test_the_first_line_of_the_help_says_what_must_be_given(monkeypatch, capsys):
+    for words, usage in (("diff", "diff BASE TUNED --data DATA [OPTIONS]"), ("lens", "lens MODEL [TUNED] [OPTIONS]")):
+        assert run(monkeypatch, words, "--help") == 0
+        assert f"Usage: mechscope {usage}" in capsys.readouterr().out
 
 
 def test_errors_about_settings_name_flags(monkeypatch, capsys, tmp_path):
@@ -196,7 +243,7 @@ def broken(tmp_path: Path, tiny_model: Path, how: str) -> Path:
     [
         ("no model", ["is not a model", "config.json", "notes.txt"]),
         ("encoder-decoder", ["encoder-decoder", "decoder-only"]),
-        ("truncated", ["truncated or corrupt", "safetensors"]),
+        ("truncated", ["model.safetensors is truncated or corrupt"]),
         ("nan", ["transformer.h.1.mlp.c_fc.weight", "NaN", "1 values"]),
         ("other tokenizer", ["different tokenizers"]),
     ],
@@ -257,34 +304,16 @@ def test_inspect_shows_the_parts_and_the_checks(monkeypatch, capsys, tiny_model)
     assert "FAILED" not in out
 
 
-def test_tune_writes_an_adapter_that_diff_compares_and_verify_confirms(monkeypatch, capsys, tmp_path, tiny_model, articles):
-    adapter, folder = tmp_path / "adapter", tmp_path / "run"
-    training = ["--max-steps", 2, "--eval-every", 1, "--batch-size", 2, "--learning-rate-lora", 0.01, "--rank", 2, "--max-tokens", 64]
-    assert run(monkeypatch, "tune", tiny_model, "--data", articles, "--out", adapter, "--targets", "a1.h2,layers:3", *training) == 0
-    assert (adapter / "adapter_model.safetensors").is_file()
-    assert run(monkeypatch, "diff", tiny_model, adapter, "--data", articles, "--out", folder, "--max-tokens", 64) == 0
-    assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
-    assert run(monkeypatch, "verify", folder) == 0
-    (folder / "tables" / "heads.parquet").write_bytes(b"tampered")
-    assert run(monkeypatch, "verify", folder) == 1
-    assert "heads.parquet" in capsys.readouterr().out
-
-
-def test_targets_exclude_full_fine_tuning(monkeypatch, capsys, tmp_path, tiny_model, articles):
-    words = ("--data", articles, "--out", tmp_path / "x", "--method", "full", "--targets", "layers:1")
-    assert run(monkeypatch, "tune", tiny_model, *words) == 2
-    assert "targets 'layers:1' are for LoRA, but the method is full" in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
-
-
-def test_bakeoff_alone_writes_its_tables_and_a_report(monkeypatch, tmp_path, tiny_model):
-    words = ["bakeoff", tiny_model, "--data", "newsroom", "--target-layers", "layers:1", "--out", tmp_path / "run", *flags()]
-    assert (
-        run(monkeypatch, *words, "--seeds", 1, "--strategies", "standard,targeted_layers,random_layers", "--protocols", "equal_parameters")
-        == 0
-    )
-    assert (tmp_path / "run" / "report.html").is_file()
-    assert (tmp_path / "run" / "tables" / "bakeoff_summary.parquet").is_file()
+def test_a_model_without_a_tokenizer_is_read_with_one_that_is_named(monkeypatch, capsys, tmp_path, tiny_model):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*token*"))
+    asked = ("spectrum", bare, "--data", "newsroom", "--documents", 2, "--layers", 0, "--bands", 2, "--max-tokens", 64)
+    assert run(monkeypatch, *asked, "--out", tmp_path / "x") == 2
+    assert "has no tokenizer beside it: name one with --tokenizer …" in " ".join(capsys.readouterr().err.split())
+    for model, folder, more in ((bare, "named", ("--tokenizer", newsroom_model_path())), (tiny_model, "own", ())):
+        assert run(monkeypatch, *asked[:1], model, *asked[2:], "--out", tmp_path / folder, *more) == 0
+    named, own = (RunFolder.read(tmp_path / folder).table("spectrum") for folder in ("named", "own"))
+    assert_frame_equal(named, own)
 
 
 def test_pairs_of_unequal_length_are_one_red_line(

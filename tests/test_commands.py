@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import tomllib
 from pathlib import Path
 
@@ -58,12 +57,12 @@ def test_tables_of_a_run_go_to_csv_and_json(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, *asked, "--quiet") == 0
     capsys.readouterr()
     assert run(monkeypatch, "table", tmp_path / "run") == 0
-    assert capsys.readouterr().out.split() == ["spectrum"]
+    assert capsys.readouterr().out.split() == ["caveats", "spectrum"]
     wanted = RunFolder.read(tmp_path / "run").table("spectrum")
     assert run(monkeypatch, "table", tmp_path / "run", "spectrum") == 0
     csv = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert run(monkeypatch, "table", tmp_path / "run", "spectrum", "--as", "json") == 0
-    rows = pd.DataFrame(json.loads(capsys.readouterr().out))
+    rows = pd.read_json(io.StringIO(capsys.readouterr().out))
     for read in (csv, rows):
         pd.testing.assert_frame_equal(read, wanted, check_dtype=False)
     assert run(monkeypatch, "table", tmp_path / "run", "heads") == 2

@@ -14,13 +14,13 @@ import mechscope
 ROOT = Path(mechscope.__file__).parent
 # who may import whom: only what stands further down
 FLOORS = (
-    ("errors", "choices"),
+    ("errors", "choices", "shapes"),
     ("settings", "ranks"),
     ("store",),
     ("subject",),
     ("instrument", "stats"),
     ("data",),
-    ("difference", "lens", "causal", "circuits", "heads", "weights"),
+    ("difference", "lens", "causal", "circuits", "heads", "weights", "features"),
     ("adapt",),
     ("report",),
     ("studies",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Job
-from benchmarks.jobs import adapters, attention, circuits, documents, heads, interventions, lenses, walks, weights
+from benchmarks.jobs import adapters, attention, circuits, documents, features, heads, interventions, lenses, walks, weights
 
 TOPICS: dict[str, tuple[Job, ...]] = {
     "attention": attention.JOBS,
@@ -13,6 +13,7 @@ TOPICS: dict[str, tuple[Job, ...]] = {
     "lenses": lenses.JOBS,
     "heads": heads.JOBS,
     "weights": weights.JOBS,
+    "features": features.JOBS,
     "adapters": adapters.JOBS,
     "documents": documents.JOBS,
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechscope.instrument import load_pair as load_pair
     from mechscope.instrument.intervene import intervene as intervene
     from mechscope.instrument.record import record as record
+    from mechscope.report.notebook import plot as plot
     from mechscope.subject import Components as Components
 
 __version__ = "0.1.0"
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from mechscope import instrument
 
         return getattr(instrument, name)
+    if name == "plot":
+        from mechscope.report.notebook import plot
+
+        return plot
     if name == "Components":
         from mechscope.subject import Components
 
@@ -54,4 +59,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from mechscope.api import functions
 
-    return sorted([*_INSTRUMENT, "Components", "__version__", *functions()])
+    return sorted([*_INSTRUMENT, "Components", "plot", "__version__", *functions()])

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mechscope.settings import resolve
 from mechscope.studies.job import Job, Result
 from mechscope.studies.jobs import jobs
 
@@ -41,9 +40,11 @@ def _function(job: Job[Any]) -> Callable[..., Any]:
             )
         given = {name: named[name] for name in job.about if not isinstance(named.get(name), str | Path | None)}
         texts = {name: _IN_MEMORY if name in given else _plain(value) for name, value in named.items()}
-        if tokenizer is not None:
+        if isinstance(tokenizer, str | Path):
+            texts["tokenizer"] = str(tokenizer)
+        elif tokenizer is not None:
             given["tokenizer"] = tokenizer
-        resolved = job.preset() if job.preset is not None else resolve(job.settings, **texts)
+        resolved = job.resolve(**texts)
         from mechscope.studies.runner import run_job
 
         return (job.execute or run_job)(job, resolved, out, progress=progress, given=given)
@@ -59,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def _documented(job: Job[Any]) -> str:
-    lines = [f"    {leaf.name}: {leaf.help}" for leaf in job.options]
+    lines = [f"    {leaf.name}: {leaf.help}" for leaf in job.options if leaf.name != "tokenizer"]
     return "\n".join(
         [
             job.help,
@@ -68,7 +69,7 @@ def _documented(job: Job[Any]) -> str:
             *lines,
             "    out: Folder of the run; without, nothing is left on disk.",
             "    progress: Called with a label, what is done and how much there is.",
-            "    tokenizer: For models in memory that come without one.",
+            "    tokenizer: A tokenizer or its source, for models that come without one.",
             "",
             "Returns:",
             "    The tables, by name and as attributes, and where the run and its page are.",
@@ -86,7 +87,7 @@ def _signature(job: Job[Any]) -> inspect.Signature:
     rest = [
         inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=_default(leaf))
         for leaf in kinds.values()
-        if leaf.name not in job.about
+        if leaf.name not in (*job.about, "tokenizer")
     ]
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("out", "progress", "tokenizer")]
     return inspect.Signature([*positional, *rest, *own], return_annotation=Result)

@@ -44,6 +44,12 @@ LossOn = Literal["summary", "all"]
 """Tokens that a fine-tuning learns and scores."""
 LoraModules = Literal["attention", "mlp", "all"]
 """Linear maps of a layer that LoRA adapts."""
+CORPORA = ("newsroom",)
+"""Documents that are generated and named by a word."""
+PAIR_TASKS = ("ioi", "greater_than", "docstring", "induction")
+"""Prompt pairs that are generated and named by a word."""
+PAIR_KINDS = ("newsroom", "facts", "salience")
+"""Prompt pairs that are named by a word and, behind a colon, a role or a source."""
 Strategy = Literal[
     "standard",
     "targeted_layers",

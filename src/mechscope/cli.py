@@ -7,24 +7,26 @@ a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
-import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from mechscope import commands, ranks
-from mechscope.errors import MechscopeError, SettingsError
-from mechscope.settings import Leaf, leaves, resolve
+from mechscope.errors import MechscopeError
+from mechscope.settings import Leaf
+from mechscope.store.ledger import require_ours_or_empty
+from mechscope.studies.flags import flags_in_errors
 from mechscope.studies.job import Job
 from mechscope.studies.jobs import jobs
 from mechscope.studies.places import check_paths, new_run
@@ -71,10 +73,12 @@ def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
     """Add a job as a command."""
 
     def command(out: Path | None, config: Path | None = None, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
-        with _flags_in_errors(job):
+        with flags_in_errors([leaf.name for leaf in job.options], job.arguments):
             # an error about settings or paths comes before anything heavy is imported
-            settings = job.preset() if job.preset is not None else resolve(job.settings, config, **given)
+            settings = job.resolve(config, **given)
             check_paths(job, settings)
+            if out is not None and job.execute is None:
+                require_ours_or_empty(out)
             out = out or (Path("runs") / job.name if job.preset is not None else new_run(job.name))
             from mechscope.studies import console
 
@@ -89,35 +93,43 @@ def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
     own: list[tuple[str, Any, Any]] = [("out", None, _out(job)), ("quiet", False, Quiet), ("verbose", False, Verbose)]
     own = [*own[:1], *([("config", None, Config)] if job.options else []), *own[1:]]
     output = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, default, kind in own]
-    flags = [_flag(leaf, job) for leaf in job.options]
-    # what the run is about first, then what the job declares itself, then what many jobs share
-    order = [*job.about, *(leaf.name for leaf in leaves(job.settings) if leaf.owner is job.settings)]
-    flags.sort(key=lambda flag: order.index(flag.name) if flag.name in order else len(order))
-    _with_signature(command, [*flags, *output])
+    first, then = ([_flag(leaf, job) for leaf in part] for part in job.in_order)
+    _with_signature(command, [*first, *output, *then])
     command.__doc__ = job.help
     group = app if not job.group else groups.setdefault(job.group, typer.Typer(help=_GROUPS[job.group], no_args_is_help=True))
-    group.command(job.name, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
+    kind = type(f"{job.name} command", (_Command,), {"usage": " ".join([*_required(job), "[OPTIONS]"])})
+    group.command(job.name, cls=kind, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
+
+
+class _Command(TyperCommand):
+    """A command whose help says in the first line what must be given, and has `--help` beside the other flags about output."""
+
+    usage = ""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what stands behind the command's name in the first line."""
+        return [self.usage]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return `--help`, put into the panel of the output."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = "Output"
+        return option
+
+
+def _required(job: Job[Any]) -> list[str]:
+    """Return the arguments, those that may be left out in brackets, and the flags without which a job does not begin."""
+    needed = {leaf.name for leaf in job.options if leaf.default is dataclasses.MISSING}
+    arguments = [name.upper() if name in needed else f"[{name.upper()}]" for name in job.arguments]
+    order = [leaf.name for leaf in chain(*job.in_order) if leaf.name in needed.difference(job.arguments)]
+    return [*arguments, *(f"--{name.replace('_', '-')} {name.upper()}" for name in order)]
 
 
 def _out(job: Job[Any]) -> Any:
     default = f"runs/{job.name}" if job.preset is not None else f"runs/{job.name}-DATE-N, a new one"
     words = f"Folder of the run; the same command on the same folder continues it. (default: {default})"
     return Annotated[Path | None, typer.Option("--out", help=words, show_default=False, rich_help_panel="Output")]
-
-
-@contextlib.contextmanager
-def _flags_in_errors(job: Job[Any]) -> Iterator[None]:
-    """Speak of flags where an error about settings speaks of their names in Python."""
-    try:
-        yield
-    except SettingsError as error:
-        message = str(error)
-        for leaf in job.options:
-            flag = leaf.name.upper() if leaf.name in job.arguments else f"--{leaf.name.replace('_', '-')}"
-            message = re.sub(rf"setting '{leaf.name}'", flag, message)
-            if "_" in leaf.name:
-                message = re.sub(rf"(?<![\w'-]){leaf.name}(?![\w'])", flag, message)
-        raise SettingsError(message) from error
 
 
 def _with_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
@@ -130,7 +142,8 @@ def _flag(leaf: Leaf, job: Job[Any]) -> inspect.Parameter:
     kind, bounds = _parsed(leaf.hint)
     if leaf.name in job.arguments:
         # not required by the parser: a configuration file may hold it
-        annotation: Any = Annotated[kind | None, typer.Argument(help=leaf.help, show_default=False)]
+        words = f"{leaf.help} (required)" if leaf.default is dataclasses.MISSING else leaf.help
+        annotation: Any = Annotated[kind | None, typer.Argument(help=words, show_default=False, metavar=leaf.name.upper())]
         return inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
     # the default is part of the text: the parser's own stays None, "not given", so that a configuration file is not overruled
     words = leaf.help
@@ -140,8 +153,7 @@ def _flag(leaf: Leaf, job: Job[Any]) -> inspect.Parameter:
         words += f" (default: {str(leaf.default).encode('unicode_escape').decode()})"
     name = leaf.name.replace("_", "-")
     names = [f"--{name}/--no-{name}"] if kind is bool else [f"--{name}"]
-    panel = getattr(leaf.owner, "panel", job.name.capitalize())
-    option = typer.Option(*names, help=words, show_default=False, rich_help_panel=panel, **bounds)
+    option = typer.Option(*names, help=words, show_default=False, rich_help_panel=job.panel_of(leaf), **bounds)
     return inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -181,7 +193,7 @@ def main() -> None:
     try:
         code = app(prog_name="mechscope", standalone_mode=False)
     except TyperException as error:
-        _fail(error.format_message())
+        _fail(error.format_message().replace("Value error, ", ""))
     except MechscopeError as error:
         if isinstance(error, ranks.ElsewhereError) or ranks.is_echo():
             raise SystemExit(2) from None

@@ -35,15 +35,24 @@ def _version(given: bool) -> None:
 
 
 def report(run: Run) -> None:
-    """Write a run's report again, from its tables."""
-    from mechscope.studies.console import show_report
+    """Write a run's report again, from its tables; those that were edited are named there, damaged ones are refused."""
+    from mechscope.store.ledger import read_manifest
+
+    read_manifest(run)  # what is no run is refused before anything heavy is imported
+    from mechscope.studies.console import progress, show_edited, show_report
     from mechscope.studies.runner import draw_again
 
-    show_report(draw_again(run))
+    with progress():  # the library's warnings as lines of ours
+        page, edited = draw_again(run)
+    show_edited(edited)
+    show_report(page)
 
 
 def verify(run: Run) -> None:
     """Hash every file of a run again and compare with its manifest; exit code 1 if one was changed or is missing."""
+    from mechscope.store.ledger import read_manifest
+
+    read_manifest(run)
     from mechscope.store.run import verify as verify_run
     from mechscope.studies.console import show_verified
 
@@ -57,6 +66,9 @@ def table(
 ) -> None:
     """Print a table of a run, such as: mechscope table runs/diff heads > heads.csv."""
     from mechscope.errors import RunError
+    from mechscope.store.ledger import read_manifest
+
+    read_manifest(run)
     from mechscope.store.run import RunFolder
     from mechscope.studies.places import table_names
 
@@ -75,16 +87,19 @@ def inspect_model(
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:N, spread.")] = "auto",
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Also accept pickled checkpoints.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub id or directory of a tokenizer, where the model has none.")] = None,
 ) -> None:
     """Show a model's parts and what the load-time checks say of them; exit code 1 if one fails."""
-    from mechscope.studies.places import check_source
+    from mechscope.studies.places import check_model
 
-    check_source("MODEL", model)
+    check_model("MODEL", model)
     from mechscope.instrument import check_subject, load
     from mechscope.studies.console import quiet_libraries, show_model
+    from mechscope.studies.flags import flags_in_errors
 
     quiet_libraries()
-    subject = load(model, dtype=dtype, device=device, unsafe=unsafe, check=False)
+    with flags_in_errors(("tokenizer", "dtype", "device", "unsafe")):
+        subject = load(model, tokenizer=tokenizer, dtype=dtype, device=device, unsafe=unsafe, check=False)
     raise typer.Exit(0 if show_model(subject, check_subject(subject)) else 1)
 
 

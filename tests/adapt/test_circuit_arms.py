@@ -230,13 +230,13 @@ def test_more_rank_in_every_layer_is_the_standard_and_refused(make_subject):
 def test_the_circuit_is_compared_with_random_circuits_and_layers_with_random_layers():
     generator = np.random.default_rng(0)
     strategies: tuple[Strategy, ...] = ("circuit", "random_circuit", "targeted_layers", "random_layers", "standard")
-    scores = {strategy: generator.random((3, 8)) for strategy in strategies}
+    scores = {strategy: generator.random((3, 24)) for strategy in strategies}
     outcomes = [
         Outcome(
             Arm("equal_parameters", strategy, seed, "", None),
             {},
             pd.DataFrame(),
-            pd.DataFrame({"id": range(8), **dict.fromkeys(METRICS, scores[strategy][seed])}),
+            pd.DataFrame({"id": range(24), **dict.fromkeys(METRICS, scores[strategy][seed])}),
             (),
         )
         for strategy in scores

@@ -40,6 +40,9 @@ TARGETS = {
     "role_table": (12, None, None),
     **{f"weights_{name}": (None, 3, None) for name in ("ov", "qk", "ov_sources", "ov_change")},
     "difference": (2.2, None, None),
+    "features_step": (2.5, 0.23, None),
+    "harvest": (1.1, None, None),
+    "harvest_half": (0.55, None, None),
 }
 
 

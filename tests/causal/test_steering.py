@@ -19,6 +19,7 @@ from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.stats.skewed import mean_test
 
 FOUR = pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 every_padding = pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -345,7 +346,7 @@ def scores(subject: Subject, texts: Pairs, given: Direction, strength: float, *,
 def test_a_sweep_measures_effect_and_cost_of_each_strength(family: str) -> None:
     subject = families.subject(family, torch.float64)
     given = direction(subject)
-    pairs, neutral = random_pairs(5, seed=1), random_pairs(4, seed=2)
+    pairs, neutral = random_pairs(7, seed=1), random_pairs(6, seed=2)
     table = sweep_strength(subject, given, pairs, neutral, strengths=(-1.0, 0.0, 2.0), controls=2, execution=Execution(tokens_per_batch=30))
     assert len(table) == 3 * 3 * 2
     for row in table.itertuples():
@@ -357,7 +358,8 @@ def test_a_sweep_measures_effect_and_cost_of_each_strength(family: str) -> None:
         assert each.value == pytest.approx(steered.mean(), rel=1e-9)
         assert each.mean == pytest.approx((steered - plain).mean(), rel=1e-9, abs=1e-10)
         assert each.se == pytest.approx((steered - plain).std(ddof=1) / len(texts) ** 0.5, rel=1e-8, abs=1e-10)
-        assert each.low <= each.mean <= each.high
+        low, high, _ = mean_test(steered - plain)
+        assert (each.low, each.high) == (pytest.approx(low, rel=1e-7, abs=1e-10), pytest.approx(high, rel=1e-7, abs=1e-10))
     assert set(table["direction"]) == {"direction", "random"}
 
 

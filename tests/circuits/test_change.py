@@ -21,6 +21,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.studies.calibration.circuit_change import TRUTHS
 from mechscope.subject.load import load
 from tests import families
+from tests.stats.skewed import mean_test
 
 GRAPH = Graph(3, 4)
 
@@ -49,7 +50,7 @@ def question(n: int = 60) -> Pairs:
     return Pairs(tuple(pairs), "one question")
 
 
-def test_every_row_is_the_paired_t_test_of_an_edges_scores() -> None:
+def test_every_row_is_the_paired_test_of_an_edges_scores() -> None:
     base, tuned = random_scores(0), random_scores(1)
     assert base.per_text is not None
     assert tuned.per_text is not None
@@ -57,11 +58,10 @@ def test_every_row_is_the_paired_t_test_of_an_edges_scores() -> None:
     found = edge_shift(base, tuned, *circuits)
     assert tuple(found["edge"]) == GRAPH.names
     np.testing.assert_allclose(found["shift"], tuned.mean - base.mean, rtol=0, atol=1e-12)
-    by_hand = scipy.stats.ttest_rel(tuned.per_text, base.per_text)
-    interval = by_hand.confidence_interval(0.95)
-    for column, expected in (("p", by_hand.pvalue), ("low", interval.low), ("high", interval.high)):
+    low, high, p = mean_test(tuned.per_text - base.per_text)
+    for column, expected in (("p", p), ("low", low), ("high", high)):
         np.testing.assert_allclose(found[column], expected, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(found["q"], scipy.stats.false_discovery_control(by_hand.pvalue), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found["q"], scipy.stats.false_discovery_control(p), rtol=0, atol=1e-9)
     for column, one in (("base", base), ("tuned", tuned)):
         np.testing.assert_array_equal(found[column], one.mean)
     for column, circuit in zip(("in_base", "in_tuned"), circuits, strict=True):
@@ -266,7 +266,8 @@ def test_other_graphs_and_too_few_texts_are_refused() -> None:
 
 
 def test_a_model_that_is_louder_and_cleaner_has_not_changed_its_circuit() -> None:
-    worlds = [truth for truth in TRUTHS if "as large and" in truth.world]
+    # pruned circuits, slower by far, tell nothing more of the sizes
+    worlds = [truth for truth in TRUTHS if "as large and" in truth.world and "pruned" not in truth.world]
     assert len(worlds) == 2
     for truth in worlds:
         # without bringing both to one size, 55 to 78 % of these draws were called a change

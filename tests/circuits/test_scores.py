@@ -14,6 +14,7 @@ from scipy import stats
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import Cost, EdgeScores, from_json, to_json
 from mechscope.errors import DataError
+from tests.stats.skewed import mean_test
 
 GRAPH, PARALLEL = Graph(2, 2), Graph(2, 2, parallel=True)
 
@@ -60,19 +61,18 @@ def theirs() -> dict[str, Any]:
 # tables
 
 
-def test_an_edges_interval_and_p_are_those_of_the_t_test_over_texts() -> None:
+def test_an_edges_interval_and_p_are_those_of_its_mean_over_texts() -> None:
     scores = some_scores()
     assert scores.per_text is not None
     table = scores.table()
-    expected = stats.ttest_1samp(scores.per_text, 0.0)
-    interval = expected.confidence_interval(0.95)
+    low, high, p = mean_test(scores.per_text)
     for name, values in (
         ("score", scores.per_text.mean(0)),
         ("se", stats.sem(scores.per_text)),
-        ("low", interval.low),
-        ("high", interval.high),
-        ("p", expected.pvalue),
-        ("q", stats.false_discovery_control(expected.pvalue)),
+        ("low", low),
+        ("high", high),
+        ("p", p),
+        ("q", stats.false_discovery_control(p)),
     ):
         np.testing.assert_allclose(table[name], values, rtol=0, atol=1e-12)
     assert (table["n"] == 6).all()
@@ -85,10 +85,10 @@ def test_a_nodes_interval_is_that_of_the_sum_of_its_outgoing_edges() -> None:
     for node in GRAPH.senders:
         leaving = [at for at, name in enumerate(GRAPH.names) if name.startswith(f"{node}->")]
         sums = scores.per_text[:, leaving].sum(1)
-        low, high = stats.t.interval(0.95, 5, loc=sums.mean(), scale=stats.sem(sums))
+        low, high, p = mean_test(sums)
         row = table.loc[node]
         np.testing.assert_allclose([row["score"], row["low"], row["high"]], [sums.mean(), low, high], rtol=0, atol=1e-12)
-        assert row["p"] == pytest.approx(stats.ttest_1samp(sums, 0.0).pvalue, abs=1e-12)
+        assert row["p"] == pytest.approx(p, abs=1e-12)
     assert table["layer"].tolist() == [-1, 0, 0, 0, 1, 1, 1]
 
 
@@ -106,7 +106,7 @@ def test_edges_that_were_not_scored_have_no_score_no_interval_and_do_not_count_a
     table = EdgeScores(GRAPH, np.where(chosen, scores.mean, np.nan), per_text, "exact", Cost(1, 0)).table()
     assert table[~chosen][["score", "se", "low", "high", "p", "q"]].isna().all().all()
     assert table["n"].tolist() == np.where(chosen, 6, 0).tolist()
-    p = stats.ttest_1samp(scores.per_text[:, chosen], 0.0).pvalue
+    *_, p = mean_test(scores.per_text[:, chosen])
     np.testing.assert_allclose(table["q"][chosen], stats.false_discovery_control(p), rtol=0, atol=1e-12)
 
 

@@ -54,6 +54,8 @@ ON_ONE_DEVICE = {
 ELSEWHERE = {
     "bake_off": "trains arms into a folder: tests/adapt/test_bakeoff.py",
     "tune": "trains into a folder: tests/adapt/test_training.py, and shared among ranks in tests/ranks/test_ranks.py",
+    "harvest": "writes into a folder, and an order of its own: tests/features/test_harvest.py",
+    "train": "trains on activations, not on texts: tests/features/test_trainer.py",
     "copying_roles": "a part of head_roles",
     "pattern_roles": "a part of head_roles",
     "entity_roles": "makes texts for a tokenizer, then roles_on",

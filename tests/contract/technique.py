@@ -51,11 +51,6 @@ class Case:
         """The base model."""
         return self.pair.base
 
-    @property
-    def distinct(self) -> Pairs:
-        """The texts without the repeated one, for what refuses to tell a text's repetitions apart."""
-        return self.pairs.first(len(self.pairs) - 1)
-
     def with_repetition(self) -> Case:
         """Return the case with the first text itself, the very object, in the place of the one that is equal to it."""
         pairs, level = (Pairs((*texts.pairs[:-1], texts.pairs[0]), texts.source) for texts in (self.pairs, self.level))

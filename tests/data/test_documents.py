@@ -161,6 +161,33 @@ def test_what_cannot_be_read_is_said_with_the_file_and_the_reason(tmp_path: Path
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_text_in_utf16_is_named_as_that(tmp_path: Path, encoding: str, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    text = pd.DataFrame(ROWS).to_csv(index=False) if suffix == "csv" else "\n".join(map(json.dumps, ROWS))
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=rf"rows\.{suffix} is text in UTF-16: save it as UTF-8"):
+        load_documents(path)
+
+
+def test_a_slip_in_a_corpus_is_said_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load_dataset", lambda *asked, **named: pytest.fail("the hub was asked"))
+    with pytest.raises(DataError, match="'newsrom' is neither a file here nor a known corpus: did you mean newsroom"):
+        load_documents("newsrom", split="test")
+
+
+def test_a_data_set_that_the_hub_does_not_have_may_be_a_file_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(*asked: object, **named: object) -> None:
+        raise FileNotFoundError("no such data set")
+
+    monkeypatch.setattr(sources, "load_dataset", absent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "articles.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"no such data set; did you mean the file articles\.jsonl"):
+        load_documents("articles", split="test")
+
+
 def test_a_folder_and_a_split_of_a_file_are_refused(tmp_path: Path, jsonl: Write) -> None:
     (tmp_path / "x.jsonl").mkdir()
     with pytest.raises(DataError, match="is a folder: name one data file"):

@@ -84,6 +84,21 @@ def test_there_may_be_no_wrong_answer(jsonl: Write, gpt2: PreTrainedTokenizerBas
     assert read_pairs(jsonl([GOOD | {"wrong_answers": []}]), gpt2).pairs[0].wrong_answers == ()
 
 
+def test_the_clean_side_alone_is_enough_where_no_corrupt_text_is_needed(jsonl: Write, gpt2: PreTrainedTokenizerBase) -> None:
+    short = {**GOOD, "corrupt": "a text of another length, which nobody reads"}
+    alone = {"clean": GOOD["clean"], "id": "alone"}
+    whole, bare = read_pairs(jsonl([short, alone]), gpt2, corrupt=False).pairs
+    expected = read_pairs(jsonl([GOOD]), gpt2).pairs[0]
+    assert whole.clean == whole.corrupt == expected.clean
+    assert (whole.answers, whole.wrong_answers, whole.segments) == (expected.answers, expected.wrong_answers, expected.segments)
+    assert whole.target is None
+    assert (bare.answers, bare.target) == ((), (1, len(expected.clean)))
+    with pytest.raises(DataError, match="no 'corrupt'"):
+        read_pairs(jsonl([alone]), gpt2)
+    with pytest.raises(DataError, match="clean is 1 token and has no answers"):
+        read_pairs(jsonl([{"clean": " the"}]), gpt2, corrupt=False)
+
+
 def test_segments_mark_a_text_at_each_place_where_it_is_a_word(jsonl: Write, gpt2: PreTrainedTokenizerBase) -> None:
     row = GOOD | {
         "clean": "Al saw Also Al and",

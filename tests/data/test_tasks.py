@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from mechscope.choices import PAIR_TASKS
 from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.data.tasks import TASKS, docstring, generate_pairs, greater_than, induction, ioi
@@ -155,3 +156,7 @@ def test_a_tokenizer_without_whole_words_names_them(slow: PreTrainedTokenizerBas
         ioi(slow, 1)
     with pytest.raises(DataError, match="does not make two-digit tokens"):
         greater_than(tinystories, 1)
+
+
+def test_the_command_line_knows_every_task_without_loading_them() -> None:
+    assert tuple(TASKS) == PAIR_TASKS

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -24,6 +23,7 @@ from mechscope.data.prompt import Encoded, Example
 from mechscope.subject import Pair, pair
 from mechscope.subject.load import load
 from tests import families
+from tests.stats.skewed import mean_test
 
 KINDS = ("all", "document", "summary")
 HEAD_NAMES = (
@@ -71,7 +71,7 @@ AROUND = {
 AROUND_LLAMA_LIKE: tuple[list[str], str | None] = (["post_attention_layernorm", "mlp"], None)
 
 
-def examples(seed: int = 0, lengths: Sequence[int] = (23, 12, 17, 9, 20), vocabulary: int = families.VOCABULARY) -> tuple[Example, ...]:
+def examples(seed: int = 0, lengths: Sequence[int] = (23, 12, 17, 9, 20, 14), vocabulary: int = families.VOCABULARY) -> tuple[Example, ...]:
     """Return random documents: two opening tokens, the article, two tokens between, a summary of four to six tokens."""
     made = []
     for index, text in enumerate(families.documents(vocabulary, seed, tuple(lengths))):
@@ -318,24 +318,28 @@ def compare(base: Any, tuned: Any, family: str, documents: Sequence[Example]) ->
 
 @dataclass(frozen=True)
 class Spread:
-    """Statistics of one number per document."""
+    """Statistics over documents of each column."""
 
-    mean: float
-    se: float
-    low: float
-    high: float
-    p: float
+    mean: np.ndarray
+    se: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Return mean, standard error, Student's 95 % interval and the t test's p over documents."""
-    values = values[~np.isnan(values)]
-    n = len(values)
-    average = sum(values) / n
-    error = (sum((values - average) ** 2) / (n - 1) / n) ** 0.5
-    test = stats.ttest_1samp(values, 0.0)
-    reach = float(stats.t.ppf(0.975, n - 1)) * error
-    return Spread(average, error, average - reach, average + reach, float(test.pvalue))
+    """Return mean, standard error, 95 % interval and p of every column (document, column), NaN left out; no interval and p of fewer than six."""
+    found = np.full((5, values.shape[1]), np.nan)
+    absent = np.isnan(values)
+    for pattern in np.unique(absent, axis=1).T:
+        columns = (absent == pattern[:, None]).all(0)
+        kept = values[~pattern][:, columns]
+        n = len(kept)
+        average = sum(kept) / n
+        found[:2, columns] = average, (sum((kept - average) ** 2) / (n - 1) / n) ** 0.5
+        if n >= 6:
+            found[2:, columns] = mean_test(kept)
+    return Spread(*found)
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:

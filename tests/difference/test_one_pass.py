@@ -12,6 +12,7 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 from peft import LoraConfig, get_peft_model
+from scipy.stats import poisson
 
 from mechscope.data.prompt import Encoded, collate, packs
 from mechscope.difference import Difference, difference, differences, lockstep, one_pass
@@ -52,12 +53,10 @@ def assert_equal_tables(one: Difference, other: Difference, **tolerance: Any) ->
 
 def assert_spread(table: pd.DataFrame, name: str, values: np.ndarray, *, ends: tuple[str, ...]) -> None:
     """Compare a measure's column and its statistics, row by row, with those of `values` (document, row)."""
-    expected = [oracle.spread(column) for column in values.T]
-    np.testing.assert_allclose(table[name], [one.mean for one in expected], rtol=1e-9, atol=1e-11, err_msg=name)
+    expected = oracle.spread(values)
+    np.testing.assert_allclose(table[name], expected.mean, rtol=1e-9, atol=1e-11, err_msg=name)
     for end in ends:
-        np.testing.assert_allclose(
-            table[f"{name}_{end}"], [getattr(one, end) for one in expected], rtol=1e-6, atol=1e-11, err_msg=f"{name}_{end}"
-        )
+        np.testing.assert_allclose(table[f"{name}_{end}"], getattr(expected, end), rtol=1e-6, atol=1e-11, err_msg=f"{name}_{end}")
 
 
 def test_the_heads_table_is_that_of_plain_hugging_face(family: str, found: Difference):
@@ -271,7 +270,7 @@ def test_documents_without_a_summary_leave_the_summary_rows_empty():
 
 
 def test_a_document_without_a_summary_lowers_n_and_nothing_else():
-    first, *others = oracle.examples()
+    first, *others = oracle.examples(lengths=(23, 12, 17, 9, 20, 14, 11))
     bare = replace(first, summary=(len(first), len(first)))
     found, without = run(oracle.models("gpt2"), Encoded((bare, *others), {})), run(oracle.models("gpt2"), Encoded(tuple(others), {}))
     for name in ("heads", "outputs"):
@@ -285,9 +284,12 @@ def test_replicates_resample_documents():
     replicates = found.replicates("kl_base_tuned", "document")
     table = found.heads[found.heads["rows"] == "document"]
     assert replicates.shape == (400, families.LAYERS, families.HEADS)
-    # the spread of bootstrap means estimates the standard error, (n − 1)/n of its variance
+    # the spread of bootstrap means estimates the standard error: (n − 1)/n of its variance, and more as a replicate has Poisson(n) documents, not n
+    n = len(oracle.examples())
+    documents = np.arange(1, 100)
+    inverse = (poisson.pmf(documents, n) / documents).sum() / poisson.sf(0, n)
     ratio = np.nanstd(replicates, axis=0).ravel() / table["kl_base_tuned_se"].to_numpy()
-    assert np.median(ratio) == pytest.approx(np.sqrt(4 / 5), rel=0.25)
+    assert np.median(ratio) == pytest.approx(np.sqrt((n - 1) * inverse), rel=0.05)
 
 
 def test_left_to_itself_it_makes_batches_that_fit_into_memory_and_enough_of_them_to_share(monkeypatch: pytest.MonkeyPatch):
@@ -310,6 +312,6 @@ def test_progress_ends_with_everything_done():
     run(oracle.models("gpt2"), execution=replace(SMALL, progress=lambda *at: seen.append(at)))
     documents = [at for at in seen if at[0] == "comparing documents"]
     assert [done for _, done, _ in documents] == sorted({done for _, done, _ in documents})
-    assert documents[-1] == ("comparing documents", 5, 5)
+    assert documents[-1] == ("comparing documents", 6, 6)
     assert seen[-1][0] == "comparing weights"
     assert seen[-1][1] == seen[-1][2]

@@ -10,6 +10,7 @@ from scipy import stats
 
 from mechscope.errors import DataError
 from mechscope.heads.roles import Role, RoleScores, role_changes, roles_table
+from tests.stats.skewed import mean_test
 
 ROLE = Role("looking", "How much it looks.", "a paper", "Nothing.", 0.3)
 TEXTS = tuple(f"text {at}" for at in range(12))
@@ -22,7 +23,7 @@ def scores(seed: int = 0, mean: float = 0.6, null: float = 0.2, role: Role = ROL
     return RoleScores(role, TEXTS, score, below, noise * 0.5 * random.standard_normal((20, 2, 3)))
 
 
-def test_score_and_excess_are_means_over_texts_with_students_intervals() -> None:
+def test_score_and_excess_are_means_over_texts_with_their_intervals() -> None:
     given = scores()
     table = roles_table([given], model="base").set_index("component")
     assert list(table.index) == ["a0.h0", "a0.h1", "a0.h2", "a1.h0", "a1.h1", "a1.h2"]
@@ -31,11 +32,10 @@ def test_score_and_excess_are_means_over_texts_with_students_intervals() -> None
     own, chance = given.score[:, 1, 2], given.null[:, 1, 2]
     assert (row["layer"], row["head"], row["n"]) == (1, 2, 12)
     assert row["score"] == pytest.approx(own.mean())
-    assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 11, own.mean(), stats.sem(own)))
+    assert [row["low"], row["high"]] == pytest.approx(mean_test(own)[:2])
     assert row["null"] == pytest.approx(chance.mean())
     assert row["excess"] == pytest.approx(own.mean() - chance.mean())
-    paired = stats.ttest_rel(own, chance)
-    assert (row["excess_low"], row["excess_high"]) == pytest.approx(tuple(paired.confidence_interval()))
+    assert [row["excess_low"], row["excess_high"]] == pytest.approx(mean_test(own - chance)[:2])
 
 
 def test_q_counts_turned_heads_of_one_role_alone() -> None:
@@ -118,8 +118,8 @@ def test_changes_are_paired_over_texts() -> None:
     for name in table.index:
         row = table.loc[name]
         assert row["change"] == pytest.approx(0.1)
-        assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 11, 0.1, stats.sem(np.linspace(0.05, 0.15, 12))))
-        assert row["p"] == pytest.approx(stats.ttest_1samp(np.linspace(0.05, 0.15, 12), 0).pvalue)
+        low, high, p = mean_test(np.linspace(0.05, 0.15, 12))
+        assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, p))
         assert row["tuned"] - row["base"] == pytest.approx(row["change"])
     # unpaired, the noise of the texts would drown it
     unpaired = stats.ttest_ind(tuned.score[:, 0, 0], base.score[:, 0, 0])
@@ -146,7 +146,7 @@ def test_the_row_of_all_heads_is_the_mean_over_heads_with_an_interval_over_texts
     per_text = [np.nanmean(change[at]) for at in range(12) if at != 7]
     assert (row["layer"], row["head"], row["n"]) == (-1, -1, 11)
     assert row["change"] == pytest.approx(np.mean(per_text))
-    assert (row["low"], row["high"]) == pytest.approx(stats.t.interval(0.95, 10, np.mean(per_text), stats.sem(per_text)))
+    assert [row["low"], row["high"]] == pytest.approx(mean_test(np.array(per_text))[:2])
     assert row["tuned"] - row["base"] == pytest.approx(row["change"])
 
 

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from scipy import stats as distributions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +24,7 @@ from mechscope.lens.reading import CHANGES, LensReading, compare_lenses
 from mechscope.stats.inference import benjamini_hochberg
 from mechscope.subject.load import Subject, load
 from tests import families
+from tests.stats.skewed import mean_test
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 # RMS norms compute in float32 whatever the type
@@ -256,6 +256,8 @@ def test_the_table_names_every_place_position_and_token() -> None:
 
 def test_the_summary_is_the_mean_of_texts_means() -> None:
     subject, pairs = named()
+    more = ((6, 9, 8), (12, 5, 7, 9, 10), (16, 14, 11, 5))
+    pairs = Pairs((*pairs, *(PromptPair(f"{at}", one, one, target=(1, len(one))) for at, one in enumerate(more, start=3))), "by hand")
     reading = logit_lens(subject, pairs)
     table = reading.table()
     table["agreement"] = (table.top_1 == table.groupby(["text", "position"]).top_1.transform("last")).astype(float)
@@ -264,13 +266,13 @@ def test_the_summary_is_the_mean_of_texts_means() -> None:
     for rows, kept in kinds:
         summary = reading.summary(rows=rows)
         assert summary.component.tolist() == ["embed", "resid0", "resid1", "resid2"]
-        assert summary.n.tolist() == [3] * 4
+        assert summary.n.tolist() == [6] * 4
         for name in ("log_probability", "reciprocal_rank", "agreement", "entropy", "kl"):
             per_text = kept.groupby(["component", "text"])[name].mean().unstack()
             np.testing.assert_allclose(summary[name], per_text.mean(axis=1), rtol=1e-9, atol=1e-9)
-            width = distributions.t.ppf(0.975, 2) * per_text.std(axis=1, ddof=1) / 3**0.5
-            np.testing.assert_allclose(summary[f"{name}_high"], per_text.mean(axis=1) + width, rtol=1e-9, atol=1e-9)
-            np.testing.assert_allclose(summary[f"{name}_low"], per_text.mean(axis=1) - width, rtol=1e-9, atol=1e-9)
+            low, high, _ = mean_test(per_text.to_numpy().T)
+            np.testing.assert_allclose(summary[f"{name}_high"], high, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(summary[f"{name}_low"], low, rtol=1e-9, atol=1e-9)
     assert summary.agreement.iloc[-1] == 1.0
 
 
@@ -283,7 +285,7 @@ def test_target_rows_are_those_that_predict_the_span_or_the_answer() -> None:
 
 
 def test_two_models_are_compared_text_by_text() -> None:
-    pairs = texts()
+    pairs = texts((*families.LENGTHS, 8, 10, 9))
     base, tuned = (logit_lens(families.subject("gpt2", torch.float64, seed), pairs) for seed in (0, 1))
     found = compare_lenses(base, tuned)
     assert found.component.tolist() == ["embed", "resid0", "resid1", "resid2"]
@@ -291,7 +293,7 @@ def test_two_models_are_compared_text_by_text() -> None:
         before, after = (np.stack([np.nanmean(getattr(text, name), axis=1) for text in one.texts]) for one in (base, tuned))
         np.testing.assert_allclose(found[f"{name}_base"], before.mean(0), rtol=1e-9)
         np.testing.assert_allclose(found[f"{name}_change"], (after - before).mean(0), rtol=1e-9, atol=1e-9)
-        p = distributions.ttest_rel(after[:, :3], before[:, :3]).pvalue  # the last layer's KL is zero in both
+        *_, p = mean_test((after - before)[:, :3])  # the last layer's KL is zero in both
         np.testing.assert_allclose(found[f"{name}_change_p"][:3], p, rtol=1e-6)
         np.testing.assert_allclose(found[f"{name}_change_q"], benjamini_hochberg(found[f"{name}_change_p"]))
     same = compare_lenses(base, base)

@@ -26,7 +26,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nasty = synthetic.HOSTILE[0]
     settings = synthetic.settings() | {"base": f"models/{nasty}", "note": synthetic.HOSTILE[2]}
     record = synthetic.manifest() | {
-        "command": ["mechscope", nasty],
+        "commands": [["mechscope", nasty]],
         "data": {nasty: {"problems": {nasty: 3}}},
         "models": {"base": {"source": nasty}},
         "page": {"title": f"What fine-tuning changed in {nasty}", "sections": list(synthetic.STUDY)},

@@ -15,8 +15,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.packed import MISSING, POWER
 from mechscope.report.marks.tables import Shown
 from mechscope.report.page import fill, html
-from mechscope.report.section import Card, Section
+from mechscope.report.section import Section
 from mechscope.report.sections import sections
+from mechscope.report.statements import Card, Finding
 from tests.report import synthetic
 
 NASTY = synthetic.HOSTILE[1]
@@ -37,23 +38,27 @@ def shown_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Section]:
 
 
 def figures_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Figure]:
-    return [figure for section in shown_of(made, *ids) for figure in section.figures(made)]
+    return [figure for section in shown_of(made, *ids) for figure in section.drawn(made)]
 
 
 def views_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Shown]:
     return [shown for section in shown_of(made, *ids) for shown in section.views(made)]
 
 
+def statements_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Finding]:
+    return [finding for section in shown_of(made, *ids) for finding in section.findings(made)]
+
+
 def findings_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[str]:
-    return [sentence for section in shown_of(made, *ids) for sentence in section.findings(made)]
+    return [finding.sentence for finding in statements_of(made, *ids)]
 
 
 def cards_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[Card]:
-    return [card for section in shown_of(made, *ids) for card in section.cards(made)]
+    return [finding.card for finding in statements_of(made, *ids) if finding.card is not None]
 
 
 def caveats_of(made: Mapping[str, pd.DataFrame], *ids: str) -> list[str]:
-    return [caveat for section in shown_of(made, *ids) for caveat in section.caveats(made)]
+    return [caveat.text for section in shown_of(made, *ids) for caveat in section.caveats(made)]
 
 
 def rows_of(figure: Figure, *columns: str) -> list[dict[str, Any]]:

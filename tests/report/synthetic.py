@@ -265,7 +265,7 @@ def selection_table(heads: pd.DataFrame, layers: int, rng: np.random.Generator) 
 def claims_table() -> pd.DataFrame:
     """Return six claims with every verdict among them."""
     columns = ["claim", "verdict", "value", "low", "high", "paper", "measured", "statement", "note"]
-    together = "layers 2, 3, 5 (chosen together in 97 % of resamples)"
+    together = "layers 2, 3, 5 (chosen together in 97\u202f% of resamples)"
     rouge = "Targeted LoRA reaches at least the ROUGE-1 of standard LoRA."
     steps = "Targeted LoRA needs fewer steps to standard LoRA's best loss."
     rows = [
@@ -286,8 +286,8 @@ def claims_table() -> pd.DataFrame:
             0.64,
             0.55,
             0.72,
-            "62 % of heads",
-            "64 % of heads",
+            "62\u202f% of heads",
+            "64\u202f% of heads",
             "Most heads became more focused.",
             "All heads, all query rows.",
         ),
@@ -297,8 +297,8 @@ def claims_table() -> pd.DataFrame:
             0.69,
             0.53,
             0.82,
-            "62 % (ambiguous)",
-            "69 % of 36 heads",
+            "62\u202f% (ambiguous)",
+            "69\u202f% of 36 heads",
             "Most heads of the selected layers became focused.",
             "",
         ),
@@ -314,7 +314,17 @@ def claims_table() -> pd.DataFrame:
             "Bootstrap over documents.",
         ),
         ("steps", "undecided", np.nan, np.nan, np.nan, "6 instead of 10 epochs", "never reached in 2 of 3 seeds", steps, ""),
-        ("parameters", "supported", -0.75, -0.75, -0.75, "−75 %", "−75.0 %", "Targeted LoRA trains 75 % fewer parameters.", ""),
+        (
+            "parameters",
+            "supported",
+            -0.75,
+            -0.75,
+            -0.75,
+            "−75\u202f%",
+            "−75.0\u202f%",
+            "Targeted LoRA trains 75\u202f% fewer parameters.",
+            "",
+        ),
     ]
     return pd.DataFrame(rows, columns=columns)
 
@@ -362,18 +372,21 @@ def tables(layers: int = 12, heads: int = 12, *, seed: int = 0) -> dict[str, pd.
     rng = np.random.default_rng(seed)
     head_table = heads_table(layers, heads, rng)
     layer_table = layers_table(head_table, rng)
-    return {
+    difference = {
         "heads": head_table,
         "layers": layer_table,
-        "pairs": pairs_table(layer_table),
-        "rouge": rouge_table(),
         "weights": weights_table(layers, rng),
         "outputs": outputs_table(),
-        "smallest_effects": smallest_table(),
         "selection": selection_table(head_table, layers, rng),
+    }
+    return {
+        **difference,
+        "pairs": pairs_table(layer_table),
+        "rouge": rouge_table(),
+        "smallest_effects": smallest_table(),
         "claims": claims_table(),
         "summaries": summaries_table(8),
-        **controls_tables(layers, heads, seed=seed),
+        **controls_tables(difference, seed=seed),
         **bakeoff_tables(rng),
         **causal_tables(head_table, rng),
     }
@@ -392,16 +405,8 @@ def manifest() -> dict[str, object]:
             "dependencies": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.0"},
             "machine": {"system": "Linux x86_64", "cpus": 2, "threads": 1, "memory_gib": 7.8, "accelerators": []},
         },
-        "command": [
-            "mechscope",
-            "study",
-            "summarization",
-            "--base",
-            "models/gpt2-news-7m",
-            "--data",
-            "data/samsum.jsonl",
-            "--out",
-            "runs/my run",
+        "commands": [
+            ["mechscope", "study", "summarization", "--base", "models/gpt2-news-7m", "--data", "data/samsum.jsonl", "--out", "runs/my run"]
         ],
         "models": {
             "base": {"source": "models/gpt2-news-7m", "fingerprint": "9c1f0a"},

@@ -81,7 +81,7 @@ def bakeoff_tables(rng: np.random.Generator, *, seeds: int = 3, documents: int =
                         "steps_to_standard_best": float(last * 45) if effect >= 0 else np.nan,
                         "stopped_early": last < 16,
                         "converged": last < 16,
-                        "unconverged": "" if last < 16 else "its last quarter still lowered the loss by 12% of the whole change",
+                        "unconverged": "" if last < 16 else "its last quarter still lowered the loss by 12\u202f% of the whole change",
                         **{m: float(scores[m].mean()) for m in METRICS},
                         "n_documents": documents,
                     }

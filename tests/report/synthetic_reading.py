@@ -147,7 +147,7 @@ def lens_judged(layers: int, models: Sequence[str]) -> pd.DataFrame:
     table = table.assign(kl_change_p=0.001, kl_change_q=0.002, verdict="nearer", converged=True, late_share=0.01, unconverged="")
     # one map has not arrived
     table.loc[0, "converged"] = False
-    table.loc[0, "unconverged"] = "its last quarter still lowered the loss by 30% of the whole change"
+    table.loc[0, "unconverged"] = "its last quarter still lowered the loss by 30\u202f% of the whole change"
     return table
 
 

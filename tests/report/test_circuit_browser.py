@@ -42,7 +42,7 @@ const seen = (stage) => {
   button.click();
   driven.push(seen("back"));
   const met = every.findLast(visible), middle = met.getPointAtLength(met.getTotalLength() / 2);
-  card.scrollIntoView();
+  card.scrollIntoView({ behavior: "instant" }); // the page scrolls smoothly: the pointer would come before the card
   const at = new DOMPoint(middle.x, middle.y).matrixTransform(met.getScreenCTM());
   card.querySelector("svg.circuit").dispatchEvent(new PointerEvent("pointermove", { clientX: at.x, clientY: at.y, bubbles: true }));
   driven.push({ stage: "hover", tip: document.querySelector(".circuit-tip").textContent });

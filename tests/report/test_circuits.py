@@ -79,9 +79,11 @@ def test_a_ratio_far_outside_is_drawn_at_the_edge_and_said() -> None:
 
 def test_change_is_claimed_only_beyond_noise() -> None:
     overlap = invented.diff_tables(4, 4)["circuit_overlap"]
-    assert ": the two models' circuits differ (+" in findings_of({"circuit_overlap": overlap})[0]
+    assert findings_of({"circuit_overlap": overlap})[0].startswith("The circuits of base and tuned differ: they share a Jaccard index of ")
     for noisy in (overlap.assign(p=0.06), overlap.assign(change=-0.01)):
-        assert "no difference between the two models' circuits was shown" in findings_of({"circuit_overlap": noisy})[0]
+        assert findings_of({"circuit_overlap": noisy})[0].startswith(
+            "No difference between the circuits of base and tuned was shown: they share"
+        )
     unknown = overlap.drop(columns=["exchanged", "change", "p"])
     assert "exchanged" not in findings_of({"circuit_overlap": unknown})[0]
 
@@ -119,9 +121,12 @@ def test_measures_of_all_models_stand_side_by_side_with_random_circuits() -> Non
 
 def test_sentence_tells_size_and_faithfulness_of_the_circuit() -> None:
     tables = invented.circuit_tables(12, 12)
-    (sentence,) = findings_of(tables)
-    assert "200 of 32,491 edges (0.62\u202f%)" in sentence
-    assert "0.861 [0.812, 0.903] (n = 64 texts)" in sentence
+    sentence, metric = findings_of(tables)
+    assert sentence.startswith(
+        "The circuit of the model, 200 of 32,491 edges (0.62\u202f%), keeps 0.861 [0.812, 0.903] of what the model does"
+    )
+    assert sentence.endswith("(n = 64 texts).")
+    assert metric.startswith("Edges are scored by ")
 
 
 def test_a_circuit_whose_faithfulness_may_be_zero_is_said_to_carry_nothing_for_sure() -> None:
@@ -129,8 +134,8 @@ def test_a_circuit_whose_faithfulness_may_be_zero_is_said_to_carry_nothing_for_s
     faithful = tables["circuit_summary"]["measure"] == "faithfulness"
     assert "the interval holds zero" not in findings_of(tables)[0]
     tables["circuit_summary"].loc[faithful, "low"] = -0.1
-    (sentence,) = findings_of(tables)
-    assert sentence.endswith("These texts do not show that it carries anything: the interval holds zero.")
+    sentence, _ = findings_of(tables)
+    assert "; these texts do not show that it carries anything, as the interval holds zero (n = 64 texts)" in sentence
     assert "[−0.100, 0.903]" in sentence
 
 
@@ -138,23 +143,25 @@ def test_large_numbers_are_those_of_the_first_and_the_last_model() -> None:
     tables = invented.of_models(("base", "step 10", "tuned"), 4, 4)
     cards = {card.label: card for card in cards_of(tables)}
     sizes = tables["circuit_edges"].groupby("model")["in_circuit"].sum()
-    assert list(cards) == ["edges in the circuit, base", "faithfulness, base", "edges in the circuit, tuned", "faithfulness, tuned"]
-    assert cards["edges in the circuit, tuned"].value == str(sizes["tuned"])
-    assert cards["faithfulness, base"].note == "[0.812, 0.903]; random circuits of that size: 0.0700 [0.0100, 0.160]"
+    assert list(cards) == ["faithfulness, base", "faithfulness, tuned"]
+    assert f"; {sizes['tuned']} of " in cards["faithfulness, tuned"].note
+    assert cards["faithfulness, base"].note.startswith("[0.812, 0.903]; random circuits of its size keep 0.0700 [0.0100, 0.160]; ")
 
 
 def test_few_texts_are_a_caveat_that_comes_first() -> None:
     tables = invented.circuit_tables(2, 2)
     assert not any(caveat.startswith("Only") for caveat in caveats_of(tables))
     few = tables | {"circuit_edges": tables["circuit_edges"].assign(n=8)}
-    assert caveats_of(few)[0] == "Only 8 texts were scored; intervals from fewer than 30 are rough."
+    assert caveats_of(few)[0] == "Only 8 texts were read; intervals from fewer than 30 are rough."
 
 
 def test_sentence_of_a_training_goes_from_the_first_to_the_last_checkpoint() -> None:
     (sentence,) = findings_of({"circuit_time": invented.time_tables()["circuit_time"].iloc[::-1]})
     assert "from 0.200 [0.100, 0.300] to 0.860 [0.810, 0.900]" in sentence
     assert "from 120 to 200 edges" in sentence
-    assert "Jaccard index of 0.150 with the first (chance gives 0.0300)" in sentence
+    assert (
+        "Jaccard index of 0.150 with the first (random circuits with as many edges in every layer: 0.0300; n = 4 checkpoints)" in sentence
+    )
 
 
 def test_page_of_one_circuit_shows_its_sections_and_misses_no_other(tmp_path: Path) -> None:

@@ -29,23 +29,37 @@ def drawn(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     return {figure.name: figure for figure in figures_of(tables)}
 
 
+PANELS = {"tuned": "tuned", "seed": "other seeds", "shuffled": "shuffled, mean of 2", "noise": "noise, mean of 2"}
+
+
 def layers_of(spec: dict) -> list[dict]:
+    """Return the layers of a picture, or those that each of its small multiples has."""
+    spec = spec.get("spec", spec)
     return spec.get("layer", [spec])
 
 
+def kl_by_panel(tables: dict[str, pd.DataFrame]) -> dict[object, float]:
+    """Return of every head the tuned model's attention KL, and the mean of each kind of control's."""
+    models = pd.concat([tables["heads"].assign(kind="tuned"), tables["control_heads"].query("kind != 'tuned'")])
+    means = models.groupby(["kind", "rows", "layer", "head"], as_index=False)["kl_base_tuned"].mean()
+    return {(PANELS[row.kind], row.rows, row.layer, row.head): row.kl_base_tuned for row in means.itertuples()}
+
+
 def test_attention_heatmap_holds_each_heads_kl_to_six_digits(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
-    found: dict[object, float] = {
-        (row["rows"], row["layer"], row["head"]): row["kl_base_tuned"] for row in numbers(drawn["attention-kl"], "kl_base_tuned")
-    }
-    wanted = tables["heads"].set_index(["rows", "layer", "head"])["kl_base_tuned"].to_dict()
+    rows = numbers(drawn["attention-kl"], "kl_base_tuned")
+    found: dict[object, float] = {(row["panel"], row["rows"], row["layer"], row["head"]): row["kl_base_tuned"] for row in rows}
+    wanted = kl_by_panel(tables)
+    assert len(rows) == len(found) == len(tables["heads"]) * len(PANELS)
     assert found.keys() == wanted.keys()
-    assert all(math.isclose(found[key], float(str(wanted[key])), rel_tol=1e-5) for key in wanted)
+    assert all(math.isclose(found[key], wanted[key], rel_tol=1e-5) for key in wanted)
 
 
-def test_entropy_colours_are_symmetric_about_zero(drawn: dict[str, Figure]) -> None:
-    scale = layers_of(drawn["entropy-change"].spec)[0]["encoding"]["color"]["scale"]
-    assert scale["domain"][0] == -scale["domain"][1]
-    assert scale["domainMid"] == 0
+def test_entropy_colours_are_symmetric_about_zero(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
+    alone = named(figures_of({"heads": tables["heads"]}), "entropy-change")
+    for figure in (alone, drawn["entropy-change"]):
+        scale = layers_of(figure.spec)[0]["encoding"]["color"]["scale"]
+        assert scale["domain"][0] == -scale["domain"][1] < 0
+        assert scale["domainMid"] == 0
 
 
 def test_a_clipped_colour_scale_says_so(tables: dict[str, pd.DataFrame]) -> None:
@@ -84,10 +98,18 @@ def test_a_control_is_never_the_outlined_selection() -> None:
 
 
 def test_layer_curve_band_is_the_tables_interval(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
-    found = {row["layer"]: (row["low"], row["high"]) for row in numbers(drawn["layer-entropy"], "low") if row["rows"] == "summary"}
+    alone = named(figures_of({"layers": tables["layers"]}), "layer-entropy")
     rows = tables["layers"][tables["layers"]["rows"] == "summary"]
-    for row in rows.itertuples():
-        assert found[row.layer] == pytest.approx((row.entropy_change_low, row.entropy_change_high), rel=1e-5)
+    for figure, series in ((alone, "entropy change"), (drawn["layer-entropy"], "tuned")):
+        own = [row for row in numbers(figure, "low") if row["rows"] == "summary" and row["series"] == series]
+        found = {row["layer"]: (row["low"], row["high"]) for row in own}
+        assert len(own) == len(found) == len(rows)
+        for row in rows.itertuples():
+            assert found[row.layer] == pytest.approx((row.entropy_change_low, row.entropy_change_high), rel=1e-5)
+    # beside controls, the band that is drawn is from `bottom` to `top`
+    (area,) = (layer for layer in layers_of(drawn["layer-entropy"].spec) if layer["mark"]["type"] == "area")
+    assert (area["encoding"]["y"]["field"], area["encoding"]["y2"]["field"]) == ("bottom", "top")
+    assert all((row["bottom"], row["top"]) == (row["low"], row["high"]) for row in numbers(drawn["layer-entropy"], "low"))
 
 
 def test_layer_curve_uses_the_standard_error_where_there_is_no_interval(tables: dict[str, pd.DataFrame]) -> None:
@@ -98,10 +120,15 @@ def test_layer_curve_uses_the_standard_error_where_there_is_no_interval(tables: 
             assert row["high"] - row["low"] == pytest.approx(2 * 1.959964 * 0.5, rel=1e-4)
 
 
-def test_layer_curve_without_error_draws_no_band(drawn: dict[str, Figure]) -> None:
-    marks = {layer["mark"]["type"] for layer in layers_of(drawn["layer-similarity"].spec)}
+def test_layer_curve_without_error_draws_no_band(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
+    alone = named(figures_of({"layers": tables["layers"]}), "layer-similarity")
+    marks = {layer["mark"]["type"] for layer in layers_of(alone.spec)}
     assert "area" not in marks
     assert "line" in marks
+    # beside controls, whose range is a band, the tuned model's has no height
+    own = [row for row in numbers(drawn["layer-similarity"], "value") if row["series"] == "tuned"]
+    assert len(own) == 2 * len(tables["layers"])  # CKA and RSA
+    assert all(row["bottom"] == row["value"] == row["top"] and row["low"] is None and row["high"] is None for row in own)
 
 
 def test_every_pair_of_models_has_its_own_curve_of_attention_kl(tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> None:
@@ -159,9 +186,16 @@ def test_scree_mean_is_geometric() -> None:
             "effective_rank": 2.0, "sv1": [1.0, 4.0], "sv2": [0.5, 0.5],
         }
     )  # fmt: skip
-    figure = named(figures_of({"weights": weights}), "singular-values")
-    mean = {row["rank"]: row["value"] for row in numbers(figure, "rank") if "layer" not in row}
-    assert mean == pytest.approx({1: 2.0, 2: 0.5})
+    noise = weights.assign(sv1=[9.0, 4.0], sv2=[1.0, 1.0], control="noise 0", seed=0, control_kind="noise")
+    alone, beside = {"weights": weights}, {"weights": weights, "control_weights": noise}
+    for tables, wanted in ((alone, {"tuned": (2.0, 0.5)}), (beside, {"tuned": (2.0, 0.5), "noise": (6.0, 1.0)})):
+        figure = named(figures_of(tables), "singular-values")
+        means = [row for row in numbers(figure, "rank") if row["layers"] == "all"]
+        found = {(row["model"], row["rank"]): row["value"] for row in means}
+        assert len(means) == len(found)
+        assert found == pytest.approx({(model, rank): value for model, pair in wanted.items() for rank, value in enumerate(pair, 1)})
+        thick = {"filter": "datum.layers === 'all'"}
+        assert [layer["mark"]["type"] for layer in layers_of(figure.spec) if thick in layer.get("transform", [])] == ["line", "point"]
 
 
 def test_matrices_outside_the_layers_are_in_no_heatmap(drawn: dict[str, Figure]) -> None:
@@ -202,8 +236,12 @@ def test_every_figure_is_an_svg_and_a_png(run: Path, drawn: dict[str, Figure]) -
 def test_exported_svg_shows_the_numbers_of_its_heads(tables: dict[str, pd.DataFrame], run: Path) -> None:
     top = tables["heads"].query("rows == 'all'").nlargest(1, "kl_base_tuned").iloc[0]
     svg = (run / "figures" / "attention-kl.svg").read_text()
-    (label,) = re.findall(rf'aria-label="([^"]*component: {re.escape(top["component"])};[^"]*)"', svg)[:1]
-    assert f"{top['kl_base_tuned']:.4g}" in label
+    labels = re.findall(rf'aria-label="([^"]*; component: {re.escape(top["component"])};[^"]*)"', svg)
+    models = kl_by_panel(tables)
+    assert {*(re.findall(r"model: ([^;]*);", label)[0] for label in labels)} == {*PANELS.values()}
+    for label in labels:
+        (model,) = re.findall(r"model: ([^;]*);", label)
+        assert f"KL(base || tuned), nats: {models[model, 'all', top['layer'], top['head']]:.4g};" in label
 
 
 @pytest.mark.parametrize("text", ["</script>", "<!--", "&amp;", "\u2028", "\u2029", "<script>"])

@@ -97,7 +97,7 @@ def test_page_of_a_twelve_by_twelve_model_stays_below_three_megabytes(run: Path)
 def test_claims_show_statement_measurement_paper_and_verdict(page: Page) -> None:
     for claim in synthetic.claims_table().to_dict("records"):
         for column in ("statement", "measured", "paper", "verdict"):
-            assert claim[column] in page.text
+            assert re.sub(r"\s+", " ", claim[column]) in page.text
     assert "−0.00600[−0.0100, −0.00200]" in page.text.replace(" [", "[")
 
 
@@ -211,15 +211,10 @@ def test_what_fine_tuning_did_to_the_loss_on_documents_is_said_beside_that_on_su
     outputs = synthetic.outputs_table()
     dear = outputs["rows"] == "document"
     outputs.loc[dear, ["loss_base", "loss_tuned", "loss_change", "loss_change_low", "loss_change_high"]] = [1.35, 3.02, 1.67, 1.6, 1.7]
-    first, second = findings_of({"outputs": outputs})
-    assert "summary tokens fell: 3.58 nats per token before fine-tuning, 3.02 after" in first
-    assert "tokens rose: 1.35 nats per token before fine-tuning, 3.02 after (+1.67 [+1.60, +1.70]" in second
-    assert len(findings_of({"outputs": outputs[~dear]})) == 1
-
-
-def test_identical_models_are_said_to_attend_alike() -> None:
-    layers = synthetic.tables(4, 4)["layers"].assign(kl_base_tuned=1e-9)
-    assert "attend alike" in " ".join(findings_of({"layers": layers}))
+    first, second, _ = findings_of({"outputs": outputs})
+    assert "the summaries' tokens fell: 3.58 nats per token before fine-tuning, 3.02 after" in first
+    assert "the documents' tokens rose: 1.35 nats per token before fine-tuning, 3.02 after (+1.67 [+1.60, +1.70]" in second
+    assert len(findings_of({"outputs": outputs[~dear]})) == 2
 
 
 def test_sentences_name_the_layer_and_count_the_significant_heads() -> None:
@@ -227,18 +222,19 @@ def test_sentences_name_the_layer_and_count_the_significant_heads() -> None:
     heads = tables["heads"].query("rows == 'all'")
     top = tables["layers"].query("rows == 'all'").nlargest(1, "kl_base_tuned")["layer"].iloc[0]
     text = " ".join(findings_of(tables))
-    assert f"changed most in layer {top} " in text
+    assert "moved their attention by more than 0.0080 nats of mean KL, the smallest effect of interest" in text
+    assert f"the largest change is that of layer {top}, " in text
     assert f"{(heads['entropy_change_verdict'] == 'changed').sum()} of 144 heads changed their attention entropy" in text
 
 
 def test_few_documents_and_few_seeds_are_told() -> None:
     tables = synthetic.tables(2, 2)
     few = {
-        "heads": tables["heads"].assign(n=5),
+        "heads": tables["heads"].assign(n=7),
         "bakeoff_summary": tables["bakeoff_summary"].assign(withheld="too few seeds: 1 of at least 3"),
     }
     text = " ".join(caveats_of(few))
-    assert "Only 5 documents" in text
+    assert "Only 7 documents" in text
     assert "Nothing is said of other trainings, too few seeds: 1 of at least 3" in text
 
 

@@ -76,7 +76,7 @@ def test_each_table_alone_with_only_its_needed_columns_makes_a_page(name: str, t
     own = {name: tables[name][[*table_specs()[name].required, *numbered]]}
     page = Page(page_of(own, tmp_path))
     assert "Not part of this run" not in page.text
-    assert page.ids() & set(sections()) == {owner for owner in READING if name in sections()[owner].tables}
+    assert page.ids() & set(sections()) == {"caveats", *(owner for owner in READING if name in sections()[owner].tables)}
 
 
 def test_page_of_each_kind_of_run_has_its_sections(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_page_of_each_kind_of_run_has_its_sections(tmp_path: Path) -> None:
     }
     for kind, (made, wanted_sections) in wanted.items():
         page = Page(page_of(made, tmp_path / kind, title=f"The {kind} of gpt2"))
-        assert page.ids() & set(sections()) == wanted_sections
+        assert page.ids() & set(sections()) == {"caveats", *wanted_sections}
         assert ("lens-grid" in page.ids()) is (kind == "lens")
         assert f"The {kind} of gpt2" in page.text
         assert ("in the base model" in page.text or "Fine-tuning" in page.text) is (kind != "one")
@@ -115,7 +115,7 @@ def test_attention_without_its_tokens_says_what_is_missing(tables: dict[str, pd.
 def test_findings_of_readings_tell_how_many_texts_they_are_of(tables: dict[str, pd.DataFrame]) -> None:
     made = {name: table for name, table in tables.items() if not name.startswith(("weight_", "composition"))}
     sentences = findings_of(made, *READING)
-    assert len(sentences) == 10
+    assert len(sentences) == 11
     assert [sentence for sentence in sentences if "n = " not in sentence] == []
 
 

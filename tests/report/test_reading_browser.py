@@ -39,7 +39,7 @@ DRIVER = """
   press(cells, "Home");
   seen.home = { window: card.dataset.window, heading: tip.querySelector("p").textContent, cells: text(tip) };
   press(cells, "ArrowRight", "ArrowRight", "ArrowDown");
-  seen.moved = { heading: tip.querySelector("p").textContent, cells: text(tip), live: at(".unseen").textContent };
+  seen.moved = { heading: tip.querySelector("p").textContent, cells: text(tip), live: at("[aria-live]").textContent };
   press(cells, "End");
   seen.end = { window: card.dataset.window, heading: tip.querySelector("p").textContent };
   press(cells, "Escape");

@@ -64,7 +64,8 @@ def test_each_role_lists_its_highest_heads(tables: dict[str, pd.DataFrame]) -> N
 def test_roles_without_significant_change_are_said_not_to_have_changed(tables: dict[str, pd.DataFrame]) -> None:
     still = findings_of({"head_role_changes": tables["head_role_changes"].assign(q=0.5)})
     assert still == [
-        "No role's mean over heads changed significantly; 0 of 128 single heads' scores changed at q < 0.05 (n = 80 texts per role)."
+        "No role's mean over heads changed significantly; 0 of 128 single heads' scores changed at q < 0.05; roles gained: 0, lost: 0 "
+        "(n = 80 texts)."
     ]
     moved = " ".join(findings_of({"head_role_changes": tables["head_role_changes"].assign(q=0.01, change=-0.2, low=-0.3, high=-0.1)}))
     assert "fell (−0.200 [−0.300, −0.100])" in moved

@@ -13,10 +13,11 @@ import pytest
 from mechscope.report.documentation import tables_page
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.tables import Shown
-from mechscope.report.section import Card, Panel, Section
+from mechscope.report.section import Panel, Section
 from mechscope.report.sections import sections, table_specs
+from mechscope.report.statements import Card, Finding
 from tests.report import synthetic, synthetic_circuits, synthetic_reading
-from tests.report.drawn import caveats_of, figures_of, findings_of, view_of, views_of
+from tests.report.drawn import caveats_of, figures_of, findings_of, shown_of, view_of, views_of
 from tests.report.measured import measured_tables
 from tests.report.synthetic_causal import effects_table
 
@@ -48,11 +49,13 @@ def every(section: Section, tables: dict[str, pd.DataFrame]) -> None:
     for shown in section.views(tables):
         assert isinstance(shown, Shown)
         assert all(len(row) == len(shown.view.columns) for row in shown.view.rows)
-    for card in section.cards(tables):
-        assert isinstance(card, Card)
-        assert card.value
-        assert card.label
-    for sentence in (*section.findings(tables), *section.caveats(tables)):
+    for finding in section.findings(tables):
+        assert isinstance(finding, Finding)
+        if finding.card is not None:
+            assert isinstance(finding.card, Card)
+            assert finding.card.value
+            assert finding.card.label
+    for sentence in (*(finding.sentence for finding in section.findings(tables)), *(caveat.text for caveat in section.caveats(tables))):
         assert re.fullmatch(r".+\.", sentence)
         assert "nan" not in sentence.split()
 
@@ -115,10 +118,18 @@ def test_the_page_of_tables_is_current() -> None:
     assert DOCS.read_text(encoding="utf-8") == tables_page(), "write it again: python -m mechscope.report.documentation > docs/tables.md"
 
 
+def test_every_chart_keeps_to_the_schema_of_vega_lite() -> None:
+    made = everything()
+    # unlike `drawn`, which does not check
+    for section in shown_of(made):
+        for figure in section.figures(made):
+            assert figure.spec["description"]
+
+
 def test_the_gain_is_said_with_the_other_sets_beside_it() -> None:
     (sentence,) = findings_of({"layer_sets": everything()["layer_sets"]})
-    assert "carry 62\u202f% of the gain (n = 24 documents); 4 other sets of as many layers carry 20\u202f% to 50\u202f%" in sentence
-    assert "+27.0 points [+20.0, +34.0]" in sentence
+    assert "carry 62\u202f% of the gain; 4 other sets of as many layers carry 20\u202f% to 50\u202f%" in sentence
+    assert "+27.0 points [+20.0, +34.0]; n = 24 documents)." in sentence
 
 
 def test_who_carries_the_gain_is_drawn_by_layer_and_by_head() -> None:
@@ -139,5 +150,5 @@ def test_pairs_of_models_alone_are_not_drawn_without_their_layers() -> None:
 
 
 def test_caveats_of_several_sections_are_the_same_words_where_they_say_the_same() -> None:
-    few = {name: everything()[name].assign(n=5) for name in ("heads", "layers", "outputs")}
+    few = {name: everything()[name].assign(n=7) for name in ("heads", "layers", "outputs")}
     assert len({caveat for caveat in caveats_of(few) if caveat.startswith("Only")}) == 1

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from mechscope.report.sections import heads, layers, outputs
-from mechscope.report.verdicts import FEWEST, counted, in_words, largest
+from mechscope.report.statements import Finding
+from mechscope.report.theme import interval
+from mechscope.report.verdicts import FEWEST, changed_parts, largest, parts_finding
 from mechscope.stats import verdicts
 from tests.report.synthetic import tables
 
@@ -26,17 +28,19 @@ def tiny() -> dict[str, pd.DataFrame]:
 
 def test_sure_but_negligible_changes_are_not_headlined() -> None:
     made = tiny()
-    said = [*heads.SECTION.findings(made), *layers.SECTION.findings(made)]
-    assert said[0].startswith(
+    found = [*heads.SECTION.findings(made), *layers.SECTION.findings(made)]
+    said = [finding.sentence for finding in found]
+    assert said[0] == (
         "None of 48 heads changed what they write on the same input by more than 0.060 of it, the smallest effect of interest; "
-        "48 negligible (shown to be smaller), 0 undecided"
-    )
+        "48 negligible (shown to be smaller) (n = 32 documents)."
+    ).replace(") (n", "; n")
     assert said[1].startswith("None of 48 heads changed their attention entropy by more than 0.0040 nats")
     assert all(sentence.startswith("None of ") for sentence in said)
-    assert not any("changed most" in sentence or "focused" in sentence for sentence in said)
-    cards = [*heads.SECTION.cards(made), *layers.SECTION.cards(made)]
-    assert [card.value for card in cards] == ["0 of 48", "200"]
-    assert "negligible: shown to be less than" in outputs.SECTION.findings({**made, "smallest_effects": with_outputs(made)})[0]
+    assert not any("largest" in sentence or "focused" in sentence for sentence in said)
+    assert all(finding.folded and finding.effect == 0 for finding in found)
+    negligible = outputs.SECTION.findings({**made, "smallest_effects": with_outputs(made)})
+    assert "negligible: shown to be less than 0.70" in negligible[0].sentence
+    assert all(finding.folded for finding in negligible)
 
 
 def with_outputs(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -53,27 +57,38 @@ def test_changes_are_counted_by_their_verdicts_and_not_by_their_p() -> None:
     made["heads"].loc[chosen, "entropy_change_verdict"] = "changed"
     made["heads"].loc[made["heads"].index[everything][20:25], "entropy_change_verdict"] = "undecided"
     entropy = heads.SECTION.findings(made)[1]
-    assert entropy == (
+    top = made["heads"].loc[chosen[2]]
+    assert entropy.sentence == (
         "3 of 48 heads changed their attention entropy by more than 0.0040 nats, the smallest effect of interest; 40 negligible (shown to be smaller), "
-        "5 undecided; of those that changed 2 became more focused, 1 more diffuse (over 200 documents)."
+        f"5 undecided; the largest change is that of {top['component']}, −0.300 {interval(top['entropy_change_low'], top['entropy_change_high'], sign=True)}; "
+        "of those that changed 2 became more focused, 1 more diffuse (n = 200 documents)."
     )
+    assert entropy.effect == pytest.approx(0.3 / 0.004)
 
 
 def test_the_largest_is_one_that_changed_where_any_did() -> None:
     table = pd.DataFrame({"x": [0.1, -0.5, 0.3], "x_verdict": ["negligible", "undecided", "changed"], "component": ["a", "b", "c"]})
     assert largest(table, "x")["component"] == "c"
     assert largest(table[table["x_verdict"] != "changed"], "x")["component"] == "b"
-    assert counted(table, "x") == {"changed": 1, "negligible": 1, "undecided": 1, "not measured": 0}
+    counts = changed_parts({"parts": table.assign(rows="all")}, "parts", "x")
+    of = {word: int(count.of({"parts": table.assign(rows="all")})) for word, count in counts.items()}
+    assert of == {"": 3, "changed": 1, "negligible": 1, "undecided": 1, "not measured": 0}
+
+
+def of_parts(table: pd.DataFrame, smallest: float = 0.1) -> Finding:
+    effects = pd.DataFrame({"table": ["parts"], "quantity": ["x"], "smallest": [smallest]})
+    tables = {"parts": table.assign(rows="all"), "smallest_effects": effects if smallest > 0 else effects.iloc[:0]}
+    return parts_finding(tables, "parts", "x", of="heads", what="changed", unit="nats")
 
 
 def test_without_a_smallest_effect_nothing_is_judged() -> None:
-    table = pd.DataFrame({"x": [0.1, 0.2], "x_verdict": "not measured"})
-    sentence = in_words(table, "x", float("nan"), of="heads", what="moved", unit="nats")
-    assert sentence.startswith("Whether heads moved is not judged: no smallest effect of interest")
+    table = pd.DataFrame({"x": [0.1, 0.2], "x_verdict": "not measured", "n": 20})
+    for smallest in (0.1, 0.0):
+        finding = of_parts(table, smallest)
+        assert finding.sentence.startswith("Whether heads changed: withheld, as no smallest effect of interest was measured or set")
     made = tiny()
     made["heads"]["write_change_verdict"] = made["heads"]["entropy_change_verdict"] = "not measured"
-    assert heads.SECTION.cards(made) == []
-    assert all("not judged" in sentence for sentence in heads.SECTION.findings(made))
+    assert all(finding.withheld and finding.card is None for finding in heads.SECTION.findings(made))
 
 
 @pytest.mark.parametrize("kind", ["all", "summary"])
@@ -86,9 +101,9 @@ def test_heads_are_listed_by_the_size_of_what_they_write(kind: str) -> None:
 
 
 def test_few_documents_are_not_judged_and_no_verdict_is_not_no_change() -> None:
-    table = pd.DataFrame({"x": [0.5, 0.6], "x_verdict": ["undecided", "undecided"], "n": [4, 4]})
-    said = in_words(table, "x", 0.1, of="heads", what="changed", unit="nats")
-    assert said == "Whether heads changed by more than 0.10 nats, the smallest effect of interest, is not judged: 4 documents of at least 8"
-    said = in_words(table.assign(n=20), "x", 0.1, of="heads", what="changed", unit="nats")
-    assert said.startswith("Of 2 heads none is shown to have changed by more than 0.10 nats")
+    table = pd.DataFrame({"x": [0.5, 0.6], "x_low": [0.4, 0.5], "x_high": [0.6, 0.7], "x_verdict": ["undecided", "undecided"], "n": [4, 4]})
+    assert of_parts(table).sentence == (
+        "Whether heads changed by more than 0.10 nats, the smallest effect of interest: withheld, as a verdict needs 12 documents (n = 4 documents)."
+    )
+    assert of_parts(table.assign(n=20)).sentence.startswith("Of 2 heads none is shown to have changed by more than 0.10 nats")
     assert FEWEST == verdicts.FEWEST

@@ -71,7 +71,7 @@ def test_a_loss_that_rises_at_the_end_has_not_arrived() -> None:
 def test_the_share_is_of_the_whole_change() -> None:
     found = convergence(np.linspace(3, 1, 400))
     assert found.late_share == pytest.approx(0.25, abs=0.01)
-    assert found.reason == "its last quarter still lowered the loss by 26% of the whole change"
+    assert found.reason == "its last quarter still lowered the loss by 26\u202f% of the whole change"
     assert convergence(np.linspace(3, 1, 400), whole=20).late_share == pytest.approx(0.025, abs=0.001)
     assert convergence(np.linspace(3, 1, 400), whole=20).converged
 

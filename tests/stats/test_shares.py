@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechscope.stats.shares import MIN_TEXTS, share_of, shares_of
+from mechscope.stats.inference import MIN_TEXTS
+from mechscope.stats.shares import share_of, shares_of
 from tests.stats.fieller import by_inverting_t_tests
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,27 @@ from tests.stats.fieller import by_inverting_t_tests
 def test_every_other_set_of_layers_is_a_control_where_there_are_few() -> None:
     sets = layer_sets(Components.of_layers([1, 3]), 5, seed=0)
     assert str(sets[0]) == "layers:1,3"
-    assert len(sets) == len({str(each) for each in sets}) == 10  # 5 choose 2
-    many = layer_sets(Components.of_layers([0, 1, 2]), 24, seed=0)
+    # none of the others has neighbours either
+    assert {tuple(sorted(each.layers)) for each in sets} == {(0, 2), (0, 3), (0, 4), (1, 3), (1, 4), (2, 4)}
+    many = layer_sets(Components.of_layers([0, 1, 3]), 24, seed=0)
     assert len(many) == len({str(each) for each in many}) == 41
     assert all(len(each.layers) == 3 for each in many)
+
+
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (1, 2, 3, 5), (0, 2, 3, 6), (0, 1, 5, 6), (0, 2, 4, 6)])
+def test_controls_have_as_many_neighbours_as_the_selected_layers(chosen: tuple[int, ...]) -> None:
+    def neighbours(layers: tuple[int, ...]) -> int:
+        return sum(two - one == 1 for one, two in pairwise(layers))
+
+    sets = [tuple(sorted(each.layers)) for each in layer_sets(Components.of_layers(chosen), 7, seed=0)]
+    assert sets[0] == chosen
+    assert len(set(sets)) == len(sets)
+    assert set(sets) == {each for each in combinations(range(7), 4) if neighbours(each) == neighbours(chosen)}
+    drawn = layer_sets(Components.of_layers(chosen), 40, seed=1)
+    assert {neighbours(tuple(sorted(each.layers))) for each in drawn} == {neighbours(chosen)}
+
+
+def test_the_whole_model_has_no_controls() -> None:
     assert layer_sets(Components.of_layers(range(4)), 4, seed=0) == [Components.of_layers(range(4))]
 
 
@@ -72,7 +90,7 @@ def test_the_layers_carry_the_improvement_only_if_they_carry_more_than_any_other
 def test_few_other_sets_cannot_decide_and_it_is_said_how_many_would() -> None:
     judgement = layers_carry({"layer_sets": sets(5.0, others=14)}, Scope())
     assert judgement.verdict == "undecided"
-    assert "14 other sets cannot decide at 5 % (two-sided), 40 can" in judgement.overturn
+    assert "14 other sets cannot decide at 5\u202f% (two-sided), 40 can" in judgement.overturn
 
 
 def test_nothing_carries_an_improvement_that_is_none() -> None:

@@ -18,7 +18,8 @@ from mechscope.data.pairs import Pairs
 from mechscope.instrument import Execution, load
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.studies import circuits
-from mechscope.studies.circuits import CircuitRequest, judge_circuit
+from mechscope.studies.circuit_request import CircuitRequest
+from mechscope.studies.circuits import judge_circuit
 from mechscope.studies.paper_2505_17073.circuits import circuit_changed, few_edges_carry_gain
 from mechscope.studies.paper_2505_17073.judgement import Scope
 from tests.studies.running import MODEL, measure
@@ -94,7 +95,7 @@ def test_circuits_differ_only_if_models_share_less_than_with_their_labels_exchan
     assert claim.value == change
     # the sentence's shares give its difference
     assert f"share {0.5 - change:.2f}" in claim.measured
-    assert f"0.50 (95 % of exchanges 0.45 to 0.55), which is {change:+.2f} (p = {p:.3f})" in claim.measured
+    assert f"0.50 (95\u202f% of exchanges 0.45 to 0.55), which is {change:+.2f} (p = {p:.3f})" in claim.measured
     assert "About these two models" in claim.note
 
 

@@ -144,7 +144,7 @@ def test_seeds_are_no_controls_and_noise_is_no_training() -> None:
     row = judged(*ours[0], controls=trainings(tuned=ours, noise=shares(*[0.5] * 8))).loc["heads_focused_all"]
     assert row["verdict"] == "undecided"
     assert "no control" in row["note"]
-    assert "Other seeds: 80 %, 80 %." in row["note"]
+    assert "Other seeds: 80\u202f%, 80\u202f%." in row["note"]
 
 
 def test_every_training_is_counted_in_the_layers_that_itself_changed_most() -> None:
@@ -156,9 +156,9 @@ def test_every_training_is_counted_in_the_layers_that_itself_changed_most() -> N
 
     ours = [training((2, 3, 5)) for _ in range(3)]
     claims = judged(*ours[0], controls=trainings(tuned=ours, shuffled=[training((8, 9, 10)) for _ in range(3)]))
-    assert claims.loc["heads_focused_selected", "value"] == pytest.approx(0.0)
+    assert "all at none, or all at all" in claims["note"]["heads_focused_selected"]
     assert claims.loc["heads_focused_selected", "verdict"] == "undecided"
-    assert claims["measured"]["heads_focused_selected"].count("100 %") == 7
+    assert claims["measured"]["heads_focused_selected"].count("100\u202f%") == 7
 
 
 def test_the_papers_layers_must_stand_out_beside_controls() -> None:
@@ -185,7 +185,7 @@ def test_the_papers_layers_must_stand_out_beside_controls() -> None:
 
 
 def test_noise_of_the_same_size_is_told_apart_by_a_prediction_interval() -> None:
-    draws = (0.48, 0.5, 0.52, 0.5, 0.47)
+    draws = (0.48, 0.5, 0.52, 0.5, 0.47, 0.49, 0.51, 0.5)
     for own, verdict in ((0.52, "undecided"), (0.9, "supported"), (0.1, "supported")):
         ours = shares(own)
         row = judged(*ours[0], controls=trainings(tuned=ours, noise=shares(*draws))).loc["heads_focused_all.noise"]
@@ -194,12 +194,12 @@ def test_noise_of_the_same_size_is_told_apart_by_a_prediction_interval() -> None
         assert "says nothing about what it was trained on" in row["note"]
     few = judged(*ours[0], controls=trainings(tuned=ours, noise=shares(*draws[:4]))).loc["heads_focused_all.noise"]
     assert few["verdict"] == "undecided"
-    assert few["overturn"] == "More draws (noise_draws): 4 were made, at least 5 are needed."
+    assert few["overturn"] == "More draws (noise_draws): 4 were made, at least 8 are needed."
 
 
 def test_draws_that_are_all_alike_do_not_make_one_head_evidence() -> None:
     ours = shares(6 / 16, kl=(0.1, 0.2, 0.3, 0.4), n_heads=4)
-    draws = shares(*[5 / 16] * 5, kl=(0.1, 0.2, 0.3, 0.4), n_heads=4)
+    draws = shares(*[5 / 16] * 8, kl=(0.1, 0.2, 0.3, 0.4), n_heads=4)
     assert judged(*ours[0], controls=trainings(tuned=ours, noise=draws)).loc["heads_focused_all.noise", "verdict"] == "undecided"
 
 

@@ -128,7 +128,8 @@ def test_an_ablation_that_cannot_be_is_refused_before_the_pairs_are_run_and_mend
 
 
 def test_an_ablation_needs_pairs_or_documents() -> None:
-    for given in ({}, {"pairs": "ioi", "data": "newsroom"}):
+    several: tuple[dict[str, Any], ...] = ({}, {"pairs": "ioi", "data": "newsroom"})
+    for given in several:
         with pytest.raises(SettingsError, match=r"give either pairs .* or data"):
             resolve(AblateSettings, model=MODEL, **given)
 

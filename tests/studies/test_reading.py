@@ -57,7 +57,7 @@ def test_roles_of_one_model(tiny_model, tmp_path):
     np.testing.assert_array_equal(again.head_roles["score"], roles["score"])
     # which heads are shown changes no score
     run(ROLES, tmp_path / "run", **given, show="a2.h0")
-    assert finished(tmp_path / "run")[len(before) :] == ["attention", "report"]
+    assert finished(tmp_path / "run")[len(before) :] == ["attention", "caveats", "report"]
 
 
 def test_roles_of_a_pair_are_compared_text_by_text_and_shown(tiny_model, tuned_model, tmp_path):

@@ -67,8 +67,8 @@ def test_exchanged_models_have_no_shares_and_no_verdict_on_an_improvement(family
     # what the gain would be is told with its sign, and the page says no number of it
     assert ": −" in back["layer_sets"]["withheld"][0]
     (finding,) = SECTION.findings(back)
-    assert "withheld: fine-tuning did not lower the loss" in finding
-    assert "%" not in finding
+    assert "withheld, as fine-tuning did not lower the loss" in finding.sentence
+    assert "%" not in finding.sentence
 
 
 def test_a_model_and_itself_gain_nothing_that_could_be_carried() -> None:

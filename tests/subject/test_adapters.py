@@ -125,7 +125,9 @@ def test_an_adapter_whose_file_lacks_a_matrix_is_refused(tmp_path: Path) -> None
 def test_an_adapter_with_a_damaged_file_is_refused(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", save(tmp_path / "base"), "gpt2")
     truncate(folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"adapter .*safetensors file is truncated or corrupt"):
+    with pytest.raises(
+        ModelError, match=r"^adapter '.*adapter': adapter_model\.safetensors is truncated or corrupt \(.+\): train or save it again$"
+    ):
         load(folder)
 
 

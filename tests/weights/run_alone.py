@@ -13,7 +13,7 @@ from mechscope.instrument import record
 from mechscope.subject.load import Subject
 from tests import families
 
-LENGTHS = (23, 9, 31, 14, 9)
+LENGTHS = (23, 9, 31, 14, 9, 12)
 
 
 def texts_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, names: str = "t") -> Pairs:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import torch
 
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs
@@ -19,7 +18,9 @@ from mechscope.instrument.mlp import Mlps
 from mechscope.subject.load import load
 from mechscope.weights.activity import Activity, neuron_activity
 from mechscope.weights.layer_activity import position_group
+from mechscope.weights.memories import memories
 from tests import families
+from tests.stats.skewed import mean_test
 from tests.weights.run_alone import LENGTHS, from_rows, run, texts_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -68,19 +69,14 @@ def test_every_statistic_is_that_of_a_loop(family: str) -> None:
             assert row["component"] == f"m{layer}.n{neuron}"
             values = np.concatenate([whole[layer, :, neuron] for whole in neurons])
             active = [whole[layer, :, neuron] > 0 for whole in opened]
-            quantile = scipy.stats.t.ppf(0.975, n - 1)
             expected: dict[str, float] = {}
             for name, by_text in {
                 "mean": [whole[layer, :, neuron].mean() for whole in neurons],
                 "active": [share.mean() for share in active],
             }.items():
-                mean, error = np.mean(by_text), np.std(by_text, ddof=1) / n**0.5
-                expected |= {
-                    name: mean,
-                    f"{name}_se": error,
-                    f"{name}_low": mean - quantile * error,
-                    f"{name}_high": mean + quantile * error,
-                }
+                low, high, _ = mean_test(np.array(by_text))
+                error = np.std(by_text, ddof=1) / n**0.5
+                expected |= {name: np.mean(by_text), f"{name}_se": error, f"{name}_low": float(low), f"{name}_high": float(high)}
             between = sum((groups == group).sum() * (values[groups == group].mean() - values.mean()) ** 2 for group in set(groups))
             total = ((values - values.mean()) ** 2).sum()
             contexts = strongest(neurons, layer, neuron, k, by_size=gated)
@@ -128,8 +124,9 @@ def test_batching_and_the_side_of_the_padding_do_not_matter(family: str) -> None
     mlps = Mlps(subject)
     for pad_id in (0, 50):
         left = Activity(mlps, texts)
-        for some in (texts.pairs[3:], texts.pairs[:3]):
-            left.add(left.of(mlps, collate_pairs(some, pad_id=pad_id, padding="left"))[0])
+        for some in ((3, 4), (0, 1, 2), (5,)):
+            batch = collate_pairs([texts.pairs[at] for at in some], indices=some, pad_id=pad_id, padding="left")
+            left.add(left.of(mlps, batch)[0])
         others.append(left)
     for other in others:
         pd.testing.assert_frame_equal(other.table(), expected.table(), **close)
@@ -140,7 +137,7 @@ def test_batching_and_the_side_of_the_padding_do_not_matter(family: str) -> None
 
 @torch.no_grad()
 def test_shards_merge_to_the_whole() -> None:
-    subject, texts = families.subject("opt", torch.float64), texts_of((9, 14, 31, 9, 50))
+    subject, texts = families.subject("opt", torch.float64), texts_of((9, 14, 31, 9, 50, 12))
     whole = neuron_activity(subject, texts)
     merged, *rest = [neuron_activity(subject, Pairs(some, "shard")) for some in (texts.pairs[:2], texts.pairs[2:3], texts.pairs[3:])]
     for shard in rest:
@@ -150,8 +147,28 @@ def test_shards_merge_to_the_whole() -> None:
     for one, two in zip(merged.layers, whole.layers, strict=True):
         assert torch.equal(one.contexts.place, two.contexts.place)
         np.testing.assert_allclose(one.position_r2, two.position_r2, **CLOSE)
-    with pytest.raises(DataError, match="text 't0' is there twice"):
+    with pytest.raises(DataError, match="text 't0' is in both"):
         merged.merge(neuron_activity(subject, texts.first(1)))
+
+
+@torch.no_grad()
+def test_a_text_given_twice_counts_twice_and_one_name_may_stand_for_two_texts() -> None:
+    subject = load(families.build("gpt2", torch.float64), dtype="float64", tokenizer=families.tokenizer())
+    first, second = (5, 6, 7, 8), (9, 10, 11)
+    named = [
+        Pairs(tuple(PromptPair(name, row, row) for name, row in zip(names, (first, second, first), strict=True)), "x")
+        for names in ("abc", "aaa")
+    ]
+    apart, alike = (neuron_activity(subject, texts, contexts=2) for texts in named)
+    pd.testing.assert_frame_equal(alike.table(), apart.table(), **CLOSE)
+    assert alike.n_tokens == 11
+    pd.testing.assert_frame_equal(
+        memories(subject, alike, named[1], before=2, k=2).drop(columns="text"),
+        memories(subject, apart, named[0], before=2, k=2).drop(columns="text"),
+        **CLOSE,
+    )
+    with pytest.raises(DataError, match="'a' names several of the texts"):
+        memories(subject, alike, Pairs(named[1].pairs[:2], "y"), before=2, k=2)
 
 
 @torch.no_grad()
@@ -166,7 +183,7 @@ def test_equal_activations_are_kept_in_the_order_of_texts() -> None:
         assert torch.equal(top.text[:, alive], torch.arange(3)[:, None].expand(3, int(alive.sum())))
     mlps, shuffled = Mlps(subject), Activity(Mlps(subject), texts, contexts=3)
     for some in ([6, 1, 4], [5, 0], [3, 2]):
-        shuffled.add(shuffled.of(mlps, collate_pairs([texts.pairs[at] for at in some]))[0])
+        shuffled.add(shuffled.of(mlps, collate_pairs([texts.pairs[at] for at in some], indices=some))[0])
     assert torch.equal(shuffled.layers[0].contexts.place, top.place)
 
 
@@ -181,12 +198,6 @@ def test_positions_are_grouped_one_by_one_and_then_by_octaves() -> None:
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_text_given_twice_is_refused() -> None:
-    row = (5, 6, 7)
-    with pytest.raises(DataError, match="text 'a' is there twice"):
-        neuron_activity(families.subject("gpt2"), Pairs((PromptPair("a", row, row), PromptPair("a", row, row)), "x"))
 
 
 def test_no_texts_and_no_contexts_are_refused() -> None:
@@ -209,6 +220,6 @@ def test_progress_ends_with_all_texts() -> None:
     neuron_activity(
         families.subject("gpt2"), texts_of(), execution=Execution(tokens_per_batch=40, progress=lambda *call: calls.append(call))
     )
-    assert calls[0] == ("texts", 0, 5)
-    assert calls[-1] == ("texts", 5, 5)
+    assert calls[0] == ("texts", 0, len(LENGTHS))
+    assert calls[-1] == ("texts", len(LENGTHS), len(LENGTHS))
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)

@@ -22,6 +22,7 @@ from mechscope.weights.activity_change import activity_change
 from mechscope.weights.memories import agreement, memories
 from mechscope.weights.neurons import neuron_tokens
 from tests import families
+from tests.stats.skewed import mean_test
 
 LENGTHS = (23, 9, 31, 14, 9, 12)
 
@@ -180,11 +181,10 @@ def test_changes_are_paired_tests_over_texts(family: str) -> None:
             np.testing.assert_allclose(rows[f"{name}_tuned"], after.mean(0), **close)
             np.testing.assert_allclose(rows[f"{name}_change"], (after - before).mean(0), **close)
             changed = ~np.isclose(after - before, (after - before)[:1]).all(0)
-            tested = scipy.stats.ttest_rel(after[:, changed], before[:, changed])
-            np.testing.assert_allclose(rows[f"{name}_change_p"].to_numpy()[changed], tested.pvalue, **close)
-            bounds = tested.confidence_interval()
-            np.testing.assert_allclose(rows[f"{name}_change_low"].to_numpy()[changed], bounds.low, **close)
-            np.testing.assert_allclose(rows[f"{name}_change_high"].to_numpy()[changed], bounds.high, **close)
+            low, high, tested = mean_test((after - before)[:, changed])
+            np.testing.assert_allclose(rows[f"{name}_change_p"].to_numpy()[changed], tested, **close)
+            np.testing.assert_allclose(rows[f"{name}_change_low"].to_numpy()[changed], low, **close)
+            np.testing.assert_allclose(rows[f"{name}_change_high"].to_numpy()[changed], high, **close)
         p.append(rows["mean_change_p"].to_numpy())
     np.testing.assert_allclose(table["mean_change_q"], scipy.stats.false_discovery_control(np.concatenate(p)), rtol=1e-12)
 

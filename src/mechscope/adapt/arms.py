@@ -34,6 +34,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 PROTOCOLS: tuple[BudgetProtocol, ...] = get_args(BudgetProtocol)
 REFERENCES: tuple[Strategy, ...] = ("full", "none")
 MORE_RANK: tuple[Strategy, ...] = ("more_rank", "circuit_rank")
+_OF_LAYERS: tuple[Strategy, ...] = ("targeted_layers", "more_rank", "random_layers", "last_layers")
 NO_SEED = -1  # the untouched base was trained from no seed
 
 
@@ -42,7 +43,7 @@ class BakeOffSettings(Settings):
     """What a bake-off compares.
 
     Attributes:
-        layers: The targeted layers, whole (`layers:2,3,5`).
+        layers: The targeted layers, whole (`layers:2,3,5`); needed by `targeted_layers`, `more_rank`, `random_layers` and `last_layers`.
         heads: The targeted heads; needed by the strategy `targeted_heads` alone.
         circuit: The circuit's heads and MLPs; needed by `circuit` and `random_circuit`.
         circuit_layers: The circuit's critical layers, whole; needed by `circuit_rank`.
@@ -54,7 +55,7 @@ class BakeOffSettings(Settings):
         decoding: How the held-out documents are summarized.
     """
 
-    layers: Components
+    layers: Components = field(default_factory=Components)
     heads: Components = field(default_factory=Components)
     circuit: Components = field(default_factory=Components)
     circuit_layers: Components = field(default_factory=Components)
@@ -93,6 +94,8 @@ class BakeOffSettings(Settings):
     def _missing(self) -> dict[Strategy, str]:
         """Return the strategies whose components are not given, and what they need."""
         needs: dict[Strategy, str] = {}
+        if not self.layers.layers:
+            needs.update(dict.fromkeys(_OF_LAYERS, "target layers, such as 'layers:2,3,5'"))
         if not self.heads.heads:
             needs["targeted_heads"] = "heads, such as 'a2.h1,a3.h5'"
         if not len(self.circuit):

@@ -30,6 +30,7 @@ from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.store.artifact import Artifact
 from mechscope.store.files import read_json, write_json
 from mechscope.store.hashing import hash_json
@@ -55,6 +56,8 @@ class BakeOff:
     summary: pd.DataFrame
     curves: pd.DataFrame
     summaries: pd.DataFrame
+
+    __repr__ = by_shape
 
 
 @dataclass(frozen=True)

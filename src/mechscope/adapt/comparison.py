@@ -20,7 +20,8 @@ from mechscope.adapt.arms import Arm
 from mechscope.data.documents import Document
 from mechscope.data.rouge import METRICS
 from mechscope.stats.bootstrap import mean_interval
-from mechscope.stats.crossed import MIN_TRAININGS, Crossed, crossed_mean
+from mechscope.stats.crossed import MIN_DOCUMENTS, MIN_TRAININGS, Crossed, crossed_mean
+from mechscope.stats.inference import MIN_TEXTS
 
 SHARED = ("standard", "full", "none")  # strategies that are the same in both protocols
 CIRCUITS = ("circuit", "random_circuit")  # strategies whose random control is a circuit; all others' is random layers
@@ -118,7 +119,7 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
                 row |= _compared(f"vs_{name}", differences, seed)
             trainings = len(group) if group[0].arm.trained else len(standard or ())
             few = 0 < trainings < MIN_TRAININGS
-            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else _lone_document(scores)
+            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else _few_documents(scores, group[0])
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -163,8 +164,9 @@ def summaries_table(outcomes: Sequence[Outcome], documents: Sequence[Document]) 
     return pd.DataFrame(table)
 
 
-def _lone_document(scores: np.ndarray) -> str:
-    return "one document says nothing of others" if scores.shape[1] < 2 else ""
+def _few_documents(scores: np.ndarray, outcome: Outcome) -> str:
+    least = MIN_DOCUMENTS if outcome.arm.trained else MIN_TEXTS
+    return f"too few documents: {scores.shape[1]} of at least {least}" if scores.shape[1] < least else ""
 
 
 def _scores(group: Sequence[Outcome], metric: str) -> Float[np.ndarray, "seeds documents"]:

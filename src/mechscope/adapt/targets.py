@@ -17,6 +17,7 @@ from typing import Any
 
 from mechscope.choices import LoraModules
 from mechscope.errors import SettingsError
+from mechscope.shapes import by_shape
 from mechscope.subject.anatomy import Block, Slice, is_conv1d, oriented_weight
 from mechscope.subject.components import Components
 
@@ -64,6 +65,8 @@ class Placement:
 
     targets: tuple[Target, ...]
     ranks: tuple[int, ...]
+
+    __repr__ = by_shape
 
     @property
     def trainable_parameters(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 
@@ -28,10 +29,12 @@ from mechscope.data.prompt import Example, pad_id
 from mechscope.errors import DataError, ModelError, RunError, SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.settings.training import TrainSettings
+from mechscope.shapes import by_shape
 from mechscope.stats.convergence import convergence
 from mechscope.store.artifact import Artifact
-from mechscope.store.files import read_json, refusal, write_json
+from mechscope.store.files import plain, read_json, refusal, write_json, write_text
 from mechscope.store.hashing import hash_json
+from mechscope.store.ledger import SETTINGS
 
 RECORD = "training.json"
 # what a checkpoint holds for resuming only
@@ -81,6 +84,8 @@ class Tuned:
     seed: int | None = None
     control: dict[str, Any] | None = None
 
+    __repr__ = by_shape
+
     @classmethod
     def read(cls, path: Path) -> Tuned:
         """Read a result back from its folder.
@@ -108,6 +113,7 @@ def tune(
     initial_loss: float | None = None,
     until: int | None = None,
     control: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     replace: bool = False,
     execution: Execution = Execution(),
 ) -> Tuned:
@@ -127,6 +133,7 @@ def tune(
         until: Optimizer step at which training ends and whose weights are saved, whatever the validation loss: a control has as many steps of the same
             schedule as the training that it is matched with. The settings' patience is then not used.
         control: What is recorded of a control (`Tuned.control`).
+        about: What the caller resolved, documents included; kept beside the result (`study.yaml`), for another training to take after.
         replace: Put the result in the place of a training with other settings, data or base model, which is otherwise refused.
         execution: Seed of the order of examples, of dropout and of the adapter's start; progress, called with ("training", steps done, steps at most).
 
@@ -181,7 +188,7 @@ def tune(
                     if ranks.is_first():
                         artifact.work.discard()  # a diverged training would diverge again
                     raise
-                ranks.by_first(lambda: _write_result(work, artifact.result, subject.tokenizer, facts, until))
+                ranks.by_first(lambda: _write_result(work, artifact.result, subject.tokenizer, facts, until, about))
             except (OSError, SafetensorError) as error:
                 raise refusal(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     return Tuned.read(out)
@@ -249,7 +256,9 @@ def _train(
     return facts
 
 
-def _write_result(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any], until: int | None) -> None:
+def _write_result(
+    work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any], until: int | None, about: Mapping[str, Any] | None
+) -> None:
     """Write the best checkpoint, or that of the step `until`, and what was reached into the result's folder."""
     last = last_checkpoint(work)
     state = None if last is None else read_state(last)
@@ -279,6 +288,8 @@ def _write_result(work: Path, folder: Path, tokenizer: Any, facts: dict[str, Any
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(result, folder / RECORD)
+    if about is not None:
+        write_text(yaml.safe_dump(plain(dict(about)), sort_keys=False), folder / SETTINGS)
 
 
 def _curve(history: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from mechscope.errors import ModelError, RunError
 from mechscope.instrument import Edit, observed
 from mechscope.instrument.edits import EditSite, validate
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.convergence import Convergence, convergence
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
@@ -53,6 +54,8 @@ class Alignment:
     curve: pd.DataFrame = field(default_factory=pd.DataFrame)
     fingerprint: str = ""
     widths: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    __repr__ = by_shape
 
     @property
     def convergence(self) -> Convergence:

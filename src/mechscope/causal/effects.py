@@ -43,6 +43,21 @@ class Effects:
     corrupt: Float[np.ndarray, " text"] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        places, texts = self.values.shape
+        largest = self.table.loc[self.table["effect"].abs().sort_values(ascending=False, kind="stable").index[:1]]
+        named = [
+            f"; largest: {row.component} at {row.positions} {row.effect:+.3g} [{row.low:+.3g}, {row.high:+.3g}]"
+            for row in largest.itertuples()
+        ]
+        metrics = ", ".join(dict.fromkeys(self.table["metric"]))
+        return f"Effects({metrics} of {places:,} place{'s' * (places != 1)} over {texts:,} text{'s' * (texts != 1)}{''.join(named)})"
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The table by the name that it has in a run folder, so that the page's figures can be drawn of it (`mechscope.plot`)."""
+        return {"effects": self.table}
+
     def matrix(self, column: str = "effect") -> pd.DataFrame:
         """Return a column as layer × head (or layer × positions), as a heatmap wants it."""
         across = "head" if (self.table["head"] >= 0).all() else "positions"

@@ -30,6 +30,7 @@ from mechscope.instrument import CachedRun, Edit
 from mechscope.instrument.edits import EditSite
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
+from mechscope.shapes import by_shape
 from mechscope.subject import Components, Subject
 from mechscope.subject.anatomy import Anatomy
 
@@ -62,6 +63,8 @@ class Scrubbed:
     scrubbed: Float[np.ndarray, "samples text"]
     partners: dict[str, Int[np.ndarray, "samples text"]]
     notes: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = by_shape
 
     @property
     def recovered(self) -> float:

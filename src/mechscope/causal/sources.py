@@ -26,6 +26,7 @@ from mechscope.instrument import CachedRun, model_inputs, record
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.record import Site
 from mechscope.instrument.texts import over_texts
+from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
@@ -76,6 +77,8 @@ class Vector(Source):
     """A given value, broadcast over texts and tokens."""
 
     value: Tensor | float
+
+    __repr__ = by_shape
 
     def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Return the same value for every site and layer."""
@@ -133,6 +136,8 @@ class Mean(Source):
 
     values: dict[tuple[str, int], Tensor]
     tokens: int | None = None
+
+    __repr__ = by_shape
 
     def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Check that the reference fits the batch."""

@@ -28,6 +28,7 @@ from mechscope.instrument import CachedRun, Edit, intervene, model_inputs, recor
 from mechscope.instrument.edits import EditSite, Value, validate
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
+from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 # sites that hold one vector per token (of z: per token and head)
@@ -51,6 +52,8 @@ class Direction:
     layer: int
     head: int | None = None
     name: str = "direction"
+
+    __repr__ = by_shape
 
     @classmethod
     def from_vector(

@@ -34,6 +34,7 @@ from mechscope.data.scoring import batches, check_fits
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.memory import each
+from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 # the mean metric over all texts of some edge sets
@@ -58,6 +59,8 @@ class AcdcResult:
     values: Float[np.ndarray, " threshold"]
     clean: float
     scores: EdgeScores
+
+    __repr__ = by_shape
 
     def __getitem__(self, threshold: float) -> Circuit:
         """Return the circuit of one of the thresholds."""

@@ -28,6 +28,7 @@ from mechscope.circuits.sender_outputs import Source
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import benjamini_hochberg, paired_difference
 from mechscope.subject import Subject
 
@@ -56,6 +57,8 @@ class Completeness:
     cost: Cost
     notes: dict[str, Any] = field(default_factory=dict)
 
+    __repr__ = by_shape
+
 
 @dataclass(frozen=True)
 class Minimality:
@@ -78,6 +81,8 @@ class Minimality:
     controls: Float[np.ndarray, " part"]
     cost: Cost
     notes: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = by_shape
 
 
 def completeness(

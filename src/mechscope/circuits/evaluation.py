@@ -31,6 +31,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, check_fits, fetched
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.shares import Shares, shares_of
 from mechscope.subject import Subject
 
@@ -56,6 +57,8 @@ class Evaluated:
     empty: Float[np.ndarray, " text"]
     metric: str
     cost: Cost
+
+    __repr__ = by_shape
 
     def faithfulness(self) -> Shares:
         """Return f(C) of every circuit."""
@@ -106,6 +109,8 @@ class Curve:
     random: Float[np.ndarray, "draw fraction"]
     cost: Cost
     notes: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = by_shape
 
 
 @torch.no_grad()

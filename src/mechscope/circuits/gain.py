@@ -29,6 +29,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.data.scoring import check_fits
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import rank_p
 from mechscope.stats.shares import shares_of
 from mechscope.subject import Pair
@@ -56,6 +57,8 @@ class Gain:
     tuned: float
     cost: Cost
     note: str | None
+
+    __repr__ = by_shape
 
 
 def tuned_edges(

@@ -22,6 +22,9 @@ from mechscope.errors import SettingsError
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject import Components, Subject
 
+# edges that a circuit names when it is printed
+_NAMED = 6
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -171,6 +174,11 @@ class Circuit:
     def __post_init__(self) -> None:
         if self.edges.shape != (len(self.graph),) or self.edges.dtype != bool:
             raise SettingsError(f"a circuit of this model has {len(self.graph):,} edges as true or false, not {self.edges.shape}")
+
+    def __repr__(self) -> str:
+        inside = np.flatnonzero(self.edges)
+        names = ", ".join(self.graph.names[edge] for edge in inside[:_NAMED]) + (", …" if len(inside) > _NAMED else "")
+        return f"Circuit({len(inside):,} of {len(self.graph):,} edges{': ' * bool(names)}{names})"
 
     @classmethod
     def of(cls, graph: Graph, names: Sequence[str]) -> Circuit:

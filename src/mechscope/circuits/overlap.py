@@ -27,6 +27,7 @@ from mechscope.circuits.choosing import Choice, Scored, choose, values_of
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.scores import EdgeScores
 from mechscope.errors import DataError, SettingsError
+from mechscope.shapes import by_shape
 
 # random pairs of circuits behind an expected overlap
 _DRAWS = 50
@@ -51,6 +52,8 @@ class Overlap:
     edges: float
     nodes: float
 
+    __repr__ = by_shape
+
 
 @dataclass(frozen=True)
 class Robustness:
@@ -71,6 +74,8 @@ class Robustness:
     halves: Float[np.ndarray, "resample 2"]
     inclusion: Float[np.ndarray, " edge"]
     table: pd.DataFrame
+
+    __repr__ = by_shape
 
 
 def jaccard(a: Circuit, b: Circuit) -> float:

@@ -42,6 +42,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.data.scoring import batches, check_fits, fetched
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.convergence import Convergence, convergence
 from mechscope.subject import Subject
 
@@ -92,6 +93,8 @@ class Pruned:
     convergence: Convergence
     distance: float
     empty_distance: float
+
+    __repr__ = by_shape
 
 
 def prune_edges(

@@ -62,6 +62,13 @@ class EdgeScores:
     cost: Cost
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        texts = "" if self.per_text is None else f" over {len(self.per_text):,} texts"
+        scored = np.flatnonzero(~np.isnan(self.mean))
+        largest = scored[np.abs(self.mean[scored]).argsort(kind="stable")[::-1][:3]]
+        names = ", ".join(f"{self.graph.names[edge]} {self.mean[edge]:+.3g}" for edge in largest)
+        return f"EdgeScores({self.method}: {len(scored):,} of {len(self.graph):,} edges{texts}, {self.cost}; largest: {names or 'none'})"
+
     @property
     def signed(self) -> bool:
         """Whether a score's sign says if the edge holds the metric up (negative) or down; otherwise large means important."""

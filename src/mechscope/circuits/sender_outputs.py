@@ -22,6 +22,7 @@ from mechscope.instrument import CachedRun
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
 from mechscope.instrument.wiring import Wiring
+from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 SITES = ("z", "attention_output", "mlp_output")
@@ -42,6 +43,8 @@ class SenderOutputs:
     z: Sequence[Float[Tensor, "batch token head d_head"]]
     mlp: Sequence[Float[Tensor, "batch token d_model"]]
     wiring: Wiring
+
+    __repr__ = by_shape
 
     @classmethod
     def by(cls, run: CachedRun, wiring: Wiring) -> SenderOutputs:

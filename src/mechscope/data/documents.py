@@ -21,6 +21,7 @@ from typing import Literal
 from mechscope.data import newsroom
 from mechscope.data.sources import HUB_COLUMNS, Row, file_rows, hub_rows, is_file_source
 from mechscope.errors import DataError
+from mechscope.shapes import by_shape
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Corpus:
     split: str | None = None
     problems: dict[str, int] = field(default_factory=dict)
     hash: str = field(init=False)
+
+    __repr__ = by_shape
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()

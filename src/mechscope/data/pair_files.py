@@ -30,7 +30,12 @@ RESERVED = ("all", "last", "changed", "target")  # what PairBatch.positions mean
 
 
 def read_pairs(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, on_problem: OnProblem = "error"
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    on_problem: OnProblem = "error",
+    corrupt: bool = True,
 ) -> Pairs:
     """Read pairs of texts that line up under a tokenizer.
 
@@ -42,6 +47,8 @@ def read_pairs(
         tokenizer: any Hugging Face tokenizer; with offsets (a "fast" one) where rows name segments.
         limit: read so many usable pairs, from the start.
         on_problem: `"error"` raises at the first row that cannot be used; `"skip"` counts such rows by reason in `Pairs.problems`.
+        corrupt: whether a corrupt text is needed. Without, only the clean side of a row is read and stands for both; answers may then be left out,
+            and every token but the first of a text without any is a target.
 
     Returns:
         The pairs; ids are the rows' own or `<file>-<row>`.
@@ -51,7 +58,8 @@ def read_pairs(
             type, the texts have different lengths or are the same, an answer is not one known token, is both right and wrong, or there is none.
     """
     texts = _Texts(tokenizer)
-    return _read(source, lambda values, name: _pair(values, name, texts), limit, on_problem)
+    make = _pair if corrupt else _clean
+    return _read(source, lambda values, name: make(values, name, texts), limit, on_problem)
 
 
 def read_facts(
@@ -135,6 +143,18 @@ def _pair(values: Mapping[str, Any], name: str, texts: _Texts) -> PromptPair:
     return PromptPair(
         _identity(values, name), ids, others, _unique(answers), _unique(wrongs), segments=texts.segments(clean, _named(values))
     )
+
+
+def _clean(values: Mapping[str, Any], name: str, texts: _Texts) -> PromptPair:
+    """Read the clean side of a row."""
+    clean = _text(values, "clean")
+    right, wrong = (texts.answers(_list(values, key)) if values.get(key) is not None else [] for key in ("answers", "wrong_answers"))
+    ids = texts.ids(clean)
+    if not right and len(ids) < 2:
+        raise _Unusable("too_short", f"clean is {len(ids)} token and has no answers", "write a longer text, or what is right after it")
+    target = None if right else (1, len(ids))
+    segments = texts.segments(clean, _named(values))
+    return PromptPair(_identity(values, name), ids, ids, _unique(right), _unique(wrong), target=target, segments=segments)
 
 
 def _fact(values: Mapping[str, Any], name: str, texts: _Texts) -> PromptPair:

@@ -12,13 +12,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechscope.data.prompt import Encoded, Padding, packs
 from mechscope.errors import DataError
+from mechscope.shapes import by_shape, short
 
 Span = tuple[int, int]
 Where = str | int | Sequence[int] | Bool[Tensor, "batch token"]
@@ -61,6 +64,13 @@ class PromptPair:
         if both := sorted(set(self.answers) & set(self.wrong_answers)):
             raise DataError(f"pair {self.id!r}: token {both[0]} is both a right and a wrong answer")
 
+    def __repr__(self) -> str:
+        facts = [f"{len(self.clean)} tokens", f"{len(self.changed)} differ"]
+        facts += [f"{len(ids)} {name}" for name, ids in (("right", self.answers), ("wrong", self.wrong_answers)) if ids]
+        facts += [f"target {self.target[0]}–{self.target[1]}"] if self.target is not None else []
+        facts += [f"segments {', '.join(self.segments)}"] if self.segments else []
+        return f"PromptPair({self.id!r}: {'; '.join(facts)})"
+
     @property
     def changed(self) -> tuple[int, ...]:
         """Positions where clean and corrupt differ."""
@@ -74,6 +84,40 @@ class Pairs:
     pairs: tuple[PromptPair, ...]
     source: str
     problems: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lengths = [len(pair.clean) for pair in self.pairs]
+        of = f" of {min(lengths)}–{max(lengths)} tokens" if lengths else ""
+        left_out = f"; left out: {', '.join(f'{count} {reason}' for reason, count in self.problems.items())}" if self.problems else ""
+        return f"Pairs({len(self)} from {short(self.source)}{of}{left_out})"
+
+    def written(self, tokenizer: Any) -> pd.DataFrame:
+        """Return the texts as a reader sees them.
+
+        Args:
+            tokenizer: The tokenizer of the model that the pairs were made for.
+
+        Returns:
+            One row per pair: `id`, `clean`, `corrupt`, `answers` and `wrong_answers` (tokens joined by " | "), `target` (its text).
+        """
+
+        def read(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids)))
+
+        def each(ids: Sequence[int]) -> str:
+            return " | ".join(read([one]) for one in ids)
+
+        return pd.DataFrame(
+            {
+                "id": pair.id,
+                "clean": read(pair.clean),
+                "corrupt": read(pair.corrupt),
+                "answers": each(pair.answers),
+                "wrong_answers": each(pair.wrong_answers),
+                "target": read(pair.clean[slice(*pair.target)]) if pair.target is not None else "",
+            }
+            for pair in self.pairs
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -132,6 +176,8 @@ class PairBatch:
     pairs: tuple[PromptPair, ...]
     padding: Padding
     indices: tuple[int, ...]
+
+    __repr__ = by_shape
 
     def __len__(self) -> int:
         return len(self.pairs)

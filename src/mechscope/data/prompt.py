@@ -25,6 +25,7 @@ from mechscope.data.documents import Corpus, OnProblem, describe_problems
 from mechscope.data.pieces import Pieces
 from mechscope.data.template import Frame, Template
 from mechscope.errors import DataError
+from mechscope.shapes import by_shape
 
 Padding = Literal["right", "left"]
 Rows = Literal["all", "document", "summary"]
@@ -49,6 +50,8 @@ class Example:
     summary: tuple[int, int]
     truncated: bool
 
+    __repr__ = by_shape
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -60,6 +63,8 @@ class Encoded:
     examples: tuple[Example, ...]
     problems: dict[str, int]
     hash: str = field(init=False)
+
+    __repr__ = by_shape
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
@@ -199,6 +204,8 @@ class Batch:
     examples: tuple[Example, ...]
     padding: Padding
     pad_id: int
+
+    __repr__ = by_shape
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -22,6 +22,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.instrument.rerun import TOKENS_PER_PASS, Unit
 from mechscope.instrument.texts import Loop, over_texts
 from mechscope.instrument.walk import next_token_losses
+from mechscope.shapes import short
 from mechscope.subject import Subject
 from mechscope.subject.placement import index_for, sent
 
@@ -160,6 +161,11 @@ class PerText:
         self._dealt = False
         self._whole: set[str] = set()
         self._loop: Loop[PairBatch]
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name} {short(values)}" for name, values in self._values.items())
+        texts = f"{len(self._pairs)} text{'s' * (len(self._pairs) != 1)}"
+        return f"PerText({texts}: {held})" if held else f"PerText({texts})"
 
     def run(self, work: Work, execution: Execution, *, tokens: int, label: str = "", units: int = 1) -> None:
         """Work on this rank's share of the batches and keep the values; a batch that does not fit into memory is halved, see `over_texts`.

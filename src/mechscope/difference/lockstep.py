@@ -31,6 +31,7 @@ from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.padding import Padding
 from mechscope.instrument.patterns import Method
 from mechscope.instrument.substitutes import fused_activations
+from mechscope.shapes import by_shape
 from mechscope.subject import Pair, Subject
 from mechscope.subject.placement import index_for, sent
 
@@ -90,6 +91,8 @@ class Measured:
     outputs: Float[np.ndarray, "document rows measure"]
     pooled: Float[np.ndarray, "sampled side rows layer d_model"]
     sampled: tuple[str, ...]
+
+    __repr__ = by_shape
 
 
 @dataclass(frozen=True)

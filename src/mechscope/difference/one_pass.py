@@ -32,6 +32,7 @@ from mechscope.difference.writes import Writers
 from mechscope.errors import DataError
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.memory import FEWEST, Halving, tokens_that_fit
+from mechscope.shapes import by_shape
 from mechscope.stats.geometry import BottomK
 from mechscope.subject import Pair
 
@@ -59,6 +60,13 @@ class Difference:
     accumulated: Accumulated
     problems: dict[str, int]
 
+    __repr__ = by_shape
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables by the names that they have in a run folder, so that the page's figures can be drawn of them (`mechscope.plot`)."""
+        return {"heads": self.heads, "layers": self.layers, "weights": self.weights, "outputs": self.outputs}
+
     def replicates(self, name: str, rows: str = "all") -> np.ndarray:
         """Return bootstrap means of `kl_base_tuned`, `entropy_change` or `write_change`, ``(replicate, layer, head)``."""
         return self.accumulated.replicates(name, rows)
@@ -73,6 +81,7 @@ def difference(
     geometry_documents: int = 300,
     same_input_documents: int = 32,
     smallest: SmallestEffects | None = None,
+    spectra: bool = True,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
     execution: Execution = Execution(),
@@ -86,6 +95,7 @@ def difference(
         geometry_documents=geometry_documents,
         same_input_documents=same_input_documents,
         smallest=smallest,
+        spectra=spectra,
         stage=stage,
         checkpoint_seconds=checkpoint_seconds,
         execution=execution,
@@ -102,6 +112,7 @@ def differences(
     geometry_documents: int = 300,
     same_input_documents: int = 32,
     smallest: SmallestEffects | None = None,
+    spectra: bool = True,
     stage: Stage | None = None,
     checkpoint_seconds: float = 30.0,
     execution: Execution = Execution(),
@@ -119,6 +130,7 @@ def differences(
         geometry_documents: Most documents whose pooled states are kept for CKA and RSA.
         same_input_documents: Most documents on which tuned blocks also run on the base's residual stream, for `write_change`; of the pairs in full.
         smallest: Smallest effects of interest, by which verdicts are given; without any, all verdicts are "not measured".
+        spectra: Whether weight changes are decomposed: ranks, singular values, intruder dimensions.
         stage: A stage of a run folder to keep partial state in; a killed run continues from it with an equal result.
         checkpoint_seconds: About how often that state is saved.
         execution: Tokens of every model's batches (by default what free memory allows; a continued run keeps its batches, unless a smaller number is
@@ -191,7 +203,7 @@ def differences(
     take(0)
     if before + sent * ranks.size() != len(encoded):
         execution.told("comparing documents", len(encoded), len(encoded))
-    weights = compare_weights_of(tuple(pairs.values()), execution=execution)
+    weights = compare_weights_of(tuple(pairs.values()), spectra=spectra, execution=execution)
     return {
         name: assemble(accumulated, changed, encoded.problems, smallest)
         for name, accumulated, changed in zip(pairs, share.together(), weights, strict=True)

@@ -18,6 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from mechscope.errors import SettingsError
+from mechscope.shapes import by_shape
 from mechscope.stats.chance import stable_hash
 from mechscope.stats.ranking import HEAD_SCORE_COLUMNS, LAYER_SCORE_COLUMNS, combined_score
 from mechscope.subject.components import Components
@@ -39,6 +40,8 @@ class Selection:
     rule: str
     components: Components
     table: pd.DataFrame
+
+    __repr__ = by_shape
 
 
 @dataclass(frozen=True)

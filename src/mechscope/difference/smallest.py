@@ -161,7 +161,12 @@ def in_other_precision(subject: Subject) -> Subject | None:
     size = sum(parameter.numel() for parameter in parameters) * dtype.itemsize
     # half is left to the work itself
     if len({parameter.device for parameter in parameters}) > 1 or parameters[0].is_meta or 2 * size > free_memory(subject.device):
-        log.warning("no smallest effects of %s: a copy of it in %s does not fit beside it", subject.source, _name(dtype))
+        log.warning(
+            "no smallest effects of %s: a copy of it in %s does not fit beside it",
+            subject.source,
+            _name(dtype),
+            extra={"weakens": "smallest_effects"},
+        )
         return None
     copied = load(copy.deepcopy(subject.model).to(dtype))
     return copied if subject.adapted or not copied.is_adapter else copied.without_adapter()

@@ -23,6 +23,7 @@ from mechscope import ranks
 from mechscope.difference.lockstep import models_of
 from mechscope.errors import ModelError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.stats.spectra import Spectrum, weight_change
 from mechscope.subject import Pair, Subject
 from mechscope.subject.anatomy import Slice, is_conv1d
@@ -47,6 +48,8 @@ class WeightDifference:
     heads: np.ndarray
     layers: np.ndarray
 
+    __repr__ = by_shape
+
 
 def compare_weights(pair: Pair, *, execution: Execution = Execution()) -> WeightDifference:
     """Compare the weights of two models; `ModelError` where they do not have the same parameters."""
@@ -54,10 +57,15 @@ def compare_weights(pair: Pair, *, execution: Execution = Execution()) -> Weight
 
 
 @torch.no_grad()
-def compare_weights_of(pairs: Sequence[Pair], *, execution: Execution = Execution()) -> list[WeightDifference]:
+def compare_weights_of(pairs: Sequence[Pair], *, spectra: bool = True, execution: Execution = Execution()) -> list[WeightDifference]:
     """Compare the weights of the models of some pairs, in their order; every rank calls this and gets the whole result.
 
     A model (the same `Subject`) that several pairs have in common is decomposed once.
+
+    Args:
+        pairs: The models.
+        spectra: Whether matrices are decomposed; without, ranks, singular values and intruder dimensions are NaN.
+        execution: Progress.
 
     Raises:
         ModelError: The models of a pair do not have the same parameters.
@@ -73,7 +81,7 @@ def compare_weights_of(pairs: Sequence[Pair], *, execution: Execution = Executio
         execution.told("comparing weights", done * ranks.size(), len(sizes))
         known: _Known = {}
         rows[name] = [
-            [_row(pair, name, part, known) for part in _parts(pair, name, base[name], tuned[name])] if name in base else []
+            [_row(pair, name, part, known, spectra) for part in _parts(pair, name, base[name], tuned[name])] if name in base else []
             for pair, (base, tuned) in zip(pairs, sides, strict=True)
         ]
     for others in ranks.exchange(rows):
@@ -90,14 +98,14 @@ def compare_weights_of(pairs: Sequence[Pair], *, execution: Execution = Executio
 _Known = dict[tuple[int, str, torch.Size, torch.device], Spectrum]
 
 
-def _row(pair: Pair, name: str, cut: tuple[str, Tensor, Tensor], known: _Known) -> dict[str, Any]:
+def _row(pair: Pair, name: str, cut: tuple[str, Tensor, Tensor], known: _Known, spectra: bool) -> dict[str, Any]:
     part, base, tuned = cut
     layer, kind = _place(pair.base, name, part)
     first, second = (
         known.setdefault((id(subject), part, matrix.shape, matrix.device), Spectrum(matrix))
         for subject, matrix in ((pair.base, base), (pair.tuned, tuned))
     )
-    change = weight_change(first, second, top=SINGULAR_VALUES)
+    change = weight_change(first, second, top=SINGULAR_VALUES, spectra=spectra)
     return {
         "name": f"{name}[{part}]" if part else name,
         "layer": layer,

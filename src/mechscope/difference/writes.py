@@ -30,6 +30,7 @@ from mechscope.difference.rows import row_means
 from mechscope.instrument import Walk
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.norms import Norm, recognised
+from mechscope.shapes import by_shape
 from mechscope.subject import Pair, Subject
 from mechscope.subject.anatomy import is_conv1d
 from mechscope.subject.placement import fetched, index_for
@@ -194,6 +195,8 @@ class WriteChanges:
 
     heads: Float[Tensor, "batch rows 1 head"]
     mlp: Float[Tensor, "batch rows 1"]
+
+    __repr__ = by_shape
 
 
 def write_changes(writers: Writers, layer: int, base: Written, tuned: Written, rows: Bool[Tensor, "batch rows token"]) -> WriteChanges:

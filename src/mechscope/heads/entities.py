@@ -126,7 +126,11 @@ def entity_pairs(tokenizer: PreTrainedTokenizerBase | None, n: int, *, seed: int
         raise DataError(f"{type(tokenizer).__name__} places the facts of none of {n:,} newsroom articles: its offsets do not fit them")
     if counts["unplaced"]:
         log.warning(
-            "%s does not place the facts of %d of %d newsroom articles: they are left out", type(tokenizer).__name__, counts["unplaced"], n
+            "%s does not place the facts of %d of %d newsroom articles: they are left out",
+            type(tokenizer).__name__,
+            counts["unplaced"],
+            n,
+            extra={"weakens": "head_roles"},
         )
     return Pairs(tuple(_pair(story, stories, seed) for story in stories), f"newsroom facts, seed {seed}", dict(counts))
 

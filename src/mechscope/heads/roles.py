@@ -17,8 +17,9 @@ from jaxtyping import Float
 
 from mechscope.errors import DataError
 from mechscope.heads.turned import false_share, reached
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import Estimate, benjamini_hochberg, estimate, paired_difference
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 
 # the share of false heads among those given a role
 _FALSE_DISCOVERIES = 0.05
@@ -65,6 +66,8 @@ class RoleScores:
     score: Float[np.ndarray, "text layer head"]
     null: Float[np.ndarray, "text layer head"]
     turned: Float[np.ndarray, "draw layer head"] | None = None
+
+    __repr__ = by_shape
 
     def __post_init__(self) -> None:
         if not self.score.shape == self.null.shape == (len(self.texts), *self.score.shape[1:]) or self.score.ndim != 3:
@@ -139,7 +142,7 @@ def _rows(names: Mapping[str, str], n: np.ndarray, columns: Mapping[str, np.ndar
 
 
 def _estimated(values: Float[np.ndarray, "text ..."]) -> Estimate:
-    moments = Moments(values.shape[1:])
+    moments = ThirdMoments(values.shape[1:])
     moments.update_many(values)
     return estimate(moments)
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mechscope.errors import ModelError
 from mechscope.instrument.kernels import pattern_blocks
+from mechscope.shapes import by_shape
 from mechscope.subject.load import Subject
 
 NAME = "mechscope"
@@ -53,6 +54,8 @@ class AttentionInputs:
     window: int | None = None
     softcap: float | None = None
 
+    __repr__ = by_shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall(AttentionInputs):
@@ -63,6 +66,8 @@ class AttentionCall(AttentionInputs):
     """
 
     z: Float[Tensor, "batch query head d"]
+
+    __repr__ = by_shape
 
 
 Tap = Callable[[AttentionCall], Tensor | None]

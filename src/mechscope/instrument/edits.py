@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionInputs
+from mechscope.shapes import by_shape
 from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.placement import index_for, sent
 
@@ -54,6 +55,8 @@ class Edit:
     positions: Bool[Tensor, "batch token"] | None = None
     rows: Rows | None = None
 
+    __repr__ = by_shape
+
     def __post_init__(self) -> None:
         _as_list_of_rows(self)
 
@@ -88,6 +91,8 @@ class Knockout:
     heads: tuple[int, ...] | None = None
     rows: Rows | None = None
     site: Literal["mask"] = "mask"
+
+    __repr__ = by_shape
 
     def __post_init__(self) -> None:
         _as_list_of_rows(self)

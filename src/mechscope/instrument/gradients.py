@@ -22,6 +22,7 @@ from mechscope.instrument.patterns import pattern
 from mechscope.instrument.rerun import Reading
 from mechscope.instrument.substitutes import only_at
 from mechscope.instrument.walk import Walk
+from mechscope.shapes import by_shape
 from mechscope.subject.load import Subject
 
 # gives one number per text from some rows of the last residual stream, differentiably
@@ -47,6 +48,8 @@ class Gradients:
     gradients: list[dict[int, Tensor]]
     z: dict[int, tuple[Tensor, list[Tensor]]]
     calls: dict[int, AttentionCall]
+
+    __repr__ = by_shape
 
 
 def gradients(

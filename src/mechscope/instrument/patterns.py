@@ -25,6 +25,7 @@ from torch import Tensor
 from mechscope.instrument.attention import AttentionCall
 from mechscope.instrument.kernels import PatternBlock, averages, is_fusable, pattern_blocks, statistics_dtype
 from mechscope.instrument.padding import Padding
+from mechscope.shapes import by_shape
 from mechscope.subject.placement import sent
 
 Method = Literal["auto", "fused", "exact"]
@@ -50,6 +51,8 @@ class PatternStatistics:
     segments: Mapping[str, Float[Tensor, "batch head query"]]
     gini: Float[Tensor, "batch head query"] | None = None
 
+    __repr__ = by_shape
+
 
 @dataclass(frozen=True)
 class PatternComparison:
@@ -66,6 +69,8 @@ class PatternComparison:
     tuned: PatternStatistics
     kl_base_tuned: Float[Tensor, "batch head query"]
     kl_tuned_base: Float[Tensor, "batch head query"]
+
+    __repr__ = by_shape
 
 
 def describe(

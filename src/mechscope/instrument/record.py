@@ -20,13 +20,28 @@ from torch import Tensor, nn
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.patterns import pattern
+from mechscope.shapes import short
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import require_in_memory
 
 Site = Literal[
-    "embedding", "residual", "query", "key", "value", "pattern", "z", "head_output", "attention_output", "neuron", "mlp_output", "logits"
+    "embedding",
+    "residual",
+    "query",
+    "key",
+    "value",
+    "pattern",
+    "z",
+    "head_output",
+    "attention_output",
+    "mlp_input",
+    "neuron",
+    "mlp_output",
+    "logits",
 ]
 SITES: tuple[Site, ...] = get_args(Site)
+# kept under layer 0
+_WITHOUT_LAYER = {"embedding", "logits"}
 _ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}
 
 
@@ -34,7 +49,8 @@ _ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}
 class Recording:
     """What was recorded, by site and layer.
 
-    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_output` ``(batch, token, d_model)``; `query` and `z`
+    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_input` (what the MLP reads: behind its norm), `mlp_output`
+    ``(batch, token, d_model)``; `query` and `z`
     ``(batch, token, head, d_head)``; `key` and `value` ``(batch, token, kv_head, d_head)`` (query and key after rotary embedding);
     `head_output` (z W_O, without the projection's bias) ``(batch, token, head, d_model)``; `pattern` ``(batch, head, query, key)``, whole;
     `neuron` (what the MLP's last map reads) ``(batch, token, d_mlp)``; `logits` ``(batch, token, vocab)``. `embedding` and `logits` have
@@ -42,6 +58,13 @@ class Recording:
     """
 
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        held: dict[tuple[str, str], list[int]] = {}
+        for (site, layer), value in self.values.items():
+            held.setdefault((site, short(value)), []).append(layer)
+        sites = [f"{site} {shape}{_layers(site, layers)}" for (site, shape), layers in held.items()]
+        return f"Recording({', '.join(sites) or 'empty: no forward pass was run'})"
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         """Return one value by `(site, layer)`, or a site without layers by its name."""
@@ -55,6 +78,10 @@ class Recording:
     def stack(self, site: Site) -> Float[Tensor, "layer ..."]:
         """Return a site's values of all recorded layers, stacked in order of the layers."""
         return torch.stack([value for (name, _), value in sorted(self.values.items()) if name == site])
+
+
+def _layers(site: str, layers: list[int]) -> str:
+    return "" if site in _WITHOUT_LAYER else f" of layer{'s' if len(layers) > 1 else ''} {','.join(map(str, sorted(layers)))}"
 
 
 @contextlib.contextmanager
@@ -141,8 +168,8 @@ def _hook_modules(
         # OPT's MLP sees all tokens of the batch as rows of one matrix
         return value.unflatten(0, tokens["shape"]) if value.ndim == 2 else value
 
-    def keep_neurons(layer: int, hidden: Tensor) -> None:
-        keep("neuron", layer, by_token(hidden))
+    def keep_input(site: str, layer: int, hidden: Tensor) -> None:
+        keep(site, layer, by_token(hidden))
 
     if "embedding" in sites:
         on_input(anatomy.blocks[0].module, lambda hidden: keep("embedding", 0, hidden))
@@ -154,9 +181,11 @@ def _hook_modules(
             on_output(block.module, "residual", layer)
         if "attention_output" in sites:
             on_output(block.attention_write, "attention_output", layer)
-        if "mlp_output" in sites or "neuron" in sites:
+        if {"mlp_input", "mlp_output", "neuron"}.intersection(sites):
             on_input(block.module, lambda hidden: tokens.update(shape=hidden.shape[:2]))
         if "mlp_output" in sites:
             on_output(block.mlp_write, "mlp_output", layer)
+        if "mlp_input" in sites:
+            on_input(block.mlp_read, partial(keep_input, "mlp_input", layer))
         if "neuron" in sites:
-            on_input(block.mlp_down, partial(keep_neurons, layer))
+            on_input(block.mlp_down, partial(keep_input, "neuron", layer))

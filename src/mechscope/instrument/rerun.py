@@ -32,6 +32,7 @@ from mechscope.instrument.patterns import pattern
 from mechscope.instrument.record import Recording, Site, record
 from mechscope.instrument.substitutes import fused_activations, only_at, stubbed
 from mechscope.instrument.walk import Walk
+from mechscope.shapes import by_shape
 from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import index_for, sent
@@ -56,6 +57,8 @@ class Reading:
 
     example: Int[Tensor, " read"]
     position: Int[Tensor, " read"]
+
+    __repr__ = by_shape
 
     @classmethod
     def of(cls, where: Bool[Tensor, "batch token"]) -> Reading:

@@ -70,11 +70,13 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
             item.error,
             item.tolerance,
             item.needed_for,
+            extra={"weakens": ""},
         )
     if required := [item for item in failed if item.required]:
         names = "; ".join(f"{item.name} (off by {item.error:.1e}, allowed {item.tolerance:.1e})" for item in required)
         raise ModelError(
-            f"model {subject.source!r} ({subject.family}) is not measured rightly by mechscope: {names}. Pass check=False only to investigate"
+            f"model {subject.source!r} ({subject.family}) is not measured rightly by mechscope: {names}. "
+            "`mechscope inspect` shows every check; load(…, check=False) loads it all the same, to investigate"
         )
     return subject
 

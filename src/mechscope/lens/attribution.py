@@ -22,8 +22,9 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.lens.decomposition import Decomposition, Part
 from mechscope.lens.question import Question
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.subject import Subject
 
 # what is no part of the model's: a bias adds the same whatever the text, a cap and rounding write nothing
@@ -51,6 +52,8 @@ class LogitAttribution:
     effects: Float[np.ndarray, "text part"]
     neurons: dict[int, Float[np.ndarray, "text neuron"]]
     values: Float[np.ndarray, " text"]
+
+    __repr__ = by_shape
 
     def table(self) -> pd.DataFrame:
         """Return one row per part.
@@ -155,7 +158,7 @@ def compare_attributions(base: LogitAttribution, tuned: LogitAttribution) -> pd.
 def _columns(after: np.ndarray, before: np.ndarray | None = None, *, tested: Collection[bool] | None = None) -> dict[str, np.ndarray]:
     """Return means over texts with intervals, and tests of those columns that are tested."""
     if before is None:
-        moments = Moments(after.shape[1:])
+        moments = ThirdMoments(after.shape[1:])
         moments.update_many(after)
         estimates = estimate(moments)
     else:

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 
 from mechscope.errors import DataError, SettingsError
 from mechscope.lens.places import LensPlace, places_table
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.subject.spelling import Spelling
 
 Rows = Literal["all", "target"]
@@ -55,6 +56,8 @@ class TextReading:
     top: Int[np.ndarray, "place token k"]
     top_log_probability: Float[np.ndarray, "place token k"]
 
+    __repr__ = by_shape
+
     def means(self, rows: Rows) -> Float[np.ndarray, "place measure"]:
         """Return the means over rows of `MEASURES`; NaN where no row has a value.
 
@@ -87,6 +90,8 @@ class LensReading:
     texts: tuple[TextReading, ...]
     norm: str
     spelling: Spelling
+
+    __repr__ = by_shape
 
     def table(self) -> pd.DataFrame:
         """Return one row per text, place and position.
@@ -131,7 +136,7 @@ class LensReading:
             SettingsError: There are no such rows.
             DataError: A text has no target.
         """
-        moments = Moments((len(self.places), len(MEASURES)))
+        moments = ThirdMoments((len(self.places), len(MEASURES)))
         moments.update_many(self._means(rows))
         stats = estimate(moments)
         columns: dict[str, Any] = {"rows": rows, "n": len(self.texts)}

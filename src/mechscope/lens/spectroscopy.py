@@ -30,8 +30,9 @@ from mechscope.instrument.readout import Readout
 from mechscope.instrument.walk import next_token_losses
 from mechscope.lens.places import LensPlace, SiteValues, places_of, places_table
 from mechscope.lens.reading import Rows
+from mechscope.shapes import by_shape
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.subject import Subject
 
 # words whose directions are held at once
@@ -51,6 +52,8 @@ class Bands:
     vectors: Float[Tensor, "d_model d_model"]
     singular_values: Float[Tensor, " d_model"]
     edges: tuple[int, ...]
+
+    __repr__ = by_shape
 
     @property
     def n(self) -> int:
@@ -207,7 +210,7 @@ def _fitting(subject: Subject, using: Bands | None) -> Bands:
 
 
 def _spectrum_table(place: LensPlace, shares: Float[np.ndarray, "text band"], using: Bands) -> pd.DataFrame:
-    moments = Moments((using.n,))
+    moments = ThirdMoments((using.n,))
     moments.update_many(shares)
     estimates, edges, values = estimate(moments), np.array(using.edges), using.singular_values.cpu().numpy()
     columns = {"band": range(using.n), "singular_high": values[edges[:-1]], "singular_low": values[edges[1:] - 1]}

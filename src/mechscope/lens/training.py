@@ -33,9 +33,10 @@ from mechscope.lens.projection import Final, Projection
 from mechscope.lens.reading import MEASURES
 from mechscope.lens.translators import Translator, Translators
 from mechscope.settings.lens import TunedLensSettings
+from mechscope.shapes import by_shape
 from mechscope.stats.convergence import convergence
 from mechscope.stats.inference import benjamini_hochberg, estimate, paired_difference
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.subject import Subject
 
 # gradients of a place are clipped at this norm, as in the paper
@@ -57,6 +58,8 @@ class Trained:
 
     translators: Translators
     curve: pd.DataFrame
+
+    __repr__ = by_shape
 
 
 def train_tuned_lens(
@@ -168,7 +171,7 @@ def evaluate_lens(subject: Subject, texts: Pairs, translators: Translators, *, e
     plain, tuned = (np.stack([text.means("all")[:, MEASURES.index("kl")] for text in reading.texts]) for reading in readings)
     columns: dict[str, Any] = {"n": len(texts)}
     for name, values in (("kl_logit_lens", plain), ("kl_tuned", tuned)):
-        moments = Moments(values.shape[1:])
+        moments = ThirdMoments(values.shape[1:])
         moments.update_many(values)
         stats = estimate(moments)
         columns |= {name: stats.mean, f"{name}_se": stats.standard_error, f"{name}_low": stats.low, f"{name}_high": stats.high}

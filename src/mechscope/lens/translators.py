@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.lens.places import LensPlace
+from mechscope.shapes import by_shape
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
 
@@ -42,6 +43,8 @@ class Translator:
     weight: Float[Tensor, "d_model features"]
     bias: Float[Tensor, " d_model"]
     basis: Float[Tensor, "features d_model"] | None = None
+
+    __repr__ = by_shape
 
     @classmethod
     def identity(cls, like: Float[Tensor, "some d_model"], basis: Float[Tensor, "features d_model"] | None = None) -> Translator:
@@ -72,6 +75,8 @@ class Translators:
     layers: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     other_model: bool = False
+
+    __repr__ = by_shape
 
     @property
     def width(self) -> int:
@@ -115,7 +120,7 @@ class Translators:
             )
             if not self.other_model:
                 raise ModelError(f"{mismatch}: train some for this model, or load them with other_model=True if that is meant")
-            log.warning("%s: they are used on it as asked", mismatch)
+            log.warning("%s: they are used on it as asked", mismatch, extra={"weakens": "lens_summary"})
         for place in places:
             if place not in self.maps and place != LensPlace("residual", self.layers - 1):
                 raise SettingsError(f"there is no translator for {place.component}: the trained ones are {self._held()}")

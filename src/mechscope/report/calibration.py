@@ -25,7 +25,7 @@ How often mechscope is right where the truth is known. Written from a run of
 _PARTS = {
     "null": ("Nulls: how often a verdict is wrong", ("claim", "what is true", "unit", "draws", "wrong", "allowed to", "verdicts")),
     "coverage": (
-        "Coverage of 95 % intervals by number of units",
+        "Coverage of 95\u202f% intervals by number of units",
         ("quantity", "what is true", "unit", "units", "draws", "coverage", "allowed", "no interval"),
     ),
     "planted": ("Power: how often a planted effect is found", ("claim", "what is true", "unit", "size", "draws", "found")),
@@ -38,8 +38,8 @@ def calibration_page(calibration: pd.DataFrame) -> str:
 
 
 def _parts(calibration: pd.DataFrame) -> Iterator[str]:
-    for sentence in SECTION.findings({"calibration": calibration}):
-        yield f"\n- {sentence}"
+    for finding in SECTION.findings({"calibration": calibration}):
+        yield f"\n- {finding.sentence}"
     yield "\n"
     for kind, (heading, columns) in _PARTS.items():
         rows = calibration[calibration["kind"] == kind].to_dict("records")

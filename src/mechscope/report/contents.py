@@ -6,6 +6,7 @@ with silent gaps would be worse than none.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 from mechscope.errors import RunError
 from mechscope.report.section import Section
 from mechscope.report.sections import sections, table_specs
+from mechscope.store.hashing import hash_if_there
 from mechscope.store.run import RunFolder
 from mechscope.store.tables import read_table
 
@@ -59,6 +61,23 @@ class Contents:
         named = [name for name in self.manifest.get("page", {}).get("sections", []) if name in known]
         further = [name for name, section in known.items() if name not in named and section.tables and section.present(self.tables)]
         return [known[name] for name in (*named, *further) if known[name].adds or known[name].present(self.tables)]
+
+    @property
+    def edited(self) -> list[str]:
+        """The names of the tables shown whose file is not what a finished stage wrote: changed since, or put there by hand.
+
+        Of a run without any recorded table, such as one that was killed in its first stage, nothing can be said.
+        """
+        recorded = {name: digest for record in self.manifest.get("stages", {}).values() for name, digest in record["outputs"].items()}
+        files = {name: f"tables/{name}.parquet" for name in self.tables}
+        if not any(name.startswith("tables/") for name in recorded):
+            return []
+        return [name for name, file in files.items() if recorded.get(file) != hash_if_there(self.path / file)]
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that began and continued the run, in order, each as one line that a shell reads."""
+        return [shlex.join(map(str, command)) for command in self.manifest.get("commands", [])]
 
     @property
     def title(self) -> str:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -32,6 +32,7 @@ from mechscope.report.contents import Contents, leaves, problems
 from mechscope.report.marks.figure import Figure, png, script_json
 from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Drawing, Panel, Section, Tables
+from mechscope.report.summary import Summary
 from mechscope.report.theme import DARK, LIGHT, interval, name_of, number
 from mechscope.store.files import write_bytes, write_text
 
@@ -39,10 +40,8 @@ logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
 
-# large numbers on the first screen; more would be a table
-_CARDS = 8
 # what the manifest keeps for `mechscope verify` and for resuming, not for readers; and what has a place of its own on the page
-_UNSHOWN = {"settings", "stages", "continued", "command", "kind", "created", "page"}
+_UNSHOWN = {"settings", "stages", "continued", "commands", "kind", "created", "page"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Filled:
         """Fill a section; one without its tables stays empty."""
         if not section.present(tables):
             return cls(section, False, [], [], [])
-        return cls(section, True, list(section.figures(tables)), list(section.panels(tables)), list(section.views(tables)))
+        return cls(section, True, section.drawn(tables), list(section.panels(tables)), list(section.views(tables)))
 
 
 def render(run_path: str | Path) -> Path:
@@ -91,13 +90,16 @@ def render(run_path: str | Path) -> Path:
 
 
 def fill(contents: Contents) -> list[Filled]:
-    """Fill the sections of a run."""
-    return [Filled.of(section, contents.tables) for section in contents.sections]
+    """Fill the sections of a run, the caveats as they are today."""
+    caveats = Summary.of(contents).table()
+    kept = {name: table for name, table in contents.tables.items() if name != "caveats"}
+    weighed = replace(contents, tables={**kept, "caveats": caveats} if len(caveats) else kept)
+    return [Filled.of(section, weighed.tables) for section in weighed.sections]
 
 
 def html(contents: Contents, filled: list[Filled]) -> str:
     """Return the page as text; nothing is written."""
-    tables, present = contents.tables, [each.section for each in filled if each.present]
+    summary = Summary.of(contents)
     panels = [panel for each in filled for panel in each.panels]
     scripts = dict.fromkeys(["report.js", *(script for panel in panels for script in (*panel.scripts, f"{panel.kind}.js"))])
     styles = [script.removesuffix(".js") + ".css" for script in scripts]
@@ -116,16 +118,15 @@ def html(contents: Contents, filled: list[Filled]) -> str:
             filled=filled,
             header=_header(contents),
             title=contents.title,
-            findings=[sentence for section in present for sentence in section.findings(tables)],
-            cards=[card for section in present for card in section.cards(tables)][:_CARDS],
-            caveats=list(dict.fromkeys(caveat for section in present for caveat in section.caveats(tables))),
+            summary=summary,
             switch=_switch(filled),
             problems=problems(contents.manifest),
             settings=yaml.safe_dump(dict(contents.settings), sort_keys=False, allow_unicode=True, width=100),
             record=[
                 (" · ".join(path), text(value)) for path, value in leaves({k: v for k, v in contents.manifest.items() if k not in _UNSHOWN})
             ],
-            command=_command(contents),
+            commands=contents.commands,
+            edited=contents.edited,
             kind=contents.manifest.get("kind", ""),
         )
     )
@@ -139,7 +140,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, words=name_of)
+    environment.filters.update(number=number, words=name_of, unbroken=unbroken)
     environment.globals.update(interval=interval)
     return environment
 
@@ -188,16 +189,21 @@ def _header(contents: Contents) -> list[tuple[str, str]]:
     manifest = contents.manifest
     models = {label: model.get("source") for label, model in manifest.get("models", {}).items()}
     named = {f"{label} model" if label != "model" else label: source for label, source in models.items()}
-    facts = {"job": manifest.get("kind"), **named, "data": manifest.get("data", {}).get("source")}
+    facts = {"job": manifest.get("kind"), **named, "data": _measured_on(manifest.get("data", {}))}
     facts["begun"] = str(manifest.get("created", ""))[:16].replace("T", " ")
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def _command(contents: Contents) -> str:
-    command = contents.manifest.get("command")
-    if isinstance(command, list):
-        return shlex.join(str(part) for part in command)
-    return str(command) if command else ""
+def _measured_on(data: Mapping[str, Any]) -> str:
+    """Return the data that were measured: where they are from and how many, per split where there are several."""
+    count = data.get("documents")
+    if isinstance(count, Mapping):
+        many = f"{', '.join(f'{number(n)} {split}' for split, n in count.items())} documents"
+    elif count is not None:
+        many = f"{number(count)} document{'s' * (count != 1)}"
+    else:
+        many = f"{number(data['pairs'])} pair{'s' * (data['pairs'] != 1)}" if "pairs" in data else ""
+    return ": ".join(filter(None, (str(data.get("source") or ""), many)))
 
 
 def _switch(filled: Iterable[Filled]) -> list[str]:
@@ -211,3 +217,8 @@ def text(value: object) -> str:
     if value is None or value != value:
         return ""
     return ", ".join(text(each) for each in value) if isinstance(value, list) else str(value)
+
+
+def unbroken(sentence: str) -> str:
+    """Return a sentence whose intervals and numbers of observations are not broken at the end of a line."""
+    return re.sub(r"\[[^\[\]]{3,24}\]|\b[np] = \S+", lambda found: found[0].replace(" ", "\u00a0"), sentence)

@@ -6,21 +6,25 @@ A section is a value. The page, the summary in the terminal and `docs/tables.md`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pandas as pd
 
-from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.figure import Figure, unchecked
 from mechscope.report.marks.tables import Shown
+from mechscope.report.statements import Caveat, Finding, sample
 
 Tables = Mapping[str, pd.DataFrame]
+NO_SAMPLE = "Weights are no sample: there is no n."
+"""What the caption of a figure of weights says in the place of n."""
 
 # columns that may stand behind a number's name, and what they say of it
 _BEHIND = {
     "se": "its standard error",
-    "low": "its interval (95 %), lower end",
+    "low": "its interval (95\u202f%), lower end",
     "high": "its interval, upper end",
     "p": "p: that it is zero, two-sided",
     "q": "q: p after Benjamini–Hochberg over the table",
@@ -102,15 +106,6 @@ def optional(meaning: str, unit: str = "") -> Column:
     return Column(meaning, unit, optional=True)
 
 
-@dataclass(frozen=True)
-class Card:
-    """A large number, what it counts, and a smaller line under it."""
-
-    value: str
-    label: str
-    note: str = ""
-
-
 class Drawing(Protocol):
     """What a panel draws that is also a file."""
 
@@ -159,9 +154,10 @@ class Section:
         figures: Charts.
         panels: What is drawn by a template of its own, above the charts or below the tables.
         views: Tables to read.
-        findings: Sentences, each with its number, n and interval; for the first screen and the terminal.
-        cards: Large numbers for the first screen.
-        caveats: What a reader must keep in mind, the run's own weaknesses first.
+        findings: What follows from the tables, each with its n and unit, and the number of some in large; for the first screen and the terminal.
+        caveats: What weakens statements and what a reader must keep in mind, the run's own weaknesses first.
+        unit: What was observed independently, in the plural; empty where what is shown is read off weights, which are no sample.
+        question: Which of a reader's questions its findings answer, a key of `QUESTIONS`; empty where they stand under its own heading.
         adds: The command that makes its tables, for a run that lacks them; empty where nobody misses them.
     """
 
@@ -173,10 +169,28 @@ class Section:
     figures: Callable[[Tables], Sequence[Figure]] = _nothing
     panels: Callable[[Tables], Sequence[Panel]] = _nothing
     views: Callable[[Tables], Sequence[Shown]] = _nothing
-    findings: Callable[[Tables], Sequence[str]] = _nothing
-    cards: Callable[[Tables], Sequence[Card]] = _nothing
-    caveats: Callable[[Tables], Sequence[str]] = _nothing
+    findings: Callable[[Tables], Sequence[Finding]] = _nothing
+    caveats: Callable[[Tables], Sequence[Caveat]] = _nothing
+    unit: str = "texts"
+    question: str = ""
     adds: str = ""
+
+    def drawn(self, tables: Tables) -> list[Figure]:
+        """Return its figures, each with a caption that says on how many observations of which unit it rests, by the numbers it draws or its table."""
+        with unchecked():
+            figures = list(self.figures(tables))
+        return [replace(figure, caption=self._counted(figure, tables)) for figure in figures]
+
+    def _counted(self, figure: Figure, tables: Tables) -> str:
+        if re.search(r"\bn = \d", figure.caption) or NO_SAMPLE in figure.caption:
+            return figure.caption
+        if not self.unit:
+            return f"{figure.caption} {NO_SAMPLE}"
+        counts = [int(row["n"]) for rows in figure.datasets.values() for row in rows if row.get("n") is not None]
+        if not counts:
+            table = next((tables[name] for name in self.tables if name in tables and "n" in tables[name]), None)
+            counts = [] if table is None else [int(n) for n in table["n"].dropna()]
+        return f"{figure.caption} {sample(counts, self.unit)}.".rstrip(" .") + "."
 
     def present(self, tables: Tables) -> bool:
         """Tell whether there is anything to show."""

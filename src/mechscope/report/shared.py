@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.tables import Table, View, strongest
-from mechscope.report.section import Column, Tables, number
-from mechscope.report.theme import interval, name_of, percent
+from mechscope.report.section import NO_SAMPLE, Column, Tables, number
+from mechscope.report.statements import Caveat, Derived, sample
+from mechscope.report.theme import interval, label, name_of, percent
 from mechscope.report.theme import number as written
 
-# fewer documents than these make an interval worth little: the page says so
-_FEW_DOCUMENTS = 30
+# fewer documents or texts than these make an interval worth little: the page says so
+_FEW = 30
+FEWEST_TEXTS = 6
+"""Texts below which there is neither an interval nor a test, as `mechscope.stats.inference` has it."""
 
-NO_CAUSE = "A change in attention or activations is where fine-tuning left traces; it does not prove that the part causes the behaviour. Only interventions do."
+NO_CAUSE = Caveat(
+    "A change in attention or activations is where fine-tuning left traces; it does not prove that the part causes the behaviour. Only interventions do."
+)
 """Caveat of every section that shows what changed."""
-UNEQUAL_LENGTHS = (
+UNEQUAL_LENGTHS = Caveat(
     "Row i of a causal attention map can spread over i tokens, so mean entropies of documents of different length cannot be compared; "
     "changes within a document can."
 )
 """Caveat of every section that shows attention entropies."""
-THIS_PAIR = "Intervals and tests are over documents, for this pair of models. They do not cover training again with another seed, except in the bake-off."
+THIS_PAIR = Caveat(
+    "Intervals and tests are over documents, for this pair of models. They do not cover training again with another seed, except in the bake-off."
+)
 """Caveat of every section whose intervals are over documents."""
+SHARED_WORDS = Caveat("ROUGE counts shared words. It does not tell whether a summary is true.")
+"""Caveat of every section that shows ROUGE."""
+
+_METRICS = {
+    "logit-diff": (
+        "the logit difference, the right answers' mean logit minus the wrong ones' (higher is better): an edge with a negative score helps, as the metric "
+        "falls when the edge carries the other run's value; one with a positive score works against the task"
+    ),
+    "probability": (
+        "the probability of the right answers minus that of the wrong ones (higher is better): an edge with a negative score helps, as the metric falls "
+        "when the edge carries the other run's value; one with a positive score works against the task"
+    ),
+    "loss": (
+        "the loss on the target, in nats per token (lower is better): an edge with a positive score helps, as it pulls the loss down, which rises when the "
+        "edge carries the other run's value; one with a negative score works against the task"
+    ),
+    "kl": (
+        "the KL divergence from the clean run's predictions, in nats (lower is better): an edge with a positive score matters, as the predictions move away "
+        "when the edge carries the other run's value"
+    ),
+}
 
 _LARGEST = 40
 
@@ -102,12 +130,35 @@ def share_of(row: Mapping[Any, Any] | pd.Series, column: str, whole: str) -> str
     return f"{percent(row[column])} {interval(100 * row[f'{column}_low'], 100 * row[f'{column}_high'])} of {whole}".replace("  ", " ")
 
 
-def withheld_shares(table: pd.DataFrame) -> list[str]:
+def withheld_shares(tables: Tables, name: str) -> list[Caveat]:
     """Return the caveat that shares of a table are withheld, with the most frequent reason; empty where none is."""
-    reasons = table["withheld"][table["withheld"].fillna("") != ""] if "withheld" in table else pd.Series(dtype=str)
-    if reasons.empty:
+    table = tables.get(name)
+    reasons = table["withheld"][table["withheld"].fillna("") != ""] if table is not None and "withheld" in table else pd.Series(dtype=str)
+    if table is None or reasons.empty:
         return []
-    return [f"{len(reasons)} of {len(table)} shares are withheld: {reasons.mode().iloc[0]}."]
+    reason = reasons.mode().iloc[0]
+    more = ", and so are intervals and tests" if reason.startswith("too few") and len(reasons) == len(table) else ""
+    return [Caveat(f"{len(reasons)} of {len(table)} shares are withheld{more}: {reason}.", name, withheld=True)]
+
+
+def metric_in_words(name: object) -> str:
+    """Say what a metric of edges is and which sign of an edge's score means that the edge helps; another name as it is."""
+    return _METRICS.get(str(name), label(name))
+
+
+def role_in_words(role: object) -> str:
+    """Write a role for reading; what its name does not tell stands behind it."""
+    return "negative OV (lowers the logit of what it attends to)" if role == "negative-ov" else name_of(role)
+
+
+def layers_in_words(component: object) -> str:
+    """Write a selection of layers for reading: `layers:1,4` as `layers 1 and 4`, `layers:2` as `layer 2`; what is no such selection stays."""
+    name, _, listed = str(component).partition(":")
+    layers = listed.split(",")
+    if name != "layers" or not listed:
+        return label(component)
+    before, last = ", ".join(layers[:-1]), layers[-1]
+    return f"layers {before} and {last}" if before else f"layer{'s' * ('-' in last)} {last}"
 
 
 def texts(n: float) -> str:
@@ -115,10 +166,35 @@ def texts(n: float) -> str:
     return f"{written(int(n))} text{'' if n == 1 else 's'}"
 
 
-def differ_from_zero(effects: pd.DataFrame) -> str:
-    """Return how many effects of a sweep differ from zero: `3 of 48 effects differ from zero at q < 0.05`."""
-    differ = int((effects["q"] < Q_SIGNIFICANT).sum())
-    return f"{differ} of {len(effects)} effects differ{'s' if differ == 1 else ''} from zero at q < {Q_SIGNIFICANT}"
+def differ_from_zero(tables: Tables, name: str) -> tuple[str, tuple[Derived, ...]]:
+    """Return how many effects of a sweep differ from zero, in words and as numbers: `3 of 48 effects differ from zero at q < 0.05`."""
+    surely, all_of_them = Derived(name, (("q", "<", Q_SIGNIFICANT),)), Derived(name)
+    if int(tables[name]["n"].max()) < FEWEST_TEXTS:
+        return f"none of {all_of_them.written(tables)} effects has an interval or a test, which take {FEWEST_TEXTS} texts", (all_of_them,)
+    differ = "differs" if surely.of(tables) == 1 else "differ"
+    words = f"{surely.written(tables)} of {all_of_them.written(tables)} effects {differ} from zero at q < {Q_SIGNIFICANT}"
+    return words, (surely, all_of_them)
+
+
+def sized(row: Mapping[Any, Any] | pd.Series, column: str = "effect", se: str = "se") -> float:
+    """Return the size of an effect in its standard errors, to order findings by; 0 where it has none."""
+    effect, error = abs(float(row[column])), float(row[se])
+    return effect / error if error > 0 else 0.0
+
+
+NO_DOCUMENTS = f" {NO_SAMPLE}"
+"""End of the caption of a figure that no text entered."""
+
+
+def count_of(table: pd.DataFrame, column: str) -> str:
+    """Return the column that counts the documents of another: its own, such as `write_change_n`, where it has one, else `n`."""
+    return f"{column}_n" if f"{column}_n" in table else "n"
+
+
+def counted_in(caption: str, table: pd.DataFrame, unit: str = "texts", column: str = "n") -> str:
+    """Return a figure's caption with how many observations it rests on: `… n = 24 texts.`, or `… n = 20 to 24 texts.`"""
+    said = sample(list(table[column].dropna()), unit) if column in table else ""
+    return f"{caption} {said}." if said else caption
 
 
 def main_rule(selection: pd.DataFrame | None, kind: str) -> str | None:
@@ -185,17 +261,23 @@ def verb(low: float, high: float, *, below: str, above: str, neither: str) -> st
     return above if low > 0 else neither
 
 
-def few_documents(tables: Tables) -> Sequence[str]:
-    """Return the caveat that few documents were measured, where they were few; the same words for all sections of a difference."""
-    counts = [int(tables[name]["n"].max()) for name in ("heads", "layers", "outputs") if name in tables]
-    if counts and min(counts) < _FEW_DOCUMENTS:
-        return [f"Only {min(counts)} documents were measured; intervals from fewer than {_FEW_DOCUMENTS} are rough."]
-    return []
+def few_documents(tables: Tables, name: str) -> list[Caveat]:
+    """Return the caveat that few documents were measured, where those of a table were few; the same words for all sections of a difference."""
+    return _few(tables, name, "documents were measured")
 
 
-def few_texts(tables: Tables, *names: str) -> list[str]:
-    """Return the caveat that few texts were read, where one of the named tables (with their number in `n`) is of few."""
-    counts = [int(tables[name]["n"].max()) for name in names if name in tables]
-    if counts and min(counts) < _FEW_DOCUMENTS:
-        return [f"Only {min(counts)} texts were read; intervals from fewer than {_FEW_DOCUMENTS} are rough."]
-    return []
+def few_texts(tables: Tables, *names: str) -> list[Caveat]:
+    """Return the caveat that few texts were read, for each of the named tables (with their number in `n`) that is of few."""
+    return [caveat for name in names for caveat in _few(tables, name, "texts were read")]
+
+
+def _few(tables: Tables, name: str, what: str) -> list[Caveat]:
+    most = int(tables[name]["n"].max()) if name in tables and tables[name]["n"].notna().any() else _FEW
+    if most >= _FEW:
+        return []
+    if most < FEWEST_TEXTS:
+        unit = what.partition(" ")[0]
+        said = f"Too few {unit}: {most} of at least {FEWEST_TEXTS}, so there are no intervals and no tests."
+        # shares that are withheld for it have said so
+        return [] if any("too few" in each.text for each in withheld_shares(tables, name)) else [Caveat(said, name)]
+    return [Caveat(f"Only {most} {what}; intervals from fewer than {_FEW} are rough.", name)]

@@ -54,7 +54,11 @@ RULE_NAMES = {
     "heads_by_write": "heads by what they write",
     "heads_by_score": "heads by combined score",
 }
+TOKENS = {"all": "all tokens", "document": "the documents' tokens", "summary": "the summaries' tokens"}
 ROWS_NAMES = {"all": "all tokens", "document": "article", "summary": "summary"}
+
+PAPER = "arXiv 2505.17073"
+PAPER_IN_FULL = f"“Mechanistic Interpretability of GPT-like Models on Summarization Tasks”, {PAPER}, https://arxiv.org/abs/2505.17073"
 
 # No name of a part of a model comes near this, in characters; only broken or hostile ones exceed it. The Parquet tables have them whole.
 _LONGEST_LABEL = 160
@@ -74,12 +78,16 @@ _DIVERGING_DARK = ["#8cc8f2", "#4292c6", "#1d5b8f", "#242b33", "#8f4a14", "#e076
 _SEQUENTIAL_LIGHT = ["#f7f6ee", "#d3e8b5", "#8fd0a8", "#43ab9b", "#2a7b8e", "#38598c", "#440154"]
 _SEQUENTIAL_DARK = ["#1d2129", "#3b2a66", "#38598c", "#2a7b8e", "#2fae8a", "#8fd55c", "#fde725"]
 
+# as `number` and `percent` write them; the minus is a true one by itself
+_NUMBERS = {"decimal": ".", "thousands": ",", "grouping": [3], "currency": ["", ""], "percent": "\u202f%"}
+
 
 def _config(colours: dict[str, str], diverging: list[str], sequential: list[str], background: str | None) -> dict[str, Any]:
     text = {"labelColor": colours["soft"], "titleColor": colours["ink"], "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 600}
     return {
         "background": background,
         "font": FONT,
+        "locale": {"number": _NUMBERS},
         "padding": 4,
         "view": {"stroke": None, "continuousWidth": 420, "continuousHeight": 230},
         "axis": {

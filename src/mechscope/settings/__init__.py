@@ -177,12 +177,13 @@ def _wanted(error: Mapping[str, Any]) -> str:
     return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ").lower()
 
 
-def resolve(kind: type[S], config: str | Path | None = None, **given: Any) -> S:
+def resolve(kind: type[S], config: str | Path | None = None, *, beneath: Mapping[str, Any] | None = None, **given: Any) -> S:
     """Build settings from a configuration file and what was given on top of it.
 
     Args:
         kind: The settings' class.
         config: A YAML file with settings by name; those of a nested group may stand under the group's name.
+        beneath: Settings by name that stand where neither the file nor `given` says otherwise.
         given: Settings that were given explicitly; None means not given.
 
     Raises:
@@ -190,14 +191,17 @@ def resolve(kind: type[S], config: str | Path | None = None, **given: Any) -> S:
     """
     where = f" in {config}" if config is not None else ""
     known = leaves(kind)
-    values = _read(config, kind) if config is not None else {}
+    values = {**(beneath or {}), **(read_settings(config, kind) if config is not None else {})}
     values.update({name: value for name, value in given.items() if value is not None})
     names = [leaf.name for leaf in known]
     if unknown := sorted(values.keys() - set(names)):
         raise SettingsError(f"setting {unknown[0]!r}{where} is not known: {_nearest(unknown[0], names)}")
-    for leaf in known:
-        if leaf.default is dataclasses.MISSING and leaf.name not in values:
-            raise SettingsError(f"setting {leaf.name!r} is missing{where}: {leaf.help}")
+    missing = [leaf for leaf in known if leaf.default is dataclasses.MISSING and leaf.name not in values]
+    if len(missing) == 1:
+        raise SettingsError(f"setting {missing[0].name!r} is missing{where}: {missing[0].help}")
+    if missing:
+        *others, last = (f"setting {leaf.name!r}" for leaf in missing)
+        raise SettingsError(f"{', '.join(others)} and {last} are missing{where}")
     return _built(kind, {leaf.path: values[leaf.name] for leaf in known if leaf.name in values})
 
 
@@ -218,7 +222,13 @@ def _changed(group: Settings, values: Mapping[tuple[str, ...], Any]) -> Settings
     return dataclasses.replace(group, **own)
 
 
-def _read(config: str | Path, kind: type[Settings]) -> dict[str, Any]:
+def read_settings(config: str | Path, kind: type[Settings]) -> dict[str, Any]:
+    """Read settings by name from a YAML file; `SettingsError` where it cannot be read or holds none.
+
+    Args:
+        config: The file.
+        kind: The settings' class, whose nested groups may stand under their names.
+    """
     import yaml
 
     try:

@@ -20,7 +20,9 @@ class ContestSettings(Settings):
 
     strategies: str = setting("all", "Strategies that compete, joined by commas; all: every one whose layers, heads or circuit are given.")
     target_circuit: str | None = setting(
-        None, 'Circuit for LoRA: its heads and MLPs, e.g. "a3.h5,m3", or a circuit file (.json, MIB/EAP-IG); without, no strategy uses one.'
+        None,
+        'Circuit for LoRA: its heads and MLPs, e.g. "a3.h5,m3", or a file that mechscope circuit wrote (RUN/circuits/model.json, the format of MIB and '
+        "EAP-IG); without, no strategy uses one.",
     )
     circuit_layers: str | None = setting(
         None, 'The circuit\'s critical layers, which get more rank than the others, e.g. "layers:2,5"; without, that strategy is left out.'

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
-from mechscope.stats.shares import MIN_TEXTS
+from mechscope.stats.inference import MIN_TEXTS, too_few
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def mean_interval(values: Float[np.ndarray, " n"], *, replicates: int = 2000, se
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     if n < MIN_TEXTS:
-        return MeanInterval(mean, math.nan, math.nan, f"too few documents: {n} of at least {MIN_TEXTS}")
+        return MeanInterval(mean, math.nan, math.nan, too_few(n, "documents"))
     centred = values - mean
     weights = _resamples(n, replicates, seed)
     means = weights @ centred

@@ -99,9 +99,13 @@ def convergence(loss: ArrayLike, *, pace: ArrayLike | None = None, whole: float 
     if abs(fall) + reach <= TOLERANCE * whole:
         return Convergence(True, fall / whole, "")
     if abs(fall) <= reach:
-        reason = (
-            f"noise hides whether its last quarter still changed the loss ({fall / whole:.0%} ± {reach / whole:.0%} of the whole change)"
-        )
+        reason = f"noise hides whether its last quarter still changed the loss ({_percent(fall / whole)} ± {_percent(reach / whole)} of the whole change)"
     else:
-        reason = f"its last quarter still {'lowered' if fall > 0 else 'raised'} the loss by {abs(fall) / whole:.0%} of the whole change"
+        reason = (
+            f"its last quarter still {'lowered' if fall > 0 else 'raised'} the loss by {_percent(abs(fall) / whole)} of the whole change"
+        )
     return Convergence(False, fall / whole, reason)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\u202f%"

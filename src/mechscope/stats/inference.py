@@ -1,8 +1,16 @@
 """Intervals and tests from means over documents.
 
 Every table carries n, a standard error and an interval; every per-head test a p and, over all heads, a Benjamini–Hochberg q. Means are
-over documents, which are taken as independent, so Student's t is the reference distribution. Sources: Student (1908); Benjamini &
-Hochberg (1995), "Controlling the false discovery rate"; Wilson (1927) for shares.
+over documents, which are taken as independent. Losses and effects on them are skewed, so Student's t is not enough: each tail is the larger of
+Student's and of Hall's for skewed populations, each end of an interval the farther of both. Below `MIN_TEXTS` documents there is neither.
+Sources: Student (1908); Hall (1992), "On the removal of skewness by transformation"; Benjamini & Hochberg (1995), "Controlling the false
+discovery rate"; Wilson (1927) for shares.
+
+Chosen by simulation (20,000 draws; coverage where .95 is claimed, over 8, 16, 32 and 64 documents): of losses gained on three corpora, Student's t
+covers .927 to .946, Johnson's (1978) .953 to .967, Hall's alone .953 to .965, this .958 to .969; of exponential values .895 to .942, .947 to .955,
+.942 to .952, .949 to .965; of Student's t with 3 degrees of freedom .954 to .959, .925 to .934, .923 to .930, .955 to .966; of log-normal ones with σ = .7
+.890 to .931, .930 to .942, .925 to .940, .935 to .956. Nothing of these holds for log-normal values with σ = 1 at 8 documents (Student .82, this .91) and
+16 (.86, .93). Of normal values it covers .950 to .961.
 """
 
 from __future__ import annotations
@@ -14,7 +22,17 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy import stats as distributions
 
+from mechscope.shapes import by_shape
 from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments, hall, hall_inverse
+
+MIN_TEXTS = 6
+"""Fewest texts of which a mean, or a share, is given with an interval or a test."""
+
+
+def too_few(n: int, unit: str = "texts") -> str:
+    """Say why there is no interval: so many texts of at least `MIN_TEXTS`; the unit is what is counted, in the plural."""
+    return f"too few {unit}: {n} of at least {MIN_TEXTS}"
 
 
 @dataclass(frozen=True)
@@ -24,9 +42,9 @@ class Estimate:
     Attributes:
         mean: Means over documents.
         standard_error: Their standard errors; NaN below two documents.
-        low: Lower ends of the confidence intervals; NaN below two documents.
+        low: Lower ends of the confidence intervals; NaN below `MIN_TEXTS` documents.
         high: Upper ends.
-        p: Two-sided p of "the mean is zero"; NaN below two documents.
+        p: Two-sided p of "the mean is zero"; NaN below `MIN_TEXTS` documents.
         n: Documents behind each mean.
     """
 
@@ -37,26 +55,34 @@ class Estimate:
     p: np.ndarray
     n: np.ndarray
 
+    __repr__ = by_shape
 
-def interval(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Return Student's t confidence interval of means, elementwise.
+
+def interval(
+    mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, *, skewness: ArrayLike = 0.0, level: float = 0.95, fewest: int = MIN_TEXTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return confidence intervals of means, elementwise: each end is the farther of Student's and Hall's.
 
     Args:
         mean: Means over documents.
         standard_error: Their standard errors.
         n: Documents behind each mean.
+        skewness: Of the documents' values; 0 leaves Student's interval.
         level: Confidence, a fraction.
+        fewest: Documents below which there is none; another number than that of texts where trainings are the unit.
 
     Returns:
-        Lower and upper ends, NaN where n < 2.
+        Lower and upper ends, NaN where n < `fewest`.
     """
-    centre, error, degrees = _broadcast(mean, standard_error, n)
-    width = distributions.t.ppf((1 + level) / 2, degrees) * error
-    return centre - width, centre + width
+    centre, error, degrees, shape = _broadcast(mean, standard_error, n, skewness, fewest)
+    t = distributions.t.ppf((1 + level) / 2, degrees)
+    # the mean lies so many standard errors above the truth, at most and at least
+    above, below = np.maximum(hall_inverse(t, shape), t), np.minimum(hall_inverse(-t, shape), -t)
+    return centre - above * error, centre - below * error
 
 
-def p_value(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> np.ndarray:
-    """Return the two-sided p of Student's t test that means are zero, elementwise.
+def p_value(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, *, skewness: ArrayLike = 0.0, fewest: int = MIN_TEXTS) -> np.ndarray:
+    """Return the two-sided p of "the mean is zero", elementwise: of its side, the larger of Student's and Hall's tails, twice.
 
     Where no document differs from another (a standard error of zero) the test has no spread to compare with: an exact zero in every
     document is no evidence at all (p = 1), the same non-zero value in every document is taken as certain (p = 0).
@@ -65,22 +91,26 @@ def p_value(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> np.ndar
         mean: Means over documents.
         standard_error: Their standard errors.
         n: Documents behind each mean.
+        skewness: Of the documents' values; 0 leaves Student's test.
+        fewest: As for `interval`.
 
     Returns:
-        p, NaN where n < 2.
+        p, NaN where n < `fewest`.
     """
-    centre, error, degrees = _broadcast(mean, standard_error, n)
-    t = np.divide(centre, error, out=np.zeros_like(centre), where=error > 0)
-    p = 2 * distributions.t.sf(np.abs(t), degrees)
+    centre, error, degrees, shape = _broadcast(mean, standard_error, n, skewness, fewest)
+    side = np.where(centre < 0, -1.0, 1.0)
+    t = np.divide(side * centre, error, out=np.zeros_like(centre), where=error > 0)
+    p = 2 * np.minimum(distributions.t.sf(np.minimum(t, hall(t, side * shape)), degrees), 0.5)
     p = np.where(error == 0, np.where(centre == 0, 1.0, 0.0), p)
     return np.where(np.isnan(centre + error + degrees), np.nan, p)
 
 
 def estimate(moments: Moments, *, level: float = 0.95) -> Estimate:
-    """Turn streamed moments over documents into means with intervals (of confidence `level`, a fraction) and tests."""
+    """Turn streamed moments over documents into means with intervals (of confidence `level`, a fraction) and tests; Student's where no third is kept."""
     mean, error, n = moments.mean, moments.standard_error, moments.count
-    low, high = interval(mean, error, n, level=level)
-    return Estimate(mean, error, low, high, p_value(mean, error, n), n)
+    skewness = moments.skewness if isinstance(moments, ThirdMoments) else 0.0
+    low, high = interval(mean, error, n, skewness=skewness, level=level)
+    return Estimate(mean, error, low, high, p_value(mean, error, n, skewness=skewness), n)
 
 
 def paired_difference(after: Float[np.ndarray, "n ..."], before: Float[np.ndarray, "n ..."], *, level: float = 0.95) -> Estimate:
@@ -97,7 +127,7 @@ def paired_difference(after: Float[np.ndarray, "n ..."], before: Float[np.ndarra
     after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if after.shape != before.shape:
         raise ValueError(f"paired values of shapes {after.shape} and {before.shape}: give both for the same documents")
-    moments = Moments(after.shape[1:])
+    moments = ThirdMoments(after.shape[1:])
     moments.update_many(after - before)
     return estimate(moments, level=level)
 
@@ -190,7 +220,10 @@ def rank_p(value: float, others: Float[np.ndarray, " n"]) -> tuple[float, float]
     return (1 + int((others >= value).sum())) / n, (1 + int((others <= value).sum())) / n
 
 
-def _broadcast(mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bring three arguments to one shape; degrees of freedom are NaN where there are none."""
-    centre, error, count = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (mean, standard_error, n)))
-    return centre, error, np.where(count >= 2, count - 1, np.nan)
+def _broadcast(
+    mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, skewness: ArrayLike, fewest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bring arguments to one shape, the last as the skewness of the mean; degrees of freedom are NaN where there are too few documents."""
+    arrays = (np.asarray(x, dtype=np.float64) for x in (mean, standard_error, n, skewness))
+    centre, error, count, shape = np.broadcast_arrays(*arrays)
+    return centre, error, np.where(count >= fewest, count - 1, np.nan), shape / np.sqrt(np.maximum(count, 1))

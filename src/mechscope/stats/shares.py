@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats as distributions
 
-MIN_TEXTS = 6
-"""Fewest texts of which a share, or the mean of a skewed score, is given with an interval."""
+from mechscope.shapes import by_shape
+from mechscope.stats.inference import MIN_TEXTS, too_few
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Shares:
     high: Float[np.ndarray, " row"]
     n: np.ndarray
     withheld: np.ndarray
+
+    __repr__ = by_shape
 
     def __getitem__(self, row: int) -> Share:
         """Return one part's share."""
@@ -129,7 +131,7 @@ def shares_of(
     withheld = np.full(len(x), "", dtype=object)
     for row in np.flatnonzero(~given):
         if not enough[row]:
-            withheld[row] = f"too few {unit}: {n[row]} of at least {MIN_TEXTS}"
+            withheld[row] = too_few(n[row], unit)
             continue
         mean, low, high = (_written(value) for value in (mean_y[row], mean_y[row] - width[row], mean_y[row] + width[row]))
         # a whole on the wrong side is none; one on the right side may be there, but these texts do not show it

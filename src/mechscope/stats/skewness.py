@@ -1,7 +1,8 @@
-"""Streaming moments with the third: mean, variance and skewness over documents in one pass, mergeable.
+"""Streaming moments with the third: mean, variance and skewness over documents in one pass, mergeable; and what skewness does to a t.
 
-Means of skewed values (a divergence is never negative) over few documents are not Student's: `mechscope.stats.verdicts` corrects its tests by the
-skewness kept here. Merged by Pébay (2008), "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments".
+Means of skewed values (a divergence is never negative) over few documents are not Student's: intervals, tests and verdicts correct them by the
+skewness kept here, through Hall's transformation. Merged by Pébay (2008), "Formulas for robust, one-pass parallel computation of covariances and
+arbitrary-order statistical moments"; transformed by Hall (1992), "On the removal of skewness by transformation".
 """
 
 from __future__ import annotations
@@ -12,6 +13,26 @@ import numpy as np
 from jaxtyping import Float
 
 from mechscope.stats.moments import Moments
+
+
+def hall(t: np.ndarray, skewness: np.ndarray) -> np.ndarray:
+    """Return Hall's monotone transformation of (mean − truth) / standard error, nearly normal where values are skewed; infinity stays.
+
+    Args:
+        t: How many standard errors the mean lies above the truth.
+        skewness: Of the mean: that of the values over √n.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        bent = t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
+    return np.where(np.isfinite(t), bent, t)
+
+
+def hall_inverse(bent: np.ndarray, skewness: np.ndarray) -> np.ndarray:
+    """Return the t of which `hall` makes this."""
+    # a skewness so small changes nothing that is not rounding
+    some = np.abs(skewness) > 1e-9
+    by = np.where(some, skewness, 1.0)
+    return np.where(some, 3 / by * (np.cbrt(1 + by * (bent - by / 6)) - 1), bent)
 
 
 class ThirdMoments(Moments):

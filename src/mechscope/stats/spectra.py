@@ -62,7 +62,7 @@ class Spectrum:
 
 
 def weight_change(
-    base: torch.Tensor | Spectrum, tuned: torch.Tensor | Spectrum, *, top: int = 8, dtype: torch.dtype = torch.float64
+    base: torch.Tensor | Spectrum, tuned: torch.Tensor | Spectrum, *, top: int = 8, dtype: torch.dtype = torch.float64, spectra: bool = True
 ) -> WeightChange:
     """Measure how a parameter changed.
 
@@ -73,17 +73,18 @@ def weight_change(
         tuned: The tuned model's, of the same shape.
         top: How many singular values to return.
         dtype: Working precision; a `Spectrum` has its own.
+        spectra: Whether matrices are decomposed; without, they have norms only, as what is not a matrix.
 
     Raises:
         ValueError: The two are not of one shape.
     """
-    spectra = Spectrum.of(base, dtype), Spectrum.of(tuned, dtype)
-    base, tuned = (spectrum.matrix for spectrum in spectra)
+    both = Spectrum.of(base, dtype), Spectrum.of(tuned, dtype)
+    base, tuned = (spectrum.matrix for spectrum in both)
     if base.shape != tuned.shape:
         raise ValueError(f"weights of shapes {tuple(base.shape)} and {tuple(tuned.shape)}: compare parameters of one shape")
     norm = float(torch.linalg.vector_norm(base, dtype=dtype))
-    if base.ndim != 2:
-        change = float(torch.linalg.vector_norm(tuned.to(dtype) - base.to(dtype)))
+    if base.ndim != 2 or not spectra:
+        change = _distance(base, tuned, dtype)
         return WeightChange(norm, change, _ratio(change, norm), math.nan, math.nan, (math.nan,) * top, math.nan)
     if torch.equal(base, tuned):
         return WeightChange(norm, 0.0, 0.0, 0.0, 0.0, (0.0,) * top, 0.0)
@@ -97,7 +98,7 @@ def weight_change(
         effective_rank(sigma),
         float((sigma / sigma[0]).square().sum()) if sigma[0] > 0 else 0.0,
         leading,
-        float(intruder_dimensions(*spectra)),
+        float(intruder_dimensions(*both)),
     )
 
 
@@ -171,6 +172,12 @@ def _gram(matrix: torch.Tensor, minus: torch.Tensor | None = None, *, dtype: tor
             rows = rows - other[start : start + _ROWS].to(dtype)
         gram.addmm_(rows.T, rows)
     return gram
+
+
+def _distance(base: torch.Tensor, tuned: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return the norm of tuned − base, converted some rows at a time."""
+    pieces = zip(*((parameter.split(_ROWS) if parameter.ndim else (parameter,)) for parameter in (base, tuned)), strict=True)
+    return math.hypot(*(float(torch.linalg.vector_norm(second.to(dtype) - first.to(dtype))) for first, second in pieces))
 
 
 def _roots(values: torch.Tensor) -> torch.Tensor:

@@ -97,8 +97,8 @@ def read_json(path: Path) -> Any:
     """Read the JSON value in `path`; `RunError` where the file is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}. Restore the file, or delete the run folder and run again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {path}: {error}. Restore the file from a copy; what stands beside it is as it was.") from error
 
 
 def refusal(path: Path, error: OSError, *, size: int = 0) -> RunError:

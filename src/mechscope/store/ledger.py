@@ -49,7 +49,7 @@ class Ledger:
             RunError: the folder belongs to something else or to a live process, or cannot be written.
         """
         try:
-            _require_ours_or_empty(path)
+            require_ours_or_empty(path)
         except OSError as error:
             raise refusal(path, error) from error
         make_folder(path)
@@ -131,7 +131,7 @@ def _is_record(value: Any) -> bool:
     return isinstance(value, dict) and {"inputs", "inputs_hash"} <= set(value) and isinstance(value.get("outputs"), dict)
 
 
-def _require_ours_or_empty(path: Path) -> None:
+def require_ours_or_empty(path: Path) -> None:
     """Raise `RunError` where `path` holds anything but a run, so that nobody's folder is written into."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, not a folder: choose another place with --out")

@@ -15,7 +15,7 @@ that all of them see).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,7 @@ from mechscope.errors import RunError
 from mechscope.store.differences import describe, differences
 from mechscope.store.environment import environment
 from mechscope.store.files import TEMPORARY, make_folder, plain, reading, write_text
-from mechscope.store.hashing import hash_file, hash_if_there, hash_json
+from mechscope.store.hashing import hash_if_there, hash_json
 from mechscope.store.ledger import LOG, OWN_FILES, SETTINGS, WORK, Ledger, now
 from mechscope.store.log import read_log
 from mechscope.store.stage import Stage
@@ -38,7 +38,7 @@ from mechscope.store.tables import read_table, read_tensors
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("tables", "tensors", "figures")
-MANIFEST_FIELDS = frozenset({"kind", "created", "settings", "environment", "continued", "stages"})
+MANIFEST_FIELDS = frozenset({"kind", "created", "commands", "settings", "environment", "continued", "stages"})
 
 
 class RunFolder:
@@ -137,6 +137,13 @@ class RunFolder:
         self.manifest[key] = value
         self.ledger.save()
 
+    def record_command(self, command: Sequence[str]) -> None:
+        """Note the command that does work on the run now, behind those that did before; the same one again adds nothing."""
+        commands = self.manifest.setdefault("commands", [])
+        if list(command) not in commands[-1:]:
+            commands.append(list(command))
+            self.ledger.save()
+
     def table(self, name: str) -> pd.DataFrame:
         """Read `tables/<name>.parquet`; `RunError` where it is missing or damaged."""
         return read_table(self.path / "tables" / f"{name}.parquet")
@@ -224,33 +231,41 @@ def verify(path: str | Path) -> pd.DataFrame:
     """Hash a run's files again and compare with what its manifest recorded; nothing is written.
 
     Returns:
-        One row per file: `file` (relative to the run), `stage`, `status` ("ok", "changed", "missing", or "unrecorded": there, but no
-        finished stage's output), `expected` and `found` (sha256, None where there is none). Of `study.yaml` the settings are hashed, not
-        the spelling.
+        One row per file: `file` (relative to the run), `stage`, `status` ("ok", "changed", "missing", "unreadable", or "unrecorded": there,
+        but no finished stage's output), `expected` and `found` (sha256, None where there is none), `problem` (why it cannot be read, else
+        empty). Of `study.yaml` the settings are hashed, not the spelling.
 
     Raises:
-        RunError: `path` is not a run folder, or holds a file that cannot be read.
+        RunError: `path` is not a run folder, or its manifest or its list of files cannot be read.
     """
     ledger = Ledger.read(Path(path))
     path = ledger.path
     recorded = [(name, stage, digest) for stage, record in ledger.stages.items() for name, digest in record["outputs"].items()]
     known = {name for name, _, _ in recorded} | OWN_FILES
     with reading(path):
-        rows = [(SETTINGS, "", ledger.manifest["settings"], _settings_hash(path))]
-        rows += [(name, stage, digest, hash_if_there(path / name)) for name, stage, digest in recorded]
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            if file.is_file() and name.as_posix() not in known:
-                rows.append((name.as_posix(), name.parts[1] if name.parts[0] == WORK else "", None, hash_file(file)))
-    table = pd.DataFrame(rows, columns=["file", "stage", "expected", "found"])
-    table.insert(2, "status", [_status(expected, actual) for expected, actual in zip(table["expected"], table["found"], strict=True)])
-    return table
+        files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    others = [(name.as_posix(), name.parts[1] if name.parts[0] == WORK else "", None) for name in files if name.as_posix() not in known]
+    rows = []
+    for name, stage, expected in [(SETTINGS, "", ledger.manifest["settings"]), *recorded, *others]:
+        found, problem = _found(path, name)
+        rows.append((name, stage, _status(expected, found, problem), expected, found, problem))
+    return pd.DataFrame(rows, columns=["file", "stage", "status", "expected", "found", "problem"])
 
 
-def _status(expected: str | None, actual: str | None) -> str:
-    if pd.isna(expected):
+def _found(path: Path, name: str) -> tuple[str | None, str]:
+    """Return what a file of a run hashes to and, where it cannot be read, why."""
+    try:
+        return (_settings_hash(path) if name == SETTINGS else hash_if_there(path / name)), ""
+    except OSError as error:
+        return None, error.strerror or str(error)
+
+
+def _status(expected: str | None, actual: str | None, problem: str) -> str:
+    if problem:
+        return "unreadable"
+    if expected is None:
         return "unrecorded"
-    if pd.isna(actual):
+    if actual is None:
         return "missing"
     return "ok" if expected == actual else "changed"
 

@@ -50,6 +50,7 @@ class Stage:
         name: the stage's name.
         done: whether the body can be skipped; known once entered.
         outputs: the files the stage wrote, by path relative to the run, with their sha256; complete once done or left.
+        caveats: what weakens its results, JSON-able; kept in the manifest beside its outputs.
     """
 
     def __init__(self, ledger: Ledger, name: str, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
@@ -59,6 +60,7 @@ class Stage:
         self.name = name
         self.done = False
         self.outputs: dict[str, str] = {}
+        self.caveats: list[dict[str, Any]] = []
         self._ledger = ledger
         self._inputs = dict(inputs)
         self._inputs_hash = hash_json([name, self._inputs])
@@ -227,6 +229,7 @@ class Stage:
             "seconds": round(self._seconds(), 3),
             "finished": now(),
             "code": self._ledger.code,
+            **({"caveats": self.caveats} if self.caveats else {}),
         }
         self._ledger.save()
         # also what other inputs left unfinished

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import combinations
+from itertools import combinations, pairwise, product
 from math import comb
 
 import numpy as np
@@ -28,7 +29,7 @@ from mechscope.subject import Components, Pair
 
 log = logging.getLogger(__name__)
 
-# sets of as many layers as were selected, to compare with: all of them where there are no more
+# sets like the selected one, to compare with: all of them where there are no more
 _LAYER_SETS = 40
 _NO_GAIN = "fine-tuning did not lower the loss on these summaries"
 # tokens of a batch where no number is given
@@ -91,19 +92,33 @@ def _without_sets(effects: Effects) -> Effects:
 
 
 def layer_sets(layers: Components, n_layers: int, *, seed: int) -> list[Components]:
-    """Return the selected layers, then other sets of as many: all there are, or forty drawn at random."""
+    """Return the selected layers, then other sets of as many with as many neighbours among them: all there are, or forty drawn at random.
+
+    Neighbouring layers may carry more together than apart, and selections are often neighbours, whatever they carry: among sets of any shape they would
+    stand out without being the right layers.
+    """
     chosen = tuple(sorted(layers.layers))
     size = len(chosen)
     if not size or size == n_layers:
         return [layers]
-    if comb(n_layers, size) - 1 <= _LAYER_SETS:
-        others = [other for other in combinations(range(n_layers), size) if other != chosen]
+    runs = size - sum(two - one == 1 for one, two in pairwise(chosen))
+    # a set is where its runs end within the selected layers, and before which of the others they stand
+    ends, places = range(1, size), range(n_layers - size + 1)
+    if comb(len(ends), runs - 1) * comb(len(places), runs) - 1 <= _LAYER_SETS:
+        alike = [_layers_of(size, *one) for one in product(combinations(ends, runs - 1), combinations(places, runs))]
+        others = sorted(set(alike) - {chosen})
     else:
         random, seen = np.random.default_rng(seed), {chosen}
         while len(seen) <= _LAYER_SETS:
-            seen.add(tuple(sorted(random.choice(n_layers, size, replace=False).tolist())))
+            drawn = (sorted(random.choice(within, number, replace=False).tolist()) for within, number in ((ends, runs - 1), (places, runs)))
+            seen.add(_layers_of(size, *drawn))
         others = sorted(seen - {chosen})
     return [Components.of_layers(other) for other in (chosen, *others)]
+
+
+def _layers_of(size: int, ends: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
+    """Return the layers whose runs end after so many of them, each run with so many other layers below it."""
+    return tuple(at + places[bisect_right(ends, at)] for at in range(size))
 
 
 def layer_sets_table(effects: Effects, tuned: np.ndarray) -> pd.DataFrame:
@@ -160,7 +175,11 @@ def ablation_table(
     try:
         controls = random_like(heads, pair.tuned.anatomy, random_sets, seed=execution.seed)
     except SettingsError as error:
-        log.warning("no random head sets to compare the selected heads with: %s", error)
+        log.warning(
+            "no random head sets to compare the selected heads with: %s",
+            error,
+            extra={"weakens": "ablation", "withheld": "whether the selected heads cost more than others"},
+        )
         controls = []
     replacement = mean_of(pair.tuned, texts, ("z",)) if source == "mean" else source
     table = ablate_together(pair.tuned, texts, [heads, *controls], source=replacement, execution=execution).table

@@ -14,7 +14,8 @@ from mechscope.circuits.graph import Circuit
 from mechscope.circuits.overlap import overlap
 from mechscope.circuits.scores import EdgeScores
 from mechscope.instrument.execution import Execution
-from mechscope.studies.circuits import FALLBACK, CircuitRequest
+from mechscope.studies.circuit_request import CircuitRequest
+from mechscope.studies.circuits import FALLBACK
 from mechscope.subject import Pair
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,24 @@ def compare_circuits(
     (base, base_circuit), (tuned, tuned_circuit) = circuits["base"], circuits["tuned"]
     settings, tables = request.settings, {}
     if base.per_text is None:
-        log.warning("method %s keeps no scores of single texts: overlap beside exchanged models and shifts are left out", base.method)
+        log.warning(
+            "method %s keeps no scores of single texts: overlap beside exchanged models and shifts are left out",
+            base.method,
+            extra={
+                "weakens": "circuit_overlap",
+                "withheld": "what the circuits of base and tuned share beside their own noise, and whose scores shifted",
+            },
+        )
     else:
         tables["circuit_shift"] = edge_shift(base, tuned, base_circuit, tuned_circuit)
         if (texts := len(base.per_text)) >= FEWEST_TEXTS:
             tables["circuit_overlap"] = overlap_table(base, tuned, OVERLAP_FRACTIONS, seed=execution.seed, **request.manner)
         else:
             log.warning(
-                "edges were scored on %d texts, too few to exchange models in: the overlap of circuits needs %d", texts, FEWEST_TEXTS
+                "edges were scored on %d texts, too few to exchange models in: the overlap of circuits needs %d",
+                texts,
+                FEWEST_TEXTS,
+                extra={"weakens": "circuit_overlap", "withheld": "what the circuits of base and tuned share beside their own noise"},
             )
     if settings.metric != "kl":
         # the size that is judged gets as many random sets as a rank among them needs, if there are to be any
@@ -76,7 +87,7 @@ def compare_circuits(
             for random, fractions in sizes.items()
         ]
         if gains[0].note is not None:
-            log.warning("the gain of fine-tuning: %s", gains[0].note)
+            log.warning("the gain of fine-tuning: %s", gains[0].note, extra={"weakens": "circuit_gain"})
         together = pd.concat([gain.table for gain in gains], ignore_index=True)
         tables["circuit_gain"] = together.sort_values("fraction", kind="stable", ignore_index=True)
     return tables

@@ -17,20 +17,19 @@ import pandas as pd
 import torch
 
 from mechscope.circuits.cards import component_cards
-from mechscope.circuits.choosing import Manner, choose
+from mechscope.circuits.choosing import choose
 from mechscope.circuits.criteria import Minimality, completeness, minimality
 from mechscope.circuits.discovery import discover
 from mechscope.circuits.evaluation import Area, Curve, evaluate, faithfulness_curve
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.circuits.overlap import compare_seeds, robustness
 from mechscope.circuits.scores import Cost, EdgeScores, to_json
-from mechscope.circuits.sender_outputs import SenderOutputs, Source
-from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.store.run import RunFolder
 from mechscope.store.stage import Stage
+from mechscope.studies.circuit_request import FEWEST, CircuitRequest
 from mechscope.studies.roles import named_roles
 from mechscope.studies.runner import plain
 from mechscope.subject import Subject
@@ -39,80 +38,10 @@ log = logging.getLogger(__name__)
 
 # size where no size is faithful or nothing can be said of it
 FALLBACK = 0.05
-# pairs that a half needs
-FEWEST = 4
 # of methods that learn
 CONVERGED = "learning converged (1: yes)"
 # below it a component is said to be needed
 _LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class CircuitRequest:
-    """Which texts a circuit is of, and how it is found and judged.
-
-    Attributes:
-        scored_on: Pairs that edges are scored on.
-        judged_on: Pairs that circuits are judged on.
-        settings: How circuits are found and judged, and by which metric.
-    """
-
-    scored_on: Pairs
-    judged_on: Pairs
-    settings: DiscoverySettings
-
-    @classmethod
-    def of(cls, pairs: Pairs, settings: DiscoverySettings, *, seed: int) -> CircuitRequest:
-        """Divide pairs at random into those that edges are scored on and those that judge."""
-        judged = round(settings.held_out * len(pairs))
-        if not settings.held_out or min(judged, len(pairs) - judged) < FEWEST:
-            if settings.held_out:
-                log.warning("%d pairs are too few to hold some out: the circuit is judged on the pairs it was found on", len(pairs))
-            return cls(pairs, pairs, settings)
-        order = np.random.default_rng(seed).permutation(len(pairs))
-        scored_on, judged_on = (
-            Pairs(tuple(pairs.pairs[at] for at in sorted(which)), pairs.source, pairs.problems)
-            for which in (order[judged:].tolist(), order[:judged].tolist())
-        )
-        return cls(scored_on, judged_on, settings)
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """The pairs that decide a result."""
-        return {"scored_on": self.scored_on.hash, "judged_on": self.judged_on.hash}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The pairs, described for the manifest."""
-        scored, judged = self.scored_on, self.judged_on
-        data = {
-            "source": scored.source,
-            "pairs": len(scored) + (len(judged) if judged is not scored else 0),
-            "scored_on": len(scored),
-            "judged_on": len(judged),
-            "problems": scored.problems,
-            "hash": self.fingerprint,
-        }
-        return {"data": data}
-
-    @property
-    def manner(self) -> Manner:
-        """How edges are chosen, but for their number."""
-        settings = self.settings
-        better = settings.metric in ("logit-diff", "probability")
-        return {"rule": settings.rule, "by": settings.by, "sign": settings.sign, "higher_is_better": better}
-
-    def share_of(self, graph: Graph) -> float | None:
-        """Return the size that is given, as a share of all edges (or nodes), or None."""
-        if self.settings.circuit_edges is not None:
-            return self.settings.circuit_edges / len(graph)
-        return self.settings.circuit_fraction
-
-    def source(self, subject: Subject, *, execution: Execution) -> Source:
-        """Return what closed edges of a model carry."""
-        if self.settings.source == "mean":
-            return SenderOutputs.mean_over(subject, self.scored_on, execution=execution)
-        return self.settings.source
 
 
 @dataclass(frozen=True)
@@ -253,7 +182,11 @@ def judge_circuit(
         fraction = _smallest(curve if same else faithfulness_curve(subject, request.scored_on, scores, random=0, **told), settings.faithful)
     circuit = choose(scores, fraction=fraction, **request.manner)
     if not len(circuit):
-        log.warning("no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty", 100 * fraction)
+        log.warning(
+            "no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty",
+            100 * fraction,
+            extra={"weakens": "circuit_edges"},
+        )
     own = evaluate(subject, request.judged_on, [circuit], **options)
     share = own.faithfulness()
     summary = [
@@ -303,7 +236,12 @@ def judge_circuit(
 def _smallest(curve: Curve, faithful: float) -> float:
     """Return the smallest size at which a circuit is near enough to the model: neither too little nor too much of its effect."""
     if curve.table["faithfulness"].isna().all():
-        log.warning("%s; the circuit is the %g %% strongest edges", curve.notes["faithfulness"], 100 * FALLBACK)
+        log.warning(
+            "%s; the circuit is the %g %% strongest edges",
+            curve.notes["faithfulness"],
+            100 * FALLBACK,
+            extra={"weakens": "circuit_summary"},
+        )
         return FALLBACK
     enough = curve.table.loc[(1 - curve.table["faithfulness"]).abs() <= 1 - faithful, "fraction"]
     return float(enough.iloc[0]) if len(enough) else 1.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,10 @@ from mechscope.instrument.execution import Progress as Report
 
 if TYPE_CHECKING:
     from mechscope.instrument import Check
-    from mechscope.report.marks.tables import Shown
+    from mechscope.report.contents import Contents
+    from mechscope.report.marks.tables import Cell, Shown, View
+    from mechscope.report.section import Section
+    from mechscope.report.statements import Finding
     from mechscope.studies.job import Job
     from mechscope.subject import Subject
 
@@ -135,32 +139,81 @@ def show(job: Job[Any], result: Any, *, quiet: bool = False) -> None:
 
 def _show_contents(result: Any) -> None:
     from mechscope.report.contents import Contents
+    from mechscope.report.summary import Summary
 
     contents = Contents.read(result.path)
-    filled = [section for section in contents.sections if section.present(contents.tables)]
-    for sentence in (sentence for section in filled for sentence in section.findings(contents.tables)):
-        out.print(f"• {escape(sentence)}", highlight=False)
-    for section in filled:
-        for shown in section.views(contents.tables):
-            if shown.terminal:
-                out.print(_table(shown, section.heading))
+    filled = [section for section in contents.sections if section.present(contents.tables) and section.id != "caveats"]
+    summary = Summary.of(contents)
+    said, weakened = {finding.text for finding in summary.verdict}, dict[str, None]()
+    _say(summary.verdict, weakened)
+    for group in summary.groups:
+        if further := [finding for finding in group.findings if finding.text not in said]:
+            out.print(f"[bold]{escape(group.heading)}[/bold]", highlight=False)
+            _say(further, weakened, "• ")
+    if summary.verdict and not summary.groups:  # two models that are one: there is nothing to tabulate
+        return
+    tables = [(shown, section) for section in filled for shown in section.views(contents.tables) if shown.terminal]
+    # numbers before sentences
+    for shown, section in sorted(tables, key=lambda each: (each[0].brief or each[0].view).prose):
+        _show_table(shown, section, contents)
+    if rest := [text for text in summary.texts if text not in weakened]:
+        out.print("[bold]Caveats[/bold]", highlight=False)
+        for text in rest:
+            out.print(f"• {escape(text)}", highlight=False)
 
 
-def _table(shown: Shown, section: str) -> Table:
-    """Return a table of the page as one of the terminal: its first rows, and as many of its columns as fit; without a heading it is called as its section."""
-    headings, prose = shown.view.headings, shown.view.prose
-    # what stands in small print under a sentence is left to the page
-    rows = [
-        [cell.text if prose and cell.sort is None else f"{cell.text} {cell.note}".strip() for cell in row]
-        for row in shown.view.rows[:_ROWS]
+def _say(findings: Sequence[Finding], weakened: dict[str, None], before: str = "") -> None:
+    """Print findings, each with what weakens it where that was not said yet, and remember what was."""
+    for finding in findings:
+        out.print(f"{before}{escape(finding.sentence)}", highlight=False)
+        for caveat in finding.caveats:
+            if caveat.text not in weakened:
+                out.print(f"  [dim]{escape(caveat.text)}[/dim]", highlight=False)
+            weakened[caveat.text] = None
+
+
+def _show_table(shown: Shown, section: Section, contents: Contents) -> None:
+    """Print a table of the page, and where the rest of it is; without a heading it is called as its section."""
+    view, heading = shown.brief or shown.view, shown.heading or section.heading
+    left = len(view.rows) - _ROWS
+    if view.prose:
+        out.print(f"[bold]{escape(heading)}[/bold]", highlight=False)
+        for row in view.rows[:_ROWS]:
+            out.print(_entry(view, row))
+    else:
+        out.print(_table(view, heading))
+    if left > 0:
+        own = [name for name in section.tables if name in contents.tables]
+        name = shown.table or (own[0] if len(own) == 1 else "")
+        where = f"all in table {name}: mechscope table {shlex.quote(str(contents.path))} {name}" if name else "all on the page"
+        out.print(f"… {left} more; {escape(where)}", highlight=False, soft_wrap=True)
+
+
+def _entry(view: View, row: tuple[Cell, ...]) -> Table:
+    """Return a row of sentences: what it begins with, a verdict, on the left, and the sentences one under another."""
+    entry = Table.grid(padding=(0, 1))
+    entry.add_column(width=12)
+    entry.add_column(overflow="fold")
+    first, *others = zip(view.columns, row, strict=True)
+    lines = [
+        escape(cell.text) if place == 0 else f"[dim]{escape(heading)}:[/dim] {escape(cell.text)}"
+        for place, (heading, cell) in enumerate(others)
     ]
-    widths = [min(_WIDEST, max(map(len, [heading, *(row[place] for row in rows)]))) + 3 for place, (heading, _) in enumerate(headings)]
-    # sentences are folded; columns of numbers that were folded could not be read
-    fitting = len(widths) if prose else max(2, sum(total < out.width for total in accumulate(widths)))
+    entry.add_row(f"[bold]{escape(first[1].text)}[/bold]", "\n".join(lines))
+    return entry
+
+
+def _table(view: View, heading: str) -> Table:
+    """Return a table of the page as one of the terminal: its first rows, and as many of its columns as fit."""
+    headings = view.headings
+    rows = [[f"{cell.text} {cell.note}".strip() for cell in row] for row in view.rows[:_ROWS]]
+    widths = [min(_WIDEST, max(map(len, [name, *(row[place] for row in rows)]))) + 3 for place, (name, _) in enumerate(headings)]
+    # columns of numbers that were folded could not be read
+    fitting = max(2, sum(total < out.width for total in accumulate(widths)))
     left = len(headings) - fitting
-    table = Table(title=escape(shown.heading or section), caption=f"{left} more column{'s' * (left > 1)} on the page" if left else None)
-    for heading, is_number in headings[:fitting]:
-        table.add_column(escape(heading), justify="right" if is_number else "left", overflow="fold")
+    table = Table(title=escape(heading), caption=f"{left} more column{'s' * (left > 1)} on the page" if left else None)
+    for name, is_number in headings[:fitting]:
+        table.add_column(escape(name), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row[:fitting]))
     return table
@@ -171,11 +224,21 @@ def show_report(page: Path) -> None:
     out.print(f"report  [bold]{escape(str(page))}[/bold]", highlight=False, soft_wrap=True)
 
 
+def show_edited(tables: list[str]) -> None:
+    """Print which tables are not as the run wrote them."""
+    if tables:
+        these = f"{len(tables)} tables are" if len(tables) > 1 else "1 table is"
+        out.print(
+            f"[yellow]edited[/yellow]  {these} not what the run wrote, as the page says: {escape(', '.join(tables))}", highlight=False
+        )
+
+
 def show_verified(path: Path, files: pd.DataFrame) -> bool:
     """Print what verification found; return whether every recorded file is as it was."""
-    wrong = files[files["status"].isin(["changed", "missing"])]
-    for row in wrong.itertuples():
-        out.print(f"[red]{row.status}[/red]  {escape(str(row.file))}", highlight=False)
+    wrong = files[files["status"].isin(["changed", "missing", "unreadable"])]
+    for row in wrong.to_dict("records"):
+        named = ": ".join(filter(None, (row["file"], row["problem"])))
+        out.print(f"[red]{row['status']}[/red]  {escape(named)}", highlight=False, soft_wrap=True)
     unrecorded = int((files["status"] == "unrecorded").sum())
     note = f", {unrecorded} not recorded by any finished stage" if unrecorded else ""
     verdict = "[red]not as recorded[/red]" if len(wrong) else "[green]as recorded[/green]"

@@ -77,7 +77,10 @@ class Places:
         strategies = contest.named_strategies
         kept = tuple(name for name in strategies if self.circuit or name not in _OF_CIRCUITS)
         if self.searched and kept and kept != strategies:
-            log.warning("no circuit was found, so the strategies circuit and random_circuit are left out of the bake-off")
+            log.warning(
+                "no circuit was found, so the strategies circuit and random_circuit are left out of the bake-off",
+                extra={"weakens": "bakeoff_summary", "withheld": "whether LoRA in the circuit pays"},
+            )
             strategies = kept
         return BakeOffSettings(
             layers=self.layers,

@@ -1,35 +1,26 @@
-"""A fine-tuned model beside its controls, as tables: `controls`, `control_heads` and `control_layers`.
+"""A fine-tuned model beside its controls, as tables: `controls`, and the tables of a difference once more with a row for every model.
 
-Only what claims and figures about controls read is measured: attention's KL and entropy change, the turn of the residual stream, the loss. Everything
-else about the tuned model is in `heads` and `layers`, over all documents.
+Every model is measured by the functions that measure the tuned one (`mechscope.difference`), against the same base and on the same documents, so a row
+of `control_heads` is what `heads` of a run on that model says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mechscope import ranks
 from mechscope.choices import ControlKind
-from mechscope.data.prompt import Batch, Encoded, batches
-from mechscope.difference import Measured
-from mechscope.difference.lockstep import HEAD_MEASURES, LAYER_MEASURES, OUTPUT_MEASURES, ROWS, launch
-from mechscope.difference.one_pass import chosen
+from mechscope.data.prompt import Encoded
+from mechscope.difference import SmallestEffects, difference
 from mechscope.instrument import Execution
-from mechscope.instrument.memory import each
-from mechscope.stats.inference import Estimate, estimate
-from mechscope.stats.moments import Moments
 from mechscope.subject import Pair
-from mechscope.subject.noise import relative_change
 
-_HEADS = ("kl_base_tuned", "entropy_change")
-_LAYERS = ("kl_base_tuned", "entropy_change", "cosine_distance")
-_ENDS = {"": "mean", "_low": "low", "_high": "high"}
+MEASURED = ("heads", "layers", "outputs", "weights")
+"""Tables of a difference that are made for every model: `control_heads` and so on."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Control:
         name: What it is called: the last part of its source, or all of it where two would share that.
         source: Hub id, directory or adapter.
         kind: What it was trained on, beside the tuned model.
-        seed: Its training's seed; None where it is not known.
+        seed: Its training's seed, or the number of a draw of noise; None where it is not known.
     """
 
     name: str
@@ -50,93 +41,93 @@ class Control:
 
 
 def control_tables(
-    controls: Iterable[tuple[Control, Pair]], encoded: Encoded, *, execution: Execution = Execution()
+    controls: Iterable[tuple[Control, Pair]],
+    encoded: Encoded,
+    *,
+    known: Mapping[str, Mapping[str, pd.DataFrame]] | None = None,
+    gini: bool = False,
+    geometry_documents: int = 300,
+    same_input_documents: int = 32,
+    smallest: SmallestEffects | None = None,
+    execution: Execution = Execution(),
 ) -> dict[str, pd.DataFrame]:
     """Measure models against the same base on the same documents.
 
     Args:
         controls: What each is, and the base beside it; one pair is held at a time. The tuned model itself is the first.
         encoded: The documents.
-        execution: Tokens of a batch, progress.
+        known: Tables (`MEASURED`) of models that were measured on these documents already, by name.
+        gini: As for `difference`.
+        geometry_documents: As for `difference`.
+        same_input_documents: As for `difference`.
+        smallest: As for `difference`.
+        execution: Tokens of a batch, seed, progress.
 
     Returns:
-        `controls` (one row per model), `control_heads` and `control_layers` (the same with its heads and layers, per kind of query rows).
+        `controls` (one row per model), and `control_heads`, `control_layers`, `control_outputs`, `control_weights`: the tables of a difference with the
+        columns `control`, `kind` (`control_kind` where matrices have a kind of their own) and `seed`. Of noise only the first draw's
+        weights are decomposed: another draw's spectrum is the same but for chance.
     """
-    found: dict[str, list[pd.DataFrame]] = {"controls": [], "control_heads": [], "control_layers": []}
+    known = known or {}
+    models: list[dict[str, Any]] = []
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in MEASURED}
+    drawn = False
     for control, pair in controls:
-        execution.told(f"comparing with {control.name}", 0, len(encoded))
-        values = _values(pair, encoded, execution)
-        named: dict[str, Any] = {"control": control.name, "kind": control.kind}
-        heads = _heads(values["heads"])
-        found["control_heads"].append(heads.assign(**named))
-        found["control_layers"].append(_layers(values["layers"], heads).assign(**named))
-        loss = estimate(_moments(values["outputs"]))
-        summary = ROWS.index("summary")
-        row = {
-            **named,
-            "seed": control.seed,
-            "source": control.source,
-            "n": int(loss.n[summary, 0]),
-            **{f"loss_change{end}": float(getattr(loss, name)[summary, 0]) for end, name in _ENDS.items()},
-            "weight_change": relative_change(pair),
-        }
-        found["controls"].append(pd.DataFrame([row]).astype({"seed": "Int64"}))
-    return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}
+        tables = known.get(control.name)
+        if tables is None:
+            whole = difference(
+                pair,
+                encoded,
+                gini=gini,
+                # selections of controls are not resampled
+                replicates=0,
+                geometry_documents=geometry_documents,
+                same_input_documents=same_input_documents,
+                smallest=smallest,
+                spectra=not (control.kind == "noise" and drawn),
+                execution=_told_of(control, execution),
+            )
+            tables = {name: getattr(whole, name) for name in MEASURED}
+        drawn |= control.kind == "noise"
+        named = {"control": control.name, "kind": control.kind, "seed": control.seed}
+        for name, table in tables.items():
+            parts[name].append(beside_columns(table, named))
+        models.append({**named, "source": control.source, **_whole(tables)})
+    found = {f"control_{name}": pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    return {"controls": pd.DataFrame(models).astype({"seed": "Int64"}), **found}
 
 
-def _values(pair: Pair, encoded: Encoded, execution: Execution) -> dict[str, np.ndarray]:
-    """Return every document's means, in the order of the documents; ranks share the batches."""
-    tokens = execution.tokens_per_batch or chosen({"": pair}, encoded)
-    # padding on the right is seen by nothing, so any token will do
-    own = ranks.own(batches(encoded.examples, tokens_per_batch=tokens, pad_id=0))
-    wanted = {"heads": (HEAD_MEASURES, _HEADS), "layers": (LAYER_MEASURES, _LAYERS), "outputs": (OUTPUT_MEASURES, ("loss_change",))}
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for measured in each(partial(_measured, pair), own):
-        parts = {name: getattr(measured, name)[:, :, [known.index(one) for one in names]] for name, (known, names) in wanted.items()}
-        found |= {document: {name: part[at] for name, part in parts.items()} for at, document in enumerate(measured.ids)}
-    for others in ranks.exchange(found):
-        found |= others
-    return {name: np.stack([found[example.id][name] for example in encoded.examples]) for name in wanted}
+def beside_columns(table: pd.DataFrame, named: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a table with the columns that say which control it is of; its kind is `control_kind` where the table has kinds of its own."""
+    kind = "control_kind" if "kind" in table else "kind"
+    return table.assign(control=named["control"], **{kind: named["kind"]}, seed=named["seed"]).astype({"seed": "Int64"})
 
 
-def _measured(pair: Pair, batch: Batch) -> Measured:
-    """Compare two models on a batch, without pooled states and without what takes further passes."""
-    return launch([pair], batch, sample=(), same_input=[()])[0].fetch()
+def of_each(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[dict[str, Any], list[pd.DataFrame]]]:
+    """Yield of every model what it is (`control`, `kind`, `seed`) and its rows of each of some tables of controls."""
+    names = ["control", "kind", "seed"]
+    first = next(iter(tables.values()))
+    for named in first[names].drop_duplicates().to_dict("records"):
+        yield (
+            {str(key): value for key, value in named.items()},
+            [table[table["control"] == named["control"]].drop(columns=names) for table in tables.values()],
+        )
 
 
-def _moments(values: np.ndarray) -> Moments:
-    moments = Moments(values.shape[1:])
-    moments.update_many(values)
-    return moments
+def _whole(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Return a model's numbers as a whole: what training did to the loss on summaries, and to all weights."""
+    outputs, weights = tables["outputs"], tables["weights"]
+    on_summaries = outputs[outputs["rows"] == "summary"]
+    return {
+        "n": int(on_summaries["n"].iloc[0]),
+        **{name: float(on_summaries[name].iloc[0]) for name in ("loss_change", "loss_change_low", "loss_change_high")},
+        "weight_change": float(np.linalg.norm(weights["change"]) / np.linalg.norm(weights["norm_base"])),
+    }
 
 
-def _heads(values: np.ndarray) -> pd.DataFrame:
-    """Return one row per kind of rows, layer and head, from ``(document, rows, measure, layer, head)``."""
-    of = estimate(_moments(values))
-    layer, head = (index.ravel() for index in np.indices(values.shape[3:]))
-    tables = []
-    for at, rows in enumerate(ROWS):
-        places = {"rows": rows, "layer": layer, "head": head, "component": [f"a{one}.h{two}" for one, two in zip(layer, head, strict=True)]}
-        tables.append(pd.DataFrame({**places, **_columns(of, _HEADS, at)}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _layers(values: np.ndarray, heads: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per kind of rows and layer, from ``(document, rows, measure, layer)`` and the heads' table."""
-    of = estimate(_moments(values))
-    change = heads["entropy_change"]
-    focused = heads.assign(focused=(change < 0).where(change.notna())).groupby(["rows", "layer"])["focused"].mean()
-    tables = []
-    for at, rows in enumerate(ROWS):
-        layers = list(range(values.shape[-1]))
-        shares = [float(focused[rows, layer]) for layer in layers]
-        tables.append(pd.DataFrame({"rows": rows, "layer": layers, **_columns(of, _LAYERS, at), "share_focused": shares}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _columns(of: Estimate, names: tuple[str, ...], rows: int) -> dict[str, np.ndarray]:
-    columns = {"n": of.n[rows, 0].ravel()}
-    for at, name in enumerate(names):
-        columns[name] = of.mean[rows, at].ravel()
-        columns[f"{name}_se"] = of.standard_error[rows, at].ravel()
-    return columns
+def _told_of(control: Control, execution: Execution) -> Execution:
+    """Return how to work on a control: its name stands before what is told of the work."""
+    if execution.progress is None:
+        return execution
+    progress = execution.progress
+    return replace(execution, progress=lambda label, done, total: progress(f"{control.name}: {label}", done, total))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechscope.choices import ControlKind
-from mechscope.errors import SettingsError
+from mechscope.errors import MechscopeError, SettingsError
 from mechscope.settings import Count, Number, Settings, setting
 from mechscope.studies.inputs import Documents, loading
 from mechscope.studies.job import Stage
@@ -37,7 +37,7 @@ class Controlled(Settings):
         "Other fine-tuned versions of the base, joined by commas; what each is (seed, shuffled, other) is read from what mechscope tune --control "
         "wrote, or said before it, as in shuffled:PATH.",
     )
-    noise_draws: Count = setting(5, "Draws of the base with noise of the tuned model's size, matrix by matrix; 0 for none.")
+    noise_draws: Count = setting(8, "Draws of the base with noise of the tuned model's size, matrix by matrix; 0 for none.")
     control_documents: Number = setting(
         48, "Documents on which the tuned model and its controls are compared: the first of those measured."
     )
@@ -93,71 +93,123 @@ def _parts(text: str) -> tuple[ControlKind | None, str]:
 
 
 def _load_control(run: JobRun[Any], base: Subject, control: Control) -> Pair:
-    """Load a control beside the base; an adapter is put on a copy of the base of its own."""
+    """Load a control beside the base; an adapter is put on a copy of the base of its own.
+
+    Raises:
+        SettingsError: It cannot be loaded, or is not a fine-tuned version of the base.
+    """
     from mechscope.instrument import load
     from mechscope.subject import pair
     from mechscope.subject.load import is_adapter
 
     # a base in memory has no name to load it by again: the adapter's own is used
     beneath = {"base": run.settings.base} if is_adapter(control.source) and "base" not in run.given else {}
-    subject = load(control.source, tokenizer=base.tokenizer, **beneath, **loading(run.settings))
-    return pair(base, subject, resize=getattr(run.settings, "resize", "refuse"))
+    try:
+        subject = load(control.source, tokenizer=base.tokenizer, **beneath, **loading(run.settings))
+        return pair(base, subject, resize=getattr(run.settings, "resize", "refuse"))
+    except MechscopeError as error:
+        raise SettingsError(f"setting 'controls' names {control.source!r}: {error}") from error
 
 
-def _seen(run: JobRun[Any], both: Pair) -> dict[str, Any]:
-    """Return every control's fingerprint; each is loaded once, and let go."""
-    found: dict[str, Any] = {"tuned": both.tuned.fingerprint}
-    seen = {both.tuned.fingerprint: "the tuned model", both.base.fingerprint: "the base"}
+def check_controls(run: JobRun[Any], base: Subject, tuned: Subject | None = None) -> dict[str, Any]:
+    """Refuse controls that cannot be loaded, are no versions of the base, or are a model that is there already; return their fingerprints by name.
+
+    Every control is loaded, and let go.
+
+    Args:
+        run: The run, whose settings name the controls.
+        base: The base.
+        tuned: The tuned model; None where it is not trained yet.
+
+    Raises:
+        SettingsError: One cannot be used.
+    """
+    found: dict[str, Any] = {}
+    seen = {base.fingerprint: "the base"} | ({} if tuned is None else {tuned.fingerprint: "the tuned model"})
     for control in named_controls(run.settings):
-        fingerprint = _load_control(run, both.base, control).tuned.fingerprint
+        fingerprint = _load_control(run, base, control).tuned.fingerprint
         if fingerprint in seen:
             raise SettingsError(
-                f"control {control.source!r} has the same weights as {seen[fingerprint]}: a training counts once, leave it out"
+                f"setting 'controls' names {control.source!r}, which has the same weights as {seen[fingerprint]}: a training counts once, leave it out"
             )
         seen[fingerprint] = f"control {control.source!r}"
         found[control.name] = [control.kind, control.seed, fingerprint]
     return found
 
 
-def controls_stage(both: Input[Any], documents: Input[Documents], *, name: str | None = None) -> Stage:
+def controls_input(both: Input[Any], *, name: str | None = None) -> Input[dict[str, Any]]:
+    """Return what of the controls decides a result; a job that has both models from the start names it among its own inputs, so that it fails early.
+
+    Args:
+        both: The base and the tuned model: a `Pair`, or pairs by name of which `name` is the one.
+        name: Which pair, where there are several.
+    """
+
+    def seen(run: JobRun[Any]) -> dict[str, Any]:
+        pair = _chosen(run, both, name)
+        return {"tuned": pair.tuned.fingerprint, **check_controls(run, pair.base, pair.tuned)}
+
+    return Input("controls", seen, lambda found: found)
+
+
+def _chosen(run: JobRun[Any], both: Input[Any], name: str | None) -> Pair:
+    pairs = run[both]
+    chosen: Pair = pairs if name is None else pairs[name]
+    return chosen
+
+
+def controls_stage(
+    both: Input[Any], documents: Input[Documents], seen: Input[dict[str, Any]], difference: Stage, *, name: str | None = None
+) -> Stage:
     """Return the stage that measures the tuned model and its controls on the same documents.
 
     Args:
         both: The base and the tuned model: a `Pair`, or pairs by name of which `name` is the one.
         documents: The documents.
+        seen: The controls, by `controls_input`.
+        difference: The stage that measured the tuned model: its smallest effects hold for controls too, and where it read no more documents than controls
+            are to, its tables are the tuned model's here.
         name: Which pair, where there are several.
     """
-
-    def chosen(run: JobRun[Any]) -> Pair:
-        pairs = run[both]
-        return pairs if name is None else pairs[name]
-
-    seen: Input[dict[str, Any]] = Input("controls", lambda run: _seen(run, chosen(run)), lambda found: found)
 
     def pairs_of(run: JobRun[Any]) -> Iterator[tuple[Control, Pair]]:
         from mechscope.studies.control_tables import Control
         from mechscope.subject.noise import noise_pairs
 
-        settings, pair = run.settings, chosen(run)
+        settings, pair = run.settings, _chosen(run, both, name)
         source = Path(pair.tuned.source)
         # a model that the run itself trained is called the same wherever the run stands
         own = source.is_relative_to(run.folder.path)
-        name = source.relative_to(run.folder.path).as_posix() if own else pair.tuned.source
-        yield Control("tuned", name, "tuned", recorded_training(pair.tuned.source)[1]), pair
+        called = source.relative_to(run.folder.path).as_posix() if own else pair.tuned.source
+        yield Control("tuned", called, "tuned", recorded_training(pair.tuned.source)[1]), pair
         for control in named_controls(settings):
             yield control, _load_control(run, pair.base, control)
         for number, noisy in enumerate(noise_pairs(pair, settings.noise_draws, seed=settings.seed)):
             yield Control(f"noise {number}", noisy.tuned.source, "noise", number), noisy
 
     def work(run: JobRun[Any]) -> Tables:
-        from mechscope.studies.control_tables import control_tables
+        from mechscope.difference import SmallestEffects
+        from mechscope.studies.control_tables import MEASURED, control_tables
 
-        return control_tables(pairs_of(run), run[documents].first(run.settings.control_documents).encoded, execution=run.execution)
+        settings, all_documents = run.settings, run[documents].encoded
+        encoded = run[documents].first(settings.control_documents).encoded
+        known = {"tuned": run.tables(MEASURED)} if len(encoded) == len(all_documents) else {}
+        return control_tables(
+            pairs_of(run),
+            encoded,
+            known=known,
+            gini=settings.gini,
+            geometry_documents=settings.geometry_documents,
+            same_input_documents=settings.same_input_documents,
+            smallest=SmallestEffects(run.table("smallest_effects")),
+            execution=run.execution,
+        )
 
     return Stage(
         name="controls",
         work=work,
-        hangs_on=("noise_draws", "control_documents", "seed"),
+        hangs_on=("noise_draws", "control_documents", "gini", "geometry_documents", "same_input_documents", "seed"),
         inputs=(both, documents, seen),
+        after=(difference,),
         when=lambda settings: settings.has_controls,
     )

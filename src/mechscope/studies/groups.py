@@ -43,6 +43,9 @@ class Loading(Running):
     dtype: Dtype = setting("float32", "Type of the weights; auto for the stored one.")
     device: str = setting("auto", "Where to run: auto, cpu, cuda, cuda:N, or spread (over all devices, for models too large for one).")
     unsafe: bool = setting(False, "Also accept pickled checkpoints (.bin), read with weights_only.")
+    tokenizer: str | None = setting(
+        None, "Tokenizer: hub id or directory, for a model that has none beside it or is to be read with another."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +151,6 @@ class PromptPairs(PairFormat):
     panel: ClassVar[str] = "Pairs"
 
     pairs: str = setting(..., PAIRS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaybePairs(PairFormat):
-    """Prompt pairs that a job can do without."""
-
-    panel: ClassVar[str] = "Pairs"
-
-    pairs: str | None = setting(None, PAIRS)
 
 
 @dataclass(frozen=True, kw_only=True)

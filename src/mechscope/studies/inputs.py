@@ -68,7 +68,12 @@ def load_subject(run: JobRun[Any], name: str, **options: Any) -> Subject:
     source = run.source(name)
     if isinstance(source, Subject):
         return source
-    return load(source, **loading(run.settings), tokenizer=options.pop("tokenizer", run.given.get("tokenizer")), **options)
+    return load(source, **{**loading(run.settings), "tokenizer": tokenizer_of(run), **options})
+
+
+def tokenizer_of(run: JobRun[Any]) -> Any:
+    """Return the tokenizer that was given in memory, or the source of the one that is named; None for the model's own."""
+    return run.given.get("tokenizer") or run.settings.tokenizer
 
 
 def _models(run: JobRun[Any]) -> dict[str, Subject]:
@@ -88,7 +93,9 @@ def load_both(run: JobRun[Any], base: str, tuned: str) -> Pair:
     resize: Literal["refuse", "truncate"] = getattr(run.settings, "resize", "refuse")
     if base in run.given or tuned in run.given:
         return pair(load_subject(run, base), load_subject(run, tuned), resize=resize)
-    return load_pair(getattr(run.settings, base), getattr(run.settings, tuned), resize=resize, **loading(run.settings))
+    return load_pair(
+        getattr(run.settings, base), getattr(run.settings, tuned), resize=resize, tokenizer=tokenizer_of(run), **loading(run.settings)
+    )
 
 
 def fingerprints(models: Mapping[str, Subject]) -> dict[str, list[str]]:
@@ -212,7 +219,14 @@ HELD_OUT: Input[Documents] = Input("held_out", _held_out, lambda documents: docu
 
 
 def read_prompt_pairs(
-    source: str, subject: Subject, *, limit: int | None, max_tokens: int, on_problem: Literal["skip", "error"], seed: int
+    source: str,
+    subject: Subject,
+    *,
+    limit: int | None,
+    max_tokens: int,
+    on_problem: Literal["skip", "error"],
+    seed: int,
+    corrupt: bool = True,
 ) -> Pairs:
     """Read or generate prompt pairs.
 
@@ -223,6 +237,7 @@ def read_prompt_pairs(
         max_tokens: Most tokens of a text that is made from a document and its summary.
         on_problem: What to do with pairs that cannot be used.
         seed: Of pairs that are made.
+        corrupt: Whether the rows of a file need a corrupt text.
 
     Raises:
         MechscopeError: The source is not known, or the pairs cannot be used with this model.
@@ -250,18 +265,24 @@ def read_prompt_pairs(
     if match := re.fullmatch(r"newsroom(?::(\w+))?", source):
         role: Any = match[1] or "where"
         return newsroom_pairs(number, seed=seed, role=role, tokenizer=subject.tokenizer)
-    return read_pairs(source, subject.tokenizer, limit=limit, on_problem=on_problem)
+    return read_pairs(source, subject.tokenizer, limit=limit, on_problem=on_problem, corrupt=corrupt)
 
 
-def prompt_pairs(run: JobRun[Any]) -> Pairs:
-    """Return the prompt pairs that a job names, or those that were given in memory."""
+def prompt_pairs(run: JobRun[Any], *, corrupt: bool = True) -> Pairs:
+    """Return the prompt pairs that a job names, or those that were given in memory; without `corrupt` only the clean side of a file's rows is read."""
     from mechscope.data.pairs import Pairs
 
     source, settings = run.source("pairs"), run.settings
     if isinstance(source, Pairs):
         return source
     return read_prompt_pairs(
-        source, run.first, limit=settings.limit, max_tokens=settings.max_tokens, on_problem=settings.on_problem, seed=settings.seed
+        source,
+        run.first,
+        limit=settings.limit,
+        max_tokens=settings.max_tokens,
+        on_problem=settings.on_problem,
+        seed=settings.seed,
+        corrupt=corrupt,
     )
 
 

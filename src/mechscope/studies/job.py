@@ -13,14 +13,22 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
-from mechscope.settings import Leaf, leaves
+from mechscope.errors import SettingsError
+from mechscope.settings import Leaf, leaves, read_settings, resolve
+from mechscope.store.ledger import SETTINGS
+from mechscope.store.paths import absent
 from mechscope.studies.inputs import first_model
 from mechscope.studies.run import Input, JobRun, S, Tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechscope.report.contents import Contents
     from mechscope.subject import Subject
+
+
+# panels of the help about how work is done rather than what is done, which stand last
+_LAST = {"Models": 1, "Run": 2}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,6 +77,7 @@ class Job(Generic[S]):
         preset: Settings of a job that takes none.
         execute: What runs it in place of the stages, for a job that fills no run folder; called as `run_job`.
         show: Prints what `execute` returned.
+        like: Setting that names the folder of a finished run of the same job, whose settings stand where none are given.
         function: What it is called in Python where its name is that of a package (`mechscope.lens`).
     """
 
@@ -88,12 +97,33 @@ class Job(Generic[S]):
     preset: Callable[[], S] | None = None
     execute: Callable[..., Any] | None = None
     show: Callable[[Any], None] | None = None
+    like: str = ""
     function: str = ""
 
     @property
     def options(self) -> tuple[Leaf, ...]:
         """The settings that a user can give: none of a job that has a preset."""
         return () if self.preset is not None else leaves(self.settings)
+
+    def resolve(self, config: str | Path | None = None, **given: Any) -> S:
+        """Build the settings of a run from a configuration file and what was given on top of it, as `mechscope.settings.resolve` does.
+
+        Raises:
+            SettingsError: As there; or the run that others are to be taken from is not there.
+        """
+        if self.preset is not None:
+            return self.preset()
+        values = read_settings(config, self.settings) if config is not None else {}
+        like, beneath = given.get(self.like) or values.get(self.like), {}
+        if self.like and like is not None:
+            if not Path(like).is_dir():
+                raise SettingsError(f"setting {self.like!r} is {str(like)!r}: {absent(str(like)) or 'no such folder'}")
+            file = Path(like) / SETTINGS
+            # of a training from elsewhere nothing is known; where another was run says nothing of where this one can be
+            beneath = (
+                {name: value for name, value in read_settings(file, self.settings).items() if name != "device"} if file.is_file() else {}
+            )
+        return resolve(self.settings, config, beneath=beneath, **given)
 
     @property
     def about(self) -> tuple[str, ...]:
@@ -102,8 +132,35 @@ class Job(Generic[S]):
         names = dict.fromkeys((*self.arguments, *(name for name in ("base", "tuned", "data", "pairs", "text") if name in known)))
         return tuple(sorted(names, key=lambda name: known[name].default is not MISSING))
 
+    def panel_of(self, leaf: Leaf) -> str:
+        """Return the heading under which a setting stands in the help and in a configuration file."""
+        return str(getattr(leaf.owner, "panel", self.name.capitalize()))
 
-@dataclass(frozen=True)
+    @property
+    def in_order(self) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
+        """The settings in the order of use: what the run is about and what it reads; then what tunes it, the job's own first, the machine last."""
+        about = {name: place for place, name in enumerate(self.about)}
+        reads = {self.panel_of(leaf) for leaf in self.options if leaf.name in about and leaf.name not in self.arguments}
+        panels = list(dict.fromkeys(self.panel_of(leaf) for leaf in self.options))
+        own = {self.panel_of(leaf) for leaf in self.options if leaf.owner is self.settings} | {getattr(self.settings, "panel", "")}
+
+        def panel(leaf: Leaf) -> tuple[bool, bool, int, int]:
+            if leaf.name in self.arguments:  # what is given by position stands in its order, whatever panel it is in
+                return False, False, 0, self.arguments.index(leaf.name)
+            name = self.panel_of(leaf)
+            return True, name not in reads, (name not in own) + 2 * _LAST.get(name, 0), panels.index(name)
+
+        def within(leaf: Leaf) -> tuple[int, int]:
+            # of texts how many and which part come before how they are written; a job's own settings keep their order
+            depth = -len(leaf.owner.__mro__) if self.panel_of(leaf) in reads else 0
+            return about.get(leaf.name, len(about)), depth
+
+        ordered = sorted(self.options, key=lambda leaf: (*panel(leaf), *within(leaf)))
+        first = tuple(leaf for leaf in ordered if leaf.name in self.arguments or self.panel_of(leaf) in reads)
+        return first, tuple(leaf for leaf in ordered if leaf not in first)
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """A finished run.
 
@@ -111,13 +168,56 @@ class Result:
         path: The run folder.
         report: The page; None where none was written.
         tables: Every table by name, also as attributes: `result.heads`.
+        settings: The resolved settings.
+        manifest: What the result depends on: models, data, versions, seeds.
+
+    In a notebook it shows the findings of the page and its small tables; `plot` draws the page's figures.
     """
 
     path: Path
     report: Path | None
     tables: Tables
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> pd.DataFrame:
         if name.startswith("_") or name not in self.tables:
             raise AttributeError(f"this run has no table {name!r}: it has {', '.join(sorted(self.tables))}")
         return self.tables[name]
+
+    def __repr__(self) -> str:
+        from mechscope.report.notebook import as_text
+
+        where = f"\nrun: {self.path}" if self.report is not None else ""
+        return as_text(self._contents()) + where
+
+    def _repr_html_(self) -> str:
+        from mechscope.report.notebook import as_html
+
+        return as_html(self._contents())
+
+    @property
+    def plots(self) -> dict[str, str]:
+        """The figures that `plot` draws: their names and what they show."""
+        from mechscope.report.notebook import figures
+
+        return {name: figure.title for name, figure in figures(self.tables).items()}
+
+    def plot(self, name: str | None = None) -> Any:
+        """Return a figure of the page as an altair chart.
+
+        Args:
+            name: Which one of `plots`; may be left out where there is one.
+
+        Raises:
+            RunError: There is no such figure, or there are several and none is named; the message lists them.
+        """
+        from mechscope.report.notebook import plot
+
+        return plot(self.tables, name)
+
+    def _contents(self) -> Contents:
+        from mechscope.report.contents import Contents
+        from mechscope.report.notebook import shown
+
+        return Contents(self.path, shown(self.tables), self.settings, self.manifest)

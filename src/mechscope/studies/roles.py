@@ -68,12 +68,12 @@ def score_roles(
         try:
             scores += roles(subject, n=probes, execution=execution)
         except DataError as error:
-            log.warning("some head roles are left out: %s", error)
+            log.warning("some head roles are left out: %s", error, extra={"weakens": "head_roles"})
     if documents is not None:
         try:
             lead = lead_spans(documents.corpus, documents.encoded, subject.tokenizer, template=documents.template)
         except DataError as error:
-            log.warning("the role lead-sentence is left out: %s", error)
+            log.warning("the role lead-sentence is left out: %s", error, extra={"weakens": "head_roles"})
             lead = None
         scores += document_roles(subject, documents.encoded, lead=lead, execution=execution)
     return tuple(scores)

@@ -16,12 +16,14 @@ from mechscope.report.theme import model_name
 from mechscope.settings import Settings, leaves
 from mechscope.store.run import RunFolder
 from mechscope.studies.job import Job, Result, Stage
+from mechscope.studies.noted import noting
+from mechscope.studies.places import table_names
 from mechscope.studies.run import JobRun
 
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Settings)
-REPORT = "report"
+REPORT, CAVEATS = "report", "caveats"
 
 
 def run_job(
@@ -39,7 +41,7 @@ def run_job(
         job: The job.
         settings: Its settings.
         out: The run folder; None for a run that leaves nothing behind but its tables.
-        command: The command line that began it, for the report.
+        command: The command line that begins or continues it, for the report.
         progress: Called with a label, what is done and how much there is.
         given: Models and documents in memory, by the name of the setting that would name their source.
 
@@ -63,21 +65,26 @@ def _run(
     page: bool,
 ) -> Result:
     with RunFolder.open(out, dataclasses.asdict(settings), kind=job.name, identity=job.about) as folder:
-        if command is not None and "command" not in folder.manifest:
-            folder.record("command", list(command))
+        if command is not None:
+            folder.record_command(command)
         run = JobRun(settings, folder, first=job.first, progress=progress, given=given)
-        for wanted in job.inputs:
-            run[wanted]
-        job.check(run)
+        with noting() as noted:
+            for wanted in job.inputs:
+                run[wanted]
+            job.check(run)
+        if noted or "caveats" in folder.manifest:
+            folder.record("caveats", noted)
         folder.record("seeds", _seeds(settings))
-        done = {REPORT}
+        done = {REPORT, CAVEATS}
         for stage in job.stages:
             if stage.when(settings):
                 done.update(_do(run, stage))
         # what an earlier command on the folder did beside this one may be of other settings: it stays there and is not shown
         left_out = [name for stage in folder.manifest["stages"] if stage not in done for name in _tables_of(folder, stage)]
         folder.record("page", {"title": job.title(_names(run)), "sections": list(job.sections), "left_out": sorted(left_out)})
-        return Result(folder.path, draw(folder) if page else None, _tables(folder))
+        _weigh(folder)
+        report = draw(folder) if page else None
+        return Result(folder.path, report, _tables(folder), folder.settings, dict(folder.manifest))
 
 
 def _do(run: JobRun[Any], stage: Stage) -> list[str]:
@@ -90,8 +97,9 @@ def _do(run: JobRun[Any], stage: Stage) -> list[str]:
         with run.folder.stage(_name(stage, label), _depends(run, stage), alone=stage.alone) as stored:
             if not stored.done:
                 run._stage = stored
-                for name, table in (stage.work(run) or {}).items():
-                    stored.write_table(name, table)
+                with noting() as stored.caveats:
+                    for name, table in (stage.work(run) or {}).items():
+                        stored.write_table(name, table)
     run.label, run._stage = "", None
     return [_name(stage, label) for label in labels]
 
@@ -140,13 +148,28 @@ def _tables_of(folder: RunFolder, stage: str) -> list[str]:
     return [Path(name).stem for name in folder.manifest["stages"][stage]["outputs"] if name.startswith("tables/")]
 
 
+def _weigh(folder: RunFolder) -> None:
+    """Write the table `caveats` of an open run: what weakens its statements, by its tables and by what was noted while they were made."""
+    from mechscope.report.contents import Contents
+    from mechscope.report.summary import Summary
+
+    stages = {name: record["outputs"] for name, record in folder.manifest["stages"].items() if name not in (REPORT, CAVEATS)}
+    if not any(_tables_of(folder, name) for name in stages):
+        return
+    about = {"noted": folder.manifest.get("caveats"), "page": folder.manifest.get("page"), "code": folder.ledger.code}
+    with folder.stage(CAVEATS, {**stages, **about}, alone=True) as stage:
+        if not stage.done:
+            stage.write_table("caveats", Summary.of(Contents.read(folder.path)).table())
+
+
 def draw(folder: RunFolder) -> Path:
     """Write `report.html` and the figures of an open run, and return the page's path."""
     from mechscope.report.page import render
 
     inputs = {name: record["outputs"] for name, record in folder.manifest["stages"].items() if name != REPORT}
     # another version of mechscope may draw otherwise
-    with folder.stage(REPORT, {**inputs, "page": folder.manifest.get("page"), "code": folder.ledger.code}, alone=True) as stage:
+    about = {"page": folder.manifest.get("page"), "commands": folder.manifest.get("commands"), "code": folder.ledger.code}
+    with folder.stage(REPORT, {**inputs, **about}, alone=True) as stage:
         if not stage.done:
             page = render(folder.path)
             stage.add(page)
@@ -154,18 +177,39 @@ def draw(folder: RunFolder) -> Path:
     return folder.path / "report.html"
 
 
-def draw_again(path: str | Path) -> Path:
-    """Write a run's report again, from its tables, and return the page's path.
+def draw_again(path: str | Path) -> tuple[Path, list[str]]:
+    """Write a run's report again, from its tables; those that are not as the run wrote them are named on the page.
+
+    Returns:
+        The page's path, and the names of the tables that were edited.
 
     Raises:
-        RunError: It is not a run folder, or holds no tables yet.
+        RunError: It is not a run folder, holds no tables yet, or tables are missing or damaged; the message names them all.
     """
+    from mechscope.report.contents import Contents
+
     held = RunFolder.read(path)
-    if not any(name.startswith("tables/") for stage in held.manifest["stages"].values() for name in stage["outputs"]):
+    names = table_names(held)
+    if not names:
         raise RunError(f"{path} holds no table to report on: run the job again with --out {path}")
+    if spoilt := [f"{name} ({problem})" for name in names if name != CAVEATS and (problem := _problem(held, name))]:
+        raise RunError(f"{path} has tables that cannot be read: {', '.join(spoilt)}; the same command with --out {path} makes them again")
     with RunFolder.open(path, held.settings, kind=held.kind) as folder:
-        folder.manifest["stages"].pop(REPORT, None)
-        return draw(folder)
+        for stage in (REPORT, CAVEATS):
+            folder.manifest["stages"].pop(stage, None)
+        _weigh(folder)
+        return draw(folder), Contents.read(path).edited
+
+
+def _problem(run: RunFolder, table: str) -> str:
+    """Return why a table of a run cannot be read; empty where it can."""
+    if not (run.path / "tables" / f"{table}.parquet").is_file():
+        return "missing"
+    try:
+        run.table(table)
+    except RunError:
+        return "damaged"
+    return ""
 
 
 def plain(label: str) -> str:

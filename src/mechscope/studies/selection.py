@@ -71,6 +71,42 @@ def _select(run: JobRun[Any]) -> Tables:
     return {"selection": table}
 
 
+def control_selection_stage(controls: Stage) -> Stage:
+    """Return the stage that asks what every rule would choose if a control were the tuned model, from the tables of controls."""
+    return Stage(
+        name="control_selection",
+        work=_select_controls,
+        hangs_on=("selected_layers", "selected_heads", "rows", "seed"),
+        after=(controls,),
+        when=lambda settings: settings.has_controls,
+        alone=True,
+    )
+
+
+def _select_controls(run: JobRun[Any]) -> Tables:
+    import pandas as pd
+
+    from mechscope.difference.selection import selection_table
+    from mechscope.studies.control_tables import beside_columns, of_each
+
+    settings = run.settings
+    tables = [
+        beside_columns(
+            selection_table(
+                heads,
+                layers,
+                n_selected_layers=settings.selected_layers,
+                n_selected_heads=settings.selected_heads,
+                seed=settings.seed,
+                rows=settings.rows,
+            ).drop(columns=["frequency", "n_resamples"]),
+            named,
+        )
+        for named, (heads, layers) in of_each(run.tables(("control_heads", "control_layers")))
+    ]
+    return {"control_selection": pd.concat(tables, ignore_index=True)}
+
+
 def _chosen(run: JobRun[Any]) -> Chosen:
     table = run.table("selection")
     return Chosen(chosen_by(table, run.settings.layer_rule), chosen_by(table, run.settings.head_rule))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -32,8 +33,8 @@ def _lines(job: Job[Any]) -> Iterator[str]:
     yield f"# {job.help}"
     yield f"# Given by: mechscope {' '.join(filter(None, (job.group, job.name)))} --config THIS_FILE"
     panel = ""
-    for leaf in sorted(job.options, key=lambda leaf: job.about.index(leaf.name) if leaf.name in job.about else len(job.about)):
-        if (own := getattr(leaf.owner, "panel", "")) != panel:
+    for leaf in chain(*job.in_order):
+        if (own := "Models" if leaf.name in job.arguments else job.panel_of(leaf)) != panel:
             panel = own
             yield f"\n# {panel}"
         yield from (f"# {line}" for line in textwrap.wrap(leaf.help, 120))

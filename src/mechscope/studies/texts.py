@@ -137,8 +137,9 @@ def means_over_texts(table: pd.DataFrame, by: Sequence[str], *columns: str) -> p
         columns: What is averaged; missing values are left out.
 
     Returns:
-        One row per group in the order of the table: the columns `by`, `n` (texts), and each column with `_low` and `_high` (95 %, Student's t; missing
-        where there is one text).
+        One row per group in the order of the table: the columns `by`, `n` (texts), and each column with `_low` and `_high` (95 %, as of
+        `mechscope.stats.inference`; missing
+        below six texts).
     """
     import pandas as pd
 
@@ -149,6 +150,6 @@ def means_over_texts(table: pd.DataFrame, by: Sequence[str], *columns: str) -> p
     counts, result = groups.count(), pd.DataFrame({"n": groups.size()})
     for column in columns:
         mean = groups[column].mean()
-        low, high = interval(mean, groups[column].sem(), counts[column])
+        low, high = interval(mean, groups[column].sem(), counts[column], skewness=groups[column].skew())
         result[column], result[f"{column}_low"], result[f"{column}_high"] = mean, low, high
     return result.reset_index()

@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
+from mechscope.shapes import by_shape
 
 Layout = Literal["apart", "side_by_side", "interleaved"]
 
@@ -46,6 +47,8 @@ class Slice:
     side: Literal["output", "input"]
     starts: tuple[int, ...]
     width: int
+
+    __repr__ = by_shape
 
     def features(self, head: int) -> Int[Tensor, " width"]:
         """Return the indices of the features that belong to a query head."""
@@ -93,6 +96,8 @@ class Block:
     mlp_down: nn.Module
     mlp_linears: tuple[str, ...]
 
+    __repr__ = by_shape
+
     @property
     def d_mlp(self) -> int:
         """Number of the MLP's neurons."""
@@ -118,6 +123,8 @@ class Anatomy:
     unembedding: nn.Module
     logit_softcap: float | None
     logit_multiplier: float
+
+    __repr__ = by_shape
 
     def heads(self) -> Iterator[tuple[int, int]]:
         """Yield every (layer, head)."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from mechscope.errors import ModelError
+from mechscope.store.paths import check_model_path
 
 
 def read_adapter_config(source: str) -> dict[str, Any] | None:
@@ -42,14 +43,10 @@ def read_model(
     Raises:
         ModelError: Nothing loadable is there; the message names what was found and what to do.
     """
+    check_model_path(source)
     folder = Path(source)
-    if folder.is_file():
-        raise ModelError(f"model {source!r} is a file: give the directory that holds config.json and the weights")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        contents = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-        raise ModelError(
-            f"directory {source!r} is not a model: it has no config.json (it holds {contents}); give a directory written by save_pretrained"
-        )
+        raise ModelError(f"directory {source!r} is an adapter, not a whole model: name the model that it was trained on")
     if not unsafe and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(f"model {source!r} has only pickled weights (.bin): save it as safetensors, or pass unsafe=True to read them")
     try:
@@ -69,7 +66,7 @@ def read_model(
             output_loading_info=True,
         )
     except SafetensorError as error:
-        raise ModelError(f"model {source!r}: a safetensors file is truncated or corrupt ({error}): download or save it again") from error
+        raise ModelError(f"model {source!r}: {_unreadable(folder)} truncated or corrupt ({error}): download or save it again") from error
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"model {source!r}: its pickled file is damaged or holds more than weights: it is not read, safetensors are"
@@ -100,7 +97,10 @@ def read_adapter(source: str, base: str, **options: Any) -> PeftModel:
         raise ModelError(
             f"adapter {source!r} has no adapter_model.safetensors: save it as safetensors, or pass unsafe=True to read a pickled one"
         )
-    model = read_model(base, **options)
+    try:
+        model = read_model(base, **options)
+    except ModelError as error:
+        raise ModelError(f"the base of adapter {source!r}: {error}") from error
     try:
         with warnings.catch_warnings():
             # peft only warns of matrices that the file lacks, and leaves them as if never trained
@@ -111,7 +111,7 @@ def read_adapter(source: str, base: str, **options: Any) -> PeftModel:
             f"adapter {source!r} is incomplete, its configuration asks for weights it lacks: {_first_lines(warning)}"
         ) from warning
     except SafetensorError as error:
-        raise ModelError(f"adapter {source!r}: its safetensors file is truncated or corrupt ({error})") from error
+        raise ModelError(f"adapter {source!r}: {_unreadable(folder)} truncated or corrupt ({error}): train or save it again") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"adapter {source!r} does not fit base model {base!r}: {_first_lines(error)}") from error
 
@@ -137,6 +137,18 @@ def read_tokenizer(tokenizer: Any, sources: list[str]) -> Any:
     if error is None:
         raise ModelError(f"model {sources[0]!r} has no tokenizer beside it: name one with tokenizer=…")
     raise ModelError(f"no tokenizer can be loaded from {candidates[-1]!r}: {_first_lines(error)}") from error
+
+
+def _unreadable(folder: Path) -> str:
+    """Return which safetensors files of a folder cannot be read, with their verb."""
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            names.append(file.name)
+    return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'}" if names else "a safetensors file is"
 
 
 def _first_lines(error: Exception) -> str:

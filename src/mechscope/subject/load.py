@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mechscope import ranks
 from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
+from mechscope.store.paths import check_model_path, located
 from mechscope.subject.anatomy import Anatomy, discover
 from mechscope.subject.checkpoint import read_adapter, read_adapter_config, read_model, read_tokenizer
 from mechscope.subject.placement import fetched, place_of, require_in_memory, warn_if_emulated
@@ -195,26 +196,28 @@ def load(
     """
     if isinstance(source, nn.Module):
         return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
+    source = located(source)
+    check_model_path(source)
     options = {"dtype": _dtype(dtype), "device_map": device_map, "unsafe": unsafe}
     if device == "spread" and device_map is None:
         options |= {"device_map": "auto", "max_memory": _memory_of_rank()}
-    adapter, beneath = read_adapter_config(str(source)), ""
+    adapter, beneath = read_adapter_config(source), ""
     if adapter is None:
-        model = read_model(str(source), **options)
+        model = read_model(source, **options)
     else:
         recorded = adapter.get("base_model_name_or_path")
         beneath = str(base or recorded or "")
         if base is not None and recorded not in (None, beneath):
             log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
-        model = read_adapter(str(source), beneath, **options)
+        model = read_adapter(source, beneath, **options)
     if options["device_map"] is None:
         model = model.to(_device(device))
-    return _wrap(model, read_tokenizer(tokenizer, [str(source), *([beneath] if beneath else [])]), str(source))
+    return _wrap(model, read_tokenizer(tokenizer, [source, *([beneath] if beneath else [])]), source)
 
 
 def is_adapter(source: str | Path) -> bool:
     """Tell whether a source is a PEFT adapter rather than a whole model."""
-    return read_adapter_config(str(source)) is not None
+    return read_adapter_config(located(source)) is not None
 
 
 def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:

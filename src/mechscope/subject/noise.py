@@ -9,7 +9,6 @@ nets", who match filter by filter.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,7 +42,7 @@ class Change:
 
 
 def noise_pairs(pair: Pair, draws: int, *, seed: int = 0) -> Iterator[Pair]:
-    """Yield the base beside itself with noise of the size of fine-tuning, one draw after the other.
+    """Yield the base beside itself with noise of the size of fine-tuning, one draw after the other; nothing where fine-tuning changed nothing.
 
     All draws share one copy of the base's weights, which the next one overwrites: use each before the next is taken. Base and tuned model are not touched.
     A draw depends on its number, the seed and the names of parameters only, not on the device.
@@ -61,6 +60,8 @@ def noise_pairs(pair: Pair, draws: int, *, seed: int = 0) -> Iterator[Pair]:
     for side in (pair.base, pair.tuned):
         side.require_in_memory("a control of noise")
     changes = weight_changes(pair)
+    if not any(change.norm for of_one in changes.values() for change in of_one):
+        return
     model = plain_copy(pair.base)
     anatomy = discover(model)
     parameters = dict(model.named_parameters())
@@ -93,12 +94,6 @@ def weight_changes(pair: Pair) -> dict[str, list[Change]]:
             for axis, index in _cuts(pair.base, name, base, shared)
         ]
     return changes
-
-
-def relative_change(pair: Pair) -> float:
-    """Return the norm of the change of all weights over the norm of the base's."""
-    changed = sum(change.norm**2 for changes in weight_changes(pair).values() for change in changes)
-    return math.sqrt(changed / sum(float(weight.double().square().sum()) for _, weight in pair.base.weights()))
 
 
 def plain_copy(subject: Subject) -> torch.nn.Module:

@@ -10,7 +10,6 @@ Everything is an accumulator: summed over batches, and over shards of texts by `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
@@ -57,13 +56,14 @@ class Activity:
 
         Raises:
             SettingsError: `contexts` is below 1.
-            DataError: There are no texts, two have the same id, or one does not fit the model.
+            DataError: There are no texts, or one does not fit the model.
         """
         if contexts < 1:
             raise SettingsError(f"contexts is {contexts}: keep at least 1 per neuron")
         check_fits(mlps.subject, texts)
         self.texts, self.n_tokens = tuple(pair.id for pair in texts), 0
-        self._numbers = _numbered(self.texts)
+        if not self.texts:
+            raise DataError("there are no texts: nothing to measure neurons on")
         longest = max(len(pair.clean) for pair in texts)
         self.layers = [
             LayerActivity(width, gated=parts.gate is not None, contexts=contexts, longest=longest)
@@ -72,7 +72,7 @@ class Activity:
 
     @torch.no_grad()
     def of(self, mlps: Mlps, batch: PairBatch) -> tuple[Activity, list[Float[np.ndarray, "text 2 neuron"]]]:
-        """Run a model on a batch of these texts (their clean sides) and return what its neurons do there alone, to be added by `add`.
+        """Run a model on a batch of these texts (their clean sides; `indices` says which); what is returned is added by `add`.
 
         Returns:
             The statistics of the batch; and for every layer what each of its texts, in ascending order of their numbers, is in `LayerActivity.by_text`.
@@ -110,7 +110,8 @@ class Activity:
             DataError: A text is in both.
             ValueError: The other object has other layers, neurons or numbers of contexts.
         """
-        self._numbers = _numbered((*self.texts, *other.texts))
+        if both := set(self.texts).intersection(other.texts):
+            raise DataError(f"text {sorted(both)[0]!r} is in both: it would count twice; merge what was measured on different texts")
         for own, more in zip(self.layers, other.layers, strict=True):
             own.merge(more, texts_before=len(self.texts))
         self.texts, self.n_tokens = (*self.texts, *other.texts), self.n_tokens + other.n_tokens
@@ -146,13 +147,13 @@ class Activity:
         return pd.DataFrame(columns)
 
     def _tokens(self, batch: PairBatch) -> Tokens:
-        order = sorted(range(len(batch.pairs)), key=lambda row: self._numbers[batch.pairs[row].id])
+        order = sorted(range(len(batch.pairs)), key=lambda row: batch.indices[row])
         width, rows, text, position = batch.clean.shape[1], [], [], []
         for row in order:
             length = len(batch.pairs[row].clean)
             places = torch.arange(length)
             rows.append(row * width + batch.shift(row) + places)
-            text.append(torch.full((length,), self._numbers[batch.pairs[row].id]))
+            text.append(torch.full((length,), batch.indices[row]))
             position.append(places)
         flat = torch.cat(rows)
         return Tokens(flat, torch.cat(text), torch.cat(position), batch.clean.flatten()[flat], [len(one) for one in rows])
@@ -168,7 +169,7 @@ def neuron_activity(subject: Subject, texts: Pairs, *, contexts: int = 5, execut
         execution: Tokens of a batch (2,048 by default), progress.
 
     Raises:
-        DataError: There are no texts, two have the same id, or one does not fit the model.
+        DataError: There are no texts, or one does not fit the model.
         ModelError: The model's MLPs cannot be taken apart, or an activation is not finite.
         SettingsError: A number is below 1.
     """
@@ -187,13 +188,3 @@ ENDS = {"se": "standard_error", "low": "low", "high": "high"}
 def _rows(values: Tensor, rows: Int[Tensor, " n"]) -> Float[Tensor, "n neuron"]:
     flat = values.reshape(-1, values.shape[-1])[rows.to(values.device)]
     return flat if flat.element_size() > 2 else flat.float()
-
-
-def _numbered(texts: Sequence[str]) -> dict[str, int]:
-    numbers = {name: number for number, name in enumerate(texts)}
-    if not texts:
-        raise DataError("there are no texts: nothing to measure neurons on")
-    if len(numbers) < len(texts):
-        twice = next(name for number, name in enumerate(texts) if numbers[name] != number)
-        raise DataError(f"text {twice!r} is there twice: its contexts could not be told apart; give every text once, under its own id")
-    return numbers

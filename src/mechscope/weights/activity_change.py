@@ -19,7 +19,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.instrument.mlp import Mlps
 from mechscope.instrument.texts import over_texts
 from mechscope.stats.inference import benjamini_hochberg, estimate
-from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.subject import Pair
 from mechscope.weights.activity import ENDS, Activity
 from mechscope.weights.contexts import TopContexts
@@ -46,7 +46,7 @@ class ActivityChange:
 
     base: Activity
     tuned: Activity
-    changes: tuple[Moments, ...]
+    changes: tuple[ThirdMoments, ...]
 
     def merge(self, other: ActivityChange) -> None:
         """Add what the same models did on other texts.
@@ -98,7 +98,7 @@ def activity_change(pair: Pair, texts: Pairs, *, contexts: int = 5, execution: E
         execution: Tokens of a batch (2,048 by default), progress.
 
     Raises:
-        DataError: There are no texts, two have the same id, or one does not fit a model.
+        DataError: There are no texts, or one does not fit a model.
         ModelError: The models' MLPs cannot be taken apart or have different numbers of neurons, or an activation is not finite.
         SettingsError: A number is below 1.
     """
@@ -108,7 +108,7 @@ def activity_change(pair: Pair, texts: Pairs, *, contexts: int = 5, execution: E
             f"base and tuned have MLPs of different widths ({mlps[0].widths} and {mlps[1].widths}): their neurons cannot be paired"
         )
     base, tuned = (Activity(side, texts, contexts=contexts) for side in mlps)
-    change = ActivityChange(base, tuned, tuple(Moments((2, width)) for width in mlps[0].widths))
+    change = ActivityChange(base, tuned, tuple(ThirdMoments((2, width)) for width in mlps[0].widths))
 
     def both(batch: PairBatch) -> tuple[Activity, Activity, list[np.ndarray]]:
         (before, one), (after, two) = base.of(mlps[0], batch), tuned.of(mlps[1], batch)

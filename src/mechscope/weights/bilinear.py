@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope.shapes import by_shape
+
 
 @dataclass(frozen=True)
 class Singular:
@@ -28,6 +30,8 @@ class Singular:
     values: Float[Tensor, " n"]
     left: Float[Tensor, "n d_model"]
     right: Float[Tensor, "n d_model"]
+
+    __repr__ = by_shape
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Bilinear:
     right: Float[Tensor, "rank d_model"]
     left_constant: Float[Tensor, " rank"] | None = None
     right_constant: Float[Tensor, " rank"] | None = None
+
+    __repr__ = by_shape
 
     @property
     def rank(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.shapes import by_shape
 from mechscope.subject.components import Components, chosen_heads
 from mechscope.subject.load import Subject
 from mechscope.weights.forms import Forms
@@ -39,6 +40,8 @@ class Eigenvalues:
     """
 
     values: Tensor
+
+    __repr__ = by_shape
 
     @classmethod
     def of(cls, a: Float[Tensor, "vocab rank"], b: Float[Tensor, "vocab rank"]) -> Eigenvalues:

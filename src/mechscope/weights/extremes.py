@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechscope.shapes import by_shape
+
 # a block of 512 × 1,024 float32 entries, 2 MiB, stays near the processor
 _ROWS, _COLUMNS = 512, 1024
 # entries of a few whole rows held at once; 64 MiB in float32
@@ -33,6 +35,8 @@ class Entries:
     rows: Int[Tensor, " n"]
     columns: Int[Tensor, " n"]
     values: Float[Tensor, " n"]
+
+    __repr__ = by_shape
 
 
 def extremes(a: Float[Tensor, "m rank"], b: Float[Tensor, "n rank"], *, k: int) -> tuple[Entries, Entries]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechscope.stats.moments import Moments
+from mechscope.stats.skewness import ThirdMoments
 from mechscope.weights.contexts import TopContexts
 
 # a group per position up to the first number and then eight to an octave: 64 groups up to 1,024, 120 up to 131,072
@@ -57,7 +58,7 @@ class LayerActivity:
     def __init__(self, n_neurons: int, *, gated: bool, contexts: int, longest: int) -> None:
         """Start with no tokens; `longest` is the number of tokens of the longest text."""
         self._gated, self._longest = gated, longest
-        self.by_text, self.tokens = Moments((2, n_neurons)), Moments((n_neurons,))
+        self.by_text, self.tokens = ThirdMoments((2, n_neurons)), Moments((n_neurons,))
         self.minimum, self.maximum = np.full(n_neurons, np.inf), np.full(n_neurons, -np.inf)
         self.active: Int[np.ndarray, " neuron"] = np.zeros(n_neurons, dtype=np.int64)
         self.contexts = TopContexts(contexts, n_neurons, by_size=gated)

@@ -145,12 +145,20 @@ class _Reader:
     """Texts, to look contexts up in."""
 
     def __init__(self, activity: Activity, texts: Pairs) -> None:
+        self._activity = activity
+        if tuple(pair.id for pair in texts) == activity.texts:
+            # by their place, as an id may stand for several texts
+            self._tokens = [pair.clean for pair in texts]
+            return
         tokens = {pair.id: pair.clean for pair in texts}
+        if several := [pair.id for pair in texts if tokens[pair.id] != pair.clean]:
+            raise DataError(
+                f"{several[0]!r} names several of the texts ({texts.source}): give exactly the texts that the activity was measured on"
+            )
         if missing := [text for text in activity.texts if text not in tokens]:
             raise DataError(
                 f"text {missing[0]!r} of the activity is not among the texts ({texts.source}): give the texts that it was measured on"
             )
-        self._activity = activity
         self._tokens = [tokens[text] for text in activity.texts]
 
     def contexts(self, mlps: Mlps, layer: int, neurons: Int[Tensor, " some"]) -> _Contexts:

@@ -23,6 +23,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.instrument.mlp import Mlp, Mlps, Reading
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.readout import Readout
+from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 from mechscope.weights.vocabulary import Vocabulary
 
@@ -42,6 +43,8 @@ class TopTokens:
 
     tokens: Int[Tensor, "neuron k"]
     values: Float[Tensor, "neuron k"]
+
+    __repr__ = by_shape
 
 
 @torch.no_grad()

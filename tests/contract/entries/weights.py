@@ -9,18 +9,18 @@ from tests.contract.technique import Case, Result, Technique, columns, numbers
 
 def activity(case: Case, execution: Execution) -> Result:
     """Tell what every neuron does, and what those that do it most promote."""
-    measured = weights.neuron_activity(case.subject, case.distinct, contexts=2, execution=execution)
-    memories = weights.memories(case.subject, measured, case.distinct, before=3, k=2)
+    measured = weights.neuron_activity(case.subject, case.pairs, contexts=2, execution=execution)
+    memories = weights.memories(case.subject, measured, case.pairs, before=3, k=2)
     return (
         columns(measured.table())
-        | numbers(weights.agreement(case.subject, measured, case.distinct), "agreement")
+        | numbers(weights.agreement(case.subject, measured, case.pairs), "agreement")
         | numbers(memories, "memories")
     )
 
 
 def activity_change(case: Case, execution: Execution) -> Result:
     """Tell what every neuron of two models does."""
-    return columns(weights.activity_change(case.pair, case.distinct, contexts=2, execution=execution).table())
+    return columns(weights.activity_change(case.pair, case.pairs, contexts=2, execution=execution).table())
 
 
 # these run no model over texts

@@ -46,15 +46,15 @@ def test_the_sentence_counts_the_heads_that_came_nearer() -> None:
     (sentence,) = findings("attention-lens", attention_lens=table)
     assert "what a2.h1 writes comes nearest to the model's prediction, of 8 heads: KL 0.500 [0.400, 0.600] nats" in sentence
     assert "0.900 without. The maps bring 2 of 8 heads nearer" in sentence
-    assert sentence.endswith("; 1 are worse than none.")
+    assert sentence.endswith(" (q < 0.05); 1 are worse than none (n = 1 text).")
 
 
 def test_three_steps_have_not_converged_and_nothing_is_said_of_their_maps() -> None:
     table = run(JOB, None, **QUICK).attention_lens
     assert not table["converged"].any()
     (sentence,) = findings("attention-lens", attention_lens=table)
-    assert "What the maps of 8 of 8 heads say is withheld: their training had not converged" in sentence
-    assert "too few to tell" in sentence
+    assert sentence.startswith("What the maps of 8 of 8 heads say: withheld, as their training had not converged (the first: ")
+    assert sentence.endswith("too few to tell whether it arrived); give it more steps (n = 1 text).")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.lens import backward_lens
 from mechscope.studies.jobs.backward_lens import JOB
+from tests.stats.skewed import mean_test
 from tests.studies.jobs.running import PAIRS, findings, refuses, run, shown, subject
 
 MATRICES = "mlp_down,mlp_up"
@@ -44,14 +45,14 @@ def test_wanted_tokens_are_the_target_or_the_answer() -> None:
 
 
 def test_summary_averages_texts_and_knows_chance() -> None:
-    result = run(JOB, None, documents=4, layers="2", top=5)
+    result = run(JOB, None, documents=6, layers="2", top=5)
     (row,) = result.backward_lens_summary.to_dict("records")
     wanted = result.backward_lens[result.backward_lens["target"] != ""]
     assert (wanted["promoted"] == [target in list(top) for target, top in zip(wanted["target"], wanted["top_tokens"], strict=True)]).all()
     of_texts = wanted.assign(promoted=wanted["promoted"].astype(float)).groupby("text")["promoted"].mean()
     assert row["promoted"] == pytest.approx(of_texts.mean())
-    assert row["promoted_high"] - row["promoted"] == pytest.approx(3.18245 * of_texts.std() / 2, rel=1e-4)  # t with 3 degrees of freedom
-    assert row["n"] == 4
+    assert [row["promoted_low"], row["promoted_high"]] == pytest.approx(mean_test(of_texts.to_numpy())[:2], rel=1e-4)
+    assert row["n"] == 6
     assert row["chance"] == pytest.approx(5 / 97)
 
 
@@ -62,9 +63,9 @@ def test_the_sentences_follow_from_the_table() -> None:
     summary["update_norm"], summary["chance"] = [2.0, 1.0], 0.05
     promoted, largest = findings("backward-lens", backward_lens_summary=summary)
     assert "most often in layer 1: at 75\u202f% [60.0, 90.0]" in promoted
-    assert "(mean over 3 texts); in 1 of 2 layers" in promoted
-    assert "Chance is 5.00 %" in promoted
-    assert "largest in mlp down of layer 0: 2.00" in largest
+    assert "; in 1 of 2 layers it does at half of them or more" in promoted
+    assert promoted.endswith(" A list of as many tokens drawn by chance has it at 5.00\u202f% (n = 3 texts).")
+    assert largest == "The gradient is largest in mlp down of layer 0: 2.00 per token (n = 3 texts)."
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_rates_are_counted_and_what_is_wrong_too_often_is_named(tmp_path: Path, 
     assert table["holds"].to_dict() == {"it_changed": True, "it_grew": False, "mean": True, "share": False, "it_is": True}
     assert table["withheld"].fillna(0).to_dict()["share"] == 0.5
     page = calibration_page(result.calibration)
-    assert f"Not calibrated: it_grew where nothing changed: {percent(0.5)} of 40 draws." in page
-    assert "1 of 2 rates of wrong verdicts are shown not to be as claimed" in page
+    assert f"\n- Not calibrated: it_grew where nothing changed: {percent(0.5)} (n = 40 draws).\n" in page
+    assert "\n- 1 of 2 rates of wrong verdicts are shown not to be as claimed; " in page
     assert "**0.500" in page
     only = run(JOB, tmp_path / "other", claims="it_grew", form="full", seed=1).calibration
     assert (only["n"].item(), only["rate"].item()) == (400, 0.5)

@@ -59,7 +59,10 @@ def test_every_run_has_a_sentence_of_its_own_numbers() -> None:
     table["withheld"] = ["", ""]
     first, second = findings("counterfactual", counterfactual=table)
     assert first.startswith("Run “one” changes logit-diff by ")
-    assert "Run “two” changes logit-diff by −2.00 [−3.00, −1.00] to 0.500 (n = 6 texts), 25\u202f% [10.0, 40.0] of the way" in second
+    assert second == (
+        "Run “two” changes logit-diff by −2.00 [−3.00, −1.00] to 0.500, 25\u202f% [10.0, 40.0] of the way from the corrupt run to the clean one "
+        "(n = 6 texts)."
+    )
 
 
 @pytest.mark.parametrize(

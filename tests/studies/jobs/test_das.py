@@ -78,23 +78,35 @@ def exchanges(learned: float, random: float, *, width: float = float("nan"), unc
 )
 def test_the_sentence_judges_by_the_best_random_subspace(random: float, verdict: str) -> None:
     (sentence,) = findings("das", das=exchanges(0.7, random))
-    assert "a learned subspace of 3 dimensions of resid1 makes 70\u202f% [60.0, 80.0] of 100 held-out pairs right" in sentence
+    assert "a learned subspace of 3 dimensions of resid1 makes 70\u202f% [60.0, 80.0] of held-out pairs right; " in sentence
     assert "the whole vector 90\u202f%, nothing 2\u202f%" in sentence
-    assert f"2 random subspaces of equal size reach {100 * random:.0f}\u202f% at most: {verdict}." in sentence
+    assert sentence.endswith(
+        f" 2 random subspaces of equal size reach {100 * random:.0f}\u202f% at most: {verdict} (n = 100 held-out pairs)."
+    )
 
 
 def test_a_width_is_said_where_it_was_sought_and_its_training_converged() -> None:
     _, sentence = findings("das", das=exchanges(0.7, 0.1, width=1.0))
     assert "1 dimension is the fewest of resid1 that do as well as the best" in sentence
-    _, sentence = findings("das", das=exchanges(0.7, 0.1, unconverged="its last quarter still lowered the loss by 30% of the whole change"))
-    assert "is withheld: its training had not converged (its last quarter still lowered the loss by 30% of the whole change)" in sentence
+    _, sentence = findings(
+        "das", das=exchanges(0.7, 0.1, unconverged="its last quarter still lowered the loss by 30\u202f% of the whole change")
+    )
+    assert sentence.startswith(
+        "What the subspace says of the variable, its number of dimensions and how much a better one would move: withheld"
+    )
+    assert (
+        ", as its training had not converged (its last quarter still lowered the loss by 30\u202f% of the whole change); give it more"
+        in sentence
+    )
 
 
 def test_two_epochs_have_not_converged_and_the_width_is_withheld(tmp_path: Path) -> None:
     table = run(JOB, tmp_path / "run", pairs=MANY, layers="1", boundless=True, **QUICK).das
     assert not table.loc[table["method"] == "das", "converged"].any()
     assert table["width"].isna().all()
-    assert any("is withheld: its training had not converged" in sentence for sentence in findings("das", das=table))
+    exchanged, withheld = findings("das", das=table)
+    assert exchanged.startswith("Exchanging a learned subspace of 1 dimension of resid1 makes ")
+    assert ": withheld, as its training had not converged" in withheld
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def test_the_sentence_names_the_way_with_the_largest_effect_and_counts_the_ways(
     row = table.index[table["positions"] == "last → beginning"][1]
     table.loc[row, ["effect", "low", "high"]] = [7.0, 6.0, 8.0]
     (sentence,) = findings("flow", flow=table)
-    assert f"Of {table['positions'].nunique()} ways between segments the largest effect has last → beginning in layers:1" in sentence
-    assert "by +7.00 [+6.00, +8.00]" in sentence
+    assert f"Of {table['positions'].nunique()} ways between segments the largest effect has last → beginning in layer 1: cut" in sentence
+    assert "by +7.00 [+6.00, +8.00]; 0 of 15 effects differ from zero at q < 0.05 (n = 6 texts)." in sentence
 
 
 @pytest.mark.parametrize(

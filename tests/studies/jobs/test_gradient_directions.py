@@ -44,7 +44,8 @@ def test_one_text_has_no_halves(tmp_path: Path) -> None:
     result = run(JOB, tmp_path / "run", documents=1, layers="1")
     assert "repeated" not in result.gradient_directions
     (sentence,) = findings("gradient-directions", gradient_directions=result.gradient_directions)
-    assert "the mean loss of 1 text " in sentence
+    assert sentence.startswith("Of the mean loss of the texts the strongest direction")
+    assert sentence.endswith(" (n = 1 text).")
     assert "half" not in sentence
 
 

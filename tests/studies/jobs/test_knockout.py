@@ -34,8 +34,8 @@ def test_the_sentence_names_the_largest_effect_of_either_sign() -> None:
     table.loc[2, ["effect", "value", "low", "high", "q"]] = [-9.0, -8.0, -9.5, -8.5, 0.001]
     table["q"] = [0.5, 0.5, 0.001]
     (sentence,) = findings("knockout", knockout=table)
-    assert "most in layers:2: by −9.00 [−9.50, −8.50] (n = 6 texts), from 1.00 to −8.00" in sentence
-    assert "1 of 3 effects differs from zero at q < 0.05" in sentence
+    assert "most in layer 2: by −9.00 [−9.50, −8.50] to −8.00; " in sentence
+    assert sentence.endswith("; 1 of 3 effects differs from zero at q < 0.05 (n = 6 texts).")
 
 
 @pytest.mark.parametrize(

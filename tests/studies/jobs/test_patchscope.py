@@ -92,9 +92,9 @@ def test_the_sentence_names_the_first_layer_and_its_control() -> None:
     summary = pd.DataFrame(rows).assign(predicts_other=0.3, repeats=0.0, repeats_low=0.0, repeats_high=0.1)
     (sentence,) = findings("patchscope", patchscope_summary=summary)
     assert "behind block 1 is the first" in sentence
-    assert "60\u202f% [50.0, 70.0] (n = 20 texts); after a random vector of equal length in 15\u202f%" in sentence
+    assert "60\u202f% [50.0, 70.0]; after a random vector of equal length in 15\u202f% [5.00, 25.0]; " in sentence
     assert "; another text's next token follows it in 30\u202f%" in sentence
-    assert "repeated from none" in sentence
+    assert sentence.endswith(" repeated from none (n = 20 texts).")
 
 
 @pytest.mark.parametrize(

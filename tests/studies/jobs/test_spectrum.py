@@ -30,7 +30,7 @@ def test_the_sentence_compares_with_a_random_direction() -> None:
     dark = table["band"] == 3
     table.loc[dark, ["share_of_norm", "share_of_norm_low", "share_of_norm_high", "share_of_directions"]] = [0.2, 0.1, 0.3, 0.25]
     (below,) = findings("spectrum", spectrum=table)
-    assert "20\u202f% [10.0, 30.0] of the squared norm (n = 6 texts), not above the 25\u202f% of a random direction" in below
+    assert "20\u202f% [10.0, 30.0] of the squared norm, not above the 25\u202f% of a random direction (n = 6 texts)." in below
     table.loc[dark & (table["component"] == "resid1"), ["share_of_norm", "share_of_norm_low", "share_of_norm_high"]] = [0.5, 0.4, 0.6]
     (above,) = findings("spectrum", spectrum=table)
     assert "The darkest of 4 bands of the residual stream holds most at resid1: 50\u202f% [40.0, 60.0]" in above

@@ -106,14 +106,14 @@ def test_the_sentence_gives_effect_cost_and_control_at_one_strength(neutral: str
     ]
     steered = pd.DataFrame(rows)
     (sentence,) = findings("steer", steer=steered)
-    assert "Added −1.00 times, the direction changes logit-diff by −3.00 [−3.50, −2.50] (n = 6 texts)" in sentence
+    assert "Added −1.00 times, the direction changes logit-diff by −3.00 [−3.50, −2.50], and " in sentence
     assert "the loss of neutral text by +0.750 [+0.250, +1.25] nats per token" in sentence
     assert "2 random directions of equal length change logit-diff by −0.500 to +0.250: " in sentence
-    assert sentence.endswith("the direction's interval lies beyond all of them.")
+    assert sentence.endswith("the direction's interval lies beyond all of them (n = 6 texts).")
     # one random direction that does as much is enough to doubt it
     steered.loc[3, "mean"] = -2.75
     (sentence,) = findings("steer", steer=steered)
-    assert sentence.endswith("the direction's interval does not lie beyond all of them.")
+    assert sentence.endswith("the direction's interval does not lie beyond all of them (n = 6 texts).")
 
 
 @pytest.mark.parametrize(

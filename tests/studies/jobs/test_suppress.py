@@ -49,9 +49,8 @@ def test_the_sentence_says_whether_it_is_more_than_random_directions() -> None:
         "Taking bands 0 (8 of 32 directions) out of the residual stream raises the loss most at resid1: from 3.00 by +0.500 [+0.400, +0.600]"
         in above
     )
-    assert (
-        "(n = 6 texts); 2 random sets of as many directions change it by +0.200 at most, and the interval lies above all of them" in above
-    )
+    assert "; 2 random sets of as many directions change it by +0.200 at most, and the interval lies above all of them. " in above
+    assert above.endswith(" It changes at 2 of 2 layers at q < 0.05 (n = 6 texts).")
     table.loc[control, "loss_change"] = 0.45
     (not_above,) = findings("suppress", suppress=table)
     assert "does not lie above all of them" in not_above

@@ -45,10 +45,16 @@ def test_the_sentence_says_what_noise_took_and_what_came_back() -> None:
     table.loc[row, list(changed)] = list(changed.values())
     table.loc[table.index != row, "effect"] = 0.01
     (sentence,) = findings("trace", trace=table)
-    assert "Restoring resid1 at the last subject token changes probability most, from 0.200 with a blurred subject to 0.600" in sentence
-    assert "+0.400 [+0.300, +0.500], 80\u202f% [70.0, 90.0] of what the noise took (n = 6 texts)" in sentence
+    assert (
+        "With a blurred subject, restoring resid1 at the last subject token changes probability most: by +0.400 [+0.300, +0.500]"
+        in sentence
+    )
+    assert (
+        " to 0.600, 80\u202f% [70.0, 90.0] of what the noise took; 0 of 18 effects differ from zero at q < 0.05 (n = 6 texts)." in sentence
+    )
     (sentence,) = findings("trace", trace=table.assign(withheld="too few texts: 4 of at least 6"))
-    assert "its share of what the noise took is withheld (too few texts: 4 of at least 6) (n = 6 texts)" in sentence
+    assert "its share of what the noise took is withheld (too few texts: 4 of at least 6); 0 of 18" in sentence
+    assert sentence.endswith(" (n = 6 texts).")
 
 
 def test_roles_that_no_text_has_do_not_spoil_the_page(tmp_path: Path) -> None:

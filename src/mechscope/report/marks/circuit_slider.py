@@ -203,7 +203,7 @@ def pictures(tables: Mapping[str, pd.DataFrame]) -> list[Picture]:
                 name=name,
                 model=label(model),
                 title=f"The circuit of {_whose(model)}",
-                caption="Width: |score|. Blue: the metric falls where the edge carries the other run's value, orange: it rises.",
+                caption=f"Width: |score|. {_colours(curve)}",
                 edges=own,
                 nodes=of_model(tables.get("circuit_nodes"), model),
                 curve=curve,
@@ -212,6 +212,18 @@ def pictures(tables: Mapping[str, pd.DataFrame]) -> list[Picture]:
             )
         )
     return drawn
+
+
+def _colours(curve: pd.DataFrame | None) -> str:
+    """Say what the colours of edges mean for the metric, by its name where it is known, and which of them help."""
+    name = None if curve is None or "metric" not in curve else str(curve["metric"].iloc[0])
+    words = {"loss": "the loss", "kl": "the divergence from the clean run", "logit-diff": "the logit difference"}.get(
+        str(name), "the metric"
+    )
+    falls, rises = ("works against the task", "helps") if name in ("loss", "kl") else ("helps", "works against the task")
+    if name is None:
+        return "Blue: the metric falls where the edge carries the other run's value, orange: it rises."
+    return f"Blue: {words} falls where the edge carries the other run's value, so the edge {falls}; orange: it rises, so the edge {rises}."
 
 
 def of_model(table: pd.DataFrame | None, model: object) -> pd.DataFrame | None:

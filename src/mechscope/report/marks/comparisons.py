@@ -37,7 +37,7 @@ def _intervals(numbers: Numbers, table: pd.DataFrame, series: str, names: list[s
         alt.Tooltip("strategy:N"),
         alt.Tooltip(f"{series}:N"),
         alt.Tooltip("mean:Q", title=axis, format=number),
-        alt.Tooltip("low:Q", title="95 % from", format=number),
+        alt.Tooltip("low:Q", title="95\u202f% from", format=number),
         alt.Tooltip("high:Q", title="to", format=number),
         alt.Tooltip("n_seeds:Q", title="seeds"),
         alt.Tooltip("n_documents:Q", title="documents"),
@@ -74,7 +74,7 @@ def rouge(summary: pd.DataFrame, metric: str) -> Figure:
     title = f"{words} on held-out documents"
     numbers = Numbers()
     chart = _intervals(numbers, table, "protocol", names, axis=f"{words} (F-measure, 0–1)", zero=False, signed=False)
-    caption = "Point: mean over documents and seeds. Rule: 95 % interval over both; none below three seeds."
+    caption = "Point: mean over documents and seeds. Rule: 95\u202f% interval over both; none below three seeds."
     return Figure(
         name=f"rouge-{metric.removeprefix('rouge').lower()}",
         title=title,
@@ -97,7 +97,7 @@ def differences(summary: pd.DataFrame, protocol: str, baseline: str) -> Figure |
     title = f"ROUGE against {other}, {name_of(protocol)}"
     numbers = Numbers()
     chart = _intervals(numbers, table, "metric", names, axis="difference in ROUGE, same documents", zero=True, signed=True)
-    caption = "Right of zero: better. Rule: 95 % interval over trainings and documents, none below three seeds; one that crosses zero shows no difference."
+    caption = "Right of zero: better. Rule: 95\u202f% interval over trainings and documents, none below three seeds; one that crosses zero shows no difference."
     if baseline == "random":
         caption += " The circuit is compared with random circuits of its shape, all others with random layers."
     name = f"difference-{baseline}-{protocol.replace('_', '-')}"

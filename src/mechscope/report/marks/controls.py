@@ -1,16 +1,17 @@
-"""A fine-tuned model beside its controls: per layer as marks among ticks, per head as points off the diagonal."""
+"""A fine-tuned model beside its controls: what kinds there are and their colours, and curves with the controls' range as a band."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
-from mechscope.report.marks.curves import series_scales
 from mechscope.report.marks.figure import Figure, Numbers, definition
 from mechscope.report.marks.heatmaps import counted, rows_parameter
+from mechscope.report.marks.multiples import GAP, small_multiples
 
 KIND_NAMES = {
     "tuned": "tuned",
@@ -21,122 +22,134 @@ KIND_NAMES = {
 }
 """Kinds of controls in the order in which they are shown, and what a reader calls them."""
 
-_SHOWN_ROWS = "datum.rows === query_rows"
+KIND_SHORT = {"tuned": "tuned", "seed": "other seeds", "shuffled": "shuffled", "other": "other", "noise": "noise"}
+"""The same in a cell of a table or over a small map."""
+KIND_COLOURS = {"tuned": "#0072B2", "other seeds": "#56B4E9", "shuffled summaries": "#D55E00", "other trainings": "#CC79A7"}
+KIND_COLOURS["noise of the same size"] = "#8C8C8C"
+"""Colours of these, equal in every figure; noise, from which all is to be told, is grey."""
+
+TUNED = KIND_NAMES["tuned"]
+# pixels: a panel of several
+_PANEL = 196
 
 
-def layer_ticks(
-    layers: pd.DataFrame, column: str, *, name: str, title: str, axis: str, caption: str, share: bool = False, zero: bool = False
+def beside_curves(
+    table: pd.DataFrame,
+    *,
+    name: str,
+    title: str,
+    axis: str,
+    caption: str,
+    selected: Sequence[int] = (),
+    zero: bool = False,
+    share: bool = False,
 ) -> Figure:
-    """Draw one number per layer: the tuned model as a mark, every control as a tick.
+    """Draw curves over layers, the tuned model's beside those of each kind of control: a line with its band.
 
     Args:
-        layers: The table `control_layers`.
-        column: What is drawn.
+        table: One row per panel, series and layer: `panel` (empty for a single one), `series`, `layer`, `rows`, `value`, `low`, `high` (the ends of
+            the band), `n` (documents), `count` (of how many models it is the mean).
         name: The figure's name.
         title: Its title.
         axis: Title of the vertical axis, with the unit.
         caption: How to read it.
-        share: Whether the numbers are fractions to be written as percentages.
+        selected: Layers whose ground is shaded.
         zero: Whether a rule marks zero.
+        share: Whether the numbers are fractions to be written as percentages.
     """
-    table = layers.assign(series=layers["kind"].map(KIND_NAMES), value=layers[column].astype(float))
     table = table[table["value"].notna()]
-    colour = _colour(table)
-    numbers = Numbers()
-    rows = numbers.add(table, ["rows", "layer", "control", "series", "kind", "value", "n"])
-    number = ".1%" if share else ".4~g"
+    # a band without ends is one of no height: Vega has no extent of nothing
+    table = table.assign(bottom=table["low"].fillna(table["value"]), top=table["high"].fillna(table["value"]))
+    names, panels = list(dict.fromkeys(table["series"])), list(dict.fromkeys(table["panel"]))
+    style = ".1%" if share else ".4~g"
+    positive = table["value"]
+    # activation norms differ a hundredfold between the first and the last layers of GPT-2
+    logarithmic = len(positive) > 0 and float(positive.min()) > 0 and not share and float(positive.max()) > 60 * float(positive.min())
     down = alt.Y(
         "value:Q",
         title=axis,
-        scale=alt.Scale(zero=False, nice=True),
+        scale=alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=True),
         axis=alt.Axis(**({"format": "%"} if share else {}), tickCount=5, grid=True),
     )
-    base = alt.Chart(rows).encode(
-        x=alt.X("layer:O", title="layer", axis=counted(int(layers["layer"].max()) + 1)),
-        y=down,
-        color=colour,
-        tooltip=[
-            alt.Tooltip("layer:O", title="layer"),
-            alt.Tooltip("control:N", title="model"),
-            alt.Tooltip("series:N", title="which is"),
-            alt.Tooltip("value:Q", title=axis, format=number),
-            alt.Tooltip("n:Q", title="documents"),
-        ],
-    )
-    marks: list[Any] = []
+    layer = alt.X("layer:O", title="layer", axis=counted(int(table["layer"].max()) + 1))
+    colour, shape, dash = _series(names)
+    legend = alt.Legend(title=None, symbolLimit=0)
+    numbers = Numbers()
+    keep = ["panel", "series", "layer", "rows", "value", "low", "high", "bottom", "top", "n", "count"]
+    told = [
+        alt.Tooltip("layer:O", title="layer"),
+        alt.Tooltip("series:N", title="model"),
+        alt.Tooltip("value:Q", title=axis, format=style),
+        alt.Tooltip("low:Q", title="band from", format=style),
+        alt.Tooltip("high:Q", title="to", format=style),
+        alt.Tooltip("count:Q", title="models"),
+        alt.Tooltip("n:Q", title="documents"),
+    ]
+    base = alt.Chart().encode(x=layer, color=alt.Color("series:N", scale=colour, legend=legend))
+    ground: list[Any] = []
+    if selected:
+        shaded = alt.Chart(numbers.add(pd.DataFrame({"layer": list(selected)}), ["layer"]))
+        ground.append(shaded.mark_bar(color="#8a94a0", opacity=0.16, width={"band": 1}).encode(x=alt.X("layer:O"), tooltip=alt.value(None)))
     if zero:
-        marks.append(
+        ground.append(
             alt.Chart(numbers.add(pd.DataFrame({"zero": [0]}), ["zero"])).mark_rule(style="zero").encode(y=alt.Y("zero:Q", title=axis))
         )
-    ticks = base.transform_filter(_SHOWN_ROWS).transform_filter("datum.kind !== 'tuned'").mark_tick(thickness=2, width={"band": 0.6})
-    tuned = base.transform_filter(_SHOWN_ROWS).transform_filter("datum.kind === 'tuned'").mark_point(filled=True, size=70, opacity=1)
-    chart = alt.layer(*marks, ticks, tuned).properties(height=220).add_params(rows_parameter(layers))
-    words = f"{caption} The tuned model is a point, every control a tick."
-    return Figure(name=name, title=title, caption=words, spec=definition(chart, numbers, description=title))
-
-
-def head_scatter(heads: pd.DataFrame, column: str, *, name: str, title: str, axis: str, caption: str) -> Figure:
-    """Draw every head of the tuned model against the mean over each kind of controls; on the diagonal the controls do the same.
-
-    Args:
-        heads: The table `control_heads`.
-        column: What is drawn.
-        name: The figure's name.
-        title: Its title.
-        axis: What the number is, with the unit.
-        caption: How to read it.
-    """
-    places = ["rows", "layer", "head", "component"]
-    values = heads[heads[column].notna()]
-    tuned = values[values["kind"] == "tuned"].set_index(places)[column].rename("tuned")
-    means = values[values["kind"] != "tuned"].groupby([*places, "kind"], sort=False)[column].agg(["mean", "count"]).reset_index()
-    table = means.join(tuned, on=places)
-    table = table.assign(series=table["kind"].map(KIND_NAMES))
-    ends = pd.concat([table["mean"], table["tuned"]]).agg(["min", "max"])
-    numbers = Numbers()
-    points = numbers.add(table, [*places, "series", "mean", "count", "tuned"])
-    diagonal = numbers.add(pd.DataFrame({"at": ends.to_list()}), ["at"])
-    colour, shape = series_scales(_present(table))
-    scale = alt.Scale(zero=False, nice=True)
-    dots = (
-        alt.Chart(points)
-        .transform_filter(_SHOWN_ROWS)
-        .mark_point(filled=True, size=34, opacity=0.8)
-        .encode(
-            x=alt.X("mean:Q", title=f"controls, mean: {axis}", scale=scale, axis=alt.Axis(tickCount=5, grid=True)),
-            y=alt.Y("tuned:Q", title=f"tuned: {axis}", scale=scale, axis=alt.Axis(tickCount=5, grid=True)),
-            color=alt.Color("series:N", scale=colour, legend=alt.Legend(title=None)),
-            shape=alt.Shape("series:N", scale=shape, legend=alt.Legend(title=None)),
-            tooltip=[
-                alt.Tooltip("component:N", title="head"),
-                alt.Tooltip("series:N", title="controls"),
-                alt.Tooltip("count:Q", title="how many"),
-                alt.Tooltip("mean:Q", title="their mean", format=".4~g"),
-                alt.Tooltip("tuned:Q", title="tuned", format=".4~g"),
-            ],
-        )
+    curves = [
+        base.mark_area(fillOpacity=0.2).encode(y=alt.Y("bottom:Q", title=axis), y2="top:Q"),
+        base.mark_line(strokeWidth=2).encode(y=down, strokeDash=alt.StrokeDash("series:N", scale=dash, legend=legend)),
+        base.mark_point(filled=True, size=34, opacity=1).encode(
+            y=down, shape=alt.Shape("series:N", scale=shape, legend=legend), tooltip=told
+        ),
+    ]
+    words = caption + (" Shaded: the selected layers." if selected else "")
+    if len(panels) == 1:
+        rows = numbers.add(table, keep)
+        own = [curve.properties(data=rows).transform_filter("datum.rows === query_rows") for curve in curves]
+        chart = alt.layer(*ground, *own).properties(height=220).add_params(rows_parameter(table))
+        return Figure(name=name, title=title, caption=words, spec=definition(chart, numbers, description=title))
+    return small_multiples(
+        [*ground, *curves],
+        table,
+        numbers,
+        panel="panel",
+        keep=keep,
+        size=(_PANEL, 200),
+        each=_PANEL + GAP,
+        columns=len(panels),
+        beside=40,
+        name=name,
+        title=title,
+        caption=words,
     )
-    line = alt.Chart(diagonal).mark_line(style="zero").encode(x=alt.X("at:Q"), y=alt.Y("at:Q"))
-    chart = alt.layer(line, dots).properties(height=260).add_params(rows_parameter(heads))
-    return Figure(name=name, title=title, caption=caption, spec=definition(chart, numbers, description=title))
 
 
-def _present(table: pd.DataFrame) -> list[str]:
-    there = set(table["series"])
-    return [words for words in KIND_NAMES.values() if words in there]
+def curve_of(layers: pd.DataFrame, column: str, series: str, *, panel: str = "") -> pd.DataFrame:
+    """Return a model's column as rows of `beside_curves`; its band is its interval over documents."""
+    none = pd.Series(np.nan, index=layers.index)
+    return layers[["rows", "layer", "n"]].assign(
+        panel=panel,
+        series=series,
+        value=layers[column],
+        low=layers.get(f"{column}_low", none),
+        high=layers.get(f"{column}_high", none),
+        count=1,
+    )
 
 
-def _colour(table: pd.DataFrame) -> Any:
-    # the order of kinds gives each the same colour in every figure
-    scale, _ = series_scales(_present(table))
-    return alt.Color("series:N", scale=scale, legend=alt.Legend(title=None))
+def curves_of_controls(spread: pd.DataFrame, *, panel: str = "") -> pd.DataFrame:
+    """Return the controls of a column as rows of `beside_curves`: per kind their mean, and their range as the band."""
+    return spread[["rows", "layer", "n", "value", "low", "high", "count"]].assign(panel=panel, series=spread["model"].map(KIND_NAMES))
 
 
-def ranges(values: Mapping[str, list[float]], say: Any) -> str:
-    """Write numbers by kind in words: `2 of shuffled summaries 50 % to 54 %; 5 of noise of the same size 21 % to 54 %`."""
-    parts = []
-    for kind, words in KIND_NAMES.items():
-        if kind != "tuned" and values.get(kind):
-            low, high = min(values[kind]), max(values[kind])
-            parts.append(f"{words} {say(low) if low == high else f'{say(low)} to {say(high)}'} ({len(values[kind])})")
-    return "; ".join(parts)
+def _series(names: Sequence[str]) -> tuple[Any, Any, Any]:
+    """Return the colours, shapes and dashes of series: those of the tuned model are solid, those of controls dashed."""
+    spare = ("#009E73", "#E69F00", "#B8A100")
+    unknown = [each for each in names if each not in KIND_COLOURS]
+    colours = [KIND_COLOURS[each] if each in KIND_COLOURS else spare[unknown.index(each) % len(spare)] for each in names]
+    shapes = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
+    controls = set(KIND_NAMES.values()) - {TUNED}
+    return (
+        alt.Scale(domain=list(names), range=colours),
+        alt.Scale(domain=list(names), range=[shapes[at % len(shapes)] for at in range(len(names))]),
+        alt.Scale(domain=list(names), range=[[5, 3] if each in controls else [1, 0] for each in names]),
+    )

@@ -15,6 +15,7 @@ import pandas as pd
 
 from mechscope.report.marks.figure import Figure, Numbers, definition
 from mechscope.report.marks.heatmaps import counted, matrix_labels, rows_parameter
+from mechscope.report.marks.multiples import small_multiples
 from mechscope.report.theme import CATEGORIES, STRATEGY_COLOURS, name_of
 
 # Half-width of a 95 % interval in standard errors, where a table has the error but no interval.
@@ -77,7 +78,7 @@ def layer_curves(
         alt.Tooltip("value:Q", title=axis, format=number),
     ]
     tooltip += (
-        [alt.Tooltip("low:Q", title="95 % from", format=number), alt.Tooltip("high:Q", title="to", format=number)]
+        [alt.Tooltip("low:Q", title="95\u202f% from", format=number), alt.Tooltip("high:Q", title="to", format=number)]
         if table["low"].notna().any()
         else []
     )
@@ -131,37 +132,54 @@ def _long(layers: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def scree(weights: pd.DataFrame, *, name: str, title: str, caption: str) -> Figure:
-    """Draw the top singular values of each weight change: thin per layer, thick the geometric mean over layers, one colour per kind."""
-    ranks = [column for column in weights if str(column).startswith("sv") and str(column)[2:].isdigit()]
-    table = weights[weights["sv1"].notna() & (weights["layer"] >= 0)]
-    table = table.assign(matrix=matrix_labels(table))
-    kinds = list(dict.fromkeys(table["matrix"]))
-    long = table.melt(id_vars=["matrix", "layer"], value_vars=ranks, var_name="rank", value_name="value")
-    # zero singular values (a matrix LoRA never touched) have no place on a logarithmic axis
-    long = long.assign(rank=long["rank"].str[2:].astype(int))[long["value"] > 0]
-    mean = long.assign(value=np.log(long["value"])).groupby(["matrix", "rank"], sort=False, as_index=False)["value"].mean()
+def scree(weights: pd.DataFrame, *, name: str, title: str, caption: str, controls: pd.DataFrame | None = None) -> Figure:
+    """Draw the top singular values of each weight change: thin per layer, thick the geometric mean over layers, one colour per kind of matrix.
+
+    Args:
+        weights: The table `weights`.
+        name: The figure's name.
+        title: Its title.
+        caption: How to read it.
+        controls: The same of controls, with what each is in `model`: their geometric means have a panel for each of these.
+    """
+    several = controls is not None and len(controls) > 0
+    models = [weights.assign(model="tuned"), *([controls] if controls is not None and several else [])]
+    long = pd.concat([_singular_values(table) for table in models], ignore_index=True)
+    mean = long.assign(value=np.log(long["value"])).groupby(["model", "matrix", "rank"], sort=False, as_index=False)["value"].mean()
     mean = mean.assign(value=np.exp(mean["value"]))
-    colour, shape = series_scales(kinds)
+    # single layers of controls would hide what is to be seen
+    thin = long[long["model"] == "tuned"]
+    table = pd.concat([thin.assign(layers="one"), mean.assign(layers="all", layer=-1)], ignore_index=True)
+    keep = ["model", "matrix", "layer", "rank", "value", "layers"]
+    colour, shape = series_scales(list(dict.fromkeys(table["matrix"])))
     legend, numbers = alt.Legend(title=None), Numbers()
     base = alt.Chart().encode(
         x=alt.X("rank:O", title="rank of the singular value", axis=alt.Axis(labelAngle=0, grid=False)),
         y=alt.Y("value:Q", title="singular value of ΔW", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(tickCount=5)),
         color=alt.Color("matrix:N", scale=colour, legend=legend),
     )
-    thin = (
-        base.mark_line(strokeWidth=0.7, strokeOpacity=0.25)
-        .encode(detail="layer:N")
-        .properties(data=numbers.add(long, ["matrix", "layer", "rank", "value"]))
-    )
     tooltip = [alt.Tooltip("matrix:N"), alt.Tooltip("rank:O"), alt.Tooltip("value:Q", title="geometric mean over layers", format=".4~g")]
-    means = numbers.add(mean, ["matrix", "rank", "value"])
-    thick = base.mark_line(strokeWidth=2.4).properties(data=means)
-    points = base.mark_point(filled=True, size=42, opacity=1).encode(
+    one, every = (base.transform_filter(f"datum.layers === '{which}'") for which in ("one", "all"))
+    points = every.mark_point(filled=True, size=42, opacity=1).encode(
         shape=alt.Shape("matrix:N", scale=shape, legend=legend), tooltip=tooltip
     )
-    chart = alt.layer(thin, thick, points.properties(data=means)).properties(height=240)
-    return Figure(name=name, title=title, caption=caption, spec=definition(chart, numbers, description=title), width=620, wide=True)
+    layers = [one.mark_line(strokeWidth=0.7, strokeOpacity=0.25).encode(detail="layer:N"), every.mark_line(strokeWidth=2.4), points]
+    if not several:
+        chart = alt.layer(*layers, data=numbers.add(table, keep)).properties(height=240)
+        return Figure(name=name, title=title, caption=caption, spec=definition(chart, numbers, description=title), width=620, wide=True)
+    return small_multiples(
+        layers, table, Numbers(), panel="model", keep=keep, size=(205, 220), each=231, columns=4, beside=50, name=name, title=title, caption=caption
+    )  # fmt: skip
+
+
+def _singular_values(weights: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per matrix inside the layers and singular value above zero: `model`, `matrix`, `layer`, `rank`, `value`."""
+    ranks = [column for column in weights if str(column).startswith("sv") and str(column)[2:].isdigit()]
+    table = weights[weights["sv1"].notna() & (weights["layer"] >= 0)]
+    table = table.assign(matrix=matrix_labels(table))
+    long = table.melt(id_vars=["model", "matrix", "layer"], value_vars=ranks, var_name="rank", value_name="value")
+    # zero singular values (a matrix LoRA never touched) have no place on a logarithmic axis
+    return long.assign(rank=long["rank"].str[2:].astype(int))[long["value"] > 0]
 
 
 def learning_curves(curves: pd.DataFrame, *, name: str, title: str, caption: str) -> Figure:

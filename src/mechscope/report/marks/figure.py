@@ -7,12 +7,13 @@ HTML. vl-convert draws the files: no browser, no network.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,12 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import vl_convert
+from altair.utils import schemapi
 
 from mechscope.report.theme import LIGHT, label
+
+# characters of a title in one line, some six pixels each: beside a low chart, or under one, and above one, on a telephone
+_LINES = {"x": 34, "y": 34, "legend": 40}
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,34 @@ def definition(chart: Any, numbers: Numbers, *, description: str) -> dict[str, A
     """
     fixed = isinstance(chart, alt.FacetChart)
     width = {} if fixed else {"width": "container"}
-    spec: dict[str, Any] = chart.properties(description=description, **width).to_dict(format="vega-lite")
+    spec: dict[str, Any] = chart.properties(description=description, **width).to_dict(format="vega-lite", validate=schemapi.DEBUG_MODE)
     # altair's own defaults are replaced by the page's
     spec.pop("config", None)
+    _break_titles(spec)
     spec["datasets"] = dict(numbers.datasets)
     if not fixed:
         spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Draw charts without checking them against Vega-Lite's schema, which takes longer than all the rest; a test checks those of every section."""
+    with schemapi.debug_mode(False):
+        yield
+
+
+def _break_titles(part: Any) -> None:
+    """Break the titles of axes and legends, wherever they stand in a definition, into lines that fit on a telephone."""
+    if isinstance(part, list):
+        for each in part:
+            _break_titles(each)
+    elif isinstance(part, dict):
+        for name, inner in part.items():
+            if name in _LINES and isinstance(inner, dict) and isinstance(inner.get("title"), str):
+                lines = _wrap(inner["title"], _LINES[name])
+                inner["title"] = lines if len(lines) > 1 else lines[0]
+            _break_titles(inner)
 
 
 def _plain(value: Any) -> Any:

@@ -62,6 +62,13 @@ def _magnitude(numbers: pd.Series) -> Any:
     return alt.Scale(type="sqrt", domain=[0, largest if largest > 0 else 1e-6], clamp=True, interpolate="rgb")
 
 
+def colour_scale(numbers: pd.Series, scale: Scale) -> tuple[Any, str]:
+    """Return the colour scale of numbers and, where it does not reach their largest, the words that say so."""
+    if scale == "change":
+        return diverging(numbers)
+    return (_SHARE if scale == "share" else _magnitude(numbers)), ""
+
+
 def gradient(title: str, *, share: bool = False) -> Any:
     """Return the legend of a colour scale, above the map; `share` counts it in per cent."""
     words = {"format": ".0%"} if share else {}
@@ -108,7 +115,7 @@ def head_heatmap(
         table["changed"] = table[verdict] == "changed"
         shown.append("changed")
     shown += [column for column in ("rows", significance or value) if column in table and column not in shown]
-    colours, clipped = diverging(table[value]) if scale == "change" else (_SHARE if scale == "share" else _magnitude(table[value]), "")
+    colours, clipped = colour_scale(table[value], scale)
     told = [alt.Tooltip("component:N", title="component")]
     told += [alt.Tooltip(f"{column}:Q", title=words, format="" if column == "n" else ".4~g") for column, words in tooltip.items()]
     base = alt.Chart().encode(
@@ -216,7 +223,7 @@ def grid_heatmap(
     names = {column: list(dict.fromkeys(label(text) for text in cells[column])) for column, _ in (across, down)}
     columns, rows = len(names[across[0]]), len(names[down[0]])
     width = _cell(columns, 800, smallest=14, largest=60)
-    colours, clipped = diverging(cells[value]) if scale == "change" else (_SHARE if scale == "share" else _magnitude(cells[value]), "")
+    colours, clipped = colour_scale(cells[value], scale)
     crowded = 7 * max(len(text) for text in names[across[0]]) > width  # some seven pixels a letter
     told = [alt.Tooltip(f"{column}:N", title=words) for column, words in (down, across)]
     for column, words in tooltip.items():

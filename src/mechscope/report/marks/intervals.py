@@ -78,5 +78,5 @@ def _zero(numbers: Numbers) -> Any:
 
 
 def _told(axis: str) -> list[Any]:
-    ends = (("value", axis), ("low", "95 % from"), ("high", "to"))
+    ends = (("value", axis), ("low", "95\u202f% from"), ("high", "to"))
     return [*(alt.Tooltip(f"{column}:Q", title=words, format=".4~g") for column, words in ends), alt.Tooltip("n:Q", title="texts")]

@@ -44,7 +44,9 @@ def place_curves(
     style = ".1%" if share else ".4~g"
     told = [alt.Tooltip("place:N", title="layer"), alt.Tooltip("series:N", title=words["series"])]
     told += [alt.Tooltip("dash:N", title=words["dash"])] if len(dashes) > 1 else []
-    told += [alt.Tooltip(f"{end}:Q", title=said, format=style) for end, said in (("value", axis), ("low", "95 % from"), ("high", "to"))]
+    told += [
+        alt.Tooltip(f"{end}:Q", title=said, format=style) for end, said in (("value", axis), ("low", "95\u202f% from"), ("high", "to"))
+    ]
     marks: list[Any] = [base.mark_line(strokeWidth=2).encode(y=down, strokeDash=patterns)]
     if points["low"].notna().any():
         marks.insert(0, base.mark_area(fillOpacity=0.15).encode(y=alt.Y("low:Q", title=axis), y2="high:Q"))

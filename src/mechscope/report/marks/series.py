@@ -120,7 +120,10 @@ def curves(
             **({"format": ".3~%" if column == "fraction" else ","} if logarithmic else {}),
         ),
         *(alt.Tooltip(f"{other}:Q", format=".3~%" if other == "fraction" else ",") for other in _sizes(table) if other != column),
-        *(alt.Tooltip(f"{end}:Q", title=words, format=".4~g") for end, words in (("value", axis), ("low", "95 % from"), ("high", "to"))),
+        *(
+            alt.Tooltip(f"{end}:Q", title=words, format=".4~g")
+            for end, words in (("value", axis), ("low", "95\u202f% from"), ("high", "to"))
+        ),
     ]
     marks: list[Any] = []
     if unit:

@@ -81,6 +81,8 @@ class Shown:
         words: A sentence above it.
         folded: Whether it opens on a click.
         terminal: Whether the summary in the terminal prints it too.
+        brief: What the terminal prints in its place, where the page's columns are too many for it.
+        table: The table of the run that holds all its rows, where a section has several.
     """
 
     heading: str
@@ -88,6 +90,8 @@ class Shown:
     words: str = ""
     folded: bool = False
     terminal: bool = False
+    brief: View | None = None
+    table: str = ""
 
 
 class Table:
@@ -130,9 +134,13 @@ class Table:
         return self._numbers(column, heading, ends, 3, sign, None, "withheld")
 
     def _numbers(self, column: str, heading: str, ends: tuple[str, str], digits: int, sign: bool, bold: str | None, withheld: str) -> Self:
+        reasons = {str(row.get(withheld, "")) for row in self._rows} if withheld else set[str]()
+        # one reason for all is said once, beside the table
+        alike = len(self._rows) > 1 and len(reasons) == 1
+
         def cell(row: Row) -> Cell:
             if withheld and _none(row[column]) and row.get(withheld):
-                return Cell("withheld", str(row[withheld]))
+                return Cell("withheld", "" if alike else str(row[withheld]))
             note = interval(row.get(ends[0]), row.get(ends[1]), sign=sign)
             return value(row[column], note=note, digits=digits, sign=sign, strong=bold is not None and row.get(bold, 1.0) < Q_SIGNIFICANT)
 

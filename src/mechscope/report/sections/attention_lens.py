@@ -8,8 +8,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, head_heatmap
 from mechscope.report.marks.series import curves
 from mechscope.report.marks.tables import Cell, Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label
 from mechscope.report.theme import number as written
 
@@ -97,43 +98,44 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Heads nearest to the prediction", view.view(), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     judged = tables.get("attention_lens")
     if judged is None:
         return []
-    arrived = judged[judged["converged"].astype(bool)]
-    sentences = []
-    if len(arrived):
-        best = arrived.nsmallest(1, "kl_tuned").iloc[0]
-        nearer, farther = (int((arrived["verdict"] == verdict).sum()) for verdict in ("nearer", "farther"))
-        worse = f"; {farther} are worse than none" if farther else ""
-        sentences.append(
-            f"On {texts(best['n'])} that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "
-            f"{len(arrived)} heads: KL {estimated(best, 'kl_tuned')} nats through its trained map, "
-            f"{written(best['kl_logit_lens'])} without. The maps bring {nearer} of {len(arrived)} heads nearer (q < {Q_SIGNIFICANT}){worse}."
+    every, arrived = Derived("attention_lens"), Derived("attention_lens", (("converged", "==", True),))
+    left, found = Derived("attention_lens", (("converged", "==", False),)), list[Finding]()
+    if arrived.of(tables):
+        best = arrived.rows(tables).nsmallest(1, "kl_tuned").iloc[0]
+        nearer, farther = (Derived("attention_lens", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
+        worse = f"; {farther.written(tables)} are worse than none" if farther.of(tables) else ""
+        found.append(
+            Finding(
+                f"On texts that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "
+                f"{arrived.written(tables)} heads: KL {estimated(best, 'kl_tuned')} nats through its trained map, {written(best['kl_logit_lens'])} without. "
+                "The "
+                f"maps bring {nearer.written(tables)} of {arrived.written(tables)} heads nearer (q < {Q_SIGNIFICANT}){worse}",
+                n=best["n"],
+                rows=(best,),
+                derived=(arrived, nearer, farther),
+                effect=nearer.of(tables) / arrived.of(tables),
+                card=Card(label(best["component"]), "tells the prediction best of all heads", f"{written(best['kl_tuned'])} nats from it"),
+                table="attention_lens",
+            )
         )
-    if len(judged) > len(arrived):
-        reason = judged.loc[~judged["converged"].astype(bool), "unconverged"].iloc[0]
-        sentences.append(
-            f"What the maps of {len(judged) - len(arrived)} of {len(judged)} heads say is withheld: their training had not converged (the first: {reason}); "
-            f"give it more steps."
-        )
-    return sentences
+    if left.of(tables):
+        reason = left.rows(tables)["unconverged"].iloc[0]
+        said = f"what the maps of {left.written(tables)} of {every.written(tables)} heads say"
+        why = f"their training had not converged (the first: {reason}); give it more steps"
+        found.append(Finding(said, n=judged["n"].max(), derived=(left, every), withheld=why, table="attention_lens"))
+    return found
 
 
-def _cards(tables: Tables) -> list[Card]:
-    judged = tables.get("attention_lens")
-    arrived = None if judged is None else judged[judged["converged"].astype(bool)]
-    if arrived is None or arrived.empty:
-        return []
-    best = arrived.nsmallest(1, "kl_tuned").iloc[0]
-    return [Card(label(best["component"]), "tells the prediction best of all heads", f"{written(best['kl_tuned'])} nats from it")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "A map learns what goes with a head's output in these texts, word frequency included: what it says need not be what the model makes of the head.",
-        "The nearest head was chosen on the texts it is judged on.",
+        Caveat(
+            "A map learns what goes with a head's output in these texts, word frequency included: what it says need not be what the model makes of the head."
+        ),
+        Caveat("The nearest head was chosen on the texts it is judged on."),
         *few_texts(tables, "attention_lens"),
     ]
 
@@ -151,6 +153,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

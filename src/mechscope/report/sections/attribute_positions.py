@@ -7,8 +7,9 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import grid_heatmap
 from mechscope.report.marks.tables import Shown, Table, strongest, token
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label
 from mechscope.report.theme import number as written
 
@@ -88,31 +89,33 @@ def _views(tables: Tables) -> list[Shown]:
     return shown
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     summary = tables.get("attribute_positions_summary")
     if summary is None:
         return []
-    top = strongest(summary, "effect", 1).iloc[0]
-    most = summary.nlargest(1, "largest").iloc[0]
+    top, most = strongest(summary, "effect", 1).iloc[0], summary.nlargest(1, "largest").iloc[0]
+    whole = Derived("attribute_positions_summary", (), "effect", "sum")
     return [
-        f"Over all positions {label(top['component'])} has the largest mean contribution to the metric ({label(top['metric'])}): "
-        f"{estimated(top, 'effect', sign=True)} of {written(summary['effect'].sum(), sign=True)} logits in all (n = {texts(top['n'])}). "
-        f"{label(most['component'])} is the largest part at {estimated(most, 'largest', share=True)} of the positions."
+        Finding(
+            f"Over all positions {label(top['component'])} has the largest mean contribution to the metric ({label(top['metric'])}): "
+            f"{estimated(top, 'effect', sign=True)} of {written(whole.of(tables), sign=True)} logits in all. "
+            f"{label(most['component'])} is the largest part at {estimated(most, 'largest', share=True)} of the positions",
+            n=top["n"],
+            rows=(top, most),
+            derived=(whole,),
+            effect=abs(float(top["effect"])),
+            card=Card(label(top["component"]), "adds most to predictions", f"{written(top['effect'], sign=True)} logits on average"),
+            table="attribute_positions_summary",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    summary = tables.get("attribute_positions_summary")
-    if summary is None:
-        return []
-    top = strongest(summary, "effect", 1).iloc[0]
-    return [Card(label(top["component"]), "adds most to predictions", f"{written(top['effect'], sign=True)} logits on average")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Direct attribution counts what a part writes straight to the logits, not what later parts make of it, and holds the final norm's scale fixed.",
-        "The part with the largest mean was chosen on these texts.",
+        Caveat(
+            "Direct attribution counts what a part writes straight to the logits, not what later parts make of it, and holds the final norm's scale fixed."
+        ),
+        Caveat("The part with the largest mean was chosen on these texts."),
         *few_texts(tables, "attribute_positions_summary"),
     ]
 
@@ -129,6 +132,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

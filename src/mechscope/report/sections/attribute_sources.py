@@ -8,8 +8,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import grid_heatmap
 from mechscope.report.marks.intervals import interval_plot
 from mechscope.report.marks.tables import Shown, Table, strongest, token
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label, percent
 from mechscope.report.theme import number as written
 
@@ -63,7 +64,7 @@ def _figures(tables: Tables) -> list[Figure]:
                 rows,
                 name="attribute-sources",
                 title="What heads bring, and what of it from the token they attend to most",
-                caption="Mean over texts; rule: 95 %.",
+                caption="Mean over texts; rule: 95\u202f%.",
                 axis="direct effect, logits",
             )
         )
@@ -116,31 +117,33 @@ def _views(tables: Tables) -> list[Shown]:
     return shown
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     summary = tables.get("attribute_sources_summary")
     if summary is None:
         return []
-    top = strongest(summary, "effect", 1).iloc[0]
-    of = f", the largest of {len(summary)} heads" if len(summary) > 1 else ""
+    top, every = strongest(summary, "effect", 1).iloc[0], Derived("attribute_sources_summary")
+    of = f", the largest of {every.written(tables)} heads" if every.of(tables) > 1 else ""
+    note = f"{written(top['attended_effect'], sign=True)} of {written(top['effect'], sign=True)} logits"
     return [
-        f"{label(top['component'])} adds {estimated(top, 'effect', sign=True)} logits to the metric ({label(top['metric'])}; n = {texts(top['n'])}{of}), "
-        f"of which {estimated(top, 'attended_effect', sign=True)} from the token that it attends to most, with {percent(top['attended'])} of its attention."
+        Finding(
+            f"{label(top['component'])} adds {estimated(top, 'effect', sign=True)} logits to the metric ({label(top['metric'])}{of}), of which "
+            f"{estimated(top, 'attended_effect', sign=True)} from the token that it attends to most, with {percent(top['attended'])} of its attention",
+            n=top["n"],
+            rows=(top,),
+            derived=(every,),
+            effect=abs(float(top["effect"])),
+            card=Card(label(top["component"]), "brings most; from the token it attends to most", note),
+            table="attribute_sources_summary",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    summary = tables.get("attribute_sources_summary")
-    if summary is None:
-        return []
-    top = strongest(summary, "effect", 1).iloc[0]
-    note = f"{written(top['attended_effect'], sign=True)} of {written(top['effect'], sign=True)} logits"
-    return [Card(label(top["component"]), "brings most; from the token it attends to most", note)]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "What stands at a token has passed through earlier layers and may come from others: a source is where a head reads, not where a fact was written.",
-        "Direct effects only, with the final norm's scale held fixed; the head with the largest was chosen on these texts.",
+        Caveat(
+            "What stands at a token has passed through earlier layers and may come from others: a source is where a head reads, not where a fact was written."
+        ),
+        Caveat("Direct effects only, with the final norm's scale held fixed; the head with the largest was chosen on these texts."),
         *few_texts(tables, "attribute_sources_summary"),
     ]
 
@@ -157,6 +160,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

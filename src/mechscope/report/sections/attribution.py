@@ -15,8 +15,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.tables import Shown, Table, strongest
 from mechscope.report.marks.waterfall import total, walk, waterfall
-from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import by_model, each_model, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label, name_of
 from mechscope.report.theme import number as written
 
@@ -75,7 +76,7 @@ def _of_models(steps: Mapping[object, pd.DataFrame], by: str) -> list[Figure]:
     low, high = float(np.nanmin(ends.to_numpy())), float(np.nanmax(ends.to_numpy()))
     room, drawn = 0.03 * (high - low or 1.0), []
     caption = {
-        "components": "The strongest components of all models, then all others together. Rule: 95 % over texts.",
+        "components": "The strongest components of all models, then all others together. Rule: 95\u202f% over texts.",
         "layers": "Embedding, then each layer's attention (all heads and bias) and MLP, in the order of the residual stream.",
     }[by]
     for i, (model, own) in enumerate(placed.items()):
@@ -137,7 +138,7 @@ def _changed(change: pd.DataFrame) -> Figure:
     room = 0.25 * (high - low) or 1e-3
     low, high = (0.0, high + room) if low >= 0 and low < 2 * (high - low) else (low - room, high + room)
     walked["start"] = walked["start"].clip(low, high)
-    caption = f"From the base model's metric to the tuned model's; the {len(own)} largest changes by name. Rule: 95 % over texts."
+    caption = f"From the base model's metric to the tuned model's; the {len(own)} largest changes by name. Rule: 95\u202f% over texts."
     return waterfall(walked, name="attribution-change", title="What moved the metric", caption=caption, domain=(low, high), wide=True)
 
 
@@ -159,42 +160,57 @@ def _views(tables: Tables) -> list[Shown]:
     return shown
 
 
-def _findings(tables: Tables) -> list[str]:
-    effects, change = tables.get("logit_attribution"), tables.get("logit_attribution_change")
-    sentences = []
-    for whose, own in [] if effects is None else by_model(effects):
+def _findings(tables: Tables) -> list[Finding]:
+    effects, change, found = tables.get("logit_attribution"), tables.get("logit_attribution_change"), list[Finding]()
+    models = [] if effects is None else by_model(effects)
+    for whose, own in models:
         top = strongest(own, "effect", 1).iloc[0]
-        sentences.append(
-            f"In {whose} the metric (an answer's logit, or two answers' difference) is {written(own['effect'].sum(), sign=True)} logits; its largest "
-            f"direct part, {_with_interval(top, 'effect')}, comes from {label(top['component'])} (n = {written(int(top['n']))} texts)."
+        whole = Derived("logit_attribution", (("model", "==", top["model"]),), "effect", "sum")
+        total = written(whole.of(tables), sign=True)
+        found.append(
+            Finding(
+                f"In {whose} the metric (an answer's logit, or two answers' difference) is {total} logits; its largest direct part, "
+                f"{_with_interval(top, 'effect')}, comes from {label(top['component'])}",
+                n=top["n"],
+                rows=(top,),
+                derived=(whole,),
+                effect=abs(float(top["effect"])),
+                card=Card(
+                    label(top["component"]), f"largest direct part in {whose}", f"{written(top['effect'], sign=True)} of {total} logits"
+                )
+                if whose == models[-1][0]
+                else None,
+                table="logit_attribution",
+            )
         )
-    if change is not None:
-        top = strongest(change, "change", 1).iloc[0]
-        sentences.append(
-            f"Fine-tuning moved the metric by {written(change['change'].sum(), sign=True)} logits; the direct part of {label(top['component'])} moved most "
-            f"({_with_interval(top, 'change')}, n = {written(int(top['n']))} texts); {int((change['q'] < Q_SIGNIFICANT).sum())} of "
-            f"{len(change)} components changed at q < {Q_SIGNIFICANT}."
-        )
-    return sentences
+    return found if change is None else [*found, _change_finding(tables, change)]
+
+
+def _change_finding(tables: Tables, change: pd.DataFrame) -> Finding:
+    top, name = strongest(change, "change", 1).iloc[0], "logit_attribution_change"
+    whole, surely, every = Derived(name, (), "change", "sum"), Derived(name, (("q", "<", Q_SIGNIFICANT),)), Derived(name)
+    return Finding(
+        f"Fine-tuning moved the metric by {written(whole.of(tables), sign=True)} logits; the direct part of {label(top['component'])} moved most "
+        f"({_with_interval(top, 'change')}); {surely.written(tables)} of {every.written(tables)} components changed at q < {Q_SIGNIFICANT}",
+        n=top["n"],
+        rows=(top,),
+        derived=(whole, surely, every),
+        effect=abs(float(top["change"])),
+        folded=not surely.of(tables),
+        table=name,
+    )
 
 
 def _with_interval(row: pd.Series, column: str) -> str:
     return f"{written(row[column], sign=True)} {interval(row['low'], row['high'], sign=True)}".strip()
 
 
-def _cards(tables: Tables) -> list[Card]:
-    if "logit_attribution" not in tables:
-        return []
-    whose, own = by_model(tables["logit_attribution"])[-1]
-    top = strongest(own, "effect", 1).iloc[0]
-    note = f"{written(top['effect'], sign=True)} of {written(own['effect'].sum(), sign=True)} logits"
-    return [Card(label(top["component"]), f"largest direct part in {whose}", note)]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
         *few_texts(tables, "logit_attribution"),
-        "Direct attribution counts what a part writes straight to the logits, not what later parts make of it, and holds the final norm's scale fixed.",
+        Caveat(
+            "Direct attribution counts what a part writes straight to the logits, not what later parts make of it, and holds the final norm's scale fixed."
+        ),
     ]
 
 
@@ -210,6 +226,6 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="parts",
 )

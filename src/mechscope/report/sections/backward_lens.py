@@ -8,10 +8,10 @@ from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import grid_heatmap
 from mechscope.report.marks.tables import Shown, Table, strongest, token, tokens
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label, name_of, percent
-from mechscope.report.theme import number as written
 
 _TOP, _COLUMNS = 40, 60
 # as the lens: a layer says something where it does in so many positions
@@ -59,7 +59,7 @@ def _figures(tables: Tables) -> list[Figure]:
             wide, series = _wide(written_to, "promoted")
             wide["chance"] = float(summary["chance"].iloc[0])
             title, axis = "Tokens that the loss wants, among those a step writes", "share of positions"
-            caption = "Where the loss wants a token next: how often it is among the top tokens of −δ. Band: 95 % over texts."
+            caption = "Where the loss wants a token next: how often it is among the top tokens of −δ. Band: 95\u202f% over texts."
             drawn.append(
                 layer_curves(
                     wide,
@@ -75,7 +75,7 @@ def _figures(tables: Tables) -> list[Figure]:
         wide, series = _wide(summary, "update_norm")
         title, caption = (
             "Where the gradient is largest",
-            "Mean size ‖x‖·‖δ‖ of a token's share of a weight's gradient. Band: 95 % over texts.",
+            "Mean size ‖x‖·‖δ‖ of a token's share of a weight's gradient. Band: 95\u202f% over texts.",
         )
         drawn.append(
             layer_curves(wide, series, name="backward-size", title=title, axis="size of the gradient", caption=caption, counted_in="texts")
@@ -139,43 +139,45 @@ def _best(tables: Tables) -> pd.Series | None:
     return None if known is None or known.empty else known.nlargest(1, "promoted").iloc[0]
 
 
-def _findings(tables: Tables) -> list[str]:
-    sentences, row = [], _best(tables)
+def _findings(tables: Tables) -> list[Finding]:
+    summary, row, found = tables.get("backward_lens_summary"), _best(tables), list[Finding]()
     if row is not None:
-        shares = tables["backward_lens_summary"]
-        shares = shares[shares["matrix"] == row["matrix"]]
-        half = int((shares["promoted"] >= _HALF).sum())
-        sentences.append(
-            f"What a step would write into {name_of(row['matrix'])} raises the token that the loss wants, among the top tokens, most often in layer "
-            f"{int(row['layer'])}: at {estimated(row, 'promoted', share=True)} of the positions where it wants one (mean over {texts(row['n'])}); in {half} of "
-            f"{len(shares)} layers it does at half of them or more. Chance is {written(100 * row['chance'])} %."
+        here = (("matrix", "==", row["matrix"]),)
+        every, half = Derived("backward_lens_summary", here), Derived("backward_lens_summary", (*here, ("promoted", ">=", _HALF)))
+        place = f"{name_of(row['matrix'])} of layer {int(row['layer'])}"
+        found.append(
+            Finding(
+                f"What a step would write into {name_of(row['matrix'])} raises the token that the loss wants, among the top tokens, most often in layer "
+                f"{int(row['layer'])}: at {estimated(row, 'promoted', share=True)} of the positions where it wants one; in {half.written(tables)} of "
+                f"{every.written(tables)} layers it does at half of them or more. A list of as many tokens drawn by chance has it at "
+                f"{percent(row['chance'], digits=2)}",
+                n=row["n"],
+                rows=(row,),
+                derived=(half, every),
+                effect=float(row["promoted"]),
+                card=Card(percent(row["promoted"]), "of wanted tokens are among those a step raises", place),
+                table="backward_lens_summary",
+            )
         )
-    if (summary := tables.get("backward_lens_summary")) is not None:
+    if summary is not None:
         top = summary.nlargest(1, "update_norm").iloc[0]
-        sentences.append(
-            f"The gradient is largest in {name_of(top['matrix'])} of layer {int(top['layer'])}: {estimated(top, 'update_norm')} per token (mean over "
-            f"{texts(top['n'])})."
+        found.append(
+            Finding(
+                f"The gradient is largest in {name_of(top['matrix'])} of layer {int(top['layer'])}: {estimated(top, 'update_norm')} per token",
+                n=top["n"],
+                rows=(top,),
+                table="backward_lens_summary",
+            )
         )
-    return sentences
+    return found
 
 
-def _cards(tables: Tables) -> list[Card]:
-    row = _best(tables)
-    if row is None:
-        return []
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        Card(
-            percent(row["promoted"]),
-            "of wanted tokens are among those a step raises",
-            f"{name_of(row['matrix'])} of layer {int(row['layer'])}",
-        )
-    ]
-
-
-def _caveats(tables: Tables) -> list[str]:
-    return [
-        "A gradient says where a small step would go, not what training ends with; optimizers scale it, and early layers may mean other things by a vector.",
-        "The layer with the largest share was chosen on these texts.",
+        Caveat(
+            "A gradient says where a small step would go, not what training ends with; optimizers scale it, and early layers may mean other things by a vector."
+        ),
+        Caveat("The layer with the largest share was chosen on these texts."),
         *few_texts(tables, "backward_lens_summary"),
     ]
 
@@ -193,6 +195,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

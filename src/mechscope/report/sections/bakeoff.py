@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pandas as pd
 
 from mechscope.report.marks.comparisons import differences, parameter_price, rouge, strategy_order
 from mechscope.report.marks.curves import learning_curves
 from mechscope.report.marks.figure import Figure
-from mechscope.report.marks.tables import Cell, Row, Shown, View, value, words
+from mechscope.report.marks.tables import Cell, Shown, View, value, words
 from mechscope.report.section import Column, Section, Tables, number, table
-from mechscope.report.shared import TOKENIZER, verb
+from mechscope.report.shared import SHARED_WORDS, TOKENIZER, verb
+from mechscope.report.statements import Caveat, Finding, sample
 from mechscope.report.theme import METRIC_NAMES, interval, name_of, percent
 from mechscope.report.theme import number as written
 
@@ -59,7 +61,7 @@ def _against(name: str, other: str) -> dict[str, Column | str]:
     meaning = (
         f"strategy minus {other}, paired by document and seed; interval over both. None against itself and where the other was not run"
     )
-    these = "95 % interval over documents for these very trainings, which says nothing about others"
+    these = "95\u202f% interval over documents for these very trainings, which says nothing about others"
     return {
         name: number(meaning, "share", "low", "high"),
         f"{name}_sd": number("its standard deviation between seeds", "share"),
@@ -91,6 +93,19 @@ LEARNING_CURVES = table(
 
 
 def _figures(tables: Tables) -> list[Figure]:
+    """Draw learning curves, prices and scores, each with the number of seeds of an arm."""
+    seeds = [
+        count
+        for name in ("bakeoff", "learning_curves")
+        if name in tables
+        for _, count in tables[name].groupby(["protocol", "strategy"], sort=False)["seed"].nunique().items()
+    ]
+    if not seeds and "bakeoff_summary" in tables:
+        seeds = list(tables["bakeoff_summary"]["n_seeds"])
+    return [replace(figure, caption=f"{figure.caption} {sample(seeds, 'seeds')}.") for figure in _drawn(tables)]
+
+
+def _drawn(tables: Tables) -> list[Figure]:
     drawn: list[Figure] = []
     curves, summary, arms = tables.get("learning_curves"), tables.get("bakeoff_summary"), tables.get("bakeoff")
     if curves is not None:
@@ -116,20 +131,38 @@ def _slug(text: str) -> str:
 
 
 def _views(tables: Tables) -> list[Shown]:
-    return [Shown("Arms", _arms(tables["bakeoff"]), terminal=True)] if "bakeoff" in tables else []
+    if "bakeoff" not in tables:
+        return []
+    return [Shown("Arms and their budgets", _arms(tables["bakeoff"]), terminal=True, brief=_brief(tables["bakeoff"]), table="bakeoff")]
+
+
+def _by_arm(arms: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Return protocol, strategy and rows of every arm, in the order of reading."""
+    protocols, order = list(dict.fromkeys(arms["protocol"])), strategy_order(arms)
+    groups = [(str(protocol), str(strategy), own) for (protocol, strategy), own in arms.groupby(["protocol", "strategy"], sort=False)]
+    return sorted(groups, key=lambda arm: (protocols.index(arm[0]), order.index(name_of(arm[1]))))
+
+
+def _brief(arms: pd.DataFrame) -> View:
+    """Return what fits a terminal: every arm with its budget, and what it reached."""
+    metrics = [metric for metric in ("rougeL",) if metric in arms]
+    columns = ("protocol", "strategy", "rank", "parameters", "best loss", *(METRIC_NAMES[metric] for metric in metrics), "seeds")
+    rows = []
+    for protocol, strategy, group in _by_arm(arms):
+        reached = (value(group["best_loss"].mean(), digits=4), *(value(group[metric].mean()) for metric in metrics))
+        budget = (words(_distinct(group["rank"])), value(int(group["trainable_parameters"].iloc[0])))
+        rows.append((words(name_of(protocol)), words(name_of(strategy)), *budget, *reached, value(int(group["seed"].nunique()))))
+    return View(columns, tuple(rows))
 
 
 def _arms(arms: pd.DataFrame) -> View:
     """Return one line per protocol and strategy, means over seeds."""
     metrics = [metric for metric in METRIC_NAMES if metric in arms]
-    protocols, order = list(dict.fromkeys(arms["protocol"])), strategy_order(arms)
-    groups = list(arms.groupby(["protocol", "strategy"], sort=False))
-    groups.sort(key=lambda item: (protocols.index(item[0][0]), order.index(name_of(item[0][1]))))
     columns = (
         *("protocol", "strategy", "seeds", "where, rank", "trained parameters", "best loss", "tokens to best", "steps to standard's best"),
         *(METRIC_NAMES[metric] for metric in metrics),
     )
-    return View(columns, tuple((words(name_of(protocol)), *_arm(strategy, group, metrics)) for (protocol, strategy), group in groups))
+    return View(columns, tuple((words(name_of(protocol)), *_arm(strategy, group, metrics)) for protocol, strategy, group in _by_arm(arms)))
 
 
 def _arm(strategy: object, group: pd.DataFrame, metrics: list[str]) -> tuple[Cell, ...]:
@@ -154,25 +187,45 @@ def _distinct(texts: pd.Series) -> str:
     return "; ".join(values[:3]) + (f"; and {len(values) - 3} more" if len(values) > 3 else "")
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     summary = tables.get("bakeoff_summary")
+    budgets = _budgets(tables["bakeoff"]) if "bakeoff" in tables else []
     if summary is None:
-        return []
-    sentences = []
+        return budgets
+    found = []
     for protocol, at in (("equal_rank", "At equal rank"), ("equal_parameters", "At equal trainable parameters")):
         for strategy, control in (("targeted_layers", "random layers"), ("circuit", "random circuits")):
             part = summary[(summary["protocol"] == protocol) & (summary["metric"] == "rouge1") & (summary["strategy"] == strategy)]
-            for row in part.head(1).to_dict("records"):
-                over = f"{written(int(row['n_seeds']))} seeds, {written(int(row['n_documents']))} documents"
-                score = f"{written(row['mean'])} {interval(row['low'], row['high'])}".strip()
-                sentences.append(
-                    f"{at}, LoRA in the {name_of(strategy)} scores ROUGE-1 {score} ({over}): {_compared(row, 'standard', 'standard LoRA')}, "
-                    f"and {_compared(row, 'random', control)}."
-                )
-    return sentences
+            found += [_score(row, at, control) for _, row in part.head(1).iterrows()]
+    return [*found, *budgets]
 
 
-def _compared(row: Row, baseline: str, other: str) -> str:
+def _budgets(arms: pd.DataFrame) -> list[Finding]:
+    """Say between which budgets arms of one rank lie; nothing where they have one budget."""
+    adapted = arms[arms["protocol"] == "equal_rank"].sort_values("trainable_parameters", kind="stable")
+    if adapted["trainable_parameters"].nunique() < 2:
+        return []
+    least, most = adapted.iloc[0], adapted.iloc[-1]
+    ends = (f"{written(int(row['trainable_parameters']))} trainable parameters ({name_of(row['strategy'])})" for row in (least, most))
+    return [Finding(f"At equal rank the arms differ in their budgets, from {' to '.join(ends)}", rows=(least, most), table="bakeoff")]
+
+
+def _score(row: pd.Series, at: str, control: str) -> Finding:
+    """Say what LoRA in some place scores, beside standard LoRA and random places; without trainings enough only that."""
+    score = f"{written(row['mean'])} {interval(row['low'], row['high'])}".strip()
+    place = name_of(row["strategy"])
+    return Finding(
+        f"{at}, LoRA in the {place} scores ROUGE-1 {score} over {written(int(row['n_documents']))} documents: "
+        f"{_compared(row, 'standard', 'standard LoRA')}, and {_compared(row, 'random', control)}",
+        n=row["n_seeds"],
+        unit="seeds",
+        rows=(row,),
+        effect=0.0 if math.isnan(float(row["vs_standard_low"])) else abs(float(row["vs_standard"])),
+        table="bakeoff_summary",
+    )
+
+
+def _compared(row: pd.Series, baseline: str, other: str) -> str:
     difference, low, high = (float(row[f"vs_{baseline}{end}"]) for end in ("", "_low", "_high"))
     if math.isnan(difference):
         return f"not compared with {other}"
@@ -183,12 +236,13 @@ def _compared(row: Row, baseline: str, other: str) -> str:
     return f"{compared} {other} ({written(difference, sign=True)} {interval(low, high, sign=True)})".replace(" )", ")")
 
 
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     summary, caveats = tables.get("bakeoff_summary"), []
     reasons = summary["withheld"][summary["withheld"] != ""] if summary is not None and "withheld" in summary else pd.Series(dtype=str)
     if len(reasons):
-        caveats.append(f"Nothing is said of other trainings, {reasons.iloc[0]}: differences between arms may be differences between seeds.")
-    return [*caveats, "ROUGE counts shared words. It does not tell whether a summary is true."]
+        said = f"Nothing is said of other trainings, {reasons.iloc[0]}: differences between arms may be differences between seeds."
+        caveats.append(Caveat(said, "bakeoff_summary", withheld=True))
+    return [*caveats, SHARED_WORDS]
 
 
 SECTION = Section(
@@ -197,6 +251,7 @@ SECTION = Section(
     intro=(
         "The same training with LoRA placed differently, at equal rank (the protocol of arXiv 2505.17073) and at equal trainable parameters (a fair price)."
     ),
+    unit="seeds",
     tables={
         "bakeoff": BAKEOFF,
         "bakeoff_rouge": BAKEOFF_ROUGE,
@@ -208,5 +263,6 @@ SECTION = Section(
     views=_views,
     findings=_findings,
     caveats=_caveats,
+    question="lora",
     adds="mechscope bakeoff BASE --data DATA --out NEW_RUN",
 )

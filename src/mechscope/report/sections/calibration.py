@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.statements import Card, Derived, Finding
 from mechscope.report.theme import percent
 
 CALIBRATION = table(
@@ -18,7 +19,7 @@ CALIBRATION = table(
     n="draws that count; of a coverage those in which an interval was given",
     withheld=number("draws of a coverage in which no interval was given", "share"),
     rate=number("wrong verdicts under a null, right ones under a planted effect, intervals that hold the truth", "share"),
-    low=number("its interval over draws (Wilson, 95 %), lower end", "share"),
+    low=number("its interval over draws (Wilson, 95\u202f%), lower end", "share"),
     high=number("its interval, upper end", "share"),
     allowed_from=number("least rate that is allowed, with the binomial error of n draws", "share"),
     allowed_to=number("greatest rate that is allowed", "share"),
@@ -62,39 +63,70 @@ def _unseen(rows: pd.DataFrame, kind: str) -> float:
     return float(rows["allowed_to"].max() if kind == "null" else rows["allowed_from"].min())
 
 
-def _findings(tables: Tables) -> list[str]:
-    calibration = tables["calibration"]
-    sentences = []
+def _findings(tables: Tables) -> list[Finding]:
+    calibration, found = tables["calibration"], list[Finding]()
+    judged = calibration[calibration["kind"] != "planted"]
+    held, every = (
+        Derived("calibration", (("kind", "!=", "planted"), ("holds", "==", False))),
+        Derived("calibration", (("kind", "!=", "planted"),)),
+    )
+    if len(judged):
+        text = f"{held.written(tables)} of {every.written(tables)} error rates and coverages are shown not to be as claimed"
+        note = "5\u202f% wrong verdicts, 93 to 97\u202f% coverage, with binomial error"
+        card = Card(f"{held.written(tables)} of {every.written(tables)}", "error rates and coverages not as claimed", note)
+        found.append(
+            Finding(
+                text,
+                n=judged["n"].min(),
+                unit="draws of each or more",
+                derived=(held, every),
+                rows=_fewest(judged),
+                card=card,
+                table="calibration",
+            )
+        )
     for kind, words in (("null", "wrong verdicts"), ("coverage", "intervals that hold the truth")):
         rows = calibration[calibration["kind"] == kind]
         if len(rows):
-            bad = _failing(rows)
-            sentences.append(
-                f"{len(bad)} of {len(rows)} rates of {words} are shown not to be as claimed, over {_draws(rows)} draws each; of the fewest, a "
-                f"rate {'of up to' if kind == 'null' else 'down to'} {percent(_unseen(rows, kind))} would not be noticed."
+            here = (("kind", "==", kind),)
+            bad, all_of_them = Derived("calibration", (*here, ("holds", "==", False))), Derived("calibration", here)
+            found.append(
+                Finding(
+                    f"{bad.written(tables)} of {all_of_them.written(tables)} rates of {words} are shown not to be as claimed; of the fewest draws, a rate "
+                    f"{'of up to' if kind == 'null' else 'down to'} {percent(_unseen(rows, kind))} would not be noticed",
+                    n=rows["n"].min(),
+                    unit="draws of each or more",
+                    derived=(bad, all_of_them),
+                    rows=_fewest(rows),
+                    folded=not bad.of(tables),
+                    table="calibration",
+                )
             )
-    sentences += [
-        f"Not calibrated: {row['claim']} where {row['world']}: {percent(row['rate'])} of {int(row['n'])} draws."
-        for row in _failing(calibration).to_dict("records")
+    return found + [
+        Finding(
+            f"Not calibrated: {row['claim']} where {row['world']}: {percent(row['rate'])}",
+            n=row["n"],
+            unit="draws",
+            rows=(row,),
+            effect=1.0,
+            table="calibration",
+        )
+        for _, row in _failing(calibration).iterrows()
     ]
-    return sentences
 
 
-def _cards(tables: Tables) -> list[Card]:
-    rows = tables["calibration"].query("kind != 'planted'")
-    held = int(rows["holds"].sum())
-    note = "5 % wrong verdicts, 93 to 97 % coverage, with binomial error"
-    return [Card(f"{len(rows) - held} of {len(rows)}", "error rates and coverages not as claimed", note)]
+def _fewest(rows: pd.DataFrame) -> tuple[pd.Series, ...]:
+    return (rows.iloc[int(rows["n"].to_numpy().argmin())],)
 
 
 SECTION = Section(
     id="calibration",
     heading="Calibration",
     intro="Worlds whose truth is known were drawn many times and judged by the functions that judge real models. Under a null the share of wrong "
-    "verdicts may be 5 % at most, and an interval that claims 95 % must hold the truth in 93 to 97 %, both but for the binomial error of as many "
-    "draws (central 99 %). Power is how often a planted effect of a given size is found.",
+    "verdicts may be 5\u202f% at most, and an interval that claims 95\u202f% must hold the truth in 93 to 97\u202f%, both but for the "
+    "binomial error of as many "
+    "draws (central 99\u202f%). Power is how often a planted effect of a given size is found.",
     tables={"calibration": CALIBRATION},
     views=_views,
     findings=_findings,
-    cards=_cards,
 )

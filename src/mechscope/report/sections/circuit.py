@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,14 +12,14 @@ from mechscope.report.marks.circuit_slider import Picture, pictures
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.series import Series, curves, long
 from mechscope.report.marks.tables import Cell, Shown, Table, View, strongest, value, words
-from mechscope.report.section import Card, Panel, Section, Tables, number, optional, table
-from mechscope.report.shared import WITHHELD, each_model
+from mechscope.report.section import Panel, Section, Tables, number, optional, table
+from mechscope.report.shared import WITHHELD, counted_in, each_model, few_texts, metric_in_words, withheld_shares
+from mechscope.report.statements import Card, Caveat, Derived, Finding, Row
 from mechscope.report.theme import interval, name_of, percent
 from mechscope.report.theme import number as written
 
 _TOP = 40
-# a mean over fewer texts than these has an interval worth little
-_FEW_TEXTS = 30
+_IN = ("in_circuit", "==", True)
 # of methods that learn which edges to keep
 _CONVERGED = "learning converged (1: yes)"
 _MEASURES = {
@@ -30,7 +31,7 @@ _MEASURES = {
 # of methods that score every text
 _SURE = {
     "se": optional("standard error of the score over texts", "of the metric"),
-    "low": optional("interval of the score (95 %), lower end", "of the metric"),
+    "low": optional("interval of the score (95\u202f%), lower end", "of the metric"),
     "high": optional("its interval, upper end", "of the metric"),
     "p": optional("p: that the score is zero, two-sided"),
     "q": optional("q: p after Benjamini–Hochberg over the model's rows"),
@@ -102,8 +103,11 @@ def _figures(tables: Tables) -> list[Figure]:
         title="Faithfulness by number of edges",
         x=("edges", "edges in the circuit"),
         axis="faithfulness (1: as the whole model)",
-        caption="How much of the model's behaviour a circuit of that many edges keeps when all other edges carry the other run's values. Bands: 95 % "
-        "over texts, and over random circuits with as many edges in every layer.",
+        caption=counted_in(
+            "How much of the model's behaviour a circuit of that many edges keeps when all other edges carry the other run's values. Bands: 95\u202f% over "
+            "texts, and over random circuits with as many edges in every layer.",
+            curve,
+        ),
         kinds=("circuit", "random circuits"),
         wide=True,
     )
@@ -150,14 +154,100 @@ def _strongest(edges: pd.DataFrame) -> View:
     return view.cells("in_circuit", "in the circuit", lambda row: Cell("yes" if row["in_circuit"] else "no")).view()
 
 
-def _findings(tables: Tables) -> list[str]:
-    unconverged = _unconverged(tables)
-    return [
-        _finding(picture)
-        if picture.model not in unconverged
-        else f"{picture.title}: nothing is said of it, as {unconverged[picture.model]}; give it more steps."
-        for picture in _ends(pictures(tables))
-    ]
+def _findings(tables: Tables) -> list[Finding]:
+    unconverged, drawn, found = _unconverged(tables), pictures(tables), list[Finding]()
+    for picture in _ends(drawn):
+        if picture.model in unconverged:
+            said = f"What the circuit of {_whose(picture.model)} is"
+            found.append(Finding(said, withheld=f"{unconverged[picture.model]}; give it more steps", table="circuit_edges"))
+        else:
+            found.append(_of_one(tables, picture, several=len(drawn) > 1))
+    return [*found, *_metric(tables)]
+
+
+def _of_one(tables: Tables, picture: Picture, *, several: bool) -> Finding:
+    """Say how large a model's circuit is and how much of the model's behaviour it keeps beside random ones; where that was not measured, its size alone."""
+    whose, here = _whose(picture.model), (("model", "==", picture.model),)
+    every, own, whole = (
+        Derived("circuit_edges", here),
+        Derived("circuit_edges", (*here, _IN)),
+        Derived("circuit_edges", here, "in_circuit", "mean"),
+    )
+    counts = (own, every, whole)
+    size = f"{own.written(tables)} of {every.written(tables)} edges ({percent(whole.of(tables), digits=2)})"
+    after = f", {name_of(picture.model)}" if several else ""
+    if picture.chosen is None:
+        text = f"The circuit of {whose} has {size}; how much of what the model does it keeps was not measured"
+        card = Card(
+            own.written(tables), f"edges in the circuit{after}", f"{percent(whole.of(tables), digits=2)} of {every.written(tables)}"
+        )
+        return Finding(text, n=_texts_scored(tables), unit="texts that were scored", derived=counts, card=card, table="circuit_edges")
+    row, n = picture.chosen, None if picture.curve is None or "n" not in picture.curve else picture.curve["n"].max()
+    if row.get("withheld"):
+        card = Card("withheld", f"faithfulness{after}", str(row["withheld"]))
+        text = f"How much of what {whose} does its circuit of {size} keeps (faithfulness)"
+        return Finding(text, n=n, derived=counts, withheld=str(row["withheld"]), card=card, table="circuit_summary")
+    faithful, _ = picture.faithfulness_words()
+    beside, around = _random(tables, picture)
+    shown = "; these texts do not show that it carries anything, as the interval holds zero" if row["low"] <= 0 else ""
+    note = f"{interval(row['low'], row['high'])}; {beside}; {size}".removeprefix("; ")
+    return Finding(
+        f"The circuit of {whose}, {size}, keeps {faithful} of what the model does (faithfulness, 1: all of it); {beside}{shown}",
+        n=n,
+        rows=(*around, *_own(tables, picture)),
+        derived=counts,
+        effect=0.0 if shown else abs(float(row["value"])),
+        folded=bool(shown) or not around,
+        card=Card(written(row["value"]), f"faithfulness{after}", note),
+        table="circuit_summary",
+    )
+
+
+def _random(tables: Tables, picture: Picture) -> tuple[str, tuple[Row, ...]]:
+    """Say what random circuits of the chosen one's size keep, and return the rows that say so: measured beside it, or the nearest sizes of the curve."""
+    for measured in _own(tables, picture):
+        if pd.notna(measured["random"]):
+            return f"random circuits of its size keep {_kept(measured)}", (measured,)
+    curve, edges = picture.curve, len(picture.circuit)
+    if curve is None or curve["random"].isna().all():
+        return "no random circuits of its size were measured", ()
+    near = pd.concat([curve[curve["edges"] <= edges].tail(1), curve[curve["edges"] >= edges].head(1)]).drop_duplicates("edges")
+    rows = tuple(one for _, one in near.iterrows())
+    if len(rows) == 1 and rows[0]["edges"] == edges:
+        return f"random circuits of its size keep {_kept(rows[0])}", rows
+    return "; ".join(f"random circuits of {written(int(one['edges']))} edges keep {_kept(one)}" for one in rows), rows
+
+
+def _own(tables: Tables, picture: Picture) -> tuple[pd.Series, ...]:
+    """Return the row of the summary that has a model's faithfulness."""
+    summary = tables["circuit_summary"]
+    rows = summary[(summary["model"] == picture.model) & (summary["measure"] == "faithfulness") & summary["value"].notna()]
+    return tuple(row for _, row in rows.head(1).iterrows())
+
+
+def _kept(row: Row) -> str:
+    return f"{written(row['random'])} {interval(row['random_low'], row['random_high'])}".strip()
+
+
+def _metric(tables: Tables) -> list[Finding]:
+    """Say which metric edges are scored by, and what the sign of a score means for the task."""
+    names = [] if "circuit_curve" not in tables else list(dict.fromkeys(tables["circuit_curve"]["metric"]))
+    return [Finding(f"Edges are scored by {metric_in_words(name)}", table="circuit_curve") for name in names]
+
+
+def _few(tables: Tables) -> list[Caveat]:
+    """Return the caveats that few texts were scored, or judged a circuit."""
+    judged = [replace(each, weakens="circuit_summary") for each in few_texts(tables, "circuit_curve")]
+    return [*(few_texts(tables, "circuit_edges") if "n" in tables.get("circuit_edges", ()) else []), *judged]
+
+
+def _texts_scored(tables: Tables) -> float | None:
+    edges = tables["circuit_edges"]
+    return edges["n"].max() if "n" in edges and edges["n"].notna().any() else None
+
+
+def _whose(model: str) -> str:
+    return {"model": "the model", "base": "the base model", "tuned": "the tuned model"}.get(model, name_of(model))
 
 
 def _unconverged(tables: Tables) -> dict[str, str]:
@@ -169,51 +259,27 @@ def _unconverged(tables: Tables) -> dict[str, str]:
     return {str(row["model"]): str(row["withheld"]) for row in rows.to_dict("records")}
 
 
-def _finding(picture: Picture) -> str:
-    faithful, random = picture.faithfulness_words()
-    size = picture.size_words().replace("The chosen circuit:", f"{picture.title}:")
-    if picture.chosen is None:
-        return f"{size}."
-    if picture.chosen.get("withheld"):
-        return f"{size}. Its faithfulness is withheld: {picture.chosen['withheld']}."
-    n = "" if picture.curve is None or "n" not in picture.curve else f" (n = {written(int(picture.curve['n'].max()))} texts)"
-    shown = "" if not picture.chosen["low"] <= 0 else " These texts do not show that it carries anything: the interval holds zero."
-    return f"{size}. Its faithfulness is {faithful}{n}; that of random circuits of its size is {random}.{shown}"
-
-
-def _cards(tables: Tables) -> list[Card]:
-    drawn, cards = pictures(tables), []
-    unconverged = _unconverged(tables)
-    for picture in _ends(drawn):
-        if picture.model in unconverged:
-            continue
-        whose = f", {name_of(picture.model)}" if len(drawn) > 1 else ""
-        share = percent(len(picture.circuit) / len(picture.edges), digits=2)
-        cards.append(Card(written(len(picture.circuit)), f"edges in the circuit{whose}", f"{share} of {written(len(picture.edges))}"))
-        if picture.chosen is not None and picture.chosen.get("withheld"):
-            cards.append(Card("withheld", f"faithfulness{whose}", str(picture.chosen["withheld"])))
-        elif picture.chosen is not None:
-            beside = f"random circuits of that size: {picture.faithfulness_words()[1]}"
-            note = f"{interval(picture.chosen['low'], picture.chosen['high'])}; {beside}".removeprefix("; ")
-            cards.append(Card(written(picture.chosen["value"]), f"faithfulness{whose}", note))
-    return cards
-
-
 def _ends(drawn: list[Picture]) -> list[Picture]:
     """Return the first and the last model: base and tuned, whatever lies between them."""
     return [drawn[0], drawn[-1]] if len(drawn) > 1 else drawn
 
 
-def _caveats(tables: Tables) -> list[str]:
-    edges = tables.get("circuit_edges")
-    texts = int(edges["n"].max()) if edges is not None and "n" in edges and edges["n"].notna().any() else 0
-    few = [f"Only {texts} texts were scored; intervals from fewer than {_FEW_TEXTS} are rough."] if 0 < texts < _FEW_TEXTS else []
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        *few,
-        "An edge's score says what changes when that edge alone is changed. Edges that stand in for one another (redundant or backup heads) can have "
-        "small scores and still matter together: completeness tests for them.",
-        "A circuit is of a task's texts and a metric. On other texts the same model may use other edges.",
-        "Faithfulness is a ratio: it can lie above 1 or below 0, and where the metric hardly differs between the two runs it says little.",
+        *_few(tables),
+        *(
+            Caveat(f"The search for the circuit of {_whose(model)} had not converged: {why}.", "circuit_edges", withheld=True)
+            for model, why in _unconverged(tables).items()
+        ),
+        *withheld_shares(tables, "circuit_curve"),
+        Caveat(
+            "An edge's score says what changes when that edge alone is changed. Edges that stand in for one another (redundant or backup heads) can have "
+            "small scores and still matter together: completeness tests for them."
+        ),
+        Caveat("A circuit is of a task's texts and a metric. On other texts the same model may use other edges."),
+        Caveat(
+            "Faithfulness is a ratio: it can lie above 1 or below 0, and where the metric hardly differs between the two runs it says little."
+        ),
     ]
 
 
@@ -230,6 +296,6 @@ SECTION = Section(
     panels=_panels,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="circuit",
 )

@@ -15,7 +15,7 @@ COMPONENTS = table(
     component="the head or MLP",
     layer="its layer",
     score=number("sum of the scores of the edges that leave it", "of the metric", bare=True),
-    low=optional("the score's interval (95 %), lower end", "of the metric"),
+    low=optional("the score's interval (95\u202f%), lower end", "of the metric"),
     high=optional("its interval, upper end", "of the metric"),
     minimality=number("what the circuit loses without it, of the whole model's effect", "share", "p", "q", optional=True),
     attends_to="tokens it attends to, with the share of its attention; empty for MLPs",

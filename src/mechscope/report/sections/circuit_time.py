@@ -5,6 +5,7 @@ from __future__ import annotations
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.series import Series, curves, long
 from mechscope.report.section import Section, Tables, number, optional, table
+from mechscope.report.statements import Derived, Finding, sample
 from mechscope.report.theme import interval, name_of
 from mechscope.report.theme import number as written
 
@@ -14,7 +15,7 @@ TIME = table(
     order="its place in training, from 0",
     edges="edges of its own circuit",
     faithfulness=number("faithfulness of its own circuit", "share", bare=True),
-    low=optional("the interval of faithfulness (95 %), lower end", "share"),
+    low=optional("the interval of faithfulness (95\u202f%), lower end", "share"),
     high=optional("its interval, upper end", "share"),
     fraction=optional("size at which circuits are compared, of all edges", "share"),
     jaccard_base=number("edges shared with the first model's circuit", "Jaccard index"),
@@ -37,6 +38,7 @@ def _figures(tables: Tables) -> list[Figure]:
         Series("overlap with the one before", "jaccard_previous"),
     )
     x, kinds = ("model", "checkpoint"), ("circuit", "random circuits")
+    counted = f"{sample([len(ordered)], 'checkpoints')}."
     return [
         *curves(
             long(ordered, series, ("model",)),
@@ -44,7 +46,7 @@ def _figures(tables: Tables) -> list[Figure]:
             title="The circuit over training",
             x=x,
             axis="faithfulness, Jaccard index",
-            caption="Faithfulness of each checkpoint's own circuit, and the overlap of its edges with earlier ones, at one share of edges.",
+            caption=f"Faithfulness of each checkpoint's own circuit, and the overlap of its edges with earlier ones, at one share of edges. {counted}",
             logarithmic=False,
             kinds=kinds,
         ),
@@ -54,7 +56,7 @@ def _figures(tables: Tables) -> list[Figure]:
             title="Size of the circuit over training",
             x=x,
             axis="edges",
-            caption="Edges of each checkpoint's circuit.",
+            caption=f"Edges of each checkpoint's circuit. {counted}",
             logarithmic=False,
             unit=False,
             kinds=kinds,
@@ -62,17 +64,31 @@ def _figures(tables: Tables) -> list[Figure]:
     ]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     ordered = tables["circuit_time"].sort_values("order", kind="stable")
     if len(ordered) < 2:
         return []
     first, last = ordered.iloc[0], ordered.iloc[-1]
     faithful = [f"{written(row['faithfulness'])} {interval(row.get('low'), row.get('high'))}".strip() for row in (first, last)]
-    chance = "" if "jaccard_base_null" not in ordered else f" (chance gives {written(last['jaccard_base_null'])})"
+    chance = (
+        ""
+        if "jaccard_base_null" not in ordered
+        else f" (random circuits with as many edges in every layer: {written(last['jaccard_base_null'])})"
+    )
+    count = Derived("circuit_time")
     return [
-        f"Over the {written(len(ordered))} checkpoints from {name_of(first['model'])} to {name_of(last['model'])} the faithfulness of the circuit goes from "
-        f"{faithful[0]} to {faithful[1]} and its size from {written(int(first['edges']))} to {written(int(last['edges']))} edges; the last circuit shares a "
-        f"Jaccard index of {written(last['jaccard_base'])} with the first{chance}."
+        Finding(
+            f"Over the {count.written(tables)} checkpoints from {name_of(first['model'])} to {name_of(last['model'])} the faithfulness of the circuit "
+            "goes from "
+            f"{faithful[0]} to {faithful[1]} and its size from {written(int(first['edges']))} to {written(int(last['edges']))} edges; the last circuit "
+            "shares a "
+            f"Jaccard index of {written(last['jaccard_base'])} with the first{chance}",
+            n=len(ordered),
+            unit="checkpoints",
+            rows=(first, last),
+            derived=(count,),
+            table="circuit_time",
+        )
     ]
 
 
@@ -83,7 +99,9 @@ SECTION = Section(
         "The circuit of every checkpoint on the same texts. Faithfulness and size are those of each checkpoint's own circuit; overlaps are of circuits "
         "chosen at one share of the edges, since circuits of different sizes overlap less the more their sizes differ."
     ),
+    unit="checkpoints",
     tables={"circuit_time": TIME},
     figures=_figures,
     findings=_findings,
+    question="circuit",
 )

@@ -7,8 +7,9 @@ import pandas as pd
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.tables import Cell, Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -62,7 +63,7 @@ def _figures(tables: Tables) -> list[Figure]:
             name="das",
             title="Interchange accuracy",
             axis="share of pairs answered right",
-            caption="Band: Wilson's 95 % interval over held-out pairs, of the learned subspace.",
+            caption="Band: Wilson's 95\u202f% interval over held-out pairs, of the learned subspace.",
             share=True,
             counted_in="pairs",
         )
@@ -86,53 +87,56 @@ def _best(das: pd.DataFrame) -> pd.Series:
     return das[das["method"] == "das"].sort_values("accuracy", ascending=False, kind="stable").iloc[0]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     das = tables["das"]
     best = _best(das)
-    here = das[(das["layer"] == best["layer"]) & (das["head"] == best["head"])]
-    others = here.groupby("method")["accuracy"].max()
-    controls = here[here["method"] == "random"]
+    here = (("layer", "==", best["layer"]), ("head", "==", best["head"]))
+    rivals = {method: Derived("das", (*here, ("method", "==", method)), "accuracy", "max") for method in ("random", "full", "none")}
+    reached = {method: percent(rival.of(tables)) for method, rival in rivals.items()}
+    controls, many = Derived("das", (*here, ("method", "==", "random"))), Derived("das", (("method", "==", "das"),), "layer", "distinct")
     beside = ""
-    if len(controls):
-        highest = float(controls["accuracy"].max())
-        verdict = "its interval lies above all of them" if best["low"] > highest else "its interval does not lie above all of them"
-        beside = f" {len(controls)} random subspaces of equal size reach {percent(highest)} at most: {verdict}."
-    many = das.loc[das["method"] == "das", "layer"].nunique()
-    chosen = f", the best of {many} layers" if many > 1 else ""
-    sentences = [
-        f"Exchanging a learned subspace of {written(int(best['dimensions']))} dimensions of {label(best['component'])}{chosen} makes "
-        f"{percent(best['accuracy'])} {interval(100 * best['low'], 100 * best['high'])} of {written(int(best['n']))} held-out pairs right; the whole vector "
-        f"{percent(others.get('full'))}, nothing {percent(others.get('none'))}.{beside}"
+    if controls.of(tables):
+        above = best["low"] > rivals["random"].of(tables)
+        verdict = f"its interval {'lies' if above else 'does not lie'} above all of them"
+        beside = f". {controls.written(tables)} random subspaces of equal size reach {reached['random']} at most: {verdict}"
+    chosen = f", the best of {many.written(tables)} layers" if many.of(tables) > 1 else ""
+    dimensions = f"{written(int(best['dimensions']))} {'dimension' if best['dimensions'] == 1 else 'dimensions'}"
+    found = [
+        Finding(
+            f"Exchanging a learned subspace of {dimensions} of {label(best['component'])}{chosen} makes {percent(best['accuracy'])} "
+            f"{interval(100 * best['low'], 100 * best['high'])} of held-out pairs right; the whole vector {reached['full']}, nothing {reached['none']}{beside}",
+            n=best["n"],
+            unit="held-out pairs",
+            rows=(best,),
+            derived=(*rivals.values(), controls, many),
+            effect=float(best["accuracy"]),
+            card=Card(percent(best["accuracy"]), f"of pairs right after exchanging {dimensions}", f"of {label(best['component'])}"),
+            table="das",
+        )
     ]
     if not best["converged"]:
-        sentences.append(
-            f"What the subspace says of the variable, its number of dimensions and how much a better one would move, is withheld: its training had not "
-            f"converged ({best['unconverged']}); give it more epochs."
-        )
+        said = "what the subspace says of the variable, its number of dimensions and how much a better one would move"
+        why = f"its training had not converged ({best['unconverged']}); give it more epochs"
+        found.append(Finding(said, n=best["n"], unit="held-out pairs", rows=(best,), withheld=why, table="das"))
     elif pd.notna(best["width"]):
         needed = int(best["width"])
-        sentences.append(
-            f"Of the widths that were learned, {written(needed)} {'dimension is' if needed == 1 else 'dimensions are'} the fewest of "
-            f"{label(best['component'])} that do as well as the best, up to noise, on pairs set aside."
+        found.append(
+            Finding(
+                f"Of the widths that were learned, {written(needed)} {'dimension is' if needed == 1 else 'dimensions are'} the fewest of "
+                f"{label(best['component'])} that do as well as the best, up to noise, on pairs set aside",
+                n=best["n"],
+                unit="held-out pairs",
+                rows=(best,),
+                table="das",
+            )
         )
-    return sentences
+    return found
 
 
-def _cards(tables: Tables) -> list[Card]:
-    best = _best(tables["das"])
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        Card(
-            percent(best["accuracy"]),
-            f"of pairs right after exchanging {written(int(best['dimensions']))} dimensions",
-            f"of {label(best['component'])}",
-        )
-    ]
-
-
-def _caveats(tables: Tables) -> list[str]:
-    return [
-        "A layer that is the best of several was chosen on the pairs it is judged on: its accuracy is a little too high.",
-        "A learned subspace can also work through directions that the model itself does not use (Makelov et al. 2023).",
+        Caveat("A layer that is the best of several was chosen on the pairs it is judged on: its accuracy is a little too high."),
+        Caveat("A learned subspace can also work through directions that the model itself does not use (Makelov et al. 2023)."),
         *few_texts(tables, "das"),
     ]
 
@@ -146,10 +150,10 @@ SECTION = Section(
         "Representations”; with a learned number of dimensions Wu et al. 2023). It is judged on pairs that were not learned from, beside three controls: "
         "random subspaces of equal size, the whole vector (the most that the place can do) and no exchange."
     ),
+    unit="held-out pairs",
     tables={"das": DAS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -9,12 +9,22 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap, position_heatmap
 from mechscope.report.marks.tables import Shown, strongest
-from mechscope.report.section import Card, Section, Tables, optional, table
-from mechscope.report.shared import NORMALISED, WITHHELD, differ_from_zero, effect_columns, largest_effects, withheld_shares
+from mechscope.report.section import Section, Tables, optional, table
+from mechscope.report.shared import (
+    NORMALISED,
+    WITHHELD,
+    differ_from_zero,
+    effect_columns,
+    few_texts,
+    largest_effects,
+    sized,
+    withheld_shares,
+)
+from mechscope.report.statements import Card, Finding
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
-_TOOLTIP = {"effect": "effect", "low": "95 % from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
+_TOOLTIP = {"effect": "effect", "low": "95\u202f% from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
 
 EFFECTS = table(
     "One row per changed place.",
@@ -70,32 +80,34 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Largest effects", largest_effects(tables["effects"]), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
-    effects = tables["effects"]
-    top = strongest(effects, "effect", 1).iloc[0]
+def _findings(tables: Tables) -> list[Finding]:
+    top = strongest(tables["effects"], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, "effects")
+    ends = interval(top["low"], top["high"], sign=True)
     where = str(top["component"]) if top["positions"] == "all" else f"{top['component']} at {top['positions']}"
     return [
-        f"The largest effect on {top['metric']} is {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}, of "
-        f"{label(where)} (n = {written(int(top['n']))} texts); {differ_from_zero(effects)}."
+        Finding(
+            f"The largest effect on {top['metric']} is {written(top['effect'], sign=True)} {ends}, of {label(where)}; {differ}",
+            n=top["n"],
+            rows=(top,),
+            derived=counts,
+            effect=sized(top),
+            card=Card(label(top["component"]), "has the largest effect", f"{written(top['effect'], sign=True)} {ends} on {top['metric']}"),
+            table="effects",
+        )
     ]
-
-
-def _cards(tables: Tables) -> list[Card]:
-    top = strongest(tables["effects"], "effect", 1).iloc[0]
-    return [Card(label(top["component"]), "has the largest effect", f"{written(top['effect'], sign=True)} on {top['metric']}")]
 
 
 SECTION = Section(
     id="effects",
     heading="Effects",
     intro=(
-        "What changing one place at a time does to the metric: the mean over texts of the changed run minus the unchanged run, with a 95 % interval over "
+        "What changing one place at a time does to the metric: the mean over texts of the changed run minus the unchanged run, with a 95\u202f% interval over "
         "texts; q is Benjamini–Hochberg over the table."
     ),
     tables={"effects": EFFECTS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
-    caveats=lambda tables: withheld_shares(tables["effects"]),
+    caveats=lambda tables: [*withheld_shares(tables, "effects"), *few_texts(tables, "effects")],
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import position_heatmap
 from mechscope.report.marks.tables import Shown, strongest
-from mechscope.report.section import Card, Section, Tables, table
-from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects
+from mechscope.report.section import Section, Tables, table
+from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects, layers_in_words, sized
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -39,24 +40,32 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Largest effects of a cut", largest_effects(tables["flow"], "layers"), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
-    flow = tables["flow"]
-    top = strongest(flow, "effect", 1).iloc[0]
+def _findings(tables: Tables) -> list[Finding]:
+    top = strongest(tables["flow"], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, "flow")
+    ends = interval(top["low"], top["high"], sign=True)
+    ways = Derived("flow", (), "positions", "distinct")
     return [
-        f"Of {flow['positions'].nunique()} ways between segments the largest effect has {label(top['positions'])} in {label(top['component'])}: cut, it "
-        f"changes {top['metric']} by {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)} (n = {written(int(top['n']))} texts); "
-        f"{differ_from_zero(flow)}."
+        Finding(
+            f"Of {ways.written(tables)} ways between segments the largest effect has {label(top['positions'])} in {layers_in_words(top['component'])}: cut, it "
+            f"changes {top['metric']} by {written(top['effect'], sign=True)} {ends}; {differ}",
+            n=top["n"],
+            rows=(top,),
+            derived=(*counts, ways),
+            effect=sized(top),
+            card=Card(
+                label(top["positions"]), "the cut that changes most", f"{written(top['effect'], sign=True)} {ends} on {top['metric']}"
+            ),
+            table="flow",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    top = strongest(tables["flow"], "effect", 1).iloc[0]
-    return [Card(label(top["positions"]), "the cut that changes most", f"{written(top['effect'], sign=True)} on {top['metric']}")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Ways between segments in which no text has anything to cut are left out; a text counts where there is something to cut, so n can differ.",
+        Caveat(
+            "Ways between segments in which no text has anything to cut are left out; a text counts where there is something to cut, so n can differ."
+        ),
         *few_texts(tables, "flow"),
     ]
 
@@ -67,13 +76,12 @@ SECTION = Section(
     intro=(
         "Attention from every segment to every segment that it can see is cut, one window of layers at a time, in the clean run: the way that information "
         "takes through the text (the knockout of Geva et al. 2023, for all pairs of segments). Each effect is the cut run minus the whole model on the "
-        "same text, the mean over texts with a 95 % interval; q is Benjamini–Hochberg over the table. Ways that the task does not need are the control "
+        "same text, the mean over texts with a 95\u202f% interval; q is Benjamini–Hochberg over the table. Ways that the task does not need are the control "
         "of the one that it does."
     ),
     tables={"flow": FLOW},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

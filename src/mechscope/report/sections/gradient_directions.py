@@ -7,8 +7,9 @@ import pandas as pd
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.tables import Shown, Table, tokens
-from mechscope.report.section import Card, Section, Tables, number, optional, table
-from mechscope.report.shared import few_texts, texts
+from mechscope.report.section import Section, Tables, number, optional, table
+from mechscope.report.shared import few_texts
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import name_of, percent
 
 _TOP = 60
@@ -71,28 +72,32 @@ def _top(tables: Tables) -> pd.Series:
     return directions.nlargest(1, "singular_value").iloc[0]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     top = _top(tables)
     repeated = f"; {percent(top['repeated'])} of its top tokens are given by each half of the texts too" if "repeated" in top else ""
-    of_texts = f"the mean loss of {texts(top['n'])}"
     verb = "raises" if top["side"] == "gradient" else "would answer to inputs like"
+    place = f"{name_of(top['matrix'])} of layer {int(top['layer'])}"
     return [
-        f"Of {of_texts} the strongest direction of a gradient is in {name_of(top['matrix'])} of layer {int(top['layer'])}, with {percent(top['share'])} of "
-        f"that gradient's squared norm: a step {verb} {tokens(top['top_tokens'], most=5)}{repeated}."
+        Finding(
+            f"Of the mean loss of the texts the strongest direction of a gradient is in {place}, with {percent(top['share'])} of that gradient's "
+            "squared norm: a "
+            f"step {verb} {tokens(top['top_tokens'], most=5)}{repeated}",
+            n=top["n"],
+            rows=(top,),
+            effect=float(top["share"]),
+            card=Card(percent(top["share"]), "of a gradient is its strongest direction", place),
+            table="gradient_directions",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    top = _top(tables)
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        Card(percent(top["share"]), "of a gradient is its strongest direction", f"{name_of(top['matrix'])} of layer {int(top['layer'])}")
-    ]
-
-
-def _caveats(tables: Tables) -> list[str]:
-    return [
-        "These are directions of one gradient, of the texts' mean loss: they have no interval. What repeats in both halves of the texts is all that is known "
-        "of other texts.",
+        Caveat(
+            "These are directions of one gradient, of the texts' mean loss: they have no interval. What repeats in both halves of the texts is all that "
+            "is known "
+            "of other texts."
+        ),
         *few_texts(tables, "gradient_directions"),
     ]
 
@@ -109,6 +114,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -11,8 +11,9 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Cell, Shown, Table, View, strongest, token, words
-from mechscope.report.section import Card, Column, Section, Tables, number, table
+from mechscope.report.section import Column, Section, Tables, number, table
 from mechscope.report.shared import by_model, each_model
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label, name_of, percent
 from mechscope.report.theme import number as written
 
@@ -202,58 +203,70 @@ def _copying(tables: Tables) -> list[tuple[str, pd.DataFrame]]:
     return [] if heads is None else by_model(heads[heads["copying"].notna()])
 
 
-def _findings(tables: Tables) -> list[str]:
-    sentences = []
-    for whose, own in _copying(tables):
-        top = _highest(own, "copying")
-        sentences.append(
-            f"In {whose} {_share(own)} heads have a copying score above {_COPIES:g}; the highest is {label(top['component'])}'s, {written(top['copying'])}."
+def _findings(tables: Tables) -> list[Finding]:
+    """Say what heads' weights do; weights are no sample, so there is no n."""
+    copying, composition, found = _copying(tables), tables.get("composition"), list[Finding]()
+    for whose, own in copying:
+        top, here = _highest(own, "copying"), (("model", "==", own["model"].iloc[0]), ("copying", ">=", -1))
+        every, above = Derived("weight_heads", here), Derived("weight_heads", (*here, ("copying", ">", _COPIES)))
+        share = f"{above.written(tables)} of {every.written(tables)}"
+        found.append(
+            Finding(
+                f"In {whose} {share} heads have a copying score above {_COPIES:g}; the highest is {label(top['component'])}'s, {written(top['copying'])}",
+                rows=(top,),
+                derived=(above, every),
+                effect=above.of(tables) / max(every.of(tables), 1),
+                card=Card(share, f"heads of {whose} copy", f"copying score above {_COPIES:g}") if whose == copying[-1][0] else None,
+                table="weight_heads",
+            )
         )
     changes = tables.get("weight_changes")
     if changes is not None and changes["ov_relative"].notna().any():
-        sentences.append(_moved_sentence(changes))
-    composition = tables.get("composition")
+        found.append(_moved_finding(tables, changes))
     # the last model is the tuned one, where there are two
     for whose, own in [] if composition is None else by_model(composition[composition["z"].notna()])[-1:]:
-        top = _highest(own, "z")
-        sentences.append(
-            f"In {whose} the strongest composition beyond chance is {label(top['source'])} into {label(top['target'])} ({str(top['kind']).upper()}, score "
-            f"{written(top['score'])}, {written(top['z'])} standard deviations above random; {written(len(own))} pairs)."
+        top, every = _highest(own, "z"), Derived("composition", (("model", "==", own["model"].iloc[0]), ("z", ">", float("-inf"))))
+        found.append(
+            Finding(
+                f"In {whose} the strongest composition beyond chance is {label(top['source'])} into {label(top['target'])} ({str(top['kind']).upper()}, score "
+                f"{written(top['score'])}, {written(top['z'])} standard deviations above random; {every.written(tables)} pairs)",
+                rows=(top,),
+                derived=(every,),
+                effect=float(top["score"]),
+                table="composition",
+            )
         )
-    return sentences
+    return found
 
 
 def _highest(rows: pd.DataFrame, column: str) -> pd.Series:
     return rows.iloc[int(np.nanargmax(rows[column].to_numpy(dtype=float)))]
 
 
-def _share(heads: pd.DataFrame) -> str:
-    return f"{written(int((heads['copying'] > _COPIES).sum()))} of {written(len(heads))}"
-
-
-def _moved_sentence(changes: pd.DataFrame) -> str:
-    ov, of = _highest(changes, "ov_relative"), f"of {written(len(changes))} heads"
-    told = f"Fine-tuning moved what {label(ov['component'])} writes most, {of} (W_OV, relative change {written(ov['ov_relative'])})"
-    if changes["qk_relative"].isna().all():
-        return f"{told}."
-    qk = _highest(changes, "qk_relative")
-    return f"{told}, and what {label(qk['component'])} looks for (W_QK, {written(qk['qk_relative'])})."
-
-
-def _cards(tables: Tables) -> list[Card]:
-    cards = [Card(_share(own), f"heads of {whose} copy", f"copying score above {_COPIES:g}") for whose, own in _copying(tables)[-1:]]
-    changes = tables.get("weight_changes")
-    if changes is not None and changes["ov_relative"].notna().any():
-        top = _highest(changes, "ov_relative")
-        note = f"W_OV by {percent(top['ov_relative'], digits=1)} of its norm"
-        cards.append(Card(label(top["component"]), "moved most in what it writes", note))
-    return cards
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Weights seen through the vocabulary leave out norms, attention patterns and the layers between: they say what a head could do, not what it does."
+        Caveat(
+            "Weights seen through the vocabulary leave out norms, attention patterns and the layers between: they say what a head could do, not what it does."
+        )
     ]
+
+
+def _moved_finding(tables: Tables, changes: pd.DataFrame) -> Finding:
+    ov, every = _highest(changes, "ov_relative"), Derived("weight_changes")
+    text = f"Fine-tuning moved what {label(ov['component'])} writes most, of {every.written(tables)} heads (W_OV, relative change {written(ov['ov_relative'])})"
+    rows = [ov]
+    if changes["qk_relative"].notna().any():
+        rows.append(_highest(changes, "qk_relative"))
+        text += f", and what {label(rows[1]['component'])} looks for (W_QK, {written(rows[1]['qk_relative'])})"
+    note = f"W_OV by {percent(ov['ov_relative'], digits=1)} of its norm"
+    return Finding(
+        text,
+        rows=tuple(rows),
+        derived=(every,),
+        effect=float(ov["ov_relative"]),
+        card=Card(label(ov["component"]), "moved most in what it writes", note),
+        table="weight_changes",
+    )
 
 
 SECTION = Section(
@@ -263,10 +276,11 @@ SECTION = Section(
         "What weights say without any text. W_OV maps the token a head attends to onto what it writes; W_QK says which tokens its queries look for. The "
         "eigenvalue copying score runs from −1 (suppresses what it reads) to 1 (copies it)."
     ),
+    unit="",
     tables=TABLES,
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="parts",
 )

@@ -6,52 +6,57 @@ from collections.abc import Callable, Collection
 
 import pandas as pd
 
+from mechscope.report.beside import Beside
+from mechscope.report.marks.control_maps import head_maps_beside
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import Scale, head_heatmap
 from mechscope.report.marks.tables import Cell, Row, Shown, Table, View, kinds, value, words
-from mechscope.report.section import Card, Section, Tables, number, optional, table
-from mechscope.report.shared import NO_CAUSE, THIS_PAIR, UNEQUAL_LENGTHS, chosen_heads, estimated, few_documents, of_rows
+from mechscope.report.section import Column, Section, Tables, number, optional, table
+from mechscope.report.shared import NO_CAUSE, NO_DOCUMENTS, THIS_PAIR, UNEQUAL_LENGTHS, chosen_heads, count_of, counted_in, few_documents
+from mechscope.report.statements import Caveat, Finding
 from mechscope.report.theme import number as written
-from mechscope.report.verdicts import FEWEST, VERDICT, counted, in_words, largest, smallest_of
+from mechscope.report.verdicts import VERDICT, negligible, parts_finding
 
+_JUDGED = ("write_change", "kl_base_tuned", "entropy_change")
 TOP_HEADS = 20
 """Heads in the table, per kind of query rows."""
 
 _SURE = ("se", "low", "high")
-HEADS = table(
-    "One row per kind of query rows, layer and head; means over documents.",
-    rows="query rows that were averaged: all, document, summary",
-    layer="layer",
-    head="head",
-    component="the head, such as a3.h5",
-    n="documents",
-    entropy_base=number("attention entropy of the base model", "nats"),
-    entropy_tuned=number("attention entropy of the tuned model", "nats"),
-    entropy_change=number("tuned − base", "nats", "se", "low", "high", "p", "q"),
-    relative_entropy_base=number("entropy over its maximum, the logarithm of the number of visible tokens; base model", "share"),
-    relative_entropy_tuned=number("the same of the tuned model", "share"),
-    kl_base_tuned=number("KL(base ‖ tuned) of the attention rows", "nats", "se"),
-    kl_tuned_base=number("KL(tuned ‖ base) of the attention rows", "nats", "se"),
-    distance_base=number("mean distance between a token and what it attends to, base model", "tokens"),
-    distance_tuned=number("the same of the tuned model", "tokens"),
-    sink_base=number("attention on the first token, base model", "share"),
-    sink_tuned=number("the same of the tuned model", "share"),
-    z_cosine_distance=number("1 − cosine of the two models' z, the head's output before the output projection"),
-    write_change=number(
+COLUMNS: dict[str, Column | str] = {
+    "rows": "query rows that were averaged: all, document, summary",
+    "layer": "layer",
+    "head": "head",
+    "component": "the head, such as a3.h5",
+    "n": "documents",
+    "entropy_base": number("attention entropy of the base model", "nats"),
+    "entropy_tuned": number("attention entropy of the tuned model", "nats"),
+    "entropy_change": number("tuned − base", "nats", "se", "low", "high", "p", "q"),
+    "relative_entropy_base": number("entropy over its maximum, the logarithm of the number of visible tokens; base model", "share"),
+    "relative_entropy_tuned": number("the same of the tuned model", "share"),
+    "kl_base_tuned": number("KL(base ‖ tuned) of the attention rows", "nats", "se"),
+    "kl_tuned_base": number("KL(tuned ‖ base) of the attention rows", "nats", "se"),
+    "distance_base": number("mean distance between a token and what it attends to, base model", "tokens"),
+    "distance_tuned": number("the same of the tuned model", "tokens"),
+    "sink_base": number("attention on the first token, base model", "share"),
+    "sink_tuned": number("the same of the tuned model", "share"),
+    "z_cosine_distance": number("1 − cosine of the two models' z, the head's output before the output projection"),
+    "write_change": number(
         "change of what the head writes (z W_O) on the same input, the base's residual stream: its norm over the norm of what the base's head writes",
         "share",
         *_SURE,
     ),
-    write_change_n="documents on which tuned blocks also ran on the base's residual stream",
-    write_change_own=number("the same, each model on its own residual stream, so with what changed further up", "share", *_SURE),
-    write_change_own_n="documents of that",
-    gini_base=optional("Gini coefficient of the attention rows, base model", "share"),
-    gini_tuned=optional("the same of the tuned model", "share"),
-    weight_change=number("norm of the change of the head's slices of query, key, value and output projection, over their norm"),
-    entropy_change_verdict=VERDICT,
-    kl_base_tuned_verdict=VERDICT,
-    write_change_verdict=VERDICT,
-)
+    "write_change_n": "documents on which tuned blocks also ran on the base's residual stream",
+    "write_change_own": number("the same, each model on its own residual stream, so with what changed further up", "share", *_SURE),
+    "write_change_own_n": "documents of that",
+    "gini_base": optional("Gini coefficient of the attention rows, base model", "share"),
+    "gini_tuned": optional("the same of the tuned model", "share"),
+    "weight_change": number("norm of the change of the head's slices of query, key, value and output projection, over their norm"),
+    "entropy_change_verdict": VERDICT,
+    "kl_base_tuned_verdict": VERDICT,
+    "write_change_verdict": VERDICT,
+}
+"""Columns of the table `heads`, which `control_heads` has as well."""
+HEADS = table("One row per kind of query rows, layer and head; means over documents.", **COLUMNS)
 SMALLEST = table(
     "One row per quantity on which verdicts are given.",
     table="the table it is a column of: heads, layers, outputs",
@@ -67,17 +72,13 @@ SMALLEST = table(
     n="documents behind the floor",
 )
 
-# what a reader is told about the head under the pointer, in every heatmap of heads
-_TOOLTIP = {
+# what a reader is told about the head under the pointer, in every heatmap of heads; beside controls without what says how sure it is
+_BESIDE = {
     "kl_base_tuned": "KL(base || tuned), nats",
-    "kl_base_tuned_se": "its standard error",
     "kl_tuned_base": "KL(tuned || base), nats",
     "entropy_base": "entropy, base, nats",
     "entropy_tuned": "entropy, tuned, nats",
     "entropy_change": "entropy change, nats",
-    "entropy_change_low": "95 % from",
-    "entropy_change_high": "to",
-    "entropy_change_q": "q",
     "distance_change": "distance change, tokens",
     "sink_change": "first-token mass, change",
     "write_change": "change of what it writes, share",
@@ -86,11 +87,21 @@ _TOOLTIP = {
     "weight_change": "weight change, relative",
     "n": "documents",
 }
+_TOOLTIP = {
+    **_BESIDE,
+    "kl_base_tuned_se": "standard error of KL(base || tuned)",
+    "entropy_change_low": "entropy change, 95\u202f% from",
+    "entropy_change_high": "to",
+    "entropy_change_q": "q of the entropy change",
+}
+_PLACES = ("rows", "layer", "head", "component")
+# negligible heads in the folded table at most: beyond, the page would be heavy, and the Parquet table has them all
+_FOLDED = 100
 
 
 _SMALLEST = (
-    "What must be exceeded for a verdict of changed, and stayed below for one of negligible; both at a false-discovery rate of 5 % over all heads or "
-    "layers, from the 95 % interval over documents."
+    "What must be exceeded for a verdict of changed, and stayed below for one of negligible; both at a false-discovery rate of 5\u202f% over all heads or "
+    "layers, from the 95\u202f% interval over documents."
 )
 
 
@@ -104,13 +115,24 @@ def _figures(tables: Tables) -> list[Figure]:
     if "heads" not in tables:
         return []
     heads, selected = _with_changes(tables["heads"]), chosen_heads(tables)
+    beside = Beside.read(tables, "heads", _PLACES, _with_changes)
+    means = beside.means([*_BESIDE])
 
     def heatmap(
         column: str, name: str, title: str, legend: str, caption: str, *, scale: Scale = "magnitude", verdict: str | None = None
     ) -> Figure:
-        return head_heatmap(
-            heads, column, name=name, title=title, legend=legend, caption=caption, scale=scale, selected=selected,
-            tooltip=_TOOLTIP, verdict=verdict,
+        caption = (
+            f"{caption}{NO_DOCUMENTS}" if column == "weight_change" else counted_in(caption, heads, "documents", count_of(heads, column))
+        )
+        if means.empty:
+            return head_heatmap(
+                heads, column, name=name, title=title, legend=legend, caption=caption, scale=scale, selected=selected,
+                tooltip=_TOOLTIP, verdict=verdict,
+            )  # fmt: skip
+        caption += beside.caption("mean", documents=column != "weight_change")
+        return head_maps_beside(
+            heads, means, column, name=name, title=title, legend=legend, caption=caption, scale=scale, selected=selected, tooltip=_BESIDE,
+            changed=verdict,
         )  # fmt: skip
 
     return [
@@ -153,18 +175,45 @@ def _views(tables: Tables) -> list[Shown]:
     if "heads" not in tables:
         return []
     heads, selected = _with_changes(tables["heads"]), set(chosen_heads(tables))
-    shown = []
+    beside, shown = Beside.read(tables, "heads", _PLACES, _with_changes), []
     for kind in kinds(heads):
-        top = heads[heads["rows"] == kind].sort_values("write_change", ascending=False, kind="stable").head(TOP_HEADS)
-        caption = (
-            f"The {len(top)} heads with the largest change of what they write, on the same input. Distance, first token (attention mass on "
-            "it) and entropy change are tuned minus base. "
-            f"Bold heads are selected; a bold number changed by more than the smallest effect of interest."
-        )
-        shown.append(Shown("Heads that changed most", _top(top, kind, selected), caption))
+        own = heads[heads["rows"] == kind].sort_values("write_change", ascending=False, kind="stable")
+        small = negligible(own, _JUDGED)
+        large = own[~small]
+        if len(large):
+            which = "The" if len(large) <= TOP_HEADS else f"{TOP_HEADS} of the"
+            caption = (
+                f"{which} {written(len(large))} heads that are not negligible, by the change of what they write on the same input (share of what the base's "
+                "writes). Distance, first token (attention mass on it) and entropy are tuned minus base. Bold heads are selected; a bold number changed by "
+                "more than the smallest effect of interest."
+            )
+            top = large.head(TOP_HEADS)
+            shown.append(
+                Shown(
+                    "Heads that changed most",
+                    _top(top, kind, selected, beside),
+                    caption + beside.caption("range"),
+                    terminal=kind == kinds(heads)[0],
+                    brief=_brief(large),
+                    table="heads",
+                )
+            )
+        if small.any():
+            folded = own[small].head(_FOLDED)
+            heading = f"{written(int(small.sum()))} negligible head{'' if small.sum() == 1 else 's'}"
+            words = "Shown to have changed by less than the smallest effect of interest in what they write, attend to and spread."
+            words += f" The largest {_FOLDED} of them." if small.sum() > _FOLDED else ""
+            shown.append(Shown(heading, _top(folded, kind, selected, beside), words, folded=True))
     if "smallest_effects" in tables:
-        shown.append(Shown("Smallest effects of interest", _smallest(tables["smallest_effects"]), _SMALLEST))
+        shown.append(Shown("Smallest effects of interest", _smallest(tables["smallest_effects"]), _SMALLEST, folded=True))
     return shown
+
+
+def _brief(heads: pd.DataFrame) -> View:
+    """Return what fits a terminal: what heads write and where they attend, with intervals."""
+    view = Table(heads).words("component", "head").numbers("write_change", "writes", ends=("write_change_low", "write_change_high"))
+    view.numbers("entropy_change", "entropy, nats", ends=("entropy_change_low", "entropy_change_high"), sign=True)
+    return view.numbers("kl_base_tuned", "KL of attention, nats").view()
 
 
 def _smallest(effects: pd.DataFrame) -> View:
@@ -172,7 +221,7 @@ def _smallest(effects: pd.DataFrame) -> View:
     return view.words("unit", "unit").numbers("floor", "precision floor", digits=2).words("source", "from").view()
 
 
-def _top(heads: pd.DataFrame, kind: str, selected: Collection[tuple[int, int]]) -> View:
+def _top(heads: pd.DataFrame, kind: str, selected: Collection[tuple[int, int]], beside: Beside) -> View:
     def head(row: Row) -> bool:
         return (row["layer"], row["head"]) in selected
 
@@ -186,59 +235,51 @@ def _top(heads: pd.DataFrame, kind: str, selected: Collection[tuple[int, int]]) 
             row[quantity], note=f"± {written(row[f'{quantity}_se'], digits=2)}", sign=sign, strong=row[strong] == "changed"
         )
 
-    view.cells("write_change", "writes", sized("write_change")).numbers("write_change_own", "on own input")
-    view.cells("kl_base_tuned", "KL(base||tuned)", sized("kl_base_tuned"))
-    view.numbers("kl_tuned_base", "KL(tuned||base)").numbers("entropy_base", "entropy base").numbers("entropy_tuned", "tuned")
-    view.cells("entropy_change", "change", sized("entropy_change", sign=True)).numbers("entropy_change_q", "q", digits=2)
-    view.numbers("distance_change", "distance", sign=True).numbers("sink_change", "first token", sign=True)
-    return view.numbers("z_cosine_distance", "1 − cos z").numbers("weight_change", "ΔW").view(kind)
+    def small(quantity: str, *, sign: bool = False) -> Callable[[Row], Cell]:
+        lines = beside.lines(quantity, sign=sign)
+        return lambda row: value(row[quantity], note=lines(row), sign=sign)
 
-
-def _findings(tables: Tables) -> list[str]:
-    if "heads" not in tables:
-        return []
-    heads, _ = of_rows(tables["heads"])
-    delta = smallest_of(tables, "heads", "write_change")
-    writes = in_words(heads, "write_change", delta, of="heads", what="changed what they write on the same input", unit="of it")
-    first = largest(heads, "write_change")
-    most = f"the largest is {first['component']} with {estimated(first, 'write_change')} (n = {written(int(first['write_change_n']))} documents)"
-    over = f"over {written(int(heads['n'].max()))} documents"
-    delta = smallest_of(tables, "heads", "entropy_change")
-    entropy = in_words(heads, "entropy_change", delta, of="heads", what="changed their attention entropy", unit="nats")
-    changed = heads[heads["entropy_change_verdict"] == "changed"]
-    focused = int((changed["entropy_change"] < 0).sum())
-    sides = (
-        f"; of those that changed {written(focused)} became more focused, {written(len(changed) - focused)} more diffuse"
-        if len(changed)
-        else ""
+    for quantity, heading, sign in (
+        ("write_change", "writes", False),
+        ("kl_base_tuned", "KL(base||tuned)", False),
+        ("entropy_change", "entropy", True),
+    ):
+        view.cells(quantity, heading, sized(quantity, sign=sign))
+        if beside.counts:
+            view.cells(quantity, f"controls: {heading}", beside.cell(quantity, sign=sign))
+    view.numbers("entropy_change_q", "q", digits=2).numbers("entropy_base", "entropy base")
+    view.cells("write_change_own", "on own input", small("write_change_own"))
+    view.cells("distance_change", "distance", small("distance_change", sign=True)).cells(
+        "sink_change", "first token", small("sink_change", sign=True)
     )
-    return [f"{writes}; {most}.", f"{entropy.removesuffix('.')}{sides} ({over})."]
+    view.cells("z_cosine_distance", "1 − cos z", small("z_cosine_distance"))
+    return view.cells("weight_change", "ΔW", small("weight_change")).view(kind)
 
 
-def _cards(tables: Tables) -> list[Card]:
+def _findings(tables: Tables) -> list[Finding]:
     if "heads" not in tables:
         return []
-    heads, _ = of_rows(tables["heads"])
-    found, smallest = counted(heads, "write_change"), smallest_of(tables, "heads", "write_change")
-    if found["not measured"] == len(heads) or int(heads["write_change_n"].max()) < FEWEST:
-        return []
-    note = f"by more than {written(smallest, digits=2)} of it; {written(found['negligible'])} negligible, {written(found['undecided'])} undecided"
-    return [Card(f"{written(found['changed'])} of {written(len(heads))}", "heads changed what they write", note)]
+    writes, entropy = "changed what they write on the same input", "changed their attention entropy"
+    return [
+        parts_finding(tables, "heads", "write_change", of="heads", what=writes, unit="of it", card="heads changed what they write"),
+        parts_finding(tables, "heads", "entropy_change", of="heads", what=entropy, unit="nats", sides=("more focused", "more diffuse")),
+    ]
 
 
-def _caveats(tables: Tables) -> list[str]:
-    return [*few_documents(tables), NO_CAUSE, UNEQUAL_LENGTHS, THIS_PAIR]
+def _caveats(tables: Tables) -> list[Caveat]:
+    return [*few_documents(tables, "heads"), NO_CAUSE, UNEQUAL_LENGTHS, THIS_PAIR]
 
 
 SECTION = Section(
     id="heads",
     heading="Attention heads",
     intro="Each cell is one attention head. Hover over a cell for its numbers; the menu at a chart's corner saves it.",
+    unit="documents",
     tables={"heads": HEADS, "smallest_effects": SMALLEST},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="where",
     adds="mechscope diff BASE TUNED --data DATA --out NEW_RUN",
 )

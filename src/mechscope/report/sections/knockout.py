@@ -6,8 +6,9 @@ from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Shown, strongest
-from mechscope.report.section import Card, Section, Tables, table
-from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects
+from mechscope.report.section import Section, Tables, table
+from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects, layers_in_words, sized
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -26,7 +27,7 @@ def _figures(tables: Tables) -> list[Figure]:
     metric, where = cut["metric"].iloc[0], cut["positions"].iloc[0]
     title, axis = f"Attention {label(where)} cut", f"change of {metric}"
     if (cut["head"] >= 0).all():
-        tooltip = {"effect": "effect", "low": "95 % from", "high": "to", "q": "q", "n": "texts"}
+        tooltip = {"effect": "effect", "low": "95\u202f% from", "high": "to", "q": "q", "n": "texts"}
         caption = "Mean over texts; hover for the interval."
         return [
             head_heatmap(
@@ -34,7 +35,7 @@ def _figures(tables: Tables) -> list[Figure]:
             )
         ]
     ends = cut.assign(effect_low=cut["low"], effect_high=cut["high"])
-    caption = "Each point: attention cut in a window around that layer. Band: 95 % interval over texts; zero is the whole model."
+    caption = "Each point: attention cut in a window around that layer. Band: 95\u202f% interval over texts; zero is the whole model."
     return [
         layer_curves(ends, {"effect": "effect"}, name="knockout", title=title, axis=axis, caption=caption, zero=True, counted_in="texts")
     ]
@@ -44,24 +45,33 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Largest effects of a cut", largest_effects(tables["knockout"], "what was cut"), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
-    cut = tables["knockout"]
-    top = strongest(cut, "effect", 1).iloc[0]
+def _findings(tables: Tables) -> list[Finding]:
+    top = strongest(tables["knockout"], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, "knockout")
+    ends = interval(top["low"], top["high"], sign=True)
     return [
-        f"Cutting attention {label(top['positions'])} changes {top['metric']} most in {label(top['component'])}: by "
-        f"{written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)} (n = {written(int(top['n']))} texts), from "
-        f"{written(top['value'] - top['effect'])} to {written(top['value'])}; {differ_from_zero(cut)}."
+        Finding(
+            f"Cutting attention {label(top['positions'])} changes {top['metric']} most in {layers_in_words(top['component'])}: by "
+            f"{written(top['effect'], sign=True)} {ends} to {written(top['value'])}; {differ}",
+            n=top["n"],
+            rows=(top,),
+            derived=counts,
+            effect=sized(top),
+            card=Card(
+                layers_in_words(top["component"]),
+                "where a cut changes most",
+                f"{written(top['effect'], sign=True)} {ends} on {top['metric']}",
+            ),
+            table="knockout",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    top = strongest(tables["knockout"], "effect", 1).iloc[0]
-    return [Card(label(top["component"]), "where a cut changes most", f"{written(top['effect'], sign=True)} on {top['metric']}")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "What a cut takes away can reach the queries by way of other tokens or other layers: no effect does not mean that nothing was read there.",
+        Caveat(
+            "What a cut takes away can reach the queries by way of other tokens or other layers: no effect does not mean that nothing was read there."
+        ),
         *few_texts(tables, "knockout"),
     ]
 
@@ -72,13 +82,12 @@ SECTION = Section(
     intro=(
         "Attention from query tokens to key tokens is cut (those scores become −∞, the rest is renormalised) in a window of layers, or in one head, of the "
         "clean run: what the metric loses, those tokens read there (Geva et al. 2023, “Dissecting Recall of Factual Associations in Auto-Regressive "
-        "Language Models”). Each effect is the cut run minus the whole model on the same text, the mean over texts with a 95 % interval; q is "
+        "Language Models”). Each effect is the cut run minus the whole model on the same text, the mean over texts with a 95\u202f% interval; q is "
         "Benjamini–Hochberg over the table."
     ),
     tables={"knockout": KNOCKOUT},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from mechscope.report.beside import Beside
+from mechscope.report.marks.controls import TUNED, beside_curves, curve_of, curves_of_controls
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
-from mechscope.report.marks.tables import Cell, Shown, Table, View, kinds
-from mechscope.report.section import Card, Column, Section, Tables, number, table
-from mechscope.report.shared import NO_CAUSE, THIS_PAIR, UNEQUAL_LENGTHS, chosen_layers, few_documents, of_rows
-from mechscope.report.theme import interval, name_of, percent
+from mechscope.report.marks.tables import Cell, Row, Shown, Table, View, kinds, value
+from mechscope.report.section import Column, Section, Tables, number, table
+from mechscope.report.shared import NO_CAUSE, NO_DOCUMENTS, THIS_PAIR, UNEQUAL_LENGTHS, chosen_layers, count_of, counted_in, few_documents
+from mechscope.report.statements import Caveat, Finding
 from mechscope.report.theme import number as written
-from mechscope.report.verdicts import VERDICT, in_words, smallest_of
+from mechscope.report.theme import percent
+from mechscope.report.verdicts import VERDICT, negligible, parts_finding
 
-# attention that differs by less than this (nats) differs by rounding only; a model compared with itself stays below it
-_SAME = 1e-6
 _SURE = ("se", "low", "high")
+_JUDGED = ("kl_base_tuned", "write_change", "mlp_write_change", "cosine_distance")
+_SHOWN = {
+    "kl_base_tuned": "KL(base||tuned)",
+    "write_change": "heads write",
+    "mlp_write_change": "MLP writes",
+    "entropy_change": "entropy change",
+    "cosine_distance": "1 − cosine",
+}
 
-_COLUMNS: dict[str, Column | str] = {
+COLUMNS: dict[str, Column | str] = {
     "rows": "query rows that were averaged: all, document, summary",
     "layer": "layer",
     "n": "documents",
@@ -55,10 +64,11 @@ _COLUMNS: dict[str, Column | str] = {
     "write_change_verdict": VERDICT,
     "mlp_write_change_verdict": VERDICT,
 }
-LAYERS = table("One row per kind of query rows and layer; means over documents.", **_COLUMNS)
+"""Columns of the table `layers`, which `pairs` and `control_layers` have as well."""
+LAYERS = table("One row per kind of query rows and layer; means over documents.", **COLUMNS)
 PAIRS = table(
     "One row per further pair of models, kind of query rows and layer; the columns of `layers`.",
-    **_COLUMNS,
+    **COLUMNS,
     pair="the pair, such as base–LoRA: KL is of the second model's attention from the first's",
 )
 
@@ -67,13 +77,34 @@ def _figures(tables: Tables) -> list[Figure]:
     if "layers" not in tables:
         return []
     layers, selected = tables["layers"], chosen_layers(tables)
+    beside = Beside.read(tables, "layers", ("rows", "layer"))
 
     def curves(
         columns: Mapping[str, str], name: str, title: str, axis: str, caption: str, *, zero: bool = False, share: bool = False
     ) -> Figure:
-        return layer_curves(layers, columns, name=name, title=title, axis=axis, caption=caption, selected=selected, zero=zero, share=share)
+        first = next(iter(columns))
+        caption = (
+            f"{caption}{NO_DOCUMENTS}" if first == "weight_change" else counted_in(caption, layers, "documents", count_of(layers, first))
+        )
+        if not beside.counts:
+            return layer_curves(
+                layers, columns, name=name, title=title, axis=axis, caption=caption, selected=selected, zero=zero, share=share
+            )
+        # what base and tuned model have apart is one picture; what is measured twice of the two is one picture of each
+        sides = any(column.startswith("activation") for column in columns)
+        parts = [
+            curve_of(layers, column, series if sides else TUNED, panel="" if sides or len(columns) == 1 else series)
+            for column, series in columns.items()
+        ]
+        controlled = [column for column in columns if not (sides and column.endswith("_base"))]
+        for column in controlled:
+            parts.append(curves_of_controls(beside.spread(column), panel="" if len(controlled) == 1 else columns[column]))
+        caption += beside.caption("mean and range", documents=first != "weight_change")
+        return beside_curves(
+            pd.concat(parts, ignore_index=True), name=name, title=title, axis=axis, caption=caption, selected=selected, zero=zero, share=share
+        )  # fmt: skip
 
-    further = [_pairs(layers, tables["pairs"], selected)] if "pairs" in tables else []
+    further = [_pairs(layers, tables["pairs"], beside, selected)] if "pairs" in tables else []
     return [
         curves(
             {"kl_base_tuned": "KL(base || tuned)", "kl_tuned_base": "KL(tuned || base)"},
@@ -119,98 +150,100 @@ def _figures(tables: Tables) -> list[Figure]:
     ]
 
 
-def _pairs(layers: pd.DataFrame, pairs: pd.DataFrame, selected: list[int]) -> Figure:
+def _pairs(layers: pd.DataFrame, pairs: pd.DataFrame, beside: Beside, selected: list[int]) -> Figure:
     """Draw the attention KL of all pairs of models that were measured, side by side."""
-    joined, columns = layers[["rows", "layer", "n"]], {}
-    for index, (name, part) in enumerate([("base–tuned", layers), *pairs.groupby("pair", sort=False)]):
-        names = {f"kl_base_tuned{end}": f"pair{index}{end}" for end in ("", "_low", "_high") if f"kl_base_tuned{end}" in part}
-        joined = joined.merge(part[["rows", "layer", *names]].rename(columns=names), on=["rows", "layer"], how="left")
-        columns[f"pair{index}"] = str(name)
-    return layer_curves(
-        joined, columns, name="layer-pairs", title="Attention KL of each pair of models", axis="mean KL over heads (nats)",
-        caption="KL of the second model's attention from the first's; LoRA in every layer, trained beside the full fine-tuning.",
+    parts = [curve_of(part, "kl_base_tuned", str(name)) for name, part in [("base–tuned", layers), *pairs.groupby("pair", sort=False)]]
+    caption = "KL of the second model's attention from the first's; LoRA in every layer, trained beside the full fine-tuning."
+    return beside_curves(
+        pd.concat([*parts, curves_of_controls(beside.spread("kl_base_tuned"))], ignore_index=True),
+        name="layer-pairs",
+        title="Attention KL of each pair of models",
+        axis="mean KL over heads (nats)",
+        caption=counted_in(caption, layers, "documents") + beside.caption("mean and range"),
         selected=selected,
-    )  # fmt: skip
+    )
 
 
 def _views(tables: Tables) -> list[Shown]:
     if "layers" not in tables:
         return []
     layers, selected = tables["layers"], set(chosen_layers(tables))
-    return [Shown("Layers in numbers", _numbers(layers, kind, selected)) for kind in kinds(layers)]
+    beside, shown = Beside.read(tables, "layers", ("rows", "layer")), []
+    for kind in kinds(layers):
+        own = layers[layers["rows"] == kind].sort_values("kl_base_tuned", ascending=False, kind="stable")
+        small = negligible(own, _JUDGED)
+        if not small.all():
+            words = f"By the mean KL of attention (nats), the largest first. Bold layers are selected.{beside.caption('range')}"
+            view, brief = _numbers(own[~small], kind, selected, beside), _brief(own[~small])
+            shown.append(Shown("Layers that changed most", view, words, terminal=kind == kinds(layers)[0], brief=brief, table="layers"))
+        if small.any():
+            heading = f"{written(int(small.sum()))} negligible layer{'' if small.sum() == 1 else 's'}"
+            words = "Shown to have changed by less than the smallest effect of interest in what they attend to, write and leave in the residual stream."
+            shown.append(Shown(heading, _numbers(own[small], kind, selected, beside), words, folded=True))
+    return shown
 
 
-def _numbers(layers: pd.DataFrame, kind: str, selected: set[int]) -> View:
-    view = Table(layers[layers["rows"] == kind].sort_values("layer"))
-    view.cells("layer", "layer", lambda row: Cell(str(row["layer"]), sort=float(row["layer"]), strong=row["layer"] in selected))
-    view.numbers("kl_base_tuned", "KL(base||tuned)", ends=("kl_base_tuned_low", "kl_base_tuned_high"))
-    view.numbers("kl_tuned_base", "KL(tuned||base)", ends=("kl_tuned_base_low", "kl_tuned_base_high"))
-    view.numbers("write_change", "heads write", ends=("write_change_low", "write_change_high"))
-    view.numbers("mlp_write_change", "MLP writes", ends=("mlp_write_change_low", "mlp_write_change_high"))
-    view.numbers("entropy_change", "entropy change", ends=("entropy_change_low", "entropy_change_high"), sign=True)
-    view.cells("share_focused", "focused", lambda row: Cell(percent(row["share_focused"]), sort=float(row["share_focused"])))
-    view.numbers("activation_norm_base", "norm base").numbers("activation_norm_tuned", "tuned").numbers("cosine_distance", "1 − cosine")
-    return view.numbers("cka", "CKA").numbers("rsa", "RSA").numbers("weight_change", "ΔW").view(kind)
-
-
-def _findings(tables: Tables) -> list[str]:
-    if "layers" not in tables:
-        return []
-    layers, kind = of_rows(tables["layers"])
-    top = layers.sort_values("kl_base_tuned", ascending=False, kind="stable")
-    first, count = top.iloc[0], written(int(layers["n"].max()))
-    if float(first["kl_base_tuned"]) < _SAME:
-        return [f"Over {count} documents the two models attend alike: no layer's mean KL reaches {_SAME:g} nats."]
-    if not (layers["kl_base_tuned_verdict"] == "changed").any():
-        # no layer is named first among changes that are too small, or too unsure, to be one
-        return [f"{sentence.removesuffix('.')}." for sentence in _sized(tables, layers)]
-    others = [str(layer) for layer in top["layer"].iloc[1:3]]
-    then = f", then layer{'s' * (len(others) > 1)} {' and '.join(others)}" if others else ""
-    measured = f"{written(first['kl_base_tuned'])} nats {interval(first.get('kl_base_tuned_low'), first.get('kl_base_tuned_high'))}".strip()
-    return [
-        f"Over {count} documents ({name_of(kind)}), attention changed most in layer {first['layer']} "
-        f"(mean KL {measured}; the median layer: {written(layers['kl_base_tuned'].median())}){then}.",
-        *(f"{sentence.removesuffix('.')}." for sentence in _sized(tables, layers)),
-    ]
-
-
-def _sized(tables: Tables, layers: pd.DataFrame) -> list[str]:
-    """Return how many layers changed by more than what matters, by what they attend to and by what their heads and MLP write."""
-    said = (
-        ("kl_base_tuned", "moved their attention", "nats of mean KL"),
-        ("write_change", "changed what their heads write", "of it"),
-        ("mlp_write_change", "changed what their MLP writes", "of it"),
+def _brief(layers: pd.DataFrame) -> View:
+    """Return what fits a terminal: where a layer attends and what its heads write, with intervals."""
+    view = (
+        Table(layers).words("layer", "layer").numbers("kl_base_tuned", "KL of attention", ends=("kl_base_tuned_low", "kl_base_tuned_high"))
     )
-    return [in_words(layers, name, smallest_of(tables, "layers", name), of="layers", what=what, unit=unit) for name, what, unit in said]
+    view.numbers("write_change", "heads write", ends=("write_change_low", "write_change_high"))
+    return view.numbers("mlp_write_change", "MLP writes", ends=("mlp_write_change_low", "mlp_write_change_high")).view()
 
 
-def _cards(tables: Tables) -> list[Card]:
+def _numbers(layers: pd.DataFrame, kind: str, selected: set[int], beside: Beside) -> View:
+    view = Table(layers)
+    view.cells("layer", "layer", lambda row: Cell(str(row["layer"]), sort=float(row["layer"]), strong=row["layer"] in selected))
+    for quantity, heading in _SHOWN.items():
+        sign = quantity == "entropy_change"
+        view.numbers(quantity, heading, ends=(f"{quantity}_low", f"{quantity}_high"), sign=sign)
+        if beside.counts:
+            view.cells(quantity, f"controls: {heading}", beside.cell(quantity, sign=sign))
+
+    def small(quantity: str) -> Callable[[Row], Cell]:
+        lines = beside.lines(quantity)
+        return lambda row: value(row[quantity], note=lines(row))
+
+    focused = beside.lines("share_focused", share=True)
+    view.cells("share_focused", "focused", lambda row: Cell(percent(row["share_focused"]), focused(row), float(row["share_focused"])))
+    view.numbers("activation_norm_base", "norm base").cells("activation_norm_tuned", "tuned", small("activation_norm_tuned"))
+    return (
+        view.cells("cka", "CKA", small("cka"))
+        .cells("rsa", "RSA", small("rsa"))
+        .cells("weight_change", "ΔW", small("weight_change"))
+        .view(kind)
+    )
+
+
+def _findings(tables: Tables) -> list[Finding]:
     if "layers" not in tables:
         return []
-    layers, _ = of_rows(tables["layers"])
-    top = layers.sort_values("kl_base_tuned", ascending=False, kind="stable").iloc[0]
-    documents = Card(written(int(layers["n"].max())), "documents", "on which the difference was measured")
-    if not (layers["kl_base_tuned_verdict"] == "changed").any():
-        return [documents]
-    return [
-        documents,
-        Card(f"layer {top['layer']}", "changed its attention most", f"mean KL {written(top['kl_base_tuned'])} nats"),
-    ]
+    said = (
+        ("kl_base_tuned", "moved their attention", "nats of mean KL", "layers moved their attention"),
+        ("write_change", "changed what their heads write", "of it", ""),
+        ("mlp_write_change", "changed what their MLP writes", "of it", ""),
+    )
+    return [parts_finding(tables, "layers", name, of="layers", what=what, unit=unit, card=card) for name, what, unit, card in said]
 
 
-def _caveats(tables: Tables) -> list[str]:
-    return [*few_documents(tables), NO_CAUSE, UNEQUAL_LENGTHS, THIS_PAIR]
+def _caveats(tables: Tables) -> list[Caveat]:
+    return [*few_documents(tables, "layers"), NO_CAUSE, UNEQUAL_LENGTHS, THIS_PAIR]
 
 
 SECTION = Section(
     id="layers",
     heading="Layers",
-    intro="The residual stream and the heads of each layer. Bands are 95 % intervals over documents where the run has them.",
+    intro=(
+        "The residual stream and the heads of each layer. The band of a solid line is its 95\u202f% interval over documents, that of a dashed one the range "
+        "of several controls."
+    ),
+    unit="documents",
     tables={"layers": LAYERS, "pairs": PAIRS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="where",
     adds="mechscope diff BASE TUNED --data DATA --out NEW_RUN",
 )

@@ -12,8 +12,9 @@ from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, head_heatmap
 from mechscope.report.marks.lens_grid import lens_grids
 from mechscope.report.marks.place_curves import place_curves
 from mechscope.report.marks.tables import Shown, Table, strongest
-from mechscope.report.section import Card, Column, Panel, Section, Tables, number, table
+from mechscope.report.section import Column, Panel, Section, Tables, number, table
 from mechscope.report.shared import by_model, each_model, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label, name_of, percent
 from mechscope.report.theme import number as written
 
@@ -198,7 +199,7 @@ def _changed_heads(change: pd.DataFrame | None) -> list[Figure]:
         "base": "base, nats",
         "tuned": "tuned, nats",
         "change": "change, nats",
-        "change_low": "95 % from",
+        "change_low": "95\u202f% from",
         "change_high": "to",
         "change_q": "q",
     }
@@ -263,50 +264,61 @@ def _first_halves(tables: Tables) -> list[tuple[str, pd.Series, int]]:
     return first
 
 
-def _findings(tables: Tables) -> list[str]:
-    sentences = [
-        f"In {whose} the {row['lens']} lens first names the final prediction in at least half of the positions at {label(row['component'])} "
-        f"({percent(row['agreement'])} [{percent(row['agreement_low'])}, {percent(row['agreement_high'])}] there, n = {written(int(row['n']))} texts; "
-        f"the last layer is {last})."
+def _findings(tables: Tables) -> list[Finding]:
+    found = [
+        Finding(
+            f"In {whose} the {row['lens']} lens first names the final prediction in at least half of the positions at {label(row['component'])} "
+            f"({percent(row['agreement'])} [{percent(row['agreement_low'])}, {percent(row['agreement_high'])}] there; the last layer is {last})",
+            n=row["n"],
+            rows=(row,),
+            derived=(Derived("lens_summary", (("site", "==", "residual"), ("model", "==", row["model"])), "layer", "max"),),
+            effect=float(row["agreement"]),
+            card=Card(
+                label(row["component"]), f"already names the prediction of {whose}", f"in half of the positions, by the {row['lens']} lens"
+            ),
+            table="lens_summary",
+        )
         for whose, row, last in _first_halves(tables)
     ]
     change = tables.get("lens_change")
     rows = None if change is None else _first_lens(change[(change["site"] == "residual") & change["log_probability_change"].notna()])
-    return sentences if rows is None or rows.empty else [*sentences, _change_sentence(rows)]
+    return found if rows is None or rows.empty else [*found, _change_finding(tables, rows)]
 
 
-def _change_sentence(rows: pd.DataFrame) -> str:
-    texts = f"n = {written(int(rows['n'].max()))} texts"
-    surely = rows[rows["log_probability_change_q"] < Q_SIGNIFICANT]
-    if surely.empty:
-        return (
-            f"At none of {len(rows)} places of the residual stream did the lens's log-probability of the next token change significantly "
-            f"(q < {Q_SIGNIFICANT}, {texts})."
+def _change_finding(tables: Tables, rows: pd.DataFrame) -> Finding:
+    """Say where the lens's log-probability of the next token changed most with fine-tuning, where it did surely."""
+    here = (("site", "==", "residual"), ("lens", "==", rows["lens"].iloc[0]), ("log_probability_change", ">", float("-inf")))
+    every, surely = Derived("lens_change", here), Derived("lens_change", (*here, ("log_probability_change_q", "<", Q_SIGNIFICANT)))
+    n, changed = rows["n"].max(), rows[rows["log_probability_change_q"] < Q_SIGNIFICANT]
+    if changed.empty:
+        text = (
+            f"At none of {every.written(tables)} places of the residual stream did the lens's log-probability of the next token change significantly "
+            f"(q < {Q_SIGNIFICANT})"
         )
-    top = strongest(surely, "log_probability_change", 1).iloc[0]
+        return Finding(text, n=n, derived=(every,), folded=True, table="lens_change")
+    top = strongest(changed, "log_probability_change", 1).iloc[0]
     verb = "rose" if top["log_probability_change"] > 0 else "fell"
     ends = interval(top["log_probability_change_low"], top["log_probability_change_high"], sign=True)
-    return (
+    return Finding(
         f"With fine-tuning the lens's log-probability of the next token {verb} most at {label(top['component'])} ({SITES['residual']}): "
-        f"{written(top['log_probability_change'], sign=True)} nats {ends} ({texts}); it changed significantly at {len(surely)} of {len(rows)} places, "
-        f"embedding included."
+        f"{written(top['log_probability_change'], sign=True)} nats {ends}; it changed significantly at {surely.written(tables)} of {every.written(tables)} "
+        "places, embedding included",
+        n=n,
+        rows=(top,),
+        derived=(every, surely),
+        effect=abs(float(top["log_probability_change"])),
+        table="lens_change",
     )
 
 
-def _cards(tables: Tables) -> list[Card]:
-    note = "in half of the positions, by the {} lens"
-    return [
-        Card(label(row["component"]), f"already names the prediction of {whose}", note.format(row["lens"]))
-        for whose, row, _ in _first_halves(tables)[-2:]
-    ]
-
-
-def _caveats(tables: Tables) -> list[str]:
-    caveats = few_texts(tables, "lens_summary")
+def _caveats(tables: Tables) -> list[Caveat]:
+    caveats = few_texts(tables, "lens_summary", "lens_change")
     if any(name in tables for name in ("lens_summary", "lens_grid")):
         caveats.append(
-            "A lens shows what a direction of the residual stream means to the last layer. Early layers may hold the same in other directions: the logit "
-            "lens then reads nothing where something is. The tuned lens corrects this, but what it says was learned and may not be what the model uses."
+            Caveat(
+                "A lens shows what a direction of the residual stream means to the last layer. Early layers may hold the same in other directions: the logit "
+                "lens then reads nothing where something is. The tuned lens corrects this, but what it says was learned and may not be what the model uses."
+            )
         )
     return caveats
 
@@ -323,6 +335,6 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="parts",
 )

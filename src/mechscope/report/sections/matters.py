@@ -11,17 +11,18 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Cell, Shown, Table, View, value, words
 from mechscope.report.section import Column, Section, Tables, number, table
-from mechscope.report.shared import THIS_PAIR, WITHHELD, chosen_heads, chosen_layers, withheld_shares
-from mechscope.report.theme import interval, label, percent
+from mechscope.report.shared import THIS_PAIR, WITHHELD, chosen_heads, chosen_layers, counted_in, layers_in_words, withheld_shares
+from mechscope.report.statements import Card, Caveat, Derived, Finding
+from mechscope.report.theme import interval, percent
 from mechscope.report.theme import number as written
 
 _INTO = {"into_base": "carried alone", "into_tuned": "lost without"}
 _TOOLTIP = {
     "normalised": "share of the gain",
-    "normalised_low": "95 % from",
+    "normalised_low": "95\u202f% from",
     "normalised_high": "to",
     "effect": "change of loss, nats per token",
-    "low": "95 % from",
+    "low": "95\u202f% from",
     "high": "to",
     "n": "documents",
 }
@@ -105,7 +106,7 @@ def _figures(tables: Tables) -> list[Figure]:
                     name=f"gain-by-head-{into.replace('_', '-')}",
                     title=f"Heads: gain {gain}",
                     legend="share of the gain (orange: for it)",
-                    caption="Each head's output (z) exchanged between the models on the same documents.",
+                    caption=counted_in("Each head's output (z) exchanged between the models on the same documents.", part, "documents"),
                     scale="change",
                     selected=chosen_heads(tables),
                     tooltip=_TOOLTIP,
@@ -120,6 +121,7 @@ def _by_layer(part: pd.DataFrame, layers: Sequence[int], *, name: str, title: st
         own = part[part["into"] == into].set_index("layer")
         for end in ("", "_low", "_high"):
             wide[f"{into}{end}"] = wide["layer"].map(own[f"normalised{end}"])
+    caption = counted_in(caption, part, "documents")
     return layer_curves(
         wide, _INTO, name=name, title=title, axis="share of the gain", caption=caption, selected=layers, zero=True, share=True
     )
@@ -150,7 +152,7 @@ def _ablation(ablation: pd.DataFrame) -> View:
         rows.append(
             (
                 words(f"{len(random)} random sets, same layers"),
-                value(random.mean(), note=f"95 % of them {interval(low, high, sign=True)}", sign=True),
+                value(random.mean(), note=f"95\u202f% of them {interval(low, high, sign=True)}", sign=True),
                 Cell(""),
             )
         )
@@ -164,23 +166,46 @@ def _importance(importance: pd.DataFrame) -> View:
     return view.numbers("rho", "rank correlation", ends=("low", "high"), sign=True).numbers("p", "p").numbers("n", "parts").view()
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     """Say what the selected layers carry together beside other sets of as many layers."""
     sets = tables.get("layer_sets")
     if sets is None or not sets["selected"].any():
         return []
-    row, others = sets[sets["selected"]].iloc[0], sets.loc[~sets["selected"], "share"]
+    row = sets[sets["selected"]].iloc[0]
+    places = layers_in_words(row["component"])
     if row.get("withheld"):
-        return [
-            f"What the selected {label(row['component'])} carry of the gain is withheld: {row['withheld']} (n = {written(int(row['n']))} documents)."
-        ]
-    beside = f"; {len(others)} other sets of as many layers carry {percent(others.min())} to {percent(others.max())}" if len(others) else ""
+        text = f"What the selected {places} carry of the gain"
+        card = Card("withheld", f"what {places} carry of the gain", str(row["withheld"]))
+        return [Finding(text, n=row["n"], unit="documents", rows=(row,), withheld=str(row["withheld"]), table="layer_sets", card=card)]
+    others = (("selected", "==", False), ("share", ">", float("-inf")))
+    count, least, most = Derived("layer_sets", others), *(Derived("layer_sets", others, "share", how) for how in ("min", "max"))
+    beside = ""
+    if count.of(tables):
+        beside = f"; {count.written(tables)} other sets of as many layers carry {percent(least.of(tables))} to {percent(most.of(tables))}"
     if pd.notna(row.get("more")):
         # in points of the gain: "12 % more" would read as a ratio
         ends = interval(100 * row["more_low"], 100 * row["more_high"], sign=True)
         beside += f" (selected minus their mean: {written(100 * row['more'], sign=True)} points {ends})".replace(" )", ")")
-    together = f"Together the selected {label(row['component'])} carry {percent(row['share'])} of the gain"
-    return [f"{together} (n = {written(int(row['n']))} documents){beside}."]
+    elif not count.of(tables):
+        beside = "; without other sets of as many layers beside them, this does not say that they carry more than any others"
+    return [
+        Finding(
+            f"Together the selected {places} carry {percent(row['share'])} of the gain{beside}",
+            n=row["n"],
+            unit="documents",
+            rows=(row,),
+            derived=(count, least, most) if count.of(tables) else (count,),
+            effect=abs(float(row["share"])),
+            card=Card(percent(row["share"]), f"of the gain is carried by {places}", beside.removeprefix("; "))
+            if count.of(tables)
+            else None,
+            table="layer_sets",
+        )
+    ]
+
+
+def _caveats(tables: Tables) -> list[Caveat]:
+    return [*withheld_shares(tables, "cross_model"), THIS_PAIR]
 
 
 SECTION = Section(
@@ -190,10 +215,12 @@ SECTION = Section(
         "A difference is a correlation. Here parts of one model are put into the other, on the same documents, and the loss on the summary is read: "
         "100\u202f% is the whole gain of fine-tuning."
     ),
+    unit="documents",
     tables={"cross_model": CROSS_MODEL, "ablation": ABLATION, "layer_sets": LAYER_SETS, "importance": IMPORTANCE},
     figures=_figures,
     views=_views,
     findings=_findings,
-    caveats=lambda tables: [*(withheld_shares(tables["cross_model"]) if "cross_model" in tables else []), THIS_PAIR],
+    caveats=_caveats,
+    question="gain",
     adds="mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
 )

@@ -6,8 +6,9 @@ import pandas as pd
 
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.tables import Cell, Shown, Table, token
-from mechscope.report.section import Card, Column, Section, Tables, number, table
+from mechscope.report.section import Column, Section, Tables, number, table
 from mechscope.report.shared import by_model, each_model, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -40,7 +41,7 @@ TABLES = {
         maximum=number("largest activation"),
         active_tokens="tokens where it is active",
         dead="whether it is active nowhere",
-        active_bound=number("upper 95 % bound of a dead neuron's rate, as if tokens were independent; none for others", "share"),
+        active_bound=number("upper 95\u202f% bound of a dead neuron's rate, as if tokens were independent; none for others", "share"),
         position_r2=number("part of its variance that the position explains (R²)", "share"),
         position_r2_chance=number("what that is by chance", "share"),
         positional="whether the position explains most of it once chance is taken off",
@@ -136,32 +137,51 @@ def _sortable(share: float) -> float | None:
     return None if pd.isna(share) else float(share)
 
 
-def _findings(tables: Tables) -> list[str]:
-    changes = tables.get("neuron_changes")
-    if changes is None:
-        return []
-    top = changes.sort_values("rank", kind="stable").iloc[0]
-    surely = int((changes["mean_change_q"] < Q_SIGNIFICANT).sum())
-    ends = interval(top["mean_change_low"], top["mean_change_high"], sign=True)
-    return [
-        f"Fine-tuning changed the mean activation of {written(surely)} of {written(len(changes))} neurons (q < {Q_SIGNIFICANT}, n = "
-        f"{written(int(top['n']))} texts); relative to its spread over tokens, most of {label(top['component'])} "
-        f"({written(top['mean_change'], sign=True)} {ends}, {written(top['mean_change_sd'], sign=True)} SD)."
-    ]
+def _findings(tables: Tables) -> list[Finding]:
+    found, changes = list[Finding](), tables.get("neuron_changes")
+    if changes is not None:
+        top = changes.sort_values("rank", kind="stable").iloc[0]
+        surely, every = Derived("neuron_changes", (("mean_change_q", "<", Q_SIGNIFICANT),)), Derived("neuron_changes")
+        ends = interval(top["mean_change_low"], top["mean_change_high"], sign=True)
+        found.append(
+            Finding(
+                f"Fine-tuning changed the mean activation of {surely.written(tables)} of {every.written(tables)} neurons (q < {Q_SIGNIFICANT}); "
+                "relative to its "
+                f"spread over tokens, most of {label(top['component'])} ({written(top['mean_change'], sign=True)} {ends}, "
+                f"{written(top['mean_change_sd'], sign=True)} SD)",
+                n=top["n"],
+                rows=(top,),
+                derived=(surely, every),
+                effect=surely.of(tables) / max(every.of(tables), 1),
+                folded=not surely.of(tables),
+                table="neuron_changes",
+            )
+        )
+    if "neurons" in tables:
+        whose, own = by_model(tables["neurons"])[-1]
+        here = (("model", "==", own["model"].iloc[0]),)
+        dead, every = Derived("neurons", (*here, ("dead", "==", True))), Derived("neurons", here)
+        share = percent(dead.of(tables) / max(every.of(tables), 1), digits=1)
+        found.append(
+            Finding(
+                f"{dead.written(tables)} of {every.written(tables)} neurons of {whose} ({share}) never fire on these texts",
+                n=own["n"].max(),
+                derived=(dead, every, Derived("neurons", here, "dead", "mean")),
+                effect=dead.of(tables) / max(every.of(tables), 1),
+                card=Card(share, f"of the neurons of {whose} never fire", f"of {every.written(tables)} on these texts"),
+                table="neurons",
+            )
+        )
+    return found
 
 
-def _cards(tables: Tables) -> list[Card]:
-    if "neurons" not in tables:
-        return []
-    whose, own = by_model(tables["neurons"])[-1]
-    return [Card(percent(own["dead"].mean(), digits=1), f"of the neurons of {whose} never fire", f"of {written(len(own))} on these texts")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
         *few_texts(tables, "neurons", "neuron_changes"),
-        "What a neuron reads and promotes is read off its weights through the vocabulary, which leaves out norms and the layers between: it says what the "
-        "neuron could do, not what it does.",
+        Caveat(
+            "What a neuron reads and promotes is read off its weights through the vocabulary, which leaves out norms and the layers between: it says what the "
+            "neuron could do, not what it does."
+        ),
     ]
 
 
@@ -172,6 +192,6 @@ SECTION = Section(
     tables=TABLES,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="parts",
 )

@@ -7,8 +7,9 @@ import pandas as pd
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import percent
 
 _STATES = {"text": "the text's state", "random": "a random vector of equal length"}
@@ -84,7 +85,7 @@ def _figures(tables: Tables) -> list[Figure]:
                 name=f"patchscope-{measure}",
                 title=title,
                 axis="share of texts",
-                caption=f"{caption} Band: Wilson's 95 % interval.",
+                caption=f"{caption} Band: Wilson's 95\u202f% interval.",
                 share=True,
                 counted_in="texts",
             )
@@ -116,7 +117,7 @@ def _first(tables: Tables) -> tuple[pd.Series, pd.Series | None] | None:
     return row, beside.iloc[0] if len(beside) else None
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     first = _first(tables)
     if first is None:
         return []
@@ -131,32 +132,35 @@ def _findings(tables: Tables) -> list[str]:
     if pd.notna(row["predicts_other"]):
         controls.append(f"another text's next token follows it in {percent(row['predicts_other'])}")
     beside = "".join(f"; {words}" for words in controls)
-    own = summary[summary["state"] == "text"]
-    most = own.nlargest(1, "repeats").iloc[0]
+    most = summary[summary["state"] == "text"].nlargest(1, "repeats").iloc[0]
     repeated = (
-        f"The inspected token itself is repeated most from block {int(most['layer'])}, in {estimated(most, 'repeats', share=True)}."
+        f"The inspected token itself is repeated most from block {int(most['layer'])}, in {estimated(most, 'repeats', share=True)}"
         if most["repeats"] > 0
-        else "The inspected token itself is repeated from none."
+        else "The inspected token itself is repeated from none"
     )
     return [
-        f"Put into the prompt, the state behind block {int(row['layer'])} {chosen}: there it follows in {estimated(row, 'predicts', share=True)} "
-        f"(n = {texts(row['n'])}){beside}. {repeated}"
+        Finding(
+            f"Put into the prompt, the state behind block {int(row['layer'])} {chosen}: there it follows in {estimated(row, 'predicts', share=True)}{beside}. "
+            f"{repeated}",
+            n=row["n"],
+            rows=(row, most, *([] if control is None else [control])),
+            effect=float(row["predicts"]),
+            card=Card(percent(row["predicts"]), "of texts whose next token a patched prompt names", f"from block {int(row['layer'])}"),
+            table="patchscope_summary",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    first = _first(tables)
-    if first is None:
-        return []
-    row, _ = first
-    return [Card(percent(row["predicts"]), "of texts whose next token a patched prompt names", f"from block {int(row['layer'])}")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "What the model says depends on the prompt and on the layer that is patched: that it does not name something is no proof that the state lacks it.",
-        "Behind the last block and at the prompt's last token nothing is computed after the patch: that is the logit lens, which always gives the model's own "
-        "prediction.",
+        Caveat(
+            "What the model says depends on the prompt and on the layer that is patched: that it does not name something is no proof that the state lacks it."
+        ),
+        Caveat(
+            "Behind the last block and at the prompt's last token nothing is computed after the patch: that is the logit lens, which always gives the model's "
+            "own "
+            "prediction."
+        ),
         *few_texts(tables, "patchscope_summary"),
     ]
 
@@ -175,6 +179,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -6,8 +6,18 @@ from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
 from mechscope.report.marks.tables import Shown, strongest
-from mechscope.report.section import Card, Section, Tables, table
-from mechscope.report.shared import NORMALISED, WITHHELD, differ_from_zero, effect_columns, few_texts, largest_effects, withheld_shares
+from mechscope.report.section import Section, Tables, table
+from mechscope.report.shared import (
+    NORMALISED,
+    WITHHELD,
+    differ_from_zero,
+    effect_columns,
+    few_texts,
+    largest_effects,
+    sized,
+    withheld_shares,
+)
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -29,7 +39,7 @@ def _figures(tables: Tables) -> list[Figure]:
     heads, mlps = paths[paths["site"] == "z"], paths[paths["site"] == "mlp_output"]
     drawn = []
     if len(heads):
-        tooltip = {"effect": "effect", "low": "95 % from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
+        tooltip = {"effect": "effect", "low": "95\u202f% from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
         drawn.append(
             head_heatmap(
                 heads,
@@ -51,7 +61,7 @@ def _figures(tables: Tables) -> list[Figure]:
                 name="paths-mlps",
                 title=f"Paths from MLPs to {receivers}",
                 axis=axis,
-                caption="Band: 95 % interval over texts; zero is the unchanged run.",
+                caption="Band: 95\u202f% interval over texts; zero is the unchanged run.",
                 zero=True,
                 counted_in="texts",
             )
@@ -63,29 +73,30 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Senders with the largest effects", largest_effects(tables["paths"], "sender"), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
-    paths = tables["paths"]
-    top = strongest(paths, "effect", 1).iloc[0]
-    return [
-        f"Patching the paths to {label(top['receivers'])} from one sender at a time changes {top['metric']} most for {label(top['component'])}: by "
-        f"{written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)} (n = {written(int(top['n']))} texts); "
-        f"{differ_from_zero(paths)}."
-    ]
-
-
-def _cards(tables: Tables) -> list[Card]:
+def _findings(tables: Tables) -> list[Finding]:
     top = strongest(tables["paths"], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, "paths")
+    ends = interval(top["low"], top["high"], sign=True)
     return [
-        Card(
-            label(top["component"]),
-            f"has the largest effect by way of {label(top['receivers'])}",
-            f"{written(top['effect'], sign=True)} on {top['metric']}",
+        Finding(
+            f"Patching the paths to {label(top['receivers'])} from one sender at a time changes {top['metric']} most for {label(top['component'])}: by "
+            f"{written(top['effect'], sign=True)} {ends}; {differ}",
+            n=top["n"],
+            rows=(top,),
+            derived=counts,
+            effect=sized(top),
+            card=Card(
+                label(top["component"]),
+                f"has the largest effect by way of {label(top['receivers'])}",
+                f"{written(top['effect'], sign=True)} {ends} on {top['metric']}",
+            ),
+            table="paths",
         )
     ]
 
 
-def _caveats(tables: Tables) -> list[str]:
-    return [*withheld_shares(tables["paths"]), *few_texts(tables, "paths")]
+def _caveats(tables: Tables) -> list[Caveat]:
+    return [*withheld_shares(tables, "paths"), *few_texts(tables, "paths")]
 
 
 SECTION = Section(
@@ -94,13 +105,12 @@ SECTION = Section(
     intro=(
         "A sender takes its value from the other run, and only what that changes in the receivers' inputs is kept: the rest of the run stays as it was up to "
         "the receivers and is computed anew behind them (Wang et al. 2022, “Interpretability in the Wild”; Goldowsky-Dill et al. 2023). Each effect is "
-        "the patched run minus the unpatched one on the same text, the mean over texts with a 95 % interval; q is Benjamini–Hochberg over the table. The "
+        "the patched run minus the unpatched one on the same text, the mean over texts with a 95\u202f% interval; q is Benjamini–Hochberg over the table. The "
         "other senders are the control."
     ),
     tables={"paths": PATHS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -7,7 +7,8 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import grid_heatmap, head_heatmap
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label, percent
 from mechscope.report.theme import number as written
 
@@ -99,37 +100,58 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Heads by their strongest offset", view.numbers("score", "score", sign=True).view(), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
+    """Say which head prefers one distance most; it is read off the weights, so there is no n."""
     positions = tables["positions"]
-    heads, top = positions["component"].nunique(), _strongest(positions).iloc[0]
+    heads, top = Derived("positions", (), "component", "distinct"), _strongest(positions).iloc[0]
     where = (
         "its own position" if top["offset"] == 0 else "the token before" if top["offset"] == 1 else f"the token {int(top['offset'])} back"
     )
+    words = f"attends most by distance: {int(top['offset'])} back"
     if not _learned(positions):
+        offsets = Derived("positions", (), "offset", "distinct")
+        mean = Derived("positions", (("component", "==", top["component"]),), "score", "mean")
         return [
-            f"Of {heads} heads {label(top['component'])} prefers one distance most: at {where} the average query scores the average key "
-            f"{written(top['strength'], sign=True)} over its mean score of {positions['offset'].nunique()} offsets. There are no texts behind this: it is read "
-            f"off the weights."
+            Finding(
+                f"Of {heads.written(tables)} heads {label(top['component'])} prefers one distance most: at {where} the average query scores the average key "
+                f"{written(top['score'], sign=True)}, over {offsets.written(tables)} offsets {written(mean.of(tables), sign=True)} on average. There are no "
+                "texts behind this: it is read off the weights",
+                rows=(top.drop("strength"),),
+                derived=(heads, offsets, mean),
+                effect=abs(float(top["strength"])),
+                card=Card(
+                    label(top["component"]),
+                    words,
+                    f"{written(top['score'], sign=True)} against {written(mean.of(tables), sign=True)} on average",
+                ),
+                table="positions",
+            )
         ]
-    before = positions[(positions["offset"] == 1) & (positions["share"] >= _MOST)]
+    last, before = Derived("positions", (), "offset", "max"), Derived("positions", (("offset", "==", 1), ("share", ">=", _MOST)))
     return [
-        f"By its positions alone {label(top['component'])} scores {where} highest for {percent(top['share'])} of all queries, the most of {heads} heads and "
-        f"offsets 0–{int(positions['offset'].max())}; a query that picks at random would do so in {percent(top['chance'], digits=1)}. {len(before)} of {heads} "
-        f"heads score the token before highest for half of the queries or more."
+        Finding(
+            f"By its positions alone {label(top['component'])} scores {where} highest for {percent(top['share'])} of all queries, the most of "
+            f"{heads.written(tables)} heads and offsets 0–{int(last.of(tables))}; a query that picks at random would do so in "
+            f"{percent(top['chance'], digits=1)}. {before.written(tables)} of {heads.written(tables)} heads score the token before highest for half of the "
+            "queries or more. There are no texts behind this: it is read off the weights",
+            rows=(top.drop("strength"),),
+            derived=(heads, last, before),
+            effect=float(top["share"]),
+            card=Card(label(top["component"]), words, f"{percent(top['share'])} of queries, from the weights alone"),
+            table="positions",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    top = _strongest(tables["positions"]).iloc[0]
-    amount = percent(top["share"]) if _learned(tables["positions"]) else f"{written(top['strength'], sign=True)} over its mean"
-    return [Card(label(top["component"]), f"attends most by distance: {int(top['offset'])} back", amount)]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Weights alone: what stands at the positions is left out, and positions are read as if nothing had been added to them by earlier layers.",
-        "This does not find previous-token heads: of GPT-2's 144 heads the known ones rank 80th and 100th here. Which heads attend to the token before, "
-        "mechscope roles measures on texts.",
+        Caveat(
+            "Weights alone: what stands at the positions is left out, and positions are read as if nothing had been added to them by earlier layers."
+        ),
+        Caveat(
+            "This does not find previous-token heads: of GPT-2's 144 heads the known ones rank 80th and 100th here. Which heads attend to the token before, "
+            "mechscope roles measures on texts."
+        ),
     ]
 
 
@@ -141,10 +163,10 @@ SECTION = Section(
         "a head's QK circuit, W_pos W_QK W_posᵀ (Elhage et al. 2021, “A Mathematical Framework for Transformer Circuits”); in rotary families an "
         "average query scores an average key at each offset. A query that picks one of the keys it can see at random is the control."
     ),
+    unit="",
     tables={"positions": POSITIONS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -17,9 +17,10 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.head_maps import head_maps
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, diverging, gradient
 from mechscope.report.marks.tables import Cell, Row, Shown, Table, strongest
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import by_model, each_model
-from mechscope.report.theme import interval, name_of
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import by_model, each_model, role_in_words
+from mechscope.report.statements import Card, Caveat, Derived, Finding
+from mechscope.report.theme import interval, percent
 from mechscope.report.theme import number as written
 
 HEADS_SHOWN = 3
@@ -121,7 +122,7 @@ def _scores(roles: pd.DataFrame, *, name: str, title: str) -> Figure:
         roles, "strength", name=name, title=title, caption=caption, mark="has_role", dot=True,
         scale=alt.Scale(type="sqrt", domain=[0, 1], clamp=True, interpolate="rgb"),
         legend=gradient("from null to the largest score, √ scale", share=True),
-        tooltip={"score": "score", "low": "95 % from", "high": "to", "null": "null", "excess": "score − null", "q": "q", "n": "texts"},
+        tooltip={"score": "score", "low": "95\u202f% from", "high": "to", "null": "null", "excess": "score − null", "q": "q", "n": "texts"},
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def _changes(changes: pd.DataFrame) -> Figure:
         changes.assign(surely=changes["q"] < Q_SIGNIFICANT), "change", name="roles-change", title="Which roles fine-tuning strengthened",
         caption=f"Tuned minus base, in each role's own score. Outlined: q < {Q_SIGNIFICANT} (Benjamini–Hochberg).{words}",
         scale=scale, legend=gradient("change of the score"), mark="surely", dot=False,
-        tooltip={"base": "base", "tuned": "tuned", "change": "change", "low": "95 % from", "high": "to", "q": "q", "n": "texts"},
+        tooltip={"base": "base", "tuned": "tuned", "change": "change", "low": "95\u202f% from", "high": "to", "q": "q", "n": "texts"},
     )  # fmt: skip
 
 
@@ -224,59 +225,71 @@ def _texts(rows: pd.DataFrame) -> str:
     return f"n = {written(least)}{f' to {written(most)}' if most > least else ''} texts per role"
 
 
-def _findings(tables: Tables) -> list[str]:
-    roles, changes, sentences = tables.get("head_roles"), tables.get("head_role_changes"), list[str]()
-    if roles is not None:
-        sentences += [_role_sentence(whose, own) for whose, own in by_model(roles)]
-    return sentences if changes is None else [*sentences, _change_sentence(changes)]
+def _findings(tables: Tables) -> list[Finding]:
+    roles, changes, found = tables.get("head_roles"), tables.get("head_role_changes"), list[Finding]()
+    models = [] if roles is None else by_model(roles)
+    for whose, own in models:
+        found.append(_role_finding(tables, whose, own, card=whose == models[-1][0]))
+    return found if changes is None else [*found, _change_finding(tables, changes)]
 
 
-def _role_sentence(whose: str, roles: pd.DataFrame) -> str:
-    having = roles[roles["has_role"]]
-    named = [f"{name_of(role)} ({written(int(heads))})" for role, heads in having["role"].value_counts(sort=True).head(4).items()]
+def _role_finding(tables: Tables, whose: str, roles: pd.DataFrame, *, card: bool) -> Finding:
+    """Say how many heads of a model have a role, and which roles most often."""
+    here = (("model", "==", roles["model"].iloc[0]),)
+    having, every = (
+        Derived("head_roles", (*here, ("has_role", "==", True)), "component", "distinct"),
+        Derived("head_roles", here, "component", "distinct"),
+    )
+    often = roles.loc[roles["has_role"], "role"].value_counts(sort=True).head(4)
+    counts = [Derived("head_roles", (*here, ("has_role", "==", True), ("role", "==", role))) for role in often.index]
+    named = [f"{role_in_words(role)} ({count.written(tables)})" for role, count in zip(often.index, counts, strict=True)]
     most = f": most often {', '.join(named)}" if len(named) > 1 else f": {named[0]}" if named else ""
-    return f"In {whose} {_share(roles)} heads have at least one role ({Q_SIGNIFICANT:.0%} of those named are expected to be false; {_texts(roles)}){most}."
+    share = f"{having.written(tables)} of {every.written(tables)}"
+    return Finding(
+        f"In {whose} {share} heads have at least one role ({percent(Q_SIGNIFICANT)} of those named are expected to be false){most}",
+        n=roles["n"].max(),
+        derived=(having, every, *counts),
+        effect=having.of(tables) / max(every.of(tables), 1),
+        card=Card(share, f"heads of {whose} with a role") if card else None,
+        table="head_roles",
+    )
 
 
-def _share(roles: pd.DataFrame) -> str:
-    """Return how many of one model's heads have a role."""
-    return f"{written(roles.loc[roles['has_role'], 'component'].nunique())} of {written(roles['component'].nunique())}"
-
-
-def _change_sentence(changes: pd.DataFrame) -> str:
-    whole, heads = changes[changes["component"] == "all"], changes[changes["component"] != "all"]
-    surely = whole[whole["q"] < Q_SIGNIFICANT].sort_values("change", key=abs, ascending=False, kind="stable")
+def _change_finding(tables: Tables, changes: pd.DataFrame) -> Finding:
+    """Say which roles' mean over heads changed, and how many heads' scores."""
+    heads, name, single = changes[changes["component"] != "all"], "head_role_changes", ""
+    whole = changes[(changes["component"] == "all") & (changes["q"] < Q_SIGNIFICANT)]
+    whole = whole.sort_values("change", key=abs, ascending=False, kind="stable").head(3)
     told = [
-        f"{name_of(row['role'])} {'rose' if row['change'] > 0 else 'fell'} ({written(row['change'], sign=True)} "
+        f"{role_in_words(row['role'])} {'rose' if row['change'] > 0 else 'fell'} ({written(row['change'], sign=True)} "
         f"{interval(row['low'], row['high'], sign=True)})"
-        for row in surely.head(3).to_dict("records")
+        for _, row in whole.iterrows()
     ]
     mean = f"Mean over heads, {', '.join(told)}" if told else "No role's mean over heads changed significantly"
-    single = (
-        f"; {written(int((heads['q'] < Q_SIGNIFICANT).sum()))} of {written(len(heads))} single heads' scores changed at q < {Q_SIGNIFICANT}"
-        if len(heads)
-        else ""
+    of_heads = (("component", "!=", "all"),)
+    surely, every = Derived(name, (*of_heads, ("q", "<", Q_SIGNIFICANT))), Derived(name, of_heads)
+    gained, lost = (Derived(name, (*of_heads, (column, "==", True))) for column in ("gained", "lost"))
+    if len(heads):
+        single = f"; {surely.written(tables)} of {every.written(tables)} single heads' scores changed at q < {Q_SIGNIFICANT}"
+        single += f"; roles gained: {gained.written(tables)}, lost: {lost.written(tables)}"
+    note = f"roles gained: {gained.written(tables)}, lost: {lost.written(tables)}"
+    return Finding(
+        f"{mean}{single}",
+        n=changes["n"].max(),
+        rows=tuple(row for _, row in whole.iterrows()),
+        derived=(surely, every, gained, lost),
+        effect=surely.of(tables) / max(every.of(tables), 1),
+        folded=not told and not surely.of(tables),
+        card=Card(surely.written(tables), f"scores of {every.written(tables)} changed (q < {Q_SIGNIFICANT})", note) if len(heads) else None,
+        table=name,
     )
-    return f"{mean}{single} ({_texts(changes)})."
 
 
-def _cards(tables: Tables) -> list[Card]:
-    roles, changes, cards = tables.get("head_roles"), tables.get("head_role_changes"), list[Card]()
-    if roles is not None:
-        *others, (whose, own) = by_model(roles)
-        note = f"in {others[-1][0]}: {_share(others[-1][1])}" if others else ""
-        cards.append(Card(_share(own), f"heads of {whose} with a role", note))
-    if changes is not None:
-        heads = changes[changes["component"] != "all"]
-        note = f"{written(int(heads['gained'].sum()))} roles gained, {written(int(heads['lost'].sum()))} lost"
-        words = f"scores of {written(len(heads))} changed (q < {Q_SIGNIFICANT})"
-        cards.append(Card(written(int((heads["q"] < Q_SIGNIFICANT).sum())), words, note))
-    return cards
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "A role is what a head does on the texts made to elicit it. A head can have several roles, and do something else on other texts."
+        Caveat(
+            "A role is what a head does on the texts made to elicit it. A head can have several roles, and do something else on other texts."
+        )
     ]
 
 
@@ -286,13 +299,13 @@ SECTION = Section(
     intro=(
         "What each head does on texts made to elicit it. A score stands beside its null, what a head without the role would score on the same texts. A "
         "head has a role where the excess of its score is worth the name and more than this model's heads reach when their queries and values are turned "
-        f"at random, so that of the heads named {Q_SIGNIFICANT:.0%} are expected to be false; in a model of random weights any head is named for a role "
-        f"with a probability of {Q_SIGNIFICANT:.0%} at most. Roles without a least excess are only scored."
+        f"at random, so that of the heads named {percent(Q_SIGNIFICANT)} are expected to be false; in a model of random weights any head is named for a role "
+        f"with a probability of {percent(Q_SIGNIFICANT)} at most. Roles without a least excess are only scored."
     ),
     tables=TABLES,
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
+    question="parts",
 )

@@ -6,7 +6,7 @@ import pandas as pd
 
 from mechscope.report.marks.tables import Row, Shown, View, value, words
 from mechscope.report.section import Column, Panel, Section, Tables, number, table
-from mechscope.report.shared import TOKENIZER
+from mechscope.report.shared import SHARED_WORDS, TOKENIZER
 from mechscope.report.theme import METRIC_NAMES, interval, name_of
 
 SAMPLES = 12
@@ -36,7 +36,7 @@ ROUGE = table(
 def _views(tables: Tables) -> list[Shown]:
     if "rouge" not in tables:
         return []
-    caption = "ROUGE (F-measure, 0 to 1) of each model's summaries of held-out documents, with 95 % intervals over documents (studentised bootstrap)."
+    caption = "ROUGE (F-measure, 0 to 1) of each model's summaries of held-out documents, with 95\u202f% intervals over documents (studentised bootstrap)."
     return [Shown("ROUGE", _rouge(tables["rouge"]), caption)]
 
 
@@ -87,6 +87,7 @@ SECTION = Section(
     tables={"summaries": SUMMARIES, "rouge": ROUGE},
     panels=_panels,
     views=_views,
-    caveats=lambda tables: ["ROUGE counts shared words. It does not tell whether a summary is true."] if "rouge" in tables else [],
+    caveats=lambda tables: [SHARED_WORDS] if "rouge" in tables else [],
+    question="lora",
     adds="mechscope study summarization --base BASE --tuned TUNED --data DATA --out NEW_RUN",
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.intervals import interval_plot
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Card, Column, Section, Tables, number, table
+from mechscope.report.section import Column, Section, Tables, number, table
 from mechscope.report.shared import WITHHELD, few_texts
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -46,7 +47,7 @@ def _figures(tables: Tables) -> list[Figure]:
             name="scrub",
             title="What is left",
             axis=f"{runs['metric'].iloc[0]} minus that of the model itself",
-            caption="Zero: nothing is lost. Rule: 95 % interval over texts.",
+            caption="Zero: nothing is lost. Rule: 95\u202f% interval over texts.",
         )
     ]
 
@@ -69,42 +70,48 @@ def _views(tables: Tables) -> list[Shown]:
     return shown
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     if "scrub" not in tables:
         return []
-    runs = {row["run"]: row for row in tables["scrub"].to_dict("records")}
+    runs = {row["run"]: row for _, row in tables["scrub"].iterrows()}
     scrubbed, full, everything = (runs[name] for name in ("scrubbed", "full", "everything"))
-    share = f"{percent(scrubbed['recovered'])} {interval(100 * scrubbed['recovered_low'], 100 * scrubbed['recovered_high'])} of {scrubbed['metric']} is left"
+    rows, n, left = (scrubbed, full, everything), scrubbed["n"], f"of {scrubbed['metric']}"
     if scrubbed.get("withheld"):
-        share = f"the share of {scrubbed['metric']} that is left is withheld ({scrubbed['withheld']})"
+        card = Card("withheld", f"how much {left} is left under the hypothesis", str(scrubbed["withheld"]))
+        said = f"the share {left} that is left under the hypothesis"
+        return [Finding(said, n=n, rows=rows, withheld=str(scrubbed["withheld"]), card=card, table="scrub")]
+    ends = interval(100 * scrubbed["recovered_low"], 100 * scrubbed["recovered_high"])
     return [
-        f"Under the hypothesis {share} (n = {written(int(scrubbed['n']))} texts): {written(scrubbed['value'])}, between "
-        f"{written(everything['value'])} with everything exchanged and {written(full['value'])} of the model itself."
+        Finding(
+            f"Under the hypothesis {percent(scrubbed['recovered'])} {ends} {left} is left: {written(scrubbed['value'])}, between "
+            f"{written(everything['value'])} with everything exchanged and {written(full['value'])} of the model itself",
+            n=n,
+            rows=rows,
+            effect=float(scrubbed["recovered"]),
+            card=Card(percent(scrubbed["recovered"]), f"{left} left under the hypothesis", ends),
+            table="scrub",
+        )
     ]
 
 
-def _cards(tables: Tables) -> list[Card]:
-    if "scrub" not in tables:
-        return []
-    scrubbed = tables["scrub"].set_index("run").loc["scrubbed"]
-    ends = interval(100 * scrubbed["recovered_low"], 100 * scrubbed["recovered_high"])
-    if scrubbed.get("withheld"):
-        return [Card("withheld", f"how much of {scrubbed['metric']} is left under the hypothesis", str(scrubbed["withheld"]))]
-    return [Card(percent(scrubbed["recovered"]), f"of {scrubbed['metric']} left under the hypothesis", ends)]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     said = []
     if "scrub_hypothesis" in tables:
         parts = tables["scrub_hypothesis"]
         said += [
-            f"{written(int(row['alone']))} of {written(int(row['n']))} texts are the only ones with their label at {label(row['component'])} and keep their "
-            "own value: they do not test the hypothesis."
+            Caveat(
+                f"{written(int(row['alone']))} of {written(int(row['n']))} texts are the only ones with their label at {label(row['component'])} and keep "
+                "their own value: they do not test the hypothesis.",
+                "scrub",
+            )
             for row in parts[parts["alone"] > 0].to_dict("records")
         ]
     return [
         *said,
-        "What the hypothesis does not name computes as it does, and values come from ordinary runs of other texts: a hypothesis that names little keeps much.",
+        Caveat(
+            "What the hypothesis does not name computes as it does, and values come from ordinary runs of other texts: a hypothesis that names little keeps "
+            "much."
+        ),
         *few_texts(tables, "scrub"),
     ]
 
@@ -115,12 +122,11 @@ SECTION = Section(
     intro=(
         "Components take their values from other texts wherever the hypothesis says that it does not matter, all at once; if the hypothesis is right, the "
         "metric stays (Chan et al. 2022, “Causal Scrubbing”, simplified: values are not scrubbed recursively). Two controls give the scale: the model as it "
-        "is (100 %), and every head and MLP taken from other texts (0 %). Intervals are over texts, averaged over the draws."
+        "is (100\u202f%), and every head and MLP taken from other texts (0\u202f%). Intervals are over texts, averaged over the draws."
     ),
     tables={"scrub": SCRUB, "scrub_samples": SAMPLES, "scrub_hypothesis": HYPOTHESIS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

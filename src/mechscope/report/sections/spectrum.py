@@ -9,8 +9,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import grid_heatmap, head_heatmap
 from mechscope.report.marks.place_curves import place_curves
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label, percent
 
 _SITES = {
@@ -65,7 +66,7 @@ def _ends(site: str, own: pd.DataFrame) -> Figure:
         name=f"spectrum-{site.replace('_', '-')}",
         title=f"Bright and dark bands of {_SITES.get(site, site)}",
         axis="share of the squared norm",
-        caption="Band: 95 % over texts. A band of directions that the unembedding hardly sees is dark.",
+        caption="Band: 95\u202f% over texts. A band of directions that the unembedding hardly sees is dark.",
         words={"series": "band", "dash": ""},
         share=True,
     )
@@ -88,7 +89,7 @@ def _bands(site: str, own: pd.DataFrame) -> Figure:
         caption="0: as much as a vector in a random direction has there; 1: twice as much.",
         tooltip={
             "share_of_norm": "share",
-            "share_of_norm_low": "95 % from",
+            "share_of_norm_low": "95\u202f% from",
             "share_of_norm_high": "to",
             "share_of_directions": "random",
             "n": "texts",
@@ -105,7 +106,7 @@ def _heads(own: pd.DataFrame) -> Figure:
         title="What heads write into the darkest band",
         legend="share of the squared norm, √ scale",
         caption="Of what each head writes, the share that the unembedding sees least.",
-        tooltip={"share_of_norm": "share", "share_of_norm_low": "95 % from", "share_of_norm_high": "to", "n": "texts"},
+        tooltip={"share_of_norm": "share", "share_of_norm_low": "95\u202f% from", "share_of_norm_high": "to", "n": "texts"},
     )
 
 
@@ -124,28 +125,36 @@ def _darkest(spectrum: pd.DataFrame) -> pd.Series:
     return dark.nlargest(1, "share_of_norm").iloc[0]
 
 
-def _findings(tables: Tables) -> list[str]:
-    sentences = []
+def _findings(tables: Tables) -> list[Finding]:
+    found = list[Finding]()
     for site, own in tables["spectrum"].groupby("site", sort=False):
-        top, bands = _darkest(own), int(own["band"].max()) + 1
+        top, last = _darkest(own), Derived("spectrum", (("site", "==", site),), "band", "distinct")
         low, chance = float(top["share_of_norm_low"]), float(top["share_of_directions"])
         against = "above" if low > chance else "not above" if low <= chance else "beside"
-        sentences.append(
-            f"The darkest of {bands} bands of {_SITES.get(str(site), str(site))} holds most at {label(top['component'])}: "
-            f"{estimated(top, 'share_of_norm', share=True)} of the squared norm (n = {texts(top['n'])}), {against} the {percent(chance)} of a random direction."
+        share = percent(top["share_of_norm"])
+        found.append(
+            Finding(
+                f"The darkest of {last.written(tables)} bands of {_SITES.get(str(site), str(site))} holds most at {label(top['component'])}: "
+                f"{estimated(top, 'share_of_norm', share=True)} of the squared norm, {against} the {percent(chance)} of a random direction",
+                n=top["n"],
+                rows=(top,),
+                derived=(last,),
+                effect=float(top["share_of_norm"]),
+                card=None if found else Card(share, "in the band that the unembedding sees least", f"at {label(top['component'])}"),
+                table="spectrum",
+            )
         )
-    return sentences
+    return found
 
 
-def _cards(tables: Tables) -> list[Card]:
-    top = _darkest(tables["spectrum"])
-    return [Card(percent(top["share_of_norm"]), "in the band that the unembedding sees least", f"at {label(top['component'])}")]
-
-
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "What lies in dark directions moves no logit directly; later blocks may read it, attention sinks above all. mechscope suppress tells if it matters.",
-        "Where a band holds most was chosen on these texts; a few tokens of very large norm, such as the first, can decide a place.",
+        Caveat(
+            "What lies in dark directions moves no logit directly; later blocks may read it, attention sinks above all. mechscope suppress tells if it matters."
+        ),
+        Caveat(
+            "Where a band holds most was chosen on these texts; a few tokens of very large norm, such as the first, can decide a place."
+        ),
         *few_texts(tables, "spectrum"),
     ]
 
@@ -162,6 +171,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -7,8 +7,9 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.intervals import response_curves
 from mechscope.report.marks.tables import Shown, Table, View, strongest
-from mechscope.report.section import Card, Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import few_texts
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, label
 from mechscope.report.theme import number as written
 
@@ -50,7 +51,7 @@ def _figures(tables: Tables) -> list[Figure]:
                 name=f"steer-{texts}",
                 title="What it costs on neutral text" if neutral else "What it does",
                 axis="change of loss, nats per token" if neutral else f"change of {own['metric'].iloc[0]}",
-                caption="Band: 95 % interval over texts, of the direction. Dashed: random directions of equal length, one line each.",
+                caption="Band: 95\u202f% interval over texts, of the direction. Dashed: random directions of equal length, one line each.",
                 x=("strength", "strength"),
             )
         )
@@ -101,41 +102,42 @@ def _strongest(steer: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.DataFrame]
     return top, cost, there[(there["draw"] >= 0) & (there["texts"] == "pairs")]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     if "steer" not in tables:
         return []
     top, cost, controls = _strongest(tables["steer"])
-    sentence = (
+    count = Derived("steer", (("strength", "==", top["strength"]), ("draw", ">=", 0), ("texts", "==", "pairs")))
+    text = (
         f"Added {written(top['strength'])} times, the direction changes {top['metric']} by {written(top['mean'], sign=True)} "
-        f"{interval(top['low'], top['high'], sign=True)} (n = {written(int(top['n']))} texts), and the loss of neutral text by "
-        f"{written(cost['mean'], sign=True)} {interval(cost['low'], cost['high'], sign=True)} nats per token (n = {written(int(cost['n']))})"
+        f"{interval(top['low'], top['high'], sign=True)}, and the loss of neutral text by {written(cost['mean'], sign=True)} "
+        f"{interval(cost['low'], cost['high'], sign=True)} nats per token (over {written(int(cost['n']))} texts)"
     )
     if len(controls):
         low, high = controls["mean"].min(), controls["mean"].max()
         beyond = top["low"] > high or top["high"] < low
-        sentence += (
-            f"; {len(controls)} random directions of equal length change {top['metric']} by {written(low, sign=True)} to {written(high, sign=True)}: "
+        text += (
+            f"; {count.written(tables)} random directions of equal length change {top['metric']} by {written(low, sign=True)} to {written(high, sign=True)}: "
             f"the direction's interval {'lies beyond' if beyond else 'does not lie beyond'} all of them"
         )
-    return [sentence + "."]
-
-
-def _cards(tables: Tables) -> list[Card]:
-    if "steer" not in tables:
-        return []
-    top, cost, _ = _strongest(tables["steer"])
+    note = f"{written(cost['mean'], sign=True)} nats on neutral text"
     return [
-        Card(
-            written(top["mean"], sign=True),
-            f"on {top['metric']} at strength {written(top['strength'])}",
-            f"{written(cost['mean'], sign=True)} nats on neutral text",
+        Finding(
+            text,
+            n=top["n"],
+            rows=(top, cost, *(row for _, row in controls.iterrows())),
+            derived=(count,),
+            effect=abs(float(top["mean"])),
+            card=Card(written(top["mean"], sign=True), f"on {top['metric']} at strength {written(top['strength'])}", note),
+            table="steer",
         )
     ]
 
 
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "The strength of the finding is the one with the largest change; one that costs much on neutral text breaks the model rather than steering it.",
+        Caveat(
+            "The strength of the finding is the one with the largest change; one that costs much on neutral text breaks the model rather than steering it."
+        ),
         *few_texts(tables, "steer"),
     ]
 
@@ -147,12 +149,11 @@ SECTION = Section(
         "A direction, the difference of the mean activations on two sets of texts (Marks & Tegmark 2023; Panickssery et al. 2023), is added to the activations "
         "at every token (Turner et al. 2023). What it does is measured on texts that it was not taken from, what it costs by the loss of neutral text. "
         "Random directions of equal length are the control: a push of that size moves much of anything. Each change is the steered run minus the unsteered "
-        "one on the same text, the mean over texts with a 95 % interval."
+        "one on the same text, the mean over texts with a 95\u202f% interval."
     ),
     tables={"steer": STEER, "steer_texts": STEER_TEXTS},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -9,8 +9,9 @@ from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.place_curves import place_curves
 from mechscope.report.marks.tables import Shown, Table, strongest
-from mechscope.report.section import Card, Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts, texts
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import estimated, few_texts, sized
+from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label
 from mechscope.report.theme import number as written
 
@@ -55,7 +56,8 @@ def _figures(tables: Tables) -> list[Figure]:
             title="Loss without those directions",
             axis="change of the loss, nats per token",
             caption=(
-                f"{int(bands['count'].iloc[0])} of {int(bands['width'].iloc[0])} directions taken out behind one layer at a time, at every token. Band: 95 % "
+                f"{int(bands['count'].iloc[0])} of {int(bands['width'].iloc[0])} directions taken out behind one layer at a time, "
+                "at every token. Band: 95\u202f% "
                 "over texts; random directions are dashed."
             ),
             words={"series": "directions", "dash": "kind"},
@@ -75,39 +77,40 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Losses without the bands", view.view(), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     bands, controls = _parts(tables)
     top = bands.nlargest(1, "loss_change").iloc[0]
-    beside = ""
-    here = controls.loc[controls["layer"] == top["layer"], "loss_change"]
+    here, rows, beside = controls[controls["layer"] == top["layer"]], [top], ""
+    random = Derived("suppress", (("directions", "==", "random"), ("layer", "==", top["layer"])))
     if len(here):
-        highest = float(here.max())
-        verdict = "lies above all of them" if top["loss_change_low"] > highest else "does not lie above all of them"
-        beside = f"; {len(here)} random sets of as many directions change it by {written(highest, sign=True)} at most, and the interval {verdict}"
-    surely = int((bands["loss_change_q"] < Q_SIGNIFICANT).sum())
+        highest = here.nlargest(1, "loss_change").iloc[0]
+        rows.append(highest)
+        verdict = "lies above all of them" if top["loss_change_low"] > highest["loss_change"] else "does not lie above all of them"
+        most = written(highest["loss_change"], sign=True)
+        beside = f"; {random.written(tables)} random sets of as many directions change it by {most} at most, and the interval {verdict}"
+    same = (("directions", "==", "bands"),)
+    surely, every = Derived("suppress", (*same, ("loss_change_q", "<", Q_SIGNIFICANT))), Derived("suppress", same)
+    change = written(top["loss_change"], sign=True)
     return [
-        f"Taking bands {label(top['suppressed'])} ({int(top['count'])} of {int(top['width'])} directions) out of the residual stream raises the loss most at "
-        f"{label(top['component'])}: from {written(top['loss'])} by {estimated(top, 'loss_change', sign=True)} nats per token "
-        f"(n = {texts(top['n'])}){beside}. It changes at {surely} of {len(bands)} layers at q < {Q_SIGNIFICANT}."
-    ]
-
-
-def _cards(tables: Tables) -> list[Card]:
-    bands, _ = _parts(tables)
-    top = bands.nlargest(1, "loss_change").iloc[0]
-    return [
-        Card(
-            f"{written(top['loss_change'], sign=True)} nats",
-            f"of loss without bands {label(top['suppressed'])}",
-            f"at {label(top['component'])}",
+        Finding(
+            f"Taking bands {label(top['suppressed'])} ({int(top['count'])} of {int(top['width'])} directions) out of the residual stream raises the loss "
+            "most at "
+            f"{label(top['component'])}: from {written(top['loss'])} by {estimated(top, 'loss_change', sign=True)} nats per token{beside}. It changes at "
+            f"{surely.written(tables)} of {every.written(tables)} layers at q < {Q_SIGNIFICANT}",
+            n=top["n"],
+            rows=tuple(rows),
+            derived=(surely, every, random),
+            effect=sized(top, "loss_change", "loss_change_se"),
+            card=Card(f"{change} nats", f"of loss without bands {label(top['suppressed'])}", f"at {label(top['component'])}"),
+            table="suppress",
         )
     ]
 
 
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Random directions hold as many dimensions, not as much of the norm: mechscope spectrum says how much stands in the bands.",
-        "The layer where most is lost was chosen on these texts.",
+        Caveat("Random directions hold as many dimensions, not as much of the norm: mechscope spectrum says how much stands in the bands."),
+        Caveat("The layer where most is lost was chosen on these texts."),
         *few_texts(tables, "suppress"),
     ]
 
@@ -124,6 +127,5 @@ SECTION = Section(
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

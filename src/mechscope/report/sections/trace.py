@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import position_heatmap
 from mechscope.report.marks.tables import Shown, strongest
-from mechscope.report.section import Card, Section, Tables, table
+from mechscope.report.section import Section, Tables, table
 from mechscope.report.shared import (
     NORMALISED,
     WITHHELD,
@@ -14,8 +14,10 @@ from mechscope.report.shared import (
     few_texts,
     largest_effects,
     share_of,
+    sized,
     withheld_shares,
 )
+from mechscope.report.statements import Card, Caveat, Finding
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
@@ -51,33 +53,32 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Largest effects of restoring", largest_effects(tables["trace"], "restored"), terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
-    trace = tables["trace"]
-    top = strongest(trace, "effect", 1).iloc[0]
-    blurred = top["value"] - top["effect"]
-    share = share_of(top, "normalised", "what the noise took")
-    return [
-        f"Restoring {label(top['component'])} at the {label(top['positions'])} changes {top['metric']} most, from {written(blurred)} with a blurred subject to "
-        f"{written(top['value'])}: {written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}, {share} "
-        f"(n = {written(int(top['n']))} texts); {differ_from_zero(trace)}."
-    ]
-
-
-def _cards(tables: Tables) -> list[Card]:
+def _findings(tables: Tables) -> list[Finding]:
     top = strongest(tables["trace"], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, "trace")
+    ends = interval(top["low"], top["high"], sign=True)
+    share = share_of(top, "normalised", "what the noise took")
+    note = f"share withheld: {top['withheld']}" if top.get("withheld") else f"{percent(top['normalised'])} of what the noise took"
     return [
-        Card(
-            f"{label(top['component'])}",
-            f"has the largest effect, restored at the {label(top['positions'])}",
-            f"share withheld: {top['withheld']}" if top.get("withheld") else f"{percent(top['normalised'])} of what the noise took",
+        Finding(
+            f"With a blurred subject, restoring {label(top['component'])} at the {label(top['positions'])} changes {top['metric']} most: by "
+            f"{written(top['effect'], sign=True)} {ends} to {written(top['value'])}, {share}; {differ}",
+            n=top["n"],
+            rows=(top,),
+            derived=counts,
+            effect=sized(top),
+            card=Card(label(top["component"]), f"has the largest effect, restored at the {label(top['positions'])}", note),
+            table="trace",
         )
     ]
 
 
-def _caveats(tables: Tables) -> list[str]:
+def _caveats(tables: Tables) -> list[Caveat]:
     return [
-        "Where a fact is recalled is not where it is best edited (Hase et al. 2023). Where noise takes little from the metric, shares are of little.",
-        *withheld_shares(tables["trace"]),
+        Caveat(
+            "Where a fact is recalled is not where it is best edited (Hase et al. 2023). Where noise takes little from the metric, shares are of little."
+        ),
+        *withheld_shares(tables, "trace"),
         *few_texts(tables, "trace"),
     ]
 
@@ -88,13 +89,12 @@ SECTION = Section(
     intro=(
         "The embeddings of the subject's tokens are blurred with noise, so that the answer is lost; then clean values are restored at one layer and token at a "
         "time (Meng et al. 2022, “Locating and Editing Factual Associations in GPT”). The blurred run is the control: an effect is the restored run "
-        "minus the blurred one on the same text and noise, the mean over draws of noise and texts, with a 95 % interval over texts; q is "
+        "minus the blurred one on the same text and noise, the mean over draws of noise and texts, with a 95\u202f% interval over texts; q is "
         "Benjamini–Hochberg over the table."
     ),
     tables={"trace": TRACE},
     figures=_figures,
     views=_views,
     findings=_findings,
-    cards=_cards,
     caveats=_caveats,
 )

@@ -6,7 +6,7 @@ from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import by_model, few_texts
-from mechscope.report.theme import number as written
+from mechscope.report.statements import Derived, Finding
 
 TABLES = {
     "lens_judged": table(
@@ -38,25 +38,34 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("What the maps are worth", rows.numbers("n", "texts").view(), words, terminal=True)]
 
 
-def _findings(tables: Tables) -> list[str]:
+def _findings(tables: Tables) -> list[Finding]:
     """Say of each model what its maps are worth; of those whose training has not converged only that."""
-    sentences = []
+    found = []
     for whose, own in by_model(tables["lens_judged"]):
-        arrived = own[own["converged"].astype(bool)]
-        if len(arrived):
-            nearer, farther = (int((arrived["verdict"] == verdict).sum()) for verdict in ("nearer", "farther"))
-            worse = f"; {farther} are worse than none" if farther else ""
-            sentences.append(
-                f"In {whose} the tuned lens's map is nearer to the final prediction than the logit lens at {nearer} of {len(arrived)} places{worse} "
-                f"(q < {Q_SIGNIFICANT}, n = {written(int(own['n'].max()))} texts that were not learned from)."
+        here = (("model", "==", own["model"].iloc[0]),)
+        all_of_them, arrived = Derived("lens_judged", here), Derived("lens_judged", (*here, ("converged", "==", True)))
+        nearer, farther = (Derived("lens_judged", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
+        if arrived.of(tables):
+            worse = f"; {farther.written(tables)} are worse than none" if farther.of(tables) else ""
+            found.append(
+                Finding(
+                    f"In {whose} the tuned lens's map is nearer to the final prediction than the logit lens at {nearer.written(tables)} of "
+                    f"{arrived.written(tables)} places{worse} (q < {Q_SIGNIFICANT}, on texts that were not learned from)",
+                    n=own["n"].max(),
+                    derived=(nearer, arrived, farther),
+                    effect=nearer.of(tables) / arrived.of(tables),
+                    table="lens_judged",
+                )
             )
-        if len(own) > len(arrived):
-            reason = own.loc[~own["converged"].astype(bool), "unconverged"].iloc[0]
-            sentences.append(
-                f"In {whose} what the tuned lens says is withheld at {len(own) - len(arrived)} of {len(own)} places: the training of their maps had not "
-                f"converged (the first: {reason}); give it more steps."
+        if len(own) > arrived.of(tables):
+            left, reason = (
+                Derived("lens_judged", (*here, ("converged", "==", False))),
+                own.loc[~own["converged"].astype(bool), "unconverged"].iloc[0],
             )
-    return sentences
+            said = f"what the tuned lens says at {left.written(tables)} of {all_of_them.written(tables)} places of {whose}"
+            why = f"the training of their maps had not converged (the first: {reason}); give it more steps"
+            found.append(Finding(said, n=own["n"].max(), derived=(left, all_of_them), withheld=why, table="lens_judged"))
+    return found
 
 
 SECTION = Section(
@@ -70,4 +79,5 @@ SECTION = Section(
     views=_views,
     findings=_findings,
     caveats=lambda tables: few_texts(tables, "lens_judged"),
+    question="parts",
 )

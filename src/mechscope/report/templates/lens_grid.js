@@ -110,7 +110,7 @@ reading.each("lens_grid", "[data-lens-grid]", (card, { grids, power, top, tokens
         const best = tokenAt(shown.last, row, state.start + column);
         // in the difference only what the models would say differently is written
         if (difference && best === tokenAt(shown.first, row, state.start + column)) continue;
-        context.fillStyle = !rgb ? soft : 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 140 ? "#10151b" : "#ffffff";
+        context.fillStyle = !rgb ? soft : reading.over(rgb);
         context.fillText(fitted(context, best, box.step - 7), x + (box.step - 1) / 2, y + box.line / 2 + 4);
       }
     }

@@ -61,11 +61,17 @@ const reading = (() => {
 
   // 256 colours from the stops of the scheme that is on
   function ramp(name) {
-    const stops = (night.matches ? dark : light).range[name].map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+    const stops = (night.matches ? dark : light).range[name].map(channels);
     return Array.from({ length: 256 }, (_, i) => {
       const at = (i / 255) * (stops.length - 1), below = Math.min(stops.length - 2, Math.floor(at));
       return stops[below].map((part, k) => Math.round(part + (at - below) * (stops[below + 1][k] - part)));
     });
+  }
+  const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  // black or white, whichever is easier to read over a colour: one of them has a contrast of 4.58 or more (WCAG 2.2's relative luminance)
+  function over(behind) {
+    const [red, green, blue] = behind.map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff";
   }
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   // the canvas in the pixels of the screen, with a context that counts in those of the page
@@ -80,5 +86,5 @@ const reading = (() => {
   }
 
   const token = (text) => (text === "" ? "∅" : text.replaceAll(" ", "␣"));
-  return { each, night, whole, measured, say, make, select, radios, hint, unhint, live, ramp, colour, sized, token };
+  return { each, night, whole, measured, say, make, select, radios, hint, unhint, live, ramp, channels, over, colour, sized, token };
 })();

@@ -32,7 +32,7 @@ reading.each("token_attention", "[data-token-attention]", (card, { models, texts
   const listed = make("div", { className: "keys" }), controls = make("div", { className: "reading-controls" });
 
   function show(query) {
-    const accent = reading.colour("accent"), ground = reading.colour("ground");
+    const [accent, well] = ["accent", "well"].map((name) => reading.channels(reading.colour(name)));
     panels.forEach(({ spans, lit }, model) => {
       for (const span of lit.splice(0)) {
         span.removeAttribute("style");
@@ -40,8 +40,9 @@ reading.each("token_attention", "[data-token-attention]", (card, { models, texts
       }
       for (const [key, weight] of keysOf(edges[model], query)) {
         const strength = 0.1 + 0.9 * weight ** 0.7, span = spans[key];
-        span.style.background = `color-mix(in srgb, ${accent} ${Math.round(100 * strength)}%, transparent)`;
-        if (strength > 0.55) span.style.color = ground;
+        const behind = accent.map((part, i) => Math.round(well[i] + strength * (part - well[i])));
+        span.style.background = `rgb(${behind})`;
+        span.style.color = reading.over(behind);
         lit.push(span);
       }
       spans[query].classList.add("query");

@@ -94,10 +94,9 @@ def _rouge(seed: int, *, kind: str, n: int) -> str:
     return _inside(mean.low, mean.high, true)
 
 
-def _gain(seed: int, *, n: int) -> str:
-    _, gain = _measured(np.random.default_rng(seed), n)
-    mean = paired_difference(gain, np.zeros(n))
-    return _inside(float(mean.low), float(mean.high), float(_WEIGHTS @ _GAINS))
+def _effect(seed: int, *, drawn: Callable[[np.random.Generator, int], np.ndarray], true: float, n: int) -> str:
+    mean = paired_difference(drawn(np.random.default_rng(seed), n), np.zeros(n))
+    return _inside(float(mean.low), float(mean.high), true)
 
 
 def _correlation(seed: int, *, true: float, n: int) -> str:
@@ -119,6 +118,13 @@ _SHARES: tuple[tuple[str, World, float], ...] = (
     ("heavy-tailed gains, t with 3 degrees of freedom", _heavy, 0.6),
     ("logit differences", _logits, 0.8),
 )
+_EFFECTS: tuple[tuple[str, Callable[[np.random.Generator, int], np.ndarray], float], ...] = (
+    ("measured losses of three corpora", lambda random, n: _measured(random, n)[1], float(_WEIGHTS @ _GAINS)),
+    ("exponential", lambda random, n: random.exponential(size=n), 1.0),
+    ("log-normal with σ = .7", lambda random, n: random.lognormal(0.0, 0.7, n), float(np.exp(0.245))),
+    ("t with 3 degrees of freedom", lambda random, n: random.standard_t(3, n), 0.0),
+    ("normal", lambda random, n: random.normal(size=n), 0.0),
+)
 TRUTHS: tuple[Truth, ...] = (
     *(
         truth
@@ -132,6 +138,10 @@ TRUTHS: tuple[Truth, ...] = (
     *_coverage("mean ROUGE", "ROUGE-1", "document", partial(_rouge, kind="ROUGE-1")),
     *_coverage("mean ROUGE", "ROUGE-2, a quarter of zeros", "document", partial(_rouge, kind="ROUGE-2")),
     *_coverage("difference in ROUGE", "paired, ROUGE-L", "document", partial(_rouge, kind="difference")),
-    *_coverage("mean effect on the loss", "measured losses of three corpora", "document", _gain),
+    *(
+        truth
+        for world, drawn, true in _EFFECTS
+        for truth in _coverage("mean effect on a metric", world, "document", partial(_effect, drawn=drawn, true=true))
+    ),
     *_coverage("rank correlation", "normal pairs, .5", "head", partial(_correlation, true=0.5)),
 )

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 _HEADS = 48
 _DELTA = 1.0
 # what a sample of documents looks like: (spread over documents as σ of a log-normal, in words)
-_SKEWS = ((0.25, "values a quarter of their mean apart"), (0.5, "skewed values half of their mean apart"))
+_SKEWS = (
+    (0.25, "values a quarter of their mean apart"),
+    (0.5, "skewed values half of their mean apart"),
+    (1.0, "very skewed values farther apart than their mean"),
+)
 _LAYERS, _WIDTH, _PARTS, _WORDS = 2, 32, 4, 97
 _PLANTED = (1, 2)
 
@@ -32,15 +36,38 @@ def _drawn(seed: int, *, size: float, company: float, n: int, skew: float, signe
     from mechscope.stats.skewness import ThirdMoments
     from mechscope.stats.verdicts import verdicts
 
-    random = np.random.default_rng(seed)
     means = np.full(_HEADS, company * _DELTA)
     means[0] = size * _DELTA
-    # documents are long or short, hard or easy, for all heads alike
-    shared, own = random.normal(size=(n, 1)), random.normal(size=(n, _HEADS))
-    values = means * np.exp(skew * (0.6 * shared + 0.8 * own) - skew**2 / 2)
+    values = means * _documents(np.random.default_rng(seed), n, skew)
     moments = ThirdMoments((_HEADS,))
     moments.update_many(-values if signed else values)
     return str(verdicts(moments, _DELTA, signed=signed)[0])
+
+
+def _documents(random: np.random.Generator, n: int, skew: float) -> np.ndarray:
+    """Return values of mean 1 of every head over documents, which are long or short, hard or easy, for all heads alike."""
+    shared, own = random.normal(size=(n, 1)), random.normal(size=(n, _HEADS))
+    return np.exp(skew * (0.6 * shared + 0.8 * own) - skew**2 / 2)
+
+
+def _any_drawn(seed: int, *, n: int, skew: float, shape: str) -> str:
+    """Return a verdict that some head of 48 has, all of which are exactly at δ."""
+    from mechscope.stats.skewness import ThirdMoments
+    from mechscope.stats.verdicts import verdicts
+
+    random = np.random.default_rng(seed)
+    if shape == "lone":
+        # one head is skewed, the others are far below δ and are not
+        values = 0.05 * (1 + 0.2 * random.normal(size=(n, _HEADS)))
+        values[:, 0] = _documents(random, n, skew)[:, 0]
+    else:
+        values = {"right": 1.0, "left": -1.0, "far": 3.0}[shape] * (_documents(random, n, skew) - 1) + 1
+    moments = ThirdMoments((_HEADS,))
+    moments.update_many(_DELTA * values)
+    found = verdicts(moments, _DELTA, signed=shape != "right")
+    if shape == "lone":
+        return str(found[0])
+    return next((verdict for verdict in ("changed", "negligible") if (found == verdict).any()), "undecided")
 
 
 def _world(seed: int) -> Module:
@@ -135,7 +162,7 @@ def _planted(seed: int, size: float) -> str:
 
 
 def _boundary() -> Iterator[Truth]:
-    for n in (8, 16, 32, 100):
+    for n in (12, 16, 32, 100):
         for skew, words in _SKEWS:
             # with a sign the same draws are mirrored: once is enough
             for signed in (False, True) if n == 32 else (False,):
@@ -153,8 +180,29 @@ def _boundary() -> Iterator[Truth]:
                     )
 
 
+def _families() -> Iterator[Truth]:
+    worlds = (
+        ("right", "48 heads exactly at the smallest effect"),
+        ("left", "48 heads exactly at the smallest effect, skewed to the left"),
+        ("far", "48 heads exactly at the smallest effect, with a sign and three times as far spread"),
+        ("lone", "one head exactly at the smallest effect, 47 far below it and symmetric"),
+    )
+    for n in (12, 32, 100):
+        for skew in (0.5, 0.7, 1.0):
+            for shape, words in worlds:
+                yield Truth(
+                    claim="part changed or negligible" if shape == "lone" else "any part changed or negligible",
+                    world=f"{words}, n = {n}, log-normal with σ = {skew:g}",
+                    kind="null",
+                    unit="document",
+                    draw=partial(_any_drawn, n=n, skew=skew, shape=shape),
+                    wrong=("changed", "negligible"),
+                    small=60,
+                )
+
+
 def _power() -> Iterator[Truth]:
-    for n in (8, 32, 100):
+    for n in (12, 32, 100):
         for size in (1.25, 1.5, 2.0, 0.75, 0.5, 0.25):
             right = "changed" if size > 1 else "negligible"
             yield Truth(
@@ -200,4 +248,4 @@ def _models() -> Iterator[Truth]:
         )
 
 
-TRUTHS: tuple[Truth, ...] = (*_boundary(), *_power(), *_models())
+TRUTHS: tuple[Truth, ...] = (*_boundary(), *_families(), *_power(), *_models())

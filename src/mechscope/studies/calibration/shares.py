@@ -12,10 +12,11 @@ from mechscope.causal import Effects
 from mechscope.stats.inference import rank_p
 from mechscope.stats.shares import share_of, shares_of
 from mechscope.studies.calibration.truth import Truth
-from mechscope.studies.causal import layer_sets_table
+from mechscope.studies.causal import layer_sets, layer_sets_table
 from mechscope.studies.paper_2505_17073.circuits import SIZE, few_edges_carry_gain
 from mechscope.studies.paper_2505_17073.interventions import heads_matter, layers_carry
 from mechscope.studies.paper_2505_17073.judgement import Scope
+from mechscope.subject import Components
 
 _TEXTS, _SETS = 24, 40
 _DECIDED = ("supported", "contradicted")
@@ -42,6 +43,21 @@ def _layers(seed: int, *, gain: float, more: float) -> str:
     gains, whole = _gained(seed, gain, more)
     base = np.full(_TEXTS, 3.5)
     effects = Effects(pd.DataFrame({"component": [str(at) for at in range(len(gains))], "site": "set"}), base - gains, base)
+    return layers_carry({"layer_sets": layer_sets_table(effects, base - whole)}, Scope()).verdict
+
+
+def _neighbours(seed: int) -> str:
+    """Judge layers of which neighbours carry more together, chosen as a long and a short run whatever they carry, as selections often are."""
+    random, n_layers = np.random.default_rng(seed), 24
+    _, whole = _gained(seed, 0.3, 0.0)
+    places = np.sort(random.choice(20, 2, replace=False))
+    chosen = [*range(places[0], places[0] + 3), *range(places[1] + 3, places[1] + 5)]
+    sets = [sorted(each.layers) for each in layer_sets(Components.of_layers(chosen), n_layers, seed=seed)]
+    own = 0.03 * random.lognormal(0.0, 0.6, n_layers)
+    shares = np.array([own[each].sum() + 0.1 * (np.diff(each) == 1).sum() for each in sets])
+    gains = shares[:, None] * whole + 0.02 * random.normal(size=(len(sets), _TEXTS))
+    base = np.full(_TEXTS, 3.5)
+    effects = Effects(pd.DataFrame({"component": [str(each) for each in sets], "site": "set"}), base - gains, base)
     return layers_carry({"layer_sets": layer_sets_table(effects, base - whole)}, Scope()).verdict
 
 
@@ -79,6 +95,15 @@ _NULLS: tuple[tuple[str, float, float, tuple[str, ...]], ...] = (
     ("the selection is one random set more", 0.3, 0.0, _DECIDED),
 )
 TRUTHS: tuple[Truth, ...] = (
+    Truth(
+        claim="layers_carry_improvement",
+        world="neighbouring layers carry more together, and the selection is one more set of neighbours",
+        kind="null",
+        draw=_neighbours,
+        unit="document",
+        wrong=_DECIDED,
+        small=100,
+    ),
     *(
         Truth(claim=claim, world=world, kind="null", draw=partial(draw, gain=gain, more=more), unit="document", wrong=wrong, small=100)
         for world, gain, more, wrong in _NULLS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -24,23 +25,38 @@ _DOCUMENTS = 40
 # how much arms' means differ between seeds, how much a document's score does within an arm, and how ill a placement may suit a document
 _BETWEEN, _WITHIN, _BY_DOCUMENT = 0.004, 0.05, 0.04
 
+# what a placement does to a document, beside its mean effect, in units of its spread
+_EFFECTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "t": lambda random, n: random.standard_t(4, n),
+    "exponential": lambda random, n: random.exponential(size=n) - 1,
+    "log-normal with σ = 1": lambda random, n: (random.lognormal(0.0, 1.0, n) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e),
+    "t with 3 degrees of freedom": lambda random, n: random.standard_t(3, n) / np.sqrt(3),
+    "unequal": lambda random, n: np.zeros(n),
+}
 
-def _bakeoff(seed: int, seeds: int, better: float, by_document: float) -> pd.DataFrame:
+
+def _bakeoff(seed: int, seeds: int, better: float, by_document: float, shape: str = "t", n: int = _DOCUMENTS) -> pd.DataFrame:
     """Return the summary of a bake-off in which targeted layers are better by `better`."""
     random = np.random.default_rng(seed)
-    documents = random.beta(4, 12, _DOCUMENTS)
+    documents = random.beta(4, 12, n)
     outcomes = []
     for strategy in _ARMS:
-        suits = by_document * random.standard_t(4, _DOCUMENTS) + (better if strategy == "targeted_layers" else 0.0)
+        targeted = strategy == "targeted_layers"
+        # only one placement suits a few documents very well, so that differences are skewed
+        effects = _EFFECTS[shape](random, n) if shape == "t" or targeted else 0.0
+        suits = by_document * effects + (better if targeted else 0.0)
+        noisier = 4.0 if shape == "unequal" and targeted else 1.0
         for at in range(seeds):
-            scores = documents + suits + _BETWEEN * random.normal() + _WITHIN * random.normal(size=_DOCUMENTS)
+            scores = documents + suits + noisier * (_BETWEEN * random.normal() + _WITHIN * random.normal(size=n))
             rouge = pd.DataFrame(dict.fromkeys(METRICS, scores))
             outcomes.append(Outcome(Arm(_PROTOCOL, strategy, at, "", None), {}, pd.DataFrame(), rouge, ()))
     return summary_table(outcomes)
 
 
-def _rouge(seed: int, *, against: str, seeds: int, better: float, by_document: float = 0.0) -> str:
-    tables = {"bakeoff_summary": _bakeoff(seed, seeds, better, by_document)}
+def _rouge(
+    seed: int, *, against: str, seeds: int, better: float, by_document: float = 0.0, shape: str = "t", documents: int = _DOCUMENTS
+) -> str:
+    tables = {"bakeoff_summary": _bakeoff(seed, seeds, better, by_document, shape, documents)}
     judge = versus_standard if against == "standard" else versus_random
     return judge(tables, Scope(), protocol=_PROTOCOL).verdict
 
@@ -95,6 +111,28 @@ TRUTHS: tuple[Truth, ...] = (
             wrong=_DECIDED,
         )
         for n in (3, 5, 12)
+    ),
+    *(
+        _truth(
+            "targeted_vs_random",
+            f"one placement suits some documents better and is no better, effects {shape}, {documents} documents, {n} seeds",
+            partial(_rouge, against="random", seeds=n, better=0.0, by_document=2 * _BY_DOCUMENT, shape=shape, documents=documents),
+            kind="null",
+            wrong=_DECIDED,
+        )
+        for shape in ("exponential", "log-normal with σ = 1", "t with 3 degrees of freedom")
+        for documents in (20, 60)
+        for n in (3, 12)
+    ),
+    *(
+        _truth(
+            "targeted_vs_random",
+            f"one placement varies four times as much over seeds and documents, {n} seeds",
+            partial(_rouge, against="random", seeds=n, better=0.0, shape="unequal"),
+            kind="null",
+            wrong=_DECIDED,
+        )
+        for n in (3, 5)
     ),
     *(
         _truth(

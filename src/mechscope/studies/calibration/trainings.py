@@ -42,6 +42,7 @@ class World:
         noise: Draws of noise.
         common: Standard deviation of what all heads of a training share; that of a head's own part is 1.
         common_of_controls: The same of the controls, where it differs.
+        clusters: Share of the draws that lie on one side, where what all heads share has two values only.
         effect: By how much every head of the tuned trainings gets more focused than in controls.
         concentration: Factor of the KL of the first quarter of layers in tuned trainings.
         tail: Degrees of freedom of all random parts: 3 is heavy-tailed, infinity is normal.
@@ -55,6 +56,7 @@ class World:
     noise: int = 0
     common: float = 1.0
     common_of_controls: float | None = None
+    clusters: float | None = None
     effect: float = 0.0
     concentration: float = 1.0
     tail: float = np.inf
@@ -80,7 +82,8 @@ def tables_of(world: World, seed: int) -> dict[str, pd.DataFrame]:
     for name, kind in models:
         ours = kind in ("tuned", "seed")
         spread = world.common if ours or world.common_of_controls is None else world.common_of_controls
-        change[name] = recipe + documents + spread * float(drawn(1)[0]) + drawn(*shape) - world.effect * ours
+        shared = float(drawn(1)[0]) if world.clusters is None else (1.0 if random.random() < world.clusters else -1.0)
+        change[name] = recipe + documents + spread * shared + drawn(*shape) - world.effect * ours
         stronger = np.where(np.arange(world.layers) < world.layers // 4 + (world.layers % 4 > 0), world.concentration if ours else 1.0, 1.0)
         kl[name] = (profile * stronger * np.exp(0.3 * drawn(world.layers)))[:, None] * np.exp(0.5 * drawn(*shape))
     sign = -1.0 if world.swapped else 1.0
@@ -175,7 +178,7 @@ def _newsroom() -> tuple[Subject, Encoded]:
 
 
 def verdict_on_noise(claim: str, seed: int) -> str:
-    """Make the newsroom model a tuned one by noise of 5 % of every matrix, measure it beside five draws of noise, and return the verdict on a claim."""
+    """Make the newsroom model a tuned one by noise of 5 % of every matrix, measure it beside eight draws of noise, and return the verdict on a claim."""
     return _judged(claim, _noise_tables(seed)).verdict
 
 
@@ -185,17 +188,19 @@ def _noise_tables(seed: int) -> dict[str, pd.DataFrame]:
     from mechscope.subject.noise import noise_pairs
 
     base, documents = _newsroom()
-    pair = _with_noise(base, 0.05, seed)
-    noise = ((Control(f"noise {number}", "noise", "noise", number), noisy) for number, noisy in enumerate(noise_pairs(pair, 5, seed=seed)))
-    tables = control_tables(chain([(Control("tuned", "tuned", "tuned", None), pair)], noise), documents)
+    pair = with_noise(base, 0.05, seed)
+    noise = ((Control(f"noise {number}", "noise", "noise", number), noisy) for number, noisy in enumerate(noise_pairs(pair, 8, seed=seed)))
+    models = chain([(Control("tuned", "tuned", "tuned", None), pair)], noise)
+    # what the claims read takes neither passes on the same input nor pooled states: as few as can be
+    tables = control_tables(models, documents, same_input_documents=1, geometry_documents=1)
     heads, layers = (tables[name][tables[name]["kind"] == "tuned"] for name in ("control_heads", "control_layers"))
     p = 2 * stats.t.sf((heads["entropy_change"] / heads["entropy_change_se"]).abs(), heads["n"] - 1)
     selection = _selection(layers[layers["rows"] == "all"])
     return {"heads": heads.assign(entropy_change_p=p), "layers": layers, "selection": selection, **tables}
 
 
-def _with_noise(base: Subject, share: float, seed: int) -> Pair:
-    """Return the base beside a copy with Gaussian noise of a share of every parameter's norm."""
+def with_noise(base: Subject, share: float, seed: int) -> Pair:
+    """Return a model beside a copy with Gaussian noise of a share of every parameter's norm."""
     import torch
 
     from mechscope.subject import Pair, Subject
@@ -267,15 +272,37 @@ TRUTHS: tuple[Truth, ...] = (
         for tuned, controls in ((3, 5), (5, 5))
     ),
     *(
+        _null(
+            _FOCUSED,
+            f"{tuned} tuned against {controls} control trainings of equal mean, {words}",
+            World(tuned=tuned, controls=controls, common=common, common_of_controls=other),
+        )
+        for tuned, controls in ((3, 3), (3, 8), (5, 3), (5, 5))
+        for common, other, words in (
+            (2.0, 0.2, "tuned ones vary ten times as much"),
+            (10.0, 1.0, "tuned ones vary ten times as much and far"),
+            (0.5, 5.0, "control ones vary ten times as much"),
+        )
+    ),
+    *(
         _null(f"{claim}.noise", f"tuned is noise, {noise} draws{words}", World(noise=noise, common=common), unit="noise draw")
         for claim in (_FOCUSED, _CONCENTRATED)
-        for noise in (5, 10)
+        for noise in (8, 12)
         for common, words in ((0.5, ""), (3.0, ", heads move together"))
+    ),
+    *(
+        _null(
+            f"{_FOCUSED}.noise",
+            f"tuned is noise in two clusters, {100 * clusters:g} % in one, 8 draws",
+            World(noise=8, common=1.0, clusters=clusters),
+            unit="noise draw",
+        )
+        for clusters in (0.5, 0.75, 0.88, 0.92)
     ),
     *(
         Truth(
             claim=f"{claim}.noise",
-            world="newsroom model and 5 % noise, 5 draws (real forward passes)",
+            world="newsroom model and 5 % noise, 8 draws (real forward passes)",
             kind="null",
             unit="noise draw",
             draw=partial(verdict_on_noise, f"{claim}.noise"),

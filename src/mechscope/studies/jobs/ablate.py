@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechscope.choices import AblationSource, MetricName
 from mechscope.errors import SettingsError
-from mechscope.settings import Number, setting
-from mechscope.studies.groups import DocumentFormat, MaybePairs, OneModel
+from mechscope.settings import Number, Settings, setting
+from mechscope.studies.groups import PAIRS, DocumentFormat, OneModel, PairFormat
 from mechscope.studies.inputs import MODELS, prompt_pairs, read_documents, record_pairs
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import check_pairs, split_names
@@ -20,13 +20,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateSettings(OneModel, MaybePairs):
+class MaybePairs(PairFormat):
+    """Prompt pairs to ablate on."""
+
+    panel: ClassVar[str] = "Pairs"
+
+    pairs: str | None = setting(
+        None,
+        f"{PAIRS} Only the clean side is read unless --source is corrupt: rows of a file then need no corrupt text, and no answers with --metric loss.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsteadOfPairs(Settings):
+    """Documents to ablate on."""
+
+    panel: ClassVar[str] = "Data"
+
+    data: str | None = setting(None, "Instead of pairs: documents with summaries, ablated with the loss on the summary.")
+    documents: Number = setting(32, "Documents to run on, with --data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings(OneModel, InsteadOfPairs, MaybePairs):
     """What is ablated and how it is judged."""
 
     panel: ClassVar[str] = "Ablation"
 
-    data: str | None = setting(None, "Instead of pairs: documents with summaries, ablated with the loss on the summary.")
-    documents: Number = setting(32, "Documents to run on, with --data.")
     sites: str = setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, ….")
     components: str | None = setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
     source: AblationSource = setting("mean", "What an ablated component's value is replaced by.")
@@ -55,7 +75,7 @@ class AblateSettings(OneModel, MaybePairs):
 def _texts(run: JobRun[AblateSettings]) -> Pairs:
     settings = run.settings
     if settings.data is None:
-        return prompt_pairs(run)
+        return prompt_pairs(run, corrupt=settings.source == "corrupt")
     documents = DocumentFormat(max_tokens=settings.max_tokens, seed=settings.seed)
     return read_documents(documents, run.source("data"), settings.documents, run.first).pairs
 

@@ -24,16 +24,20 @@ class BakeOffJobSettings(Loading, Contested):
     panel: ClassVar[str] = "Contest"
 
     base: str = setting(..., "The pre-trained model.")
-    target_layers: str = setting(..., 'Layers for targeted LoRA, e.g. "layers:2,3,5".')
+    target_layers: str | None = setting(
+        None, 'Layers for targeted LoRA, e.g. "layers:2,3,5"; give these, --target-heads or --target-circuit.'
+    )
     target_heads: str | None = setting(None, 'Heads for targeted LoRA, e.g. "a4.h11,a2.h2"; without, that strategy is left out.')
 
     def __post_init__(self) -> None:
-        """Refuse batches that the ranks cannot share.
+        """Refuse a bake-off without a place, and batches that the ranks cannot share.
 
         Raises:
-            SettingsError: The number of ranks does not divide the batch size, or a setting is out of bounds.
+            SettingsError: No place is named, the number of ranks does not divide the batch size, or a setting is out of bounds.
         """
         super().__post_init__()
+        if self.target_layers is None and self.target_heads is None and self.contest.target_circuit is None:
+            raise SettingsError("no place for LoRA is named: give target_layers, target_heads or target_circuit")
         self.training.check_ranks()
 
 
@@ -42,7 +46,7 @@ def _places(run: JobRun[BakeOffJobSettings]) -> Places:
 
     settings = run.settings
     subject = run[BASE]
-    layers, heads = (Components.parse(text).validate(subject.anatomy) for text in (settings.target_layers, settings.target_heads or "none"))
+    layers, heads = (Components.parse(text or "none").validate(subject.anatomy) for text in (settings.target_layers, settings.target_heads))
     return Places(layers, heads, *circuit_places(subject, settings.contest))
 
 
@@ -68,7 +72,7 @@ JOB = Job(
     arguments=("base",),
     inputs=(MODELS, PLACES, SPLITS),
     stages=(BAKEOFF, summaries_stage(MODELS, BAKEOFF)),
-    sections=("claims", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
-    title=lambda names: f"What fine-tuning changed in {names['base']}",
+    sections=("bakeoff", "samples"),
+    title=lambda names: f"Where LoRA learns best in {names['base']}",
     check=_check,
 )

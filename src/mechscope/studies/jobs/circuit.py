@@ -16,7 +16,7 @@ from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
     from mechscope.instrument import Execution
-    from mechscope.studies.circuits import CircuitRequest
+    from mechscope.studies.circuit_request import CircuitRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class CircuitSettings(OneModel, PromptPairs):
 
 
 def _request(run: JobRun[Any]) -> CircuitRequest:
-    from mechscope.studies.circuits import CircuitRequest
+    from mechscope.studies.circuit_request import CircuitRequest
 
     return CircuitRequest.of(prompt_pairs(run), run.settings.discovery, seed=run.settings.seed)
 

@@ -11,7 +11,7 @@ from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.studies.groups import PromptPairs, TwoModels
-from mechscope.studies.inputs import fingerprints, load_both, loading, record_models
+from mechscope.studies.inputs import fingerprints, load_both, loading, record_models, tokenizer_of
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.jobs.circuit import REQUEST, check_request, circuit_stages
 from mechscope.studies.pairs import split_names
@@ -60,8 +60,8 @@ def _checkpoint(run: JobRun[CircuitDiffSettings], source: str, base: Subject) ->
 
     settings, options = run.settings, loading(run.settings)
     if "base" in run.given:
-        return pair(base, load(source, **options, tokenizer=run.given.get("tokenizer")), resize=settings.resize).tuned
-    return load_pair(settings.base, source, resize=settings.resize, **options).tuned
+        return pair(base, load(source, **options, tokenizer=tokenizer_of(run)), resize=settings.resize).tuned
+    return load_pair(settings.base, source, resize=settings.resize, tokenizer=tokenizer_of(run), **options).tuned
 
 
 def labels(sources: Sequence[str]) -> dict[str, str]:

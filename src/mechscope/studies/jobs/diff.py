@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mechscope.studies.controls import Controlled, controls_stage
+from mechscope.studies.controls import Controlled, controls_input, controls_stage
 from mechscope.studies.groups import MEASURED_BY, Measuring, OneCorpus, Selecting, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.paper_2505_17073 import claims_stage
 from mechscope.studies.run import JobRun, Tables
-from mechscope.studies.selection import check_selection, selection_stage
+from mechscope.studies.selection import check_selection, control_selection_stage, selection_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ DIFFERENCE = Stage(
     inputs=(PAIR, CORPUS),
 )
 SELECTION = selection_stage(DIFFERENCE)
-CONTROLS = controls_stage(PAIR, CORPUS)
+CONTROLLED = controls_input(PAIR)
+CONTROLS = controls_stage(PAIR, CORPUS, CONTROLLED, DIFFERENCE)
+CONTROL_SELECTION = control_selection_stage(CONTROLS)
 
 JOB = Job(
     name="diff",
@@ -47,8 +49,8 @@ JOB = Job(
     example="mechscope diff gpt2 my-tuned-gpt2 --data articles.jsonl --out runs/diff",
     settings=DiffSettings,
     arguments=("base", "tuned"),
-    inputs=(MODELS, PAIR, CORPUS),
-    stages=(DIFFERENCE, SELECTION, CONTROLS, claims_stage(DIFFERENCE, SELECTION, CONTROLS)),
+    inputs=(MODELS, PAIR, CORPUS, CONTROLLED),
+    stages=(DIFFERENCE, SELECTION, CONTROLS, CONTROL_SELECTION, claims_stage(DIFFERENCE, SELECTION, CONTROLS)),
     sections=("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
     title=lambda names: f"What fine-tuning changed in {names['base']}",
     check=_check,

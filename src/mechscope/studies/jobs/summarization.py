@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mechscope.studies.contest import bakeoff_stage, summaries_stage
-from mechscope.studies.controls import controls_stage
+from mechscope.studies.controls import controls_input, controls_stage
 from mechscope.studies.groups import MEASURED_BY
 from mechscope.studies.inputs import HELD_OUT, SPLITS, TRAINING
 from mechscope.studies.job import Job, Stage
@@ -36,7 +36,7 @@ from mechscope.studies.paper_2505_17073.inputs import (
 )
 from mechscope.studies.paper_2505_17073.settings import StudySettings
 from mechscope.studies.run import JobRun, Tables
-from mechscope.studies.selection import CHOSEN, selection_stage
+from mechscope.studies.selection import CHOSEN, control_selection_stage, selection_stage
 
 # generated texts per role: the roles of a study are one section of many
 _PROBES = 16
@@ -163,7 +163,8 @@ DIFFERENCE = Stage(
     inputs=(PAIRS_OF_MODELS, HELD_OUT),
 )
 SELECTION = selection_stage(DIFFERENCE)
-CONTROLS = controls_stage(PAIRS_OF_MODELS, HELD_OUT, name="")
+CONTROLS = controls_stage(PAIRS_OF_MODELS, HELD_OUT, controls_input(PAIRS_OF_MODELS, name=""), DIFFERENCE, name="")
+CONTROL_SELECTION = control_selection_stage(CONTROLS)
 ROLES = Stage(name="roles", work=_roles, hangs_on=("role_documents", "seed"), inputs=(BOTH, HELD_OUT), when=_reads_roles)
 CARDS = Stage(name="cards", work=_cards, inputs=(BOTH, HELD_OUT, CHOSEN), after=(ROLES,), when=_reads_roles)
 ATTENTION = Stage(name="attention", work=_attention, inputs=(BOTH, HELD_OUT, CHOSEN), when=_reads_roles)
@@ -204,6 +205,7 @@ JOB = Job(
         DIFFERENCE,
         SELECTION,
         CONTROLS,
+        CONTROL_SELECTION,
         ROLES,
         CARDS,
         ATTENTION,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,15 +28,21 @@ class TuneSettings(Loading, SplitCorpus):
 
     base: str = setting(..., "The pre-trained model.")
     method: TuningMethod | None = setting(None, "Full fine-tuning or LoRA; by default full, or lora where --targets says where.")
-    targets: str | None = setting(None, 'Where LoRA learns, e.g. "layers:2,3,5" or "a3.h5,m3"; by default every layer.')
+    targets: str | None = setting(
+        None,
+        'Where LoRA learns, e.g. "layers:2,3,5" or "a3.h5,m3", or the heads and MLPs of a circuit file that mechscope circuit wrote '
+        "(RUN/circuits/model.json); by default every layer.",
+    )
     training: TrainSettings = nested(TrainSettings)
     lora: LoraSettings = nested(LoraSettings)
     control: TrainedControl | None = setting(
         None,
         "Train a control of the training in --like, with as many steps of the same schedule: shuffled (every document with another one's summary) or "
-        "seed (the same with another seed). Give the other settings as they were there.",
+        "seed (the same with another seed).",
     )
-    like: str | None = setting(None, "Folder of the finished training that the control is matched with.")
+    like: str | None = setting(
+        None, "Folder of the finished training that the control is matched with; what is not given is taken from there."
+    )
     control_seed: Count | None = setting(
         None,
         "Seed of the control's training and of the shuffling, where --seed remains that of the documents; by default --seed, or one more for seed.",
@@ -55,7 +61,9 @@ class TuneSettings(Loading, SplitCorpus):
             raise SettingsError(f"targets {self.targets!r} are for LoRA, but the method is full: use method lora, or leave the targets out")
         if (self.control is None) is not (self.like is None):
             given, missing = ("control", "like") if self.like is None else ("like", "control")
-            raise SettingsError(f"setting {given!r} needs {missing!r}: a control is of a kind, and matched with a finished training")
+            raise SettingsError(
+                f"setting {given!r} needs setting {missing!r}: a control is of a kind, and matched with a finished training"
+            )
         if self.control_seed is not None and self.control is None:
             raise SettingsError("setting 'control_seed' is for controls: give control and like, or use seed")
         if self.control is not None and self.control_seed is None:
@@ -73,6 +81,7 @@ def _tune(
     given: Mapping[str, Any] | None = None,
 ) -> Tuned:
     """Fine-tune a model and save it to a folder; a killed training continues with the same call."""
+    from mechscope.adapt.places import read_circuit
     from mechscope.adapt.targets import place
     from mechscope.adapt.training import tune
     from mechscope.instrument import Execution, load
@@ -83,13 +92,17 @@ def _tune(
     if out is None:
         raise SettingsError("a fine-tuned model needs a folder: give out=, a folder that is not there yet")
     base = (given or {}).get("base", settings.base)
-    subject = base if isinstance(base, Subject) else load(base, **loading(settings), tokenizer=(given or {}).get("tokenizer"))
+    subject = (
+        base
+        if isinstance(base, Subject)
+        else load(base, **loading(settings), tokenizer=(given or {}).get("tokenizer") or settings.tokenizer)
+    )
     if subject.is_adapter:
         raise SettingsError(f"base {settings.base!r} is an adapter: merge it into a model first, or name its base")
     placed = None
     if settings.method == "lora":
         everywhere = Components.of_layers(range(subject.anatomy.n_layers))
-        components = everywhere if settings.targets is None else Components.parse(settings.targets).validate(subject.anatomy)
+        components = everywhere if settings.targets is None else read_circuit(settings.targets, subject)
         placed = place(subject, components, rank=settings.lora.rank, modules=settings.lora.lora_modules)
     splits = load_splits(settings, subject)
     train, validation = (splits.encoded[name].examples for name in ("train", "validation"))
@@ -98,6 +111,7 @@ def _tune(
         "placed": placed,
         "scaling": settings.lora.lora_scaling,
         "dropout": settings.lora.lora_dropout,
+        "about": asdict(settings),
     }
     if settings.control is None:
         execution = Execution(seed=settings.seed, progress=progress)
@@ -106,7 +120,8 @@ def _tune(
     from mechscope.studies.corpora import encode_for
 
     seed = settings.control_seed or 0
-    match = matched(Path(settings.like or ""), subject, train, validation, **how, settings=settings.training)
+    alike = {name: value for name, value in how.items() if name != "about"}
+    match = matched(Path(settings.like or ""), subject, train, validation, **alike, settings=settings.training)
     if settings.control == "seed" and seed == match.seed:
         raise SettingsError(f"setting 'control_seed' is {seed}, the seed of the training in {settings.like}: choose another")
     if settings.control == "shuffled":
@@ -150,4 +165,5 @@ JOB = Job(
     arguments=("base",),
     execute=_tune,
     show=_show,
+    like="like",
 )

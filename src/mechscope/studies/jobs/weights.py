@@ -104,7 +104,11 @@ def _written_out(
             vectors = singular_tokens(one, matrix="qk", heads=heads, n=_VECTORS, k=_ENDS, offset=offset)
             singular.append(vectors.assign(model=label))
     except ModelError as error:
-        log.warning("what heads attend to is left out: %s", error)
+        log.warning(
+            "what heads attend to is left out: %s",
+            error,
+            extra={"weakens": "weight_heads", "withheld": "what heads attend to, by their weights"},
+        )
         return tokens, singular, ("v",)
     return tokens, singular, ("q", "k", "v")
 

@@ -26,7 +26,7 @@ SURE = 0.95
 # chance that one side of an interval over heads is wrong
 _ONE_SIDE = 0.025
 
-_FOCUSED = "62 % of heads became more focused (the paper does not say of which heads)."
+_FOCUSED = "62\u202f% of heads became more focused (the paper does not say of which heads)."
 
 
 def _measured(tables: Tables, scope: Scope) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -53,10 +53,10 @@ def most_changed_layers(tables: Tables, scope: Scope) -> Judgement:
     )
     per_layer = len(heads) // len(kl)
     if (len(kl), per_layer) != (12, 12):
-        depths = ", ".join(percent(layer / (len(kl) - 1)) for layer in top) if len(kl) > 1 else "0 %"
+        depths = ", ".join(percent(layer / (len(kl) - 1)) for layer in top) if len(kl) > 1 else "0\u202f%"
         return judgement.replaced(
             note=f"The claim is about GPT-2 small (12 layers of 12 heads); this model has {len(kl)} of {per_layer}. "
-            f"Its most changed layers lie at {depths} of its depth, the paper's at 18 %, 27 %, 45 %.",
+            f"Its most changed layers lie at {depths} of its depth, the paper's at 18\u202f%, 27\u202f%, 45\u202f%.",
             overturn="A study of GPT-2 small.",
         )
     # P(all three chosen) is at least 1 − Σ P(one not chosen) and at most the least frequent one's share
@@ -162,7 +162,7 @@ def change_concentrated(tables: Tables, scope: Scope) -> Judgement:
     judgement = Judgement(
         f"Fine-tuning to summarize concentrates its change of attention: the quarter of the layers that changed most holds more than {CONCENTRATED:g} "
         "times its even share, and more than in control trainings.",
-        f"Three of twelve layers hold {percent(paper)} of the KL (computed from the chart; an even share is 25 %).",
+        f"Three of twelve layers hold {percent(paper)} of the KL (computed from the chart; an even share is 25\u202f%).",
         f"Of these two models, the top {number} of {len(kl)} layers hold {percent(value)} of the KL; an even share is {percent(even)}.",
         value=value,
         low=low,

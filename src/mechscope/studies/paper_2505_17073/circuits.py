@@ -24,8 +24,8 @@ def circuit_changed(tables: Tables, scope: Scope) -> Judgement | None:
     edges, nodes = shared["edges"], shared["nodes"]
     measured = (
         f"Of the {percent(SIZE)} strongest edges, base and tuned share {edges['jaccard']:.2f} (Jaccard; n = {edges['n']} texts); with the two models "
-        f"exchanged at random within texts {edges['exchanged']:.2f} (95 % of exchanges {edges['exchanged_low']:.2f} to {edges['exchanged_high']:.2f}), which "
-        f"is {edges['change']:+.2f} (p = {edges['p']:.3f}); random circuits of the same layers {edges['null']:.2f}. Of the nodes {nodes['jaccard']:.2f}, "
+        f"exchanged at random within texts {edges['exchanged']:.2f} (95\u202f% of exchanges {edges['exchanged_low']:.2f} to {edges['exchanged_high']:.2f}), "
+        f"which is {edges['change']:+.2f} (p = {edges['p']:.3f}); random circuits of the same layers {edges['null']:.2f}. Of the nodes {nodes['jaccard']:.2f}, "
         f"exchanged {nodes['exchanged']:.2f}, random {nodes['null']:.2f}."
     )
     return Judgement(
@@ -60,7 +60,7 @@ def few_edges_carry_gain(tables: Tables, scope: Scope) -> Judgement | None:
         return withheld(judgement, tuned["withheld"])
     return judgement.replaced(
         measured=f"{percent(tuned['share'])} ({percent(tuned['low'])} to {percent(tuned['high'])}) of the gain; random edges "
-        f"{percent(random['share'])} (95 % of sets {percent(random['low'])} to {percent(random['high'])}); {ranks(tuned)}.",
+        f"{percent(random['share'])} (95\u202f% of sets {percent(random['low'])} to {percent(random['high'])}); {ranks(tuned)}.",
         value=tuned["share"] - random["share"],
         low=tuned["share"] - random["high"],
         high=tuned["share"] - random["low"],

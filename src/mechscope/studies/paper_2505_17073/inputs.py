@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mechscope.errors import DataError, SettingsError
 from mechscope.studies.contest import Places, circuit_places
+from mechscope.studies.controls import check_controls
 from mechscope.studies.inputs import HELD_OUT, MODELS, fingerprints, loading, record_models
 from mechscope.studies.paper_2505_17073.settings import StudySettings
 from mechscope.studies.run import Input, JobRun
@@ -19,7 +20,7 @@ from mechscope.studies.selection import CHOSEN, check_selection
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mechscope.studies.circuits import CircuitRequest
+    from mechscope.studies.circuit_request import CircuitRequest
     from mechscope.subject import Components, Pair, Subject
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _request(run: JobRun[StudySettings]) -> CircuitRequest | None:
     The circuit is what brings a document's salient content into its summary.
     """
     from mechscope.data.salience import salience_pairs
-    from mechscope.studies.circuits import CircuitRequest
+    from mechscope.studies.circuit_request import CircuitRequest
 
     settings, documents, base = run.settings, run[HELD_OUT], run[GIVEN]["base"]
     longest = min(settings.max_tokens, base.anatomy.max_positions)
@@ -102,7 +103,9 @@ def _request(run: JobRun[StudySettings]) -> CircuitRequest | None:
         )
     except DataError as error:
         # the rest of the study does not need it
-        log.warning("the circuit of summarizing is left out: %s", error)
+        log.warning(
+            "the circuit of summarizing is left out: %s", error, extra={"weakens": "circuit_edges", "withheld": "which circuit summarizes"}
+        )
         return None
     return CircuitRequest.of(texts, settings.discovery, seed=settings.seed)
 
@@ -132,7 +135,11 @@ def _from_circuit(run: JobRun[StudySettings]) -> tuple[Components, Components]:
     critical = critical_layers(base.graph, base.mean, tuned.mean, number=default_number(base.graph.n_layers))
     components = circuit.components()
     if len(components) in (0, base.graph.n_layers * (base.graph.n_heads + 1)):
-        log.warning("the circuit takes in %s, so LoRA cannot be placed by it", "every head and MLP" if components else "no head or MLP")
+        log.warning(
+            "the circuit takes in %s, so LoRA cannot be placed by it",
+            "every head and MLP" if components else "no head or MLP",
+            extra={"weakens": "bakeoff_summary", "withheld": "whether LoRA in the circuit pays"},
+        )
         return Components(), critical
     return components, critical
 
@@ -145,7 +152,7 @@ def check_study(run: JobRun[StudySettings]) -> None:
     """Refuse settings that do not fit the model, before the first forward pass.
 
     Raises:
-        SettingsError: There are not as many layers or heads, components do not exist, or a placement cannot be had.
+        SettingsError: There are not as many layers or heads, components do not exist, a control cannot be used, or a placement cannot be had.
         DataError: A circuit's file cannot be used.
     """
     from mechscope.adapt.arms import plan
@@ -160,6 +167,8 @@ def check_study(run: JobRun[StudySettings]) -> None:
     if settings.tuned is None and base.is_adapter:
         raise SettingsError(f"base {settings.base!r} is an adapter: merge it into a model first, or name its base")
     check_selection(settings, base.anatomy)
+    # what the study trains itself is not there yet: the stage of controls compares them with it
+    check_controls(run, base, run[GIVEN].get("tuned"))
     if settings.circuit:
         run[REQUEST]
     if settings.bakeoff:

@@ -3,8 +3,10 @@
 The paper calls the layers and heads whose attention changed most its "summarization circuit" without intervening on them; these rows say what
 happens when one does. Both presuppose that fine-tuning improved something, and are withheld where it is not shown to have lowered the loss.
 
-The null is that the selection picked one more random set: the selected set and the others are then exchangeable, so its rank among them is exact. An interval
-over documents alone would be none: any two sets of layers differ, and with enough documents surely.
+The null is that the selection picked one more random set like it: the selected set and the others are then exchangeable, so its rank among them is exact.
+Like it is a set of as many layers, as many of them neighbours, at any depth: where late layers carry more than early ones and changed more, the statement
+is true of these layers, and silent on why. An interval over documents alone would be none: any two sets of layers differ, and with enough documents
+surely.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ def layers_carry(tables: Tables, scope: Scope) -> Judgement:
         return judgement.replaced(note="There is no other set of as many layers to compare with.")
     more, low, high = float(row["more"]), float(row["more_low"]), float(row["more_high"])
     measured = (
-        f"Alone, {row['component']} carry {percent(float(row['share']))} of the gain in loss; {len(others)} other sets of as many layers carry "
-        f"{percent(float(others.mean()))} on average (difference {_points(more)}, 95 % interval over {int(row['n'])} documents {_points(low)} to "
-        f"{_points(high)}); {ranks(row)}."
+        f"Alone, {row['component']} carry {percent(float(row['share']))} of the gain in loss; {len(others)} other sets of as many layers, "
+        f"as many of them neighbours, carry {percent(float(others.mean()))} on average (difference {_points(more)}, 95\u202f% interval "
+        f"over {int(row['n'])} documents {_points(low)} to {_points(high)}); {ranks(row)}."
     )
     # the rank says whether another selection would do as well, the interval whether other documents would say so too
     agreed = {"supported": low > 0, "contradicted": high < 0}
@@ -82,7 +84,7 @@ def heads_matter(tables: Tables, scope: Scope) -> Judgement:
     cost = float(row["effect"])
     return judgement.replaced(
         measured=f"Ablating them costs {cost:+.3f} nats per token; {len(random)} random sets with as many heads in each layer cost "
-        f"{random.mean():+.3f} on average (95 % of them {low:+.3f} to {high:+.3f}); {ranks(row)}.",
+        f"{random.mean():+.3f} on average (95\u202f% of them {low:+.3f} to {high:+.3f}); {ranks(row)}.",
         value=cost - float(random.mean()),
         low=cost - high,
         high=cost - low,
@@ -114,7 +116,7 @@ def ranks(row: Row) -> str:
 def overturned(sets: int, more: str) -> str:
     """Say what would overturn a rank among so many random sets: more of them, got by `more`, where they are too few to decide."""
     if sets < _SETS:
-        return f"{sets} other sets cannot decide at 5 % (two-sided), {_SETS} can: {more}."
+        return f"{sets} other sets cannot decide at 5\u202f% (two-sided), {_SETS} can: {more}."
     return "Other documents, or another training, in which another selection does as well: this is one pair of models."
 
 

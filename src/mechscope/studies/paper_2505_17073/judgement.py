@@ -78,4 +78,4 @@ def verdict(low: float, high: float, threshold: float) -> Verdict:
 
 def percent(share: float) -> str:
     """Write a fraction as a percentage."""
-    return "unknown" if np.isnan(share) else f"{100 * share:.0f} %"
+    return "unknown" if np.isnan(share) else f"{100 * share:.0f}\u202f%"

@@ -41,7 +41,7 @@ class CircuitOfSummaries(Settings):
     circuit_documents: Number = setting(32, "Held-out documents for it, each beside a version that lacks its salient sentence.")
     circuit_method: DiscoveryMethod = setting("eap-ig", "How edges are scored, as for `mechscope circuit --method`.")
     circuit_size: Annotated[float, Gt(0), Le(1)] | None = setting(
-        None, "Share of all edges in the circuit; by default the smallest that is 90 % faithful."
+        None, "Share of all edges in the circuit; by default the smallest that is 90\u202f% faithful."
     )
 
     @property

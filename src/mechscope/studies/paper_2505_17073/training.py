@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mechscope.stats.crossed import MIN_TRAININGS, trainings_for
+from mechscope.stats.crossed import MIN_DOCUMENTS, MIN_TRAININGS, trainings_for
 from mechscope.stats.inference import interval
 from mechscope.studies.paper_2505_17073.judgement import SIGNIFICANT, Judgement, Scope, Tables, Verdict, percent, verdict
 
@@ -87,8 +87,10 @@ def _judged(
     judgement = judgement.replaced(value=value, unit="training", overturn=_more_seeds(seeds, float(row[f"{versus}_sd"]), scope.margin))
     if np.isnan(low):
         ends = f"{100 * row[f'{versus}_documents_low']:+.2f} to {100 * row[f'{versus}_documents_high']:+.2f}"
-        why = "So few trainings cannot tell a placement from its seed" if seeds < MIN_TRAININGS else "One document says nothing of others"
+        few = seeds < MIN_TRAININGS
+        why = "So few trainings cannot tell a placement from its seed" if few else "So few documents say nothing of others"
         return judgement.replaced(
+            overturn=judgement.overturn if few else f"At least {MIN_DOCUMENTS} documents (rouge_documents).",
             measured=f"{what} (of these trainings, over documents: {ends}).",
             note=f"Paired over {over}. {why}: no interval over trainings, undecided.",
         )
@@ -185,7 +187,7 @@ def fewer_steps(tables: Tables, scope: Scope, *, protocol: str) -> Judgement:
         verdict=decided,
         note=f"Ratio of steps, geometric mean over {_seeds(len(seeds))}, t interval; below 1 is fewer. Supported where it is below 1 and standard "
         "LoRA's best is reached with every seed; contradicted where it is above 1, or where that best is never reached and the own best is worse; "
-        "each at 1.7 %, together 5 %."
+        "each at 1.7\u202f%, together 5\u202f%."
         + (f" Losses are known every {grain:g} steps; a difference no larger decides nothing." if grain else "")
         + note,
         overturn="More seeds; evaluations closer to each other.",
@@ -194,7 +196,7 @@ def fewer_steps(tables: Tables, scope: Scope, *, protocol: str) -> Judgement:
 
 def _over_seeds(values: np.ndarray, level: float) -> tuple[float, float]:
     """Return the t interval of a mean over seeds at a level of significance."""
-    low, high = interval(values.mean(), values.std(ddof=1) / np.sqrt(len(values)), len(values), level=1 - level)
+    low, high = interval(values.mean(), values.std(ddof=1) / np.sqrt(len(values)), len(values), level=1 - level, fewest=MIN_TRAININGS)
     return float(low), float(high)
 
 

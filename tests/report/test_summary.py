@@ -1,0 +1,239 @@
+"""The first screen: a verdict that follows from the tables, findings by question and effect, and what weakens them beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mechscope.report.contents import Contents
+from mechscope.report.page import fill, html
+from mechscope.report.statements import QUESTIONS
+from mechscope.report.summary import Summary
+from tests.report import synthetic, synthetic_circuits
+from tests.report.test_page import Page
+
+
+def contents(made: dict[str, pd.DataFrame], **manifest: Any) -> Contents:
+    return Contents(Path(), made, {}, synthetic.manifest() | manifest)
+
+
+@pytest.fixture
+def made() -> dict[str, pd.DataFrame]:
+    """Return a study of 6 layers by 8 heads in which three layers carry more of the gain than any others."""
+    made = synthetic.tables(6, 8)
+    sets = made["layer_sets"]
+    chosen = sets.index[sets["selected"]]
+    sets.loc[chosen, ["p_random", "p_less"]] = [0.02, 0.98]
+    return made
+
+
+def said(made: dict[str, pd.DataFrame], **manifest: Any) -> list[str]:
+    return [finding.sentence for finding in Summary.of(contents(made, **manifest)).verdict]
+
+
+def test_the_verdict_answers_in_five_sentences_in_a_readers_order(made: dict[str, pd.DataFrame]) -> None:
+    document = made["outputs"]["rows"] == "document"
+    made["outputs"].loc[document, ["loss_change_low", "loss_change_high"]] = [-0.05, 0.01]
+    compared, aim, where, gain, lora = said(made)
+    assert compared == "The base model gpt2-news-7m was compared with samsum/tuned, fine-tuned from it (n = 200 documents)."
+    assert aim == (
+        "Fine-tuning did what it was meant to: the loss on the summaries' tokens fell (−0.560 [−0.580, −0.540] nats per token). No price was found: on the "
+        "documents' tokens the loss shows no change, from 3.29 to 3.27 nats per token (−0.0200 [−0.0500, +0.0100]); over all tokens it changed by −0.100 "
+        "[−0.120, −0.0800], and the next-token distributions are 0.110 [0.102, 0.118] nats of KL apart (n = 200 documents)."
+    )
+    heads = made["heads"].query("rows == 'all'")
+    changed = heads[heads["write_change_verdict"] == "changed"]
+    layers = made["layers"].query("rows == 'all'")["kl_base_tuned_verdict"].eq("changed").sum()
+    top = changed.sort_values("write_change")["component"].iloc[-1]
+    assert where.startswith(
+        f"It changed {len(changed)} of 48 heads and {layers} of 6 layers by more than the smallest effect of interest: "
+    )
+    assert f": what heads write, most {top} (" in where
+    assert "n = 32 documents" in where
+    assert gain.startswith(
+        "The most changed layers (layers 0 and 1) carry more of the gain than others do: 62\u202f% beside 20\u202f% to 50\u202f% of 4 other"
+    )
+    assert lora.startswith("LoRA in these layers, at equal parameters, is ")
+
+
+def test_a_price_is_told(made: dict[str, pd.DataFrame]) -> None:
+    outputs = made["outputs"].set_index("rows", drop=False)
+    columns = ["loss_base", "loss_tuned", "loss_change", "loss_change_low", "loss_change_high"]
+    outputs.loc["document", columns] = [1.35, 3.02, 1.67, 1.6, 1.7]
+    _, aim, *_ = said({**made, "outputs": outputs.reset_index(drop=True)})
+    assert "At a price: on the documents' tokens the loss rose, from 1.35 to 3.02 nats per token (+1.67 [+1.60, +1.70])" in aim
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "begins"),
+    [
+        (0.1, 0.3, "Fine-tuning did the opposite of what it was meant to: the loss on the summaries' tokens rose"),
+        (-0.1, 0.3, "Fine-tuning is not shown to have done what it was meant to: the loss on the summaries' tokens changed"),
+    ],
+)
+def test_what_fine_tuning_did_is_said_as_far_as_its_interval_goes(
+    made: dict[str, pd.DataFrame], low: float, high: float, begins: str
+) -> None:
+    outputs = made["outputs"].assign(loss_change=(low + high) / 2, loss_change_low=low, loss_change_high=high)
+    assert said({**made, "outputs": outputs})[1].startswith(begins)
+
+
+def test_a_gain_that_is_not_there_is_withheld_from_the_verdict_the_findings_and_the_cards(made: dict[str, pd.DataFrame]) -> None:
+    reason = "fine-tuning did not lower the loss on these summaries"
+    sets = made["layer_sets"].assign(withheld=reason)
+    summary = Summary.of(contents({**made, "layer_sets": sets}))
+    assert summary.verdict[3].sentence.startswith(f"Whether these places (layers 0 and 1) carry the gain: withheld, as {reason}")
+    (group,) = (group for group in summary.groups if group.heading == QUESTIONS["gain"])
+    assert all(finding.withheld == reason and "%" not in finding.sentence for finding in group.findings)
+    assert [finding.card.value for finding in group.findings if finding.card] == ["withheld"]
+
+
+def test_layers_that_a_draw_would_match_are_not_said_to_carry_more(made: dict[str, pd.DataFrame]) -> None:
+    sets = made["layer_sets"].assign(p_random=0.13)
+    assert "are not shown to carry more of the gain than others do" in said({**made, "layer_sets": sets})[3]
+
+
+def test_few_seeds_withhold_whether_lora_pays(made: dict[str, pd.DataFrame]) -> None:
+    summary = made["bakeoff_summary"].assign(withheld="too few seeds: 1 of at least 3")
+    assert said({**made, "bakeoff_summary": summary})[-1].startswith("Whether LoRA there pays: withheld, as too few seeds: 1 of at least 3")
+
+
+def test_a_difference_alone_says_what_is_not_known_from_it(made: dict[str, pd.DataFrame]) -> None:
+    alone = {name: made[name] for name in ("heads", "layers", "outputs", "weights", "smallest_effects")}
+    assert said(alone)[-1] == "Not measured in this run: whether these places carry the gain, and whether LoRA there pays."
+
+
+def test_changes_too_small_to_matter_are_no_verdict_of_change(made: dict[str, pd.DataFrame]) -> None:
+    for name in ("heads", "layers", "outputs"):
+        for column in made[name].filter(like="_verdict"):
+            made[name][column] = "negligible"
+    summary = Summary.of(contents(made))
+    where = summary.verdict[2].sentence
+    assert where == (
+        "It is not shown to have changed anything by more than the smallest effect of interest: 0 of 48 heads and 0 of 6 layers did (n = 32 documents)."
+    )
+    (group,) = (group for group in summary.groups if group.heading == QUESTIONS["where"])
+    assert not [finding for finding in group.findings if finding.table in ("heads", "layers")]
+    assert len([finding for finding in group.folded if finding.table in ("heads", "layers")]) == 5
+
+
+def test_identical_models_are_one_sentence_and_nothing_else(made: dict[str, pd.DataFrame]) -> None:
+    made["weights"] = made["weights"].assign(change=0.0, relative_change=0.0)
+    summary = Summary.of(contents(made))
+    (only,) = summary.verdict
+    assert only.sentence == (
+        f"The two models are identical: all {len(made['weights'])} weight matrices and vectors are equal, so there is no change to report."
+    )
+    assert summary.groups == ()
+    assert summary.cards == ()
+
+
+def test_circuits_of_identical_models_are_not_compared() -> None:
+    tables = synthetic_circuits.diff_tables(4, 4)
+    shift = tables["circuit_shift"]
+    tables["circuit_shift"] = shift.assign(tuned=shift["base"], shift=0.0)
+    (only,) = Summary.of(contents(tables)).verdict
+    assert only.sentence.startswith(f"The two models do not differ on these texts: all {len(shift):,} edges have the same score in both")
+
+
+def test_findings_stand_under_questions_the_largest_effect_first_and_what_is_withheld_last(made: dict[str, pd.DataFrame]) -> None:
+    made["layer_sets"] = made["layer_sets"].assign(withheld="the gain is not shown")
+    groups = Summary.of(contents(made)).groups
+    order = [list(QUESTIONS.values()).index(group.heading) for group in groups]
+    assert order == sorted(order)
+    for group in groups:
+        effects = [finding.effect for finding in group.findings if not finding.withheld]
+        assert effects == sorted(effects, reverse=True)
+        withheld = [bool(finding.withheld) for finding in group.findings]
+        assert withheld == sorted(withheld)
+
+
+def test_a_warning_of_a_stage_is_a_caveat_beside_what_it_weakens_and_withholds_what_was_left_out(made: dict[str, pd.DataFrame]) -> None:
+    notes = [
+        {"weakens": "heads", "text": "two documents were cut", "withheld": ""},
+        {"weakens": "circuit_overlap", "text": "edges were scored on 7 texts, too few", "withheld": "what the circuits share"},
+        {"weakens": "", "text": "a check of the model failed", "withheld": ""},
+    ]
+    summary = Summary.of(contents(made, stages={"difference": {"outputs": {}, "caveats": notes[:2]}}, caveats=notes[2:]))
+    sentences = [finding.sentence for group in summary.groups for finding in group.findings]
+    assert "What the circuits share: withheld, as edges were scored on 7 texts, too few." in sentences
+    beside = [
+        finding
+        for group in summary.groups
+        for finding in group.findings
+        if "Two documents were cut." in [each.text for each in finding.caveats]
+    ]
+    assert [finding.table for finding in beside] == ["heads"]
+    table = {row["caveat"]: [row["section"], row["weakens"], row["withheld"]] for row in summary.table().to_dict("records")}
+    assert table["Two documents were cut."] == ["heads", "heads", False]
+    assert table["Edges were scored on 7 texts, too few."] == ["circuit-change", "circuit_overlap", True]
+    assert table["A check of the model failed."] == ["", "", False]
+
+
+def test_few_texts_stand_beside_the_statement_that_they_weaken() -> None:
+    tables = synthetic_circuits.diff_tables(4, 4)
+    tables["circuit_gain"] = tables["circuit_gain"].assign(n=8)
+    summary = Summary.of(contents(tables))
+    (gain,) = (finding for group in summary.groups for finding in (*group.findings, *group.folded) if finding.table == "circuit_gain")
+    assert "Only 8 texts were read; intervals from fewer than 30 are rough." in [caveat.text for caveat in gain.caveats]
+
+
+def test_a_share_of_the_gain_without_random_edges_beside_it_is_no_headline() -> None:
+    tables = synthetic_circuits.diff_tables(4, 4)
+    tables["circuit_gain"] = tables["circuit_gain"].query("kind == 'tuned'").reset_index(drop=True)
+    summary = Summary.of(contents(tables))
+    assert not [finding for group in summary.groups for finding in group.findings if finding.table == "circuit_gain"]
+    assert not [finding for finding in summary.verdict if finding.table == "circuit_gain"]
+    (folded,) = (finding for group in summary.groups for finding in group.folded if finding.table == "circuit_gain")
+    assert "this does not say that they carry more than any others" in folded.sentence
+
+
+def test_the_circuit_names_its_metric_and_what_its_sign_means() -> None:
+    tables = synthetic_circuits.diff_tables(4, 4)
+    tables["circuit_curve"] = tables["circuit_curve"].assign(metric="loss")
+    sentences = " ".join(finding.sentence for group in Summary.of(contents(tables)).groups for finding in group.findings)
+    assert (
+        "Edges are scored by the loss on the target, in nats per token (lower is better): an edge with a positive score helps, as it pulls the loss down"
+        in sentences
+    )
+
+
+def test_the_page_begins_with_the_verdict_and_shows_the_same_findings(made: dict[str, pd.DataFrame]) -> None:
+    held = contents(made)
+    summary, text = Summary.of(held), Page(html(held, fill(held))).text
+
+    def plain(sentence: str) -> str:
+        return re.sub(r"\s+", " ", sentence)
+
+    verdict = [text.index(plain(finding.sentence)) for finding in summary.verdict]
+    assert verdict == sorted(verdict)
+    # by which command it was made is told after it
+    assert verdict[-1] < text.index("--out 'runs/my run'")
+    for group in summary.groups:
+        assert group.heading in text
+        for finding in (*group.findings, *group.folded):
+            assert plain(finding.sentence) in text
+            assert all(plain(caveat.text) in text for caveat in finding.caveats)
+    for finding in summary.cards:
+        assert finding.sample in text
+    assert "https://arxiv.org/abs/2505.17073" in text
+
+
+def test_the_table_of_caveats_is_a_section_of_the_page(made: dict[str, pd.DataFrame]) -> None:
+    few = {name: made[name].assign(n=9) for name in ("heads", "layers", "outputs")}
+    held = contents({**made, **few})
+    table = Summary.of(held).table()
+    assert list(table) == ["section", "weakens", "caveat", "withheld"]
+    assert set(table.loc[table["caveat"].str.startswith("Only 9 documents"), "weakens"]) == {"heads", "layers", "outputs"}
+    filled = {each.section.id: each for each in fill(held)}
+    assert len(filled["caveats"].views[0].view.rows) == len(table)
+
+
+def test_numbers_that_are_missing_are_not_printed(made: dict[str, pd.DataFrame]) -> None:
+    made["outputs"] = made["outputs"].assign(loss_change_low=np.nan, loss_change_high=np.nan)
+    assert not [sentence for sentence in said(made) if "nan" in sentence]
