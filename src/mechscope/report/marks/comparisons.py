@@ -56,13 +56,14 @@ def _intervals(numbers: Numbers, table: pd.DataFrame, series: str, names: list[s
         [alt.Chart(numbers.add(pd.DataFrame({"zero": [0]}), ["zero"])).mark_rule(style="zero").encode(x=alt.X("zero:Q"))] if zero else []
     )
     rows = numbers.add(table, ["strategy", series, "mean", "low", "high", "n_seeds", "n_documents"])
-    rule = base.mark_rule(strokeWidth=2.2, strokeCap="round").encode(
-        x=alt.X("low:Q", title=axis, scale=alt.Scale(zero=False, nice=True), axis=horizontal), x2="high:Q"
-    )
+    scale = alt.Scale(zero=False, nice=True)
+    if table["low"].notna().any():
+        rule = base.mark_rule(strokeWidth=2.2, strokeCap="round")
+        marks.append(rule.encode(x=alt.X("low:Q", title=axis, scale=scale, axis=horizontal), x2="high:Q").properties(data=rows))
     point = base.mark_point(filled=True, size=70, opacity=1).encode(
-        x=alt.X("mean:Q", title=axis), shape=alt.Shape(f"{series}:N", scale=shape, legend=legend)
+        x=alt.X("mean:Q", title=axis, scale=scale, axis=horizontal), shape=alt.Shape(f"{series}:N", scale=shape, legend=legend)
     )
-    return alt.layer(*marks, rule.properties(data=rows), point.properties(data=rows)).properties(height=step * len(order))
+    return alt.layer(*marks, point.properties(data=rows)).properties(height=step * len(order))
 
 
 def rouge(summary: pd.DataFrame, metric: str) -> Figure:

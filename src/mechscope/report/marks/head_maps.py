@@ -49,7 +49,7 @@ def head_maps(
     # one row per map carries its heading
     heads = heads.assign(heading=np.where(heads.duplicated("role"), "", heads["role"]))
     numbers = Numbers()
-    told = [alt.Tooltip("role:N"), alt.Tooltip("component:N", title="head")]
+    told = [alt.Tooltip("role:N"), alt.Tooltip("component:N", title="component")]
     told += [alt.Tooltip(f"{column}:Q", title=words, format="" if column == "n" else ".4~g") for column, words in tooltip.items()]
     base = alt.Chart().encode(x=alt.X("head:O", title=None, axis=_axis(n_heads)), y=alt.Y("layer:O", title=None, axis=_axis(n_layers)))
     cells = base.mark_rect(cornerRadius=1).encode(color=alt.Color(f"{value}:Q", scale=scale, legend=legend), tooltip=told)

@@ -29,10 +29,11 @@ def interval_plot(table: pd.DataFrame, *, name: str, title: str, caption: str, a
         color=alt.value(CATEGORIES[0]),
     )
     across = alt.Scale(zero=False, nice=True)
+    ends = base.mark_rule(strokeWidth=2.2, strokeCap="round").encode(x=alt.X("low:Q", title=axis, scale=across), x2="high:Q")
     chart = alt.layer(
         _zero(numbers).encode(x=alt.X("level:Q")),
-        base.mark_rule(strokeWidth=2.2, strokeCap="round").encode(x=alt.X("low:Q", title=axis, scale=across), x2="high:Q"),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("value:Q", title=axis)),
+        *([ends] if table["low"].notna().any() else []),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("value:Q", title=axis, scale=across)),
     ).properties(height=32 * len(order))
     return Figure(name=name, title=title, caption=caption, spec=definition(chart, numbers, description=title), width=520)
 
@@ -62,9 +63,10 @@ def response_curves(table: pd.DataFrame, *, name: str, title: str, caption: str,
     value = alt.Y("value:Q", title=axis, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=6, grid=True))
     dash = alt.StrokeDash("control:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [5, 4]]), legend=None)
     told = [alt.Tooltip("series:N"), alt.Tooltip(f"{column}:Q", title=words, format=".4~g"), *_told(axis)]
+    band = base.transform_filter("!datum.control").mark_area(fillOpacity=0.16).encode(y=alt.Y("low:Q", title=axis), y2="high:Q")
     chart = alt.layer(
         _zero(numbers).encode(y=alt.Y("level:Q")),
-        base.transform_filter("!datum.control").mark_area(fillOpacity=0.16).encode(y=alt.Y("low:Q", title=axis), y2="high:Q"),
+        *([band] if table.loc[~table["control"].astype(bool), "low"].notna().any() else []),
         base.mark_line(strokeWidth=2).encode(y=value, strokeDash=dash),
         base.mark_point(filled=True, size=40, opacity=1).encode(
             y=value, shape=alt.Shape("series:N", scale=shape, legend=legend), tooltip=told
