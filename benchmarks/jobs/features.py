@@ -22,7 +22,7 @@ from mechscope.features.learner import FeatureTraining, Learner
 from mechscope.features.objective import Objective
 from mechscope.features.places import Place
 from mechscope.features.rows import Reader, Rows, TokenSettings
-from mechscope.features.rules import Rule
+from mechscope.features.rules import Rule, RuleName
 from mechscope.features.step import Step
 
 _WIDER, _ACTIVE = 32, 32
@@ -56,10 +56,10 @@ class StepCase:
         return StepCase(self.learner, self.rows[:16])
 
 
-def build_step(rule: str, settings: Settings, size: Size) -> StepCase:
+def build_step(rule: RuleName, settings: Settings, size: Size) -> StepCase:
     """Make a dictionary of the model's width and random rows of mean squared norm one."""
     width = settings.shape.width
-    layout = autoencoder("resid0", width, _WIDER * width, Rule(rule, _ACTIVE))  # type: ignore[arg-type]
+    layout = autoencoder("resid0", width, _WIDER * width, Rule(rule, _ACTIVE))
     tensors = {name: tensor.to(settings.device) for name, tensor in layout.tensors().items()}
     rows = torch.randn(size.texts * size.tokens, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     return StepCase(Learner(layout, Objective(), FeatureTraining(), tensors), rows.to(settings.device))

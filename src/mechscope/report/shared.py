@@ -176,6 +176,20 @@ def differ_from_zero(tables: Tables, name: str) -> tuple[str, tuple[Derived, ...
     return words, (surely, all_of_them)
 
 
+def largest_effect(tables: Tables, name: str) -> tuple[pd.Series, str, str, dict[str, Any]]:
+    """Return what a finding on a sweep says: the row with the largest effect, that effect and its interval in words, how many differ from zero in words,
+    and the finding's keywords but for its card.
+
+    Args:
+        tables: The run's tables.
+        name: The sweep's table, see `effect_columns`.
+    """
+    top = strongest(tables[name], "effect", 1).iloc[0]
+    differ, counts = differ_from_zero(tables, name)
+    size = f"{written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}".rstrip()
+    return top, size, differ, {"n": top["n"], "rows": (top,), "derived": counts, "effect": sized(top), "table": name}
+
+
 def sized(row: Mapping[Any, Any] | pd.Series, column: str = "effect", se: str = "se") -> float:
     """Return the size of an effect in its standard errors, to order findings by; 0 where it has none."""
     effect, error = abs(float(row[column])), float(row[se])

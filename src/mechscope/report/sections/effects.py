@@ -8,21 +8,19 @@ import pandas as pd
 
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap, position_heatmap
-from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Section, Tables, optional, table
 from mechscope.report.shared import (
     NORMALISED,
     WITHHELD,
-    differ_from_zero,
     effect_columns,
     few_texts,
+    largest_effect,
     largest_effects,
-    sized,
     withheld_shares,
 )
 from mechscope.report.statements import Card, Finding
-from mechscope.report.theme import interval, label
-from mechscope.report.theme import number as written
+from mechscope.report.theme import label
 
 _TOOLTIP = {"effect": "effect", "low": "95\u202f% from", "high": "to", "normalised": "normalised", "q": "q", "n": "texts"}
 
@@ -81,19 +79,13 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _findings(tables: Tables) -> list[Finding]:
-    top = strongest(tables["effects"], "effect", 1).iloc[0]
-    differ, counts = differ_from_zero(tables, "effects")
-    ends = interval(top["low"], top["high"], sign=True)
+    top, size, differ, basis = largest_effect(tables, "effects")
     where = str(top["component"]) if top["positions"] == "all" else f"{top['component']} at {top['positions']}"
     return [
         Finding(
-            f"The largest effect on {top['metric']} is {written(top['effect'], sign=True)} {ends}, of {label(where)}; {differ}",
-            n=top["n"],
-            rows=(top,),
-            derived=counts,
-            effect=sized(top),
-            card=Card(label(top["component"]), "has the largest effect", f"{written(top['effect'], sign=True)} {ends} on {top['metric']}"),
-            table="effects",
+            f"The largest effect on {top['metric']} is {size}, of {label(where)}; {differ}",
+            card=Card(label(top["component"]), "has the largest effect", f"{size} on {top['metric']}"),
+            **basis,
         )
     ]
 

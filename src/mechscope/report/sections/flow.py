@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import position_heatmap
-from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Section, Tables, table
-from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects, layers_in_words, sized
+from mechscope.report.shared import effect_columns, few_texts, largest_effect, largest_effects, layers_in_words
 from mechscope.report.statements import Card, Caveat, Derived, Finding
-from mechscope.report.theme import interval, label
-from mechscope.report.theme import number as written
+from mechscope.report.theme import label
 
 FLOW = table(
     "One row per window of layers and ordered pair of segments whose attention was cut.",
@@ -41,22 +40,14 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _findings(tables: Tables) -> list[Finding]:
-    top = strongest(tables["flow"], "effect", 1).iloc[0]
-    differ, counts = differ_from_zero(tables, "flow")
-    ends = interval(top["low"], top["high"], sign=True)
+    top, size, differ, basis = largest_effect(tables, "flow")
     ways = Derived("flow", (), "positions", "distinct")
     return [
         Finding(
             f"Of {ways.written(tables)} ways between segments the largest effect has {label(top['positions'])} in {layers_in_words(top['component'])}: cut, it "
-            f"changes {top['metric']} by {written(top['effect'], sign=True)} {ends}; {differ}",
-            n=top["n"],
-            rows=(top,),
-            derived=(*counts, ways),
-            effect=sized(top),
-            card=Card(
-                label(top["positions"]), "the cut that changes most", f"{written(top['effect'], sign=True)} {ends} on {top['metric']}"
-            ),
-            table="flow",
+            f"changes {top['metric']} by {size}; {differ}",
+            card=Card(label(top["positions"]), "the cut that changes most", f"{size} on {top['metric']}"),
+            **{**basis, "derived": (*basis["derived"], ways)},
         )
     ]
 

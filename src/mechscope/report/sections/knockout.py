@@ -5,11 +5,11 @@ from __future__ import annotations
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
-from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Section, Tables, table
-from mechscope.report.shared import differ_from_zero, effect_columns, few_texts, largest_effects, layers_in_words, sized
+from mechscope.report.shared import effect_columns, few_texts, largest_effect, largest_effects, layers_in_words
 from mechscope.report.statements import Card, Caveat, Finding
-from mechscope.report.theme import interval, label
+from mechscope.report.theme import label
 from mechscope.report.theme import number as written
 
 KNOCKOUT = table(
@@ -46,23 +46,17 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _findings(tables: Tables) -> list[Finding]:
-    top = strongest(tables["knockout"], "effect", 1).iloc[0]
-    differ, counts = differ_from_zero(tables, "knockout")
-    ends = interval(top["low"], top["high"], sign=True)
+    top, size, differ, basis = largest_effect(tables, "knockout")
     return [
         Finding(
             f"Cutting attention {label(top['positions'])} changes {top['metric']} most in {layers_in_words(top['component'])}: by "
-            f"{written(top['effect'], sign=True)} {ends} to {written(top['value'])}; {differ}",
-            n=top["n"],
-            rows=(top,),
-            derived=counts,
-            effect=sized(top),
+            f"{size} to {written(top['value'])}; {differ}",
             card=Card(
                 layers_in_words(top["component"]),
                 "where a cut changes most",
-                f"{written(top['effect'], sign=True)} {ends} on {top['metric']}",
+                f"{size} on {top['metric']}",
             ),
-            table="knockout",
+            **basis,
         )
     ]
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from mechscope.report.marks.curves import layer_curves
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import head_heatmap
-from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Section, Tables, table
 from mechscope.report.shared import (
     NORMALISED,
     WITHHELD,
-    differ_from_zero,
     effect_columns,
     few_texts,
+    largest_effect,
     largest_effects,
-    sized,
     withheld_shares,
 )
 from mechscope.report.statements import Card, Caveat, Finding
-from mechscope.report.theme import interval, label
-from mechscope.report.theme import number as written
+from mechscope.report.theme import label
 
 PATHS = table(
     "One row per sender, or one for all senders together.",
@@ -74,23 +72,17 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _findings(tables: Tables) -> list[Finding]:
-    top = strongest(tables["paths"], "effect", 1).iloc[0]
-    differ, counts = differ_from_zero(tables, "paths")
-    ends = interval(top["low"], top["high"], sign=True)
+    top, size, differ, basis = largest_effect(tables, "paths")
     return [
         Finding(
             f"Patching the paths to {label(top['receivers'])} from one sender at a time changes {top['metric']} most for {label(top['component'])}: by "
-            f"{written(top['effect'], sign=True)} {ends}; {differ}",
-            n=top["n"],
-            rows=(top,),
-            derived=counts,
-            effect=sized(top),
+            f"{size}; {differ}",
             card=Card(
                 label(top["component"]),
                 f"has the largest effect by way of {label(top['receivers'])}",
-                f"{written(top['effect'], sign=True)} {ends} on {top['metric']}",
+                f"{size} on {top['metric']}",
             ),
-            table="paths",
+            **basis,
         )
     ]
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.heatmaps import position_heatmap
-from mechscope.report.marks.tables import Shown, strongest
+from mechscope.report.marks.tables import Shown
 from mechscope.report.section import Section, Tables, table
 from mechscope.report.shared import (
     NORMALISED,
     WITHHELD,
-    differ_from_zero,
     effect_columns,
     few_texts,
+    largest_effect,
     largest_effects,
     share_of,
-    sized,
     withheld_shares,
 )
 from mechscope.report.statements import Card, Caveat, Finding
-from mechscope.report.theme import interval, label, percent
+from mechscope.report.theme import label, percent
 from mechscope.report.theme import number as written
 
 TRACE = table(
@@ -54,21 +53,15 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _findings(tables: Tables) -> list[Finding]:
-    top = strongest(tables["trace"], "effect", 1).iloc[0]
-    differ, counts = differ_from_zero(tables, "trace")
-    ends = interval(top["low"], top["high"], sign=True)
+    top, size, differ, basis = largest_effect(tables, "trace")
     share = share_of(top, "normalised", "what the noise took")
     note = f"share withheld: {top['withheld']}" if top.get("withheld") else f"{percent(top['normalised'])} of what the noise took"
     return [
         Finding(
             f"With a blurred subject, restoring {label(top['component'])} at the {label(top['positions'])} changes {top['metric']} most: by "
-            f"{written(top['effect'], sign=True)} {ends} to {written(top['value'])}, {share}; {differ}",
-            n=top["n"],
-            rows=(top,),
-            derived=counts,
-            effect=sized(top),
+            f"{size} to {written(top['value'])}, {share}; {differ}",
             card=Card(label(top["component"]), f"has the largest effect, restored at the {label(top['positions'])}", note),
-            table="trace",
+            **basis,
         )
     ]
 
