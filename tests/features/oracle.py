@@ -58,26 +58,21 @@ def inputs(layout: Layout, seed: int = 3) -> list[Tensor]:
 
 def encoder(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return all encoders as one matrix (latent, read), zero where a latent does not read."""
-    whole = torch.zeros(layout.latents, sum(layout.input_widths), dtype=torch.float64)
-    start = 0
-    for number, group in enumerate(layout.groups):
-        before = sum(layout.input_widths[: group.reads[0]])
-        part = tensors[f"encoder.{number}"]
-        whole[start : start + group.latents, before : before + part.shape[1]] = part
-        start += group.latents
-    return whole
+    return _whole(tensors, "encoder", layout.input_widths, [group.reads for group in layout.groups])
 
 
 def decoder(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return all decoders as one matrix (latent, written), zero where a latent does not write."""
-    whole = torch.zeros(layout.latents, sum(layout.output_widths), dtype=torch.float64)
-    start = 0
-    for number, group in enumerate(layout.groups):
-        before = sum(layout.output_widths[: group.writes[0]])
-        part = tensors[f"decoder.{number}"]
-        whole[start : start + group.latents, before : before + part.shape[1]] = part
-        start += group.latents
-    return whole
+    return _whole(tensors, "decoder", layout.output_widths, [group.writes for group in layout.groups])
+
+
+def _whole(tensors: Mapping[str, Tensor], name: str, widths: Sequence[int], places: Sequence[Sequence[int]]) -> Tensor:
+    parts = []
+    for number, own in enumerate(places):
+        part = tensors[f"{name}.{number}"]
+        before = sum(widths[: own[0]])
+        parts.append(torch.nn.functional.pad(part, (before, sum(widths) - before - part.shape[1])))
+    return torch.cat(parts)
 
 
 def sizes(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:

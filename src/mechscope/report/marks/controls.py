@@ -9,6 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from mechscope.report.marks.curves import ground, vertical
 from mechscope.report.marks.figure import Figure, Numbers, definition
 from mechscope.report.marks.heatmaps import counted, rows_parameter
 from mechscope.report.marks.multiples import GAP, small_multiples
@@ -62,15 +63,7 @@ def beside_curves(
     table = table.assign(bottom=table["low"].fillna(table["value"]), top=table["high"].fillna(table["value"]))
     names, panels = list(dict.fromkeys(table["series"])), list(dict.fromkeys(table["panel"]))
     style = ".1%" if share else ".4~g"
-    positive = table["value"]
-    # activation norms differ a hundredfold between the first and the last layers of GPT-2
-    logarithmic = len(positive) > 0 and float(positive.min()) > 0 and not share and float(positive.max()) > 60 * float(positive.min())
-    down = alt.Y(
-        "value:Q",
-        title=axis,
-        scale=alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=True),
-        axis=alt.Axis(**({"format": "%"} if share else {}), tickCount=5, grid=True),
-    )
+    down = vertical(table["value"], axis, share=share)
     layer = alt.X("layer:O", title="layer", axis=counted(int(table["layer"].max()) + 1))
     colour, shape, dash = _series(names)
     legend = alt.Legend(title=None, symbolLimit=0)
@@ -86,14 +79,7 @@ def beside_curves(
         alt.Tooltip("n:Q", title="documents"),
     ]
     base = alt.Chart().encode(x=layer, color=alt.Color("series:N", scale=colour, legend=legend))
-    ground: list[Any] = []
-    if selected:
-        shaded = alt.Chart(numbers.add(pd.DataFrame({"layer": list(selected)}), ["layer"]))
-        ground.append(shaded.mark_bar(color="#8a94a0", opacity=0.16, width={"band": 1}).encode(x=alt.X("layer:O"), tooltip=alt.value(None)))
-    if zero:
-        ground.append(
-            alt.Chart(numbers.add(pd.DataFrame({"zero": [0]}), ["zero"])).mark_rule(style="zero").encode(y=alt.Y("zero:Q", title=axis))
-        )
+    under = ground(numbers, selected, axis if zero else None)
     curves = [
         base.mark_area(fillOpacity=0.2).encode(y=alt.Y("bottom:Q", title=axis), y2="top:Q"),
         base.mark_line(strokeWidth=2).encode(y=down, strokeDash=alt.StrokeDash("series:N", scale=dash, legend=legend)),
@@ -105,10 +91,10 @@ def beside_curves(
     if len(panels) == 1:
         rows = numbers.add(table, keep)
         own = [curve.properties(data=rows).transform_filter("datum.rows === query_rows") for curve in curves]
-        chart = alt.layer(*ground, *own).properties(height=220).add_params(rows_parameter(table))
+        chart = alt.layer(*under, *own).properties(height=220).add_params(rows_parameter(table))
         return Figure(name=name, title=title, caption=words, spec=definition(chart, numbers, description=title))
     return small_multiples(
-        [*ground, *curves],
+        [*under, *curves],
         table,
         numbers,
         panel="panel",

@@ -67,10 +67,6 @@ def layer_curves(
     """
     table = _long(layers, columns)
     several = len(columns) > 1
-    positive = table["value"].dropna()
-    # activation norms differ a hundredfold between the first and the last layers of GPT-2
-    logarithmic = len(positive) > 0 and float(positive.min()) > 0 and not share and float(positive.max()) > 60 * float(positive.min())
-    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=True)
     number = ".1%" if share else ".4~g"
     tooltip = [
         alt.Tooltip("layer:O", title="layer"),
@@ -89,19 +85,12 @@ def layer_curves(
         x=alt.X("layer:O", title="layer", axis=counted(int(layers["layer"].max()) + 1)),
         color=alt.Color("series:N", scale=colour, legend=legend),
     )
-    vertical = alt.Axis(**({"format": "%"} if share else {}), tickCount=5, grid=True)
-    numbers, marks = Numbers(), []
-    if selected:
-        ground = alt.Chart(numbers.add(pd.DataFrame({"layer": list(selected)}), ["layer"])).mark_bar(
-            color="#8a94a0", opacity=0.16, width={"band": 1}
-        )
-        marks.append(ground.encode(x=alt.X("layer:O"), tooltip=alt.value(None)))
-    if zero:
-        marks.append(alt.Chart(numbers.add(pd.DataFrame({"zero": [0]}), ["zero"])).mark_rule(style="zero").encode(y=alt.Y("zero:Q")))
+    numbers = Numbers()
+    marks = ground(numbers, selected, axis if zero else None)
     rows = numbers.add(table, list(table.columns))
     filtered = [alt.FilterTransform("datum.rows === query_rows")] if "rows" in table else []
     curves = [
-        base.mark_line(strokeWidth=2).encode(y=alt.Y("value:Q", title=axis, axis=vertical, scale=scale)),
+        base.mark_line(strokeWidth=2).encode(y=vertical(table["value"], axis, share=share)),
         base.mark_point(filled=True, size=46, opacity=1).encode(
             y=alt.Y("value:Q"), shape=alt.Shape("series:N", scale=shape, legend=legend), tooltip=tooltip
         ),
@@ -116,6 +105,33 @@ def layer_curves(
         chart = chart.add_params(rows_parameter(layers))
     words = caption + (" Shaded: the selected layers." if selected else "")
     return Figure(name=name, title=title, caption=words, spec=definition(chart, numbers, description=title))
+
+
+def vertical(values: pd.Series, axis: str, *, share: bool) -> alt.Y:
+    """Return the vertical axis of curves over layers: logarithmic where positive numbers span a large range.
+
+    Args:
+        values: All numbers that are drawn.
+        axis: Its title, with the unit.
+        share: Whether the numbers are fractions to be written as percentages.
+    """
+    numbers = values.dropna()
+    # activation norms differ a hundredfold between the first and the last layers of GPT-2
+    logarithmic = len(numbers) > 0 and float(numbers.min()) > 0 and not share and float(numbers.max()) > 60 * float(numbers.min())
+    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=True)
+    return alt.Y("value:Q", title=axis, scale=scale, axis=alt.Axis(**({"format": "%"} if share else {}), tickCount=5, grid=True))
+
+
+def ground(numbers: Numbers, selected: Sequence[int], axis: str | None) -> list[Any]:
+    """Return what lies under curves over layers: shaded selected layers, and a rule at zero of the axis with this title, where one is given."""
+    marks: list[Any] = []
+    if selected:
+        shaded = alt.Chart(numbers.add(pd.DataFrame({"layer": list(selected)}), ["layer"]))
+        marks.append(shaded.mark_bar(color="#8a94a0", opacity=0.16, width={"band": 1}).encode(x=alt.X("layer:O"), tooltip=alt.value(None)))
+    if axis is not None:
+        ruled = alt.Chart(numbers.add(pd.DataFrame({"zero": [0]}), ["zero"])).mark_rule(style="zero")
+        marks.append(ruled.encode(y=alt.Y("zero:Q", title=axis)))
+    return marks
 
 
 def _long(layers: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
