@@ -10,8 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mechscope.adapt.training import tune
 from mechscope.data.prompt import Example
+from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
+from tests.adapt.trainings import SETTINGS, placed_on
 
 WORDS = 40
 START, END, JOINT = 0, 1, 2
@@ -75,3 +78,25 @@ def examples() -> Callable[..., list[Example]]:
         return made
 
     return make
+
+
+@pytest.fixture
+def run(make_subject, examples, tmp_path):
+    """Train into a folder of this name; the subject is made anew each time, as in another process."""
+
+    def run(name, method="lora", *, family="gpt2", settings=SETTINGS, execution=Execution(seed=4), **options):
+        subject = make_subject(family)
+        placed = placed_on(subject) if method == "lora" else None
+        return tune(
+            subject,
+            examples(20),
+            examples(9, seed=1),
+            tmp_path / name,
+            method=method,
+            placed=placed,
+            settings=settings,
+            execution=execution,
+            **options,
+        )
+
+    return run

@@ -1,83 +1,28 @@
-"""A fine-tuning learns, stops, saves the best, and survives being killed."""
+"""A fine-tuning learns, stops, and saves the best."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import pickle
 import random
-import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechscope.adapt import trainer as trainer_module
 from mechscope.adapt import training
 from mechscope.adapt.loss import Collator, mean_loss
-from mechscope.adapt.targets import place
-from mechscope.adapt.trainer import SummaryTrainer
 from mechscope.adapt.training import Tuned, load_tuned, tune
 from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.settings.training import TrainSettings
-from mechscope.subject.components import Components
-from mechscope.subject.load import load
-
-# three steps an epoch with a short last batch, evaluations off the rhythm of the epochs, a last step off the rhythm of the evaluations
-SETTINGS = TrainSettings(
-    learning_rate_full=3e-3, learning_rate_lora=2e-2, batch_size=8, max_steps=11, eval_every=2, warmup=0.2, patience=None
-)
-
-
-class Killed(BaseException):
-    """Stands for kill -9 inside one process: nothing catches it."""
-
-
-def placed_on(subject, where="layers:0,a1.h2"):
-    return place(subject, Components.parse(where), rank=4)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(folder.glob("*model.safetensors")))
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    a, b = weights(left), weights(right)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def run(make_subject, examples, tmp_path):
-    """Train into a folder of this name; the subject is made anew each time, as in another process."""
-
-    def run(name, method="lora", *, family="gpt2", settings=SETTINGS, execution=Execution(seed=4), **options):
-        subject = make_subject(family)
-        placed = placed_on(subject) if method == "lora" else None
-        return tune(
-            subject,
-            examples(20),
-            examples(9, seed=1),
-            tmp_path / name,
-            method=method,
-            placed=placed,
-            settings=settings,
-            execution=execution,
-            **options,
-        )
-
-    return run
+from tests.adapt.trainings import SETTINGS, same_weights, weights
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -208,135 +153,6 @@ def test_only_the_result_is_left_behind(run, tmp_path):
     assert not names & {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_training_killed_again_and_again_ends_with_the_same_weights(run, method):
-    whole = run("whole", method)
-    # before any checkpoint, between two, inside an epoch, at an epoch's end, after the last one
-    for step in (1, 3, 5, 9, 11):
-
-        def kill(label, done, steps, step=step):
-            if done == step:
-                raise Killed
-
-        with pytest.raises(Killed):
-            run("cut", method, execution=Execution(seed=4, progress=kill))
-    continued = run("cut", method)
-    assert same_weights(whole.path, continued.path)
-    pd.testing.assert_frame_equal(whole.curve, continued.curve, check_exact=True)
-    assert (whole.tokens, whole.best_step, whole.stopped_early) == (continued.tokens, continued.best_step, continued.stopped_early)
-
-
-def test_a_continued_training_does_not_start_over(run):
-    def kill(label, done, steps):
-        if done == 9:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run("out", execution=Execution(seed=4, progress=kill))
-    seen = []
-    run("out", execution=Execution(seed=4, progress=lambda label, done, steps: seen.append(done)))
-    assert seen == [8, 9, 10, 11]
-
-
-@pytest.mark.parametrize("place_of_death", ["_save_optimizer_and_scheduler", "_save_rng_state"])
-def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(run, monkeypatch, place_of_death):
-    whole = run("whole")
-
-    def die(self, *arguments):
-        if self.state.global_step == 6:
-            raise Killed
-        original(self, *arguments)
-
-    original = getattr(SummaryTrainer, place_of_death)
-    with monkeypatch.context() as patched:
-        patched.setattr(SummaryTrainer, place_of_death, die)
-        with pytest.raises(Killed):
-            run("cut")
-    assert same_weights(whole.path, run("cut").path)
-
-
-@pytest.mark.parametrize("place_of_death", ["copytree", "rename", "rmtree"])
-def test_a_kill_while_the_result_is_published_loses_nothing(run, monkeypatch, tmp_path, place_of_death):
-    whole = run("whole")
-
-    def die(*arguments, **options):
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        if place_of_death == "rmtree":
-            # only the removal after the renaming
-            kept = shutil.rmtree
-            patched.setattr("shutil.rmtree", lambda path, **rest: die() if (tmp_path / "cut").exists() else kept(path, **rest))
-        else:
-            patched.setattr({"copytree": "shutil.copytree", "rename": "os.rename"}[place_of_death], die)
-        with pytest.raises(Killed):
-            run("cut")
-    assert same_weights(whole.path, run("cut").path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
-
-
-def test_a_run_folder_may_be_moved_between_kill_and_continuation(run, make_subject, examples, tmp_path):
-    whole = run("whole")
-
-    def kill(label, done, steps):
-        if done == 9:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run("here/cut", execution=Execution(seed=4, progress=kill))
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert same_weights(whole.path, run("there/cut").path)
-
-
-def test_early_stopping_is_remembered_across_a_kill(run):
-    ruinous = replace(SETTINGS, learning_rate_full=10.0, max_steps=60, patience=3, schedule="constant", warmup=0.0)
-    whole = run("whole", "full", settings=ruinous)
-
-    def kill(label, done, steps):
-        if done == whole.steps - 1:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run("cut", "full", settings=ruinous, execution=Execution(seed=4, progress=kill))
-    assert run("cut", "full", settings=ruinous).steps == whole.steps
-
-
-KILLED_SCRIPT = """
-import os, pickle, signal, sys
-from mechscope.adapt.training import tune
-from mechscope.instrument.execution import Execution
-from mechscope.subject.load import load
-
-def progress(label, done, steps):
-    if done == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-with open(sys.argv[1], "rb") as file:
-    base, arguments, options = pickle.load(file)
-tune(load(base, device="cpu"), *arguments, **options, execution=Execution(progress=progress))
-"""
-
-
-def test_a_training_killed_by_kill_9_is_continued_by_another_process(make_subject, examples, tmp_path):
-    base = tmp_path / "base"
-    make_subject("gpt2").model.save_pretrained(base)
-    make_subject("gpt2").tokenizer.save_pretrained(base)
-    subject = load(base, device="cpu")
-    options: dict[str, Any] = {"method": "lora", "placed": placed_on(subject), "settings": SETTINGS}
-    cut = (examples(20), examples(9, seed=1), tmp_path / "cut")
-    with (tmp_path / "request").open("wb") as file:
-        pickle.dump((base, cut, options), file)
-    command = [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path / "request")]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not cut[-1].exists()
-    seen = []
-    continued = tune(subject, *cut, **options, execution=Execution(progress=lambda label, done, steps: seen.append(done)))
-    assert seen[0] == 6
-    whole = tune(subject, *cut[:2], tmp_path / "whole", **options)
-    assert same_weights(whole.path, continued.path)
-
-
 def test_a_finished_training_is_not_done_again(run, monkeypatch):
     first = run("out")
     monkeypatch.setattr(training, "_train", lambda *arguments: pytest.fail("trained again"))
@@ -362,16 +178,6 @@ def test_weights_that_were_changed_are_not_taken_for_the_result(run):
     next(run("out").path.glob("*model.safetensors")).write_bytes(b"other weights")
     with pytest.raises(RunError, match=r"was changed after it was finished \(adapter_model\.safetensors\)"):
         run("out")
-
-
-def test_an_unfinished_training_of_other_settings_is_refused(run):
-    def kill(label, done, steps):
-        raise Killed
-
-    with pytest.raises(Killed):
-        run("out", execution=Execution(seed=4, progress=kill))
-    with pytest.raises(RunError, match=r"unfinished work with other settings or data \(seed: 4 -> 9\)"):
-        run("out", execution=Execution(seed=9))
 
 
 def test_a_folder_of_something_else_is_refused(run, tmp_path):

@@ -1,8 +1,7 @@
-"""Steering adds exactly what it says, where it says, in every pass; removal leaves nothing along the direction."""
+"""Steering adds exactly what it says, where it says; removal leaves nothing along the direction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,16 @@ from torch import Tensor
 from mechscope.causal.steering import Direction, difference_of_means, remove, steer, sweep_strength
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
-from mechscope.instrument import observed, record
+from mechscope.instrument import observed
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
+from tests.causal.directions import FOUR, TEXTS, direction, recorded
 from tests.causal.pairs import random_pairs
 from tests.stats.skewed import mean_test
 
-FOUR = pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 every_padding = pytest.mark.parametrize("padding", ["none", "left", "right"])
-TEXTS = families.documents(seed=0)
 PLACES: list[tuple[str, int, int | None]] = [
     ("embedding", 0, None),
     ("residual", 1, None),
@@ -34,41 +32,10 @@ PLACES: list[tuple[str, int, int | None]] = [
 ]
 
 
-def direction(subject: Subject, site: str = "residual", layer: int = 1, head: int | None = None, seed: int = 0) -> Direction:
-    block = subject.anatomy.blocks[layer]
-    width = {"neuron": block.d_mlp, "head": block.output.width}.get(site, families.WIDTH)
-    drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Direction.from_vector(drawn, site=site, layer=layer, head=head)
-
-
-@torch.no_grad()
-def recorded(subject: Subject, texts: families.Texts, site: Any, layer: int) -> Tensor:
-    with record(subject, site, layers=[layer]) as recording:
-        subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False)
-    return recording[site, layer]
-
-
 @torch.no_grad()
 def logits(subject: Subject, texts: families.Texts) -> Tensor:
     with observed(subject):
         return subject.plain(**model_inputs(texts.ids, texts.real), use_cache=False).logits[texts.real]
-
-
-class Steps:
-    """What a block hands on in every pass of a generation."""
-
-    def __init__(self, subject: Subject, layer: int) -> None:
-        self.module, self.seen = subject.anatomy.blocks[layer].module, list[Tensor]()
-
-    def __enter__(self) -> Steps:
-        def hook(_: Any, args: Any, output: Any) -> None:
-            self.seen.append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-        self.handle = self.module.register_forward_hook(hook)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
 
 
 @every_padding
@@ -120,86 +87,6 @@ def test_padding_does_not_matter(family: str, change: str) -> None:
         torch.testing.assert_close(one, torch.cat(alone), rtol=1e-9, atol=1e-10)
 
 
-def generated(subject: Subject, texts: families.Texts, **options: Any) -> Tensor:
-    # with mechscope's attention: Gemma 2's own takes its softmax in float32, where a mask of float64 overflows
-    inputs = {"attention_mask": texts.real.long(), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    with observed(subject):
-        return subject.plain.generate(texts.ids, **{**inputs, **options})
-
-
-def continued(subject: Subject, ids: Tensor, real: Tensor, where: Tensor | None, given: Direction, n: int = 5) -> Tensor:
-    """Generate greedily without a cache, adding the vector by a hook of the test's own."""
-
-    def hook(_: Any, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        marked = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        if where is not None:
-            marked = torch.cat([where, torch.zeros(len(where), hidden.shape[1] - where.shape[1], dtype=torch.bool)], dim=1)
-        new = hidden + 4.0 * given.vector * marked[..., None]
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = subject.anatomy.blocks[given.layer].module.register_forward_hook(hook)
-    for _ in range(n):
-        with observed(subject):
-            last = subject.plain(**model_inputs(ids, real), use_cache=False).logits[:, -1]
-        last[:, 2] = -torch.inf  # as min_new_tokens does
-        ids, real = torch.cat([ids, last.argmax(-1)[:, None]], dim=1), torch.cat([real, real[:, :1] | True], dim=1)
-    handle.remove()
-    return ids
-
-
-@pytest.mark.parametrize("marked", [False, True])
-@FOUR
-@torch.no_grad()
-def test_generation_steers_every_new_token_or_only_marked_ones_of_the_prompt(family: str, marked: bool) -> None:
-    subject = families.subject(family, torch.float64)
-    texts = families.padded(TEXTS, "left")
-    where = texts.real & (torch.arange(texts.ids.shape[1]) > 7) if marked else None
-    given = direction(subject)
-    with steer(subject, given, 4.0, positions=where):
-        found = generated(subject, texts)
-    assert torch.equal(found, continued(subject, texts.ids, texts.real, where, given))
-    assert not torch.equal(found, generated(subject, texts))
-
-
-def whole_texts(subject: Subject, texts: families.Texts, where: Tensor, change: Callable[[Tensor], Tensor], beams: int) -> Tensor:
-    """Generate without a cache, changing the marked tokens of the prompt by a hook of the test's own."""
-    marked = where.repeat_interleave(beams, dim=0)
-
-    def hook(_: Any, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        new = hidden.clone()
-        new[:, : marked.shape[1]][marked] = change(hidden[:, : marked.shape[1]][marked])
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = subject.anatomy.blocks[1].module.register_forward_hook(hook)
-    try:
-        return generated(subject, texts, use_cache=False, num_beams=beams)
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize("change", ["steer", "remove"])
-@pytest.mark.parametrize(("cache", "beams"), [(False, 1), (False, 3), (True, 3)])
-@FOUR
-@torch.no_grad()
-def test_the_same_tokens_of_the_prompt_are_changed_without_a_cache_and_with_beams(
-    family: str, cache: bool, beams: int, change: str
-) -> None:
-    subject = families.subject(family, torch.float64)
-    texts = families.padded(TEXTS, "left")
-    where = texts.real & (torch.arange(texts.ids.shape[1]) > 7)
-    given = direction(subject)
-    unit = given.vector / given.vector.norm()
-    if change == "steer":
-        context, by_hand = steer(subject, given, 4.0, positions=where), lambda hidden: hidden + 4.0 * given.vector
-    else:
-        context, by_hand = remove(subject, given, positions=where), lambda hidden: hidden - (hidden @ unit)[:, None] * unit
-    with context:
-        found = generated(subject, texts, use_cache=cache, num_beams=beams)
-    assert torch.equal(found, whole_texts(subject, texts, where, by_hand, beams))
-
-
 @torch.no_grad()
 def test_marks_of_some_texts_are_not_taken_for_those_of_more() -> None:
     subject = families.subject("gpt2", torch.float64)
@@ -214,32 +101,6 @@ def test_marks_of_some_texts_are_not_taken_for_those_of_more() -> None:
         pytest.raises(SettingsError, match=r"positions of shape \(4, 3\) do not fit 4 texts of 4 tokens"),
     ):
         logits(subject, families.Texts(torch.arange(4, 20).view(4, 4), torch.ones(4, 4, dtype=torch.bool)))
-
-
-@FOUR
-@torch.no_grad()
-def test_the_vector_is_added_at_every_generated_token(family: str) -> None:
-    subject = families.subject(family, torch.float64)
-    texts = families.padded(TEXTS, "left")
-    given = direction(subject)
-    with steer(subject, given, 4.0), Steps(subject, 1) as steered:
-        ids = generated(subject, texts)
-    assert [step.shape[1] for step in steered.seen] == [texts.ids.shape[1], 1, 1, 1, 1]
-    # the last block's input up to layer 1 does not depend on what was added behind it: one plain pass over the whole text
-    whole = families.Texts(ids, torch.cat([texts.real, torch.ones(3, 5, dtype=torch.bool)], dim=1))
-    plain = recorded(subject, whole, "residual", 1)
-    for at, step in enumerate(steered.seen[1:]):
-        torch.testing.assert_close(step[:, 0] - plain[:, texts.ids.shape[1] + at], (4.0 * given.vector).expand(3, -1), rtol=1e-8, atol=1e-9)
-
-
-@torch.no_grad()
-def test_one_marked_token_of_a_prompt_of_one_token_is_not_taken_for_those_that_follow() -> None:
-    subject = families.subject("llama", torch.float64)
-    ids, real = torch.tensor([[7]]), torch.ones(1, 1, dtype=torch.bool)
-    given = direction(subject)
-    with steer(subject, given, 4.0, positions=real):
-        found = generated(subject, families.Texts(ids, real))
-    assert torch.equal(found, continued(subject, ids, real, real, given))
 
 
 @every_padding
@@ -259,16 +120,6 @@ def test_removal_leaves_no_projection_and_the_rest_as_it_was(family: str, place:
     assert (after @ unit)[texts.real].abs().max() < 1e-12
     others = torch.linalg.qr(torch.cat([unit[:, None], torch.eye(len(unit), dtype=torch.float64)[:, 1:]], dim=1)).Q[:, 1:]
     torch.testing.assert_close((after @ others)[texts.real], (before @ others)[texts.real], rtol=1e-9, atol=1e-10)
-
-
-@torch.no_grad()
-def test_removal_holds_for_every_generated_token() -> None:
-    subject = families.subject("qwen3", torch.float64)
-    given = direction(subject)
-    with remove(subject, given), Steps(subject, 1) as steps:
-        generated(subject, families.padded(TEXTS, "left"))
-    assert len(steps.seen) == 5
-    assert all((step[:, -1] @ given.unit().vector).abs().max() < 1e-12 for step in steps.seen)
 
 
 @pytest.mark.parametrize("positions", [None, torch.ones(1, 14, dtype=torch.bool)])

@@ -51,7 +51,8 @@ def dense_training(layout: Layout, training: FeatureTraining, batches: list[Tens
         decoder = leaves["decoder.0"]
         with torch.no_grad():
             if objective.norms == "unit":
-                decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder  # type: ignore[operator]
+                assert decoder.grad is not None
+                decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
             torch.nn.utils.clip_grad_norm_(leaves.values(), training.clip)
             adam.step()
             rate.step()
