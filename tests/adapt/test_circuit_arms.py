@@ -24,7 +24,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.settings import resolve
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
-from mechscope.stats.crossed import crossed_mean
+from mechscope.stats.crossed import MIN_DOCUMENTS, crossed_mean
 from mechscope.studies.jobs.bakeoff import JOB as BAKEOFF
 from mechscope.studies.runner import run_job
 from mechscope.subject.components import Components
@@ -230,13 +230,13 @@ def test_more_rank_in_every_layer_is_the_standard_and_refused(make_subject):
 def test_the_circuit_is_compared_with_random_circuits_and_layers_with_random_layers():
     generator = np.random.default_rng(0)
     strategies: tuple[Strategy, ...] = ("circuit", "random_circuit", "targeted_layers", "random_layers", "standard")
-    scores = {strategy: generator.random((3, 24)) for strategy in strategies}
+    scores = {strategy: generator.random((3, MIN_DOCUMENTS)) for strategy in strategies}
     outcomes = [
         Outcome(
             Arm("equal_parameters", strategy, seed, "", None),
             {},
             pd.DataFrame(),
-            pd.DataFrame({"id": range(24), **dict.fromkeys(METRICS, scores[strategy][seed])}),
+            pd.DataFrame({"id": range(MIN_DOCUMENTS), **dict.fromkeys(METRICS, scores[strategy][seed])}),
             (),
         )
         for strategy in scores

@@ -104,7 +104,27 @@ def test_what_circuit_tracer_does_not_know_is_refused(tmp_path: Path) -> None:
         ({"resid0": oracle.dictionary(autoencoder("resid0", D, LATENTS, Rule("relu")))}, "from MLP inputs to MLP outputs"),
         ({"m0": oracle.dictionary(transcoder(0, D, LATENTS, Rule("gated")))}, "rule gated is none of circuit-tracer's"),
         ({"m1": oracle.dictionary(transcoder(1, D, LATENTS, Rule("relu")))}, "every layer from 0 on: given are layers 1"),
+        (
+            {f"m{layers[0]}": oracle.dictionary(cross_layer(layers, D, 20, Rule("relu"))) for layers in ((0, 1), (2, 3))},
+            "holds one cross-layer",
+        ),
+        (
+            {
+                "m0": oracle.dictionary(transcoder(0, D, LATENTS, Rule("relu"))),
+                "m1": oracle.dictionary(cross_layer((1, 2), D, 20, Rule("relu"))),
+            },
+            "holds one cross-layer",
+        ),
     ]
     for dictionaries, words in cases:
         with pytest.raises(SettingsError, match=words):
             write_circuit_tracer(dictionaries, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hook_that_is_a_place_in_some_models_only_is_read_where_the_caller_says_which(tmp_path: Path) -> None:
+    write_circuit_tracer({"m0": oracle.dictionary(transcoder(0, D, LATENTS, Rule("relu")))}, tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "feature_output_hook": "mlp.hook_out"}))
+    with pytest.raises(SettingsError, match="if it is m0 in your model"):
+        read_circuit_tracer(tmp_path)
+    assert list(read_circuit_tracer(tmp_path, hooks=("mlp.hook_in", "hook_mlp_out"))) == [Place("mlp_output", 0)]

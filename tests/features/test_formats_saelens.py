@@ -46,9 +46,9 @@ def saelens_values(a: Arrays, config: Mapping[str, Any], x: np.ndarray = X) -> t
     decoder = a["W_dec"]
     if architecture == "gated":
         f = (product + a["b_gate"] > 0) * relu(inside @ (a["W_enc"] * np.exp(a["r_mag"])) + a["b_mag"])
-    elif architecture == "topk":
+    elif architecture == "topk" or config.get("activation_fn_str") == "topk":
         pre = product + a["b_enc"]
-        f = top(pre * norms if config.get("rescale_acts_by_decoder_norm") else pre, config["k"])
+        f = top(pre * norms if config.get("rescale_acts_by_decoder_norm") else pre, config.get("k", K))
         decoder = decoder / norms[:, None] if config.get("rescale_acts_by_decoder_norm") else decoder
     elif "jumprelu" in architecture:
         pre = product + a["b_enc"]
@@ -63,6 +63,8 @@ SAELENS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "standard": ({"b_enc": (LATENTS,)}, {"apply_b_dec_to_input": True}),
     "gated": ({"b_gate": (LATENTS,), "r_mag": (LATENTS,), "b_mag": (LATENTS,)}, {"apply_b_dec_to_input": True}),
     "topk": ({"b_enc": (LATENTS,)}, {"k": K}),
+    # before SAELens 6
+    "standard topk": ({"b_enc": (LATENTS,)}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}),
     "topk rescaled": ({"b_enc": (LATENTS,)}, {"k": K, "rescale_acts_by_decoder_norm": True}),
     "jumprelu": ({"b_enc": (LATENTS,), "threshold": (LATENTS,)}, {}),
     "transcoder": ({"b_enc": (LATENTS,)}, {"apply_b_dec_to_input": True}),
@@ -78,7 +80,7 @@ def test_saelens(case: str, tmp_path: Path) -> None:
     config = {**config, "architecture": case.split()[0]}
     across = "transcoder" in case
     if across:
-        config["metadata"] = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
+        config["metadata"] = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
     given = read_saelens(saelens(tmp_path / "sae", tensors, **config))
     # a transcoder's output bias is of another place than its input
     equal(given, *saelens_values(doubles(tensors), {**config, "apply_b_dec_to_input": config.get("apply_b_dec_to_input") and not across}))
@@ -125,6 +127,13 @@ def test_what_saelens_does_not_know_is_refused(tmp_path: Path) -> None:
         ({"architecture": "standard", "normalize_activations": "layer_norm"}, ModelError, "scaled by 'layer_norm' while it runs"),
         ({"architecture": "standard", "normalize_activations": "expected_average_only_in"}, ModelError, "fold the scale"),
         ({"architecture": "jumprelu"}, ModelError, "lacks 'threshold'"),
+        ({"architecture": "standard", "activation_fn_str": "topk"}, ModelError, "activation is topk, and cfg.json does not say its k"),
+        ({"architecture": "standard", "activation_fn_str": "tanh-relu"}, ModelError, "activation 'tanh-relu'"),
+        (
+            {"architecture": "standard", "metadata": {"hook_name": "blocks.3.ln2.hook_normalized"}},
+            SettingsError,
+            r"if it is m3\.in in your model",
+        ),
         (
             {"architecture": "standard", "metadata": {"hook_name": "blocks.3.attn.hook_q"}},
             SettingsError,
@@ -138,3 +147,23 @@ def test_what_saelens_does_not_know_is_refused(tmp_path: Path) -> None:
     assert read_saelens(odd, place="a3").layout.inputs == (Place("attention_output", 3),)
     with pytest.raises(RunError, match="cannot read"):
         read_saelens(tmp_path / "absent")
+
+
+def test_a_tensor_that_is_not_understood_is_refused_and_one_that_changes_nothing_is_not(tmp_path: Path) -> None:
+    tensors = arrays(W_enc=(D, LATENTS), W_dec=(LATENTS, D), b_dec=(D,), b_enc=(LATENTS,))
+    plain = read_saelens(saelens(tmp_path / "plain", tensors, architecture="standard"))
+    ones = read_saelens(saelens(tmp_path / "ones", {**tensors, "scaling_factor": torch.ones(LATENTS)}, architecture="standard"))
+    assert all(torch.equal(ones.tensors[name], tensor) for name, tensor in plain.tensors.items())
+    for number, (architecture, name) in enumerate((("standard", "scaling_factor"), ("standard", "threshold"), ("transcoder", "W_skip"))):
+        folder = saelens(tmp_path / str(number), {**tensors, name: torch.full((LATENTS,), 1.5)}, architecture=architecture)
+        with pytest.raises(ModelError, match=f"tensors {name} of a relu dictionary are not understood"):
+            read_saelens(folder, place="m1.in", output="m1")
+
+
+def test_the_bias_is_subtracted_where_the_folder_does_not_say_as_saelens_does(tmp_path: Path) -> None:
+    tensors = arrays(W_enc=(D, LATENTS), W_dec=(LATENTS, D), b_dec=(D,), b_enc=(LATENTS,))
+    folder = saelens(tmp_path / "sae", tensors, architecture="standard")
+    config = json.loads((folder / "cfg.json").read_text())
+    del config["apply_b_dec_to_input"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    equal(read_saelens(folder), *saelens_values(doubles(tensors), {**config, "apply_b_dec_to_input": True}))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from mechscope.errors import ModelError
+from mechscope.errors import ModelError, SettingsError
 from mechscope.features.formats import read_sparsify
 from tests.features.conventions import K, X, arrays, doubles, equal, relu, top
 from tests.features.oracle import LATENTS, D
@@ -26,7 +26,10 @@ def test_sparsify(across: bool, tmp_path: Path) -> None:
     a = doubles(tensors)
     f = top(relu((X if across else X - a["b_dec"]) @ a["encoder.weight"].T + a["encoder.bias"]))
     out = f @ a["W_dec"] + a["b_dec"] + (X @ a["W_skip"].T if across else 0)
-    given = read_sparsify(folder)
+    if across:
+        with pytest.raises(SettingsError, match="if it is m1 in your model"):
+            read_sparsify(folder)
+    given = read_sparsify(folder, place="m1" if across else None)
     equal(given, f, out)
     assert given.layout.inputs[0].name == ("m1.in" if across else "resid1")
     (folder / "cfg.json").write_text(json.dumps({"activation": "groupmax", "k": K, "d_in": D}))

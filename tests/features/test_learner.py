@@ -188,6 +188,9 @@ def test_memory_is_that_of_weights_gradients_and_moments() -> None:
     assert memory_of([layout], 2048).held == 16 * weights
     assert memory_of([layout, layout], 2048).held == 28 * weights
     assert memory_of([layout], 2048).total <= 1.15 * 16 * weights
+    # half of the latents are active in each token before a penalty acts
+    dense = autoencoder("resid0", 128, 8192, Rule("relu"))
+    assert memory_of([dense], 2048).work >= 2048 * 8192 // 2 * 60
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

@@ -142,10 +142,13 @@ def test_terms_that_contradict_the_rule_are_refused() -> None:
     autoencoders = {name: oracle.layouts(rule)["autoencoder"] for name, (rule, _) in CASES.items()}
     for name, options, words in (
         ("topk", {"sparsity": 0.1}, "has its sparsity by k=6"),
-        ("relu", {"penalty": "target"}, "penalty 'target' does not suit rule relu: use l1 or tanh"),
+        ("relu", {}, r"rule relu is sparse by a penalty \(l1 or tanh\), and its weight is 0: give sparsity"),
+        ("gated", {}, "rule gated is sparse by a penalty"),
+        ("jumprelu, target", {"target": 3.0}, "rule jumprelu is sparse by a penalty .*its weight is 0"),
+        ("relu", {"sparsity": 0.1, "penalty": "target"}, "penalty 'target' does not suit rule relu: use l1 or tanh"),
         ("topk by norm", {}, "set norms='free'"),
-        ("relu", {"prefixes": (4, 39)}, "must rise to all 40 latents"),
-        ("relu", {"prefixes": (9, 4, 40)}, "must rise to all 40 latents"),
+        ("relu", {"sparsity": 0.1, "prefixes": (4, 39)}, "must rise to all 40 latents"),
+        ("relu", {"sparsity": 0.1, "prefixes": (9, 4, 40)}, "must rise to all 40 latents"),
     ):
         with pytest.raises(SettingsError, match=words):
             Objective(**options).check(autoencoders[name])

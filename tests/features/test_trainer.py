@@ -11,7 +11,7 @@ import torch
 
 from mechscope.errors import RunError, SettingsError
 from mechscope.features import trainer
-from mechscope.features.activations import Block, HarvestSettings, Live
+from mechscope.features.activations import Block, HarvestSettings, Live, harvest
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError, FeatureTraining
@@ -35,6 +35,7 @@ class Made:
         self.places = where
         self.blocks = 4
         self.identity: dict[str, Any] = {"models": {"": "abc"}, "made": "planted"}
+        self.limits: dict[str, float] = {}
 
     def block(self, number: int) -> Block:
         rows = PLANTED.rows(500, number)
@@ -144,7 +145,7 @@ def test_plans_that_do_not_fit_the_activations_are_refused() -> None:
     with pytest.raises(SettingsError, match="needs activations of resid5, harvested are"):
         train(Made(), {"far": Plan(autoencoder("resid5", 16, 32, Rule("relu")))})
     with pytest.raises(SettingsError, match="width 8 at resid0, its activations have 16"):
-        train(Made(), {"narrow": Plan(autoencoder("resid0", 8, 32, Rule("relu")))})
+        train(Made(), {"narrow": Plan(autoencoder("resid0", 8, 32, Rule("topk", 3)))})
     with pytest.raises(SettingsError, match="at least one plan"):
         train(Made(), {})
 
@@ -170,3 +171,16 @@ def test_training_straight_from_a_model_and_its_resumption(tmp_path: Path) -> No
         train(live(), plans, tmp_path / "run", training=training, keep_every=5, execution=Execution(progress=kill))
     again = train(live(), plans, tmp_path / "run", training=training, keep_every=5)["one"]
     assert all(torch.equal(again.dictionary.tensors[key], tensor) for key, tensor in whole.dictionary.tensors.items())
+
+
+def test_a_training_of_a_harvest_is_not_taken_for_one_straight_from_the_model(tmp_path: Path) -> None:
+    # the same request, in another precision and with maps of all blocks
+    subject, settings, training = families.subject("llama"), HarvestSettings(rows=30), FeatureTraining(steps=3, batch=8)
+    plans = {"one": Plan(autoencoder("resid1", families.WIDTH, 40, Rule("topk", 4)))}
+    live = Live(subject, texts(), "resid1", settings=settings)
+    kept = harvest(subject, texts(), "resid1", tmp_path / "harvest", settings=settings)
+    first = train(live, plans, tmp_path / "run", training=training)["one"].dictionary
+    with pytest.raises(RunError, match="other settings or data"):
+        train(kept, plans, tmp_path / "run", training=training)
+    other = train(kept, plans, tmp_path / "other", training=training)["one"].dictionary
+    assert not torch.equal(other.tensors["encoder.0"], first.tensors["encoder.0"])

@@ -18,6 +18,7 @@ from mechscope.report.page import fill, html
 from mechscope.report.section import Section
 from mechscope.report.sections import sections
 from mechscope.report.statements import Card, Finding
+from mechscope.report.summary import Summary
 from tests.report import synthetic
 
 NASTY = synthetic.HOSTILE[1]
@@ -76,11 +77,17 @@ def view_of(shown_tables: list[Shown], heading: str) -> Shown:
     return shown
 
 
+def page_text(contents: Contents) -> str:
+    """Return a run's page; no figure is written to a file."""
+    summary = Summary.of(contents)
+    return html(contents, summary, fill(contents, summary))
+
+
 def page_of(made: dict[str, pd.DataFrame], tmp_path: Path, *, title: str = "A run") -> str:
     """Return the page of a run with these tables, and no other section than theirs; no figure is written to a file."""
     record = synthetic.manifest() | {"page": {"title": title, "sections": []}}
     contents = Contents.read(synthetic.write_run(tmp_path / "run", made, study={"model": "models/gpt2"}, record=record))
-    return html(contents, fill(contents))
+    return page_text(contents)
 
 
 def hostile(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -14,11 +14,10 @@ import pandas as pd
 import pytest
 
 from mechscope.report.contents import Contents
-from mechscope.report.page import fill, html
 from mechscope.report.sections import sections, table_specs
 from tests.report import synthetic, synthetic_circuits, synthetic_weights
 from tests.report import synthetic_reading as invented
-from tests.report.drawn import NASTY, findings_of, hostile, page_of, view_of, views_of
+from tests.report.drawn import NASTY, findings_of, hostile, page_of, page_text, view_of, views_of
 from tests.report.test_page import Page
 
 READING = ("lens", "attribution", "roles", "token-attention", "head-weights", "neurons")
@@ -98,7 +97,7 @@ def test_a_study_shows_readings_among_its_sections_and_keeps_its_title(tmp_path:
     study = {name: table for name, table in synthetic.tables(4, 4).items() if name in ("heads", "layers")}
     made = {**study, **invented.lens_tables(4, 4, positions=12), **invented.heads_tables(4, 4, positions=12)}
     contents = Contents.read(synthetic.write_run(tmp_path / "run", made))
-    page = Page(html(contents, fill(contents)))
+    page = Page(page_text(contents))
     assert {"heads", "layers", "claims", "roles", "lens", "lens-grid"} <= page.ids()
     listed = [(a["href"] or "")[1:] for tag, a in page.elements if tag == "a" and (a.get("href") or "").startswith("#")]
     assert listed[1:] == [a["id"] for tag, a in page.elements if tag == "section"]
@@ -144,9 +143,10 @@ def test_equal_tables_give_an_equal_page_whatever_the_hash_seed(tmp_path: Path) 
     folder = synthetic.write_run(tmp_path / "run", made)
     script = (
         "import hashlib, sys\nfrom mechscope.report.contents import Contents\nfrom mechscope.report.page import fill, html\n"
-        "c = Contents.read(sys.argv[1])\nprint(hashlib.sha256(html(c, fill(c)).encode()).hexdigest())"
+        "from mechscope.report.summary import Summary\nc = Contents.read(sys.argv[1])\ns = Summary.of(c)\n"
+        "print(hashlib.sha256(html(c, s, fill(c, s)).encode()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     ran = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment, capture_output=True, text=True, check=True)
     contents = Contents.read(folder)
-    assert ran.stdout.strip() == hashlib.sha256(html(contents, fill(contents)).encode()).hexdigest()
+    assert ran.stdout.strip() == hashlib.sha256(page_text(contents).encode()).hexdigest()

@@ -5,21 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from mechscope.report.contents import Contents
 from mechscope.report.sections import sections
 from mechscope.report.statements import QUESTIONS, Derived, Finding
+from mechscope.report.summary import Summary
 from mechscope.report.theme import number, percent
+from tests.report import synthetic
 from tests.report.drawn import figures_of, statements_of
 from tests.report.test_sections import everything
 
 # what looks like a number and is a name, a level or a literal of a definition
 _NAMES = re.compile(
-    r"“[^”]*”|'[^'\s][^']*'(?!s)|arXiv [\d.]+|ROUGE-\w+|\bq < 0\.05|\b5\u202f% of those named|\b(?:a|m|resid)\d+(?:\.[hnef]\d+)?(?:<[qkv]>)?"
+    r"gpt2-news-7m|“[^”]*”|'[^'\s][^']*'(?!s)|arXiv [\d.]+|ROUGE-\w+|\bq < 0\.05|\b5\u202f% of those named|\b(?:a|m|resid)\d+(?:\.[hnef]\d+)?(?:<[qkv]>)?"
     r"|faithfulness, 1: all|copying score above 0\.5|5.% wrong verdicts, 93 to 97.%|offsets 0–"
 )
 _NUMBER = re.compile(r"(?<![\w.])[+−]?\d[\d,]*(?:\.\d+)?(?:e[+−]?\d+)?(?:\u202f%)?")
@@ -114,6 +118,16 @@ def findings() -> list[tuple[str, Finding]]:
 def test_every_number_of_the_prose_stands_in_the_tables(section: str) -> None:
     tables = everything()
     for finding in statements_of(tables, section):
+        unread = [printed for printed in numbers(prose(finding)) if printed not in readable(finding, tables)]
+        assert not unread, f"{finding.sentence} prints {unread}, which stands in no cell that it quotes"
+        assert all(stands(row, tables) for row in finding.rows), f"{finding.sentence} quotes a row that no table has"
+
+
+def test_every_number_of_the_verdict_stands_in_the_tables() -> None:
+    tables = everything()
+    verdict = Summary.of(Contents(Path(), dict(tables), {}, synthetic.manifest())).verdict
+    assert len(verdict) == 5
+    for finding in verdict:
         unread = [printed for printed in numbers(prose(finding)) if printed not in readable(finding, tables)]
         assert not unread, f"{finding.sentence} prints {unread}, which stands in no cell that it quotes"
         assert all(stands(row, tables) for row in finding.rows), f"{finding.sentence} quotes a row that no table has"

@@ -11,10 +11,15 @@ import pandas as pd
 import pytest
 
 from mechscope.report.contents import Contents
-from mechscope.report.page import fill, html
+from mechscope.report.page import fill
+from mechscope.report.shared import estimated
 from mechscope.report.statements import QUESTIONS
 from mechscope.report.summary import Summary
+from mechscope.report.theme import number
+from mechscope.studies.paper_2505_17073.interventions import layers_carry
+from mechscope.studies.paper_2505_17073.judgement import Scope
 from tests.report import synthetic, synthetic_circuits
+from tests.report.drawn import page_text
 from tests.report.test_page import Page
 
 
@@ -40,25 +45,81 @@ def test_the_verdict_answers_in_five_sentences_in_a_readers_order(made: dict[str
     document = made["outputs"]["rows"] == "document"
     made["outputs"].loc[document, ["loss_change_low", "loss_change_high"]] = [-0.05, 0.01]
     compared, aim, where, gain, lora = said(made)
-    assert compared == "The base model gpt2-news-7m was compared with samsum/tuned, fine-tuned from it (n = 200 documents)."
+    assert compared == "The base model gpt2-news-7m was compared with the tuned model samsum/tuned (n = 200 documents)."
     assert aim == (
-        "Fine-tuning did what it was meant to: the loss on the summaries' tokens fell (−0.560 [−0.580, −0.540] nats per token). No price was found: on the "
-        "documents' tokens the loss shows no change, from 3.29 to 3.27 nats per token (−0.0200 [−0.0500, +0.0100]); over all tokens it changed by −0.100 "
-        "[−0.120, −0.0800], and the next-token distributions are 0.110 [0.102, 0.118] nats of KL apart (n = 200 documents)."
+        "Fine-tuning did what it was meant to: the loss on the summaries' tokens fell (−0.560 [−0.580, −0.540] nats per token). A price is not shown: on "
+        "the documents' tokens the loss is not shown to have changed, from 3.29 to 3.27 nats per token (−0.0200 [−0.0500, +0.0100]); over all tokens it "
+        "changed by −0.100 [−0.120, −0.0800], and the next-token distributions are 0.110 [0.102, 0.118] nats of KL apart (n = 200 documents)."
     )
-    heads = made["heads"].query("rows == 'all'")
+    heads, layers = (made[name].query("rows == 'all'") for name in ("heads", "layers"))
     changed = heads[heads["write_change_verdict"] == "changed"]
-    layers = made["layers"].query("rows == 'all'")["kl_base_tuned_verdict"].eq("changed").sum()
-    top = changed.sort_values("write_change")["component"].iloc[-1]
+    count = layers["kl_base_tuned_verdict"].eq("changed").sum()
+    top = changed.sort_values("write_change").iloc[-1]
     assert where.startswith(
-        f"It changed {len(changed)} of 48 heads and {layers} of 6 layers by more than the smallest effect of interest: "
+        f"It changed, by more than the smallest effect of interest: what {len(changed)} of 48 heads write (most {top['component']}, "
+        f"{estimated(top, 'write_change')} of it); the attention of {count} of 6 layers (most layer "
     )
-    assert f": what heads write, most {top} (" in where
-    assert "n = 32 documents" in where
+    assert where.endswith("; n = 32 documents).")
     assert gain.startswith(
         "The most changed layers (layers 0 and 1) carry more of the gain than others do: 62\u202f% beside 20\u202f% to 50\u202f% of 4 other"
     )
     assert lora.startswith("LoRA in these layers, at equal parameters, is ")
+
+
+@pytest.mark.parametrize(
+    ("standard", "random", "said_of"),
+    [
+        ((0.01, 0.03), (-0.03, -0.01), ("better than LoRA in every layer", "worse than LoRA in random layers")),
+        ((-0.03, -0.01), (0.01, 0.03), ("worse than LoRA in every layer", "better than LoRA in random layers")),
+        (
+            (-0.01, 0.03),
+            (-0.03, 0.01),
+            ("not shown to be better or worse than LoRA in every layer", "not shown to be better or worse than LoRA in random"),
+        ),
+    ],
+)
+def test_whether_lora_pays_is_the_interval_of_rouge_1(
+    made: dict[str, pd.DataFrame], standard: tuple[float, float], random: tuple[float, float], said_of: tuple[str, str]
+) -> None:
+    summary = made["bakeoff_summary"]
+    own = (summary["metric"] == "rouge1") & (summary["strategy"] == "targeted_layers")
+    for name, (low, high) in (("standard", standard), ("random", random)):
+        columns = [f"vs_{name}", f"vs_{name}_low", f"vs_{name}_high"]
+        # another metric says the opposite
+        summary.loc[~own, columns] = [-(low + high) / 2, -high, -low]
+        summary.loc[own, columns] = [(low + high) / 2, low, high]
+    lora = said(made)[-1]
+    against = [
+        f"{words} ({number(mean, sign=True)} ["
+        for words, mean in zip(said_of, (sum(standard) / 2, sum(random) / 2), strict=False)
+        if "better or" not in words
+    ]
+    assert all(words in lora for words in (*against, *said_of))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ends", "words"),
+    [
+        ((0.024, 0.99), (0.05, 0.2), "carry more of the gain than others do"),
+        ((0.026, 0.99), (0.05, 0.2), "are not shown to carry more of the gain than others do"),
+        ((0.04, 0.99), (0.05, 0.2), "are not shown to carry more of the gain than others do"),
+        ((0.024, 0.99), (-0.05, 0.2), "are not shown to carry more of the gain than others do"),
+        ((0.99, 0.024), (-0.2, -0.05), "carry less of the gain than others do"),
+        ((0.99, 0.026), (-0.2, -0.05), "are not shown to carry more of the gain than others do"),
+        ((0.99, 0.024), (-0.2, 0.05), "are not shown to carry more of the gain than others do"),
+    ],
+)
+def test_layers_carry_more_or_less_as_the_claim_on_them_is_judged(
+    made: dict[str, pd.DataFrame], ranks: tuple[float, float], ends: tuple[float, float], words: str
+) -> None:
+    sets = made["layer_sets"]
+    sets.loc[sets["selected"], ["p_random", "p_less", "more", "more_low", "more_high"]] = [*ranks, sum(ends) / 2, *ends]
+    gain = said(made)[3]
+    assert gain.startswith(f"The most changed layers (layers 0 and 1) {words}: ")
+    # four other sets could never show it
+    assert ("cannot show it" in gain) is words.startswith("are not")
+    verdict = layers_carry(made, Scope()).verdict
+    assert verdict == {"carry more": "supported", "carry less": "contradicted"}.get(words[:10], "undecided")
 
 
 def test_a_price_is_told(made: dict[str, pd.DataFrame]) -> None:
@@ -115,11 +176,92 @@ def test_changes_too_small_to_matter_are_no_verdict_of_change(made: dict[str, pd
     summary = Summary.of(contents(made))
     where = summary.verdict[2].sentence
     assert where == (
-        "It is not shown to have changed anything by more than the smallest effect of interest: 0 of 48 heads and 0 of 6 layers did (n = 32 documents)."
+        "It is not shown to have changed what any of 48 heads write, the attention of any of 6 layers or what any of 6 MLPs write by more than the smallest "
+        "effect of interest (n = 32 documents)."
     )
     (group,) = (group for group in summary.groups if group.heading == QUESTIONS["where"])
     assert not [finding for finding in group.findings if finding.table in ("heads", "layers")]
     assert len([finding for finding in group.folded if finding.table in ("heads", "layers")]) == 5
+
+
+def test_a_change_of_mlps_alone_is_a_change(made: dict[str, pd.DataFrame]) -> None:
+    made["heads"] = made["heads"].assign(write_change_verdict="negligible")
+    made["layers"] = made["layers"].assign(kl_base_tuned_verdict="negligible", mlp_write_change_verdict="changed")
+    where = said(made)[2]
+    assert where.startswith("It changed, by more than the smallest effect of interest: what 6 of 6 MLPs write (most layer ")
+    assert "not shown to have changed: what any of 48 heads write or the attention of any of 6 layers" in where
+
+
+def test_few_documents_withhold_where_the_model_changed(made: dict[str, pd.DataFrame]) -> None:
+    for name in ("heads", "layers"):
+        counts = [column for column in map(str, made[name].columns) if column == "n" or column.endswith("_n")]
+        made[name] = made[name].assign(**dict.fromkeys(counts, 8))
+    assert said(made)[2] == "Where it changed the model: withheld, as a verdict needs 12 documents (n = 8 documents)."
+
+
+def test_a_loss_without_an_interval_is_no_statement(made: dict[str, pd.DataFrame]) -> None:
+    made["outputs"] = made["outputs"].assign(loss_change_low=np.nan, loss_change_high=np.nan, n=4)
+    summary = Summary.of(contents(made))
+    assert summary.verdict[1].sentence == (
+        "What fine-tuning did to the loss on the summaries' tokens: withheld, as an interval needs 6 documents (n = 4 documents)."
+    )
+    findings = [each.sentence for group in summary.groups for each in (*group.findings, *group.folded) if each.table == "outputs"]
+    assert [sentence for sentence in findings if "has no interval" in sentence]
+    assert not [sentence for sentence in findings if "not shown" in sentence and "loss" in sentence and "smallest" not in sentence]
+
+
+def test_a_change_too_small_to_matter_is_not_what_it_was_meant_to_do(made: dict[str, pd.DataFrame]) -> None:
+    made["outputs"] = made["outputs"].assign(
+        loss_change=-3e-4, loss_change_low=-4e-4, loss_change_high=-2e-4, loss_change_verdict="negligible"
+    )
+    aim = said(made)[1]
+    assert aim.startswith(
+        "Fine-tuning changed next to nothing: the loss on the summaries' tokens moved by less than the smallest effect of interest (−0.000300"
+    )
+    assert "The price is negligible" in aim
+    assert "meant to" not in aim
+
+
+def test_controls_that_lower_the_loss_as_much_stand_in_the_first_answer(made: dict[str, pd.DataFrame]) -> None:
+    controls = made["controls"]
+    tuned = float(controls.loc[controls["kind"] == "tuned", "loss_change"].iloc[0])
+    nulls = ~controls["kind"].isin(["tuned", "seed"])
+    controls.loc[nulls, "loss_change"] = np.linspace(tuned - 0.1, tuned + 0.1, int(nulls.sum()))
+    assert f"It does not stand out among {int(nulls.sum())} controls" in said(made)[1]
+    (loss,) = (
+        each
+        for group in Summary.of(contents(made)).groups
+        for each in group.findings
+        if each.table == "controls" and "summary loss" in each.text
+    )
+    assert loss.text.endswith("so it does not stand out among controls")
+    # another seed of the same training is no null
+    controls.loc[nulls, "loss_change"] = tuned + 1.0
+    controls.loc[controls["kind"] == "seed", "loss_change"] = tuned - 0.1
+    assert "does not stand out" not in said(made)[1]
+    controls.loc[nulls, "loss_change"] = np.nan
+    assert not [
+        each
+        for group in Summary.of(contents(made)).groups
+        for each in group.findings
+        if each.table == "controls" and "summary loss" in each.text
+    ]
+
+
+def test_equal_fingerprints_are_one_model(made: dict[str, pd.DataFrame]) -> None:
+    models = {label: {"source": label, "family": "gpt2", "fingerprint": "x"} for label in ("base", "tuned")}
+    readings = {"head_roles": made["heads"].iloc[:0]}
+    (only,) = Summary.of(contents(readings, models=models)).verdict
+    assert only.sentence.startswith("The two models are identical: their weights have one fingerprint")
+
+
+def test_trainings_that_did_not_arrive_stand_beside_what_is_said_of_lora(made: dict[str, pd.DataFrame]) -> None:
+    made["bakeoff"] = made["bakeoff"].assign(converged=False)
+    lora = Summary.of(contents(made)).verdict[-1]
+    every = len(made["bakeoff"])
+    assert f"{every} of {every} trainings had not converged: placements are compared at this budget, not at their best." in [
+        caveat.text for caveat in lora.caveats
+    ]
 
 
 def test_identical_models_are_one_sentence_and_nothing_else(made: dict[str, pd.DataFrame]) -> None:
@@ -205,7 +347,7 @@ def test_the_circuit_names_its_metric_and_what_its_sign_means() -> None:
 
 def test_the_page_begins_with_the_verdict_and_shows_the_same_findings(made: dict[str, pd.DataFrame]) -> None:
     held = contents(made)
-    summary, text = Summary.of(held), Page(html(held, fill(held))).text
+    summary, text = Summary.of(held), Page(page_text(held)).text
 
     def plain(sentence: str) -> str:
         return re.sub(r"\s+", " ", sentence)
@@ -230,7 +372,7 @@ def test_the_table_of_caveats_is_a_section_of_the_page(made: dict[str, pd.DataFr
     table = Summary.of(held).table()
     assert list(table) == ["section", "weakens", "caveat", "withheld"]
     assert set(table.loc[table["caveat"].str.startswith("Only 9 documents"), "weakens"]) == {"heads", "layers", "outputs"}
-    filled = {each.section.id: each for each in fill(held)}
+    filled = {each.section.id: each for each in fill(held, Summary.of(held))}
     assert len(filled["caveats"].views[0].view.rows) == len(table)
 
 

@@ -141,11 +141,11 @@ def test_one_or_two_seeds_decide_nothing_and_it_is_said_how_many_would(seeds: in
 
 
 def test_few_documents_decide_nothing_and_it_is_said_how_many_would() -> None:
-    intervals = summary(random=(0.010, 0.002, 0.018)).assign(n_documents=12, vs_random_low=NAN, vs_random_high=NAN)
+    intervals = summary(random=(0.010, 0.002, 0.018)).assign(n_documents=24, vs_random_low=NAN, vs_random_high=NAN)
     judgement = claim("targeted_vs_random.equal_rank", intervals=intervals)
     assert judgement.verdict == "undecided"
-    assert "Paired over 12 documents and 3 seeds. So few documents say nothing of others" in judgement.note
-    assert judgement.overturn == "At least 20 documents (rouge_documents)."
+    assert "Paired over 24 documents and 3 seeds. So few documents say nothing of others" in judgement.note
+    assert judgement.overturn == "At least 70 documents (rouge_documents)."
 
 
 def test_a_protocol_that_was_not_run_is_not_measured() -> None:

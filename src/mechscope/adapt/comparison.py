@@ -1,9 +1,9 @@
 """The tables of a bake-off, from what its arms left.
 
 Every arm is scored on the same held-out documents, so differences are paired: same document, same seed. What is said of a placement is about trainings,
-so its interval is over trainings and documents at once (`mechscope.stats.crossed`) and there is none below three seeds. What is said of *these*
-trainings is about documents alone, in columns of its own (`mechscope.stats.bootstrap`). The untouched base has no seed; it is paired with every seed of
-the other, and its own mean varies with documents only.
+so its interval is over trainings and documents at once (`mechscope.stats.crossed`), and there is none below three seeds or `MIN_DOCUMENTS`. What is said
+of *these* trainings is about documents alone, in columns of its own (`mechscope.stats.bootstrap`). The untouched base has no seed; it is paired with every
+seed of the other, and its own mean varies with documents only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mechscope.data.documents import Document
 from mechscope.data.rouge import METRICS
 from mechscope.stats.bootstrap import mean_interval
 from mechscope.stats.crossed import MIN_DOCUMENTS, MIN_TRAININGS, Crossed, crossed_mean
-from mechscope.stats.inference import MIN_TEXTS
+from mechscope.stats.inference import MIN_TEXTS, too_few
 
 SHARED = ("standard", "full", "none")  # strategies that are the same in both protocols
 CIRCUITS = ("circuit", "random_circuit")  # strategies whose random control is a circuit; all others' is random layers
@@ -95,9 +95,10 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
     """Return one row per protocol, strategy and metric: mean, interval, and paired differences against standard and random.
 
     Returns:
-        Fractions. `mean`, `vs_standard` and `vs_random` have 95 % intervals over trainings and documents (`_low`, `_high`), NaN below three seeds with the
-        reason in `withheld`; differences also `_sd`, how much they vary between seeds, and `_documents_low`, `_documents_high`: the interval over
-        documents (resampled with `seed`) for these very trainings, which says nothing about others. A difference is this strategy minus the other;
+        Fractions. `mean`, `vs_standard` and `vs_random` have 95 % intervals over trainings and documents (`_low`, `_high`), NaN below `MIN_TRAININGS` seeds
+        or `MIN_DOCUMENTS` documents with the reason in `withheld`; the untouched base's `mean` has one over documents alone, NaN below `MIN_TEXTS`.
+        Differences also `_sd`, how much they vary between seeds, and `_documents_low`, `_documents_high`: the interval over documents (resampled with
+        `seed`) for these very trainings, which says nothing about others. A difference is this strategy minus the other;
         NaN against itself and where the other was not run (the references, outside both protocols, have a standard but no random layers to be compared
         with). `vs_random` of the circuit is against the random circuits, of all others against the random layers.
     """
@@ -118,8 +119,7 @@ def summary_table(outcomes: Sequence[Outcome], *, seed: int = 0) -> pd.DataFrame
                 differences = None if other is None or other[0].arm.strategy == strategy else scores - _scores(other, metric)
                 row |= _compared(f"vs_{name}", differences, seed)
             trainings = len(group) if group[0].arm.trained else len(standard or ())
-            few = 0 < trainings < MIN_TRAININGS
-            row["withheld"] = f"too few seeds: {trainings} of at least {MIN_TRAININGS}" if few else _few_documents(scores, group[0])
+            row["withheld"] = _withheld(trainings, documents=scores.shape[1])
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -164,9 +164,12 @@ def summaries_table(outcomes: Sequence[Outcome], documents: Sequence[Document]) 
     return pd.DataFrame(table)
 
 
-def _few_documents(scores: np.ndarray, outcome: Outcome) -> str:
-    least = MIN_DOCUMENTS if outcome.arm.trained else MIN_TEXTS
-    return f"too few documents: {scores.shape[1]} of at least {least}" if scores.shape[1] < least else ""
+def _withheld(trainings: int, *, documents: int) -> str:
+    """Return why a row has no intervals over trainings and documents, over documents alone where no training is in it; empty where it has."""
+    if 0 < trainings < MIN_TRAININGS:
+        return too_few(trainings, "seeds", MIN_TRAININGS)
+    least = MIN_DOCUMENTS if trainings else MIN_TEXTS
+    return too_few(documents, "documents", least) if documents < least else ""
 
 
 def _scores(group: Sequence[Outcome], metric: str) -> Float[np.ndarray, "seeds documents"]:

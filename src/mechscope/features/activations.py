@@ -62,6 +62,10 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the activations, JSON-able."""
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Norms above which tokens were left out, by the names of the places; empty where none was."""
+
     def block(self, number: int) -> Block:
         """Return a block's rows by place."""
 
@@ -114,7 +118,17 @@ class Live:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the activations, JSON-able."""
+        """What decides the activations, JSON-able: a harvest of the same request has another precision, and maps of all blocks."""
+        return {"kind": "live", **self.request}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Norms above which tokens are left out, by the names of the places."""
+        return {place.name: limit for place, limit in self.reader.limits.items()}
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What is read of which models and texts, JSON-able."""
         return {
             "places": [place.name for place in self.places],
             "models": {name: subject.fingerprint for name, subject in self.reader.subjects.items()},
@@ -165,7 +179,7 @@ def harvest(
     """
     live = Live(models, texts, where, settings=settings, execution=execution)
     folder = Path(folder)
-    with Artifact(folder.parent, {"kind": _KIND, "version": _VERSION, **live.identity}, name=folder.name) as artifact:
+    with Artifact(folder.parent, {"kind": _KIND, "version": _VERSION, **live.request}, name=folder.name) as artifact:
         if not artifact.done:
             _write(live, texts, artifact.result, execution)
     return Harvest(folder)
@@ -194,11 +208,11 @@ def _write(live: Live, texts: Pairs, result: Path, execution: Execution) -> None
     about = {
         "kind": _KIND,
         "version": _VERSION,
-        **live.identity,
+        **live.request,
         "source": texts.source,
         "rows": counts,
         "left_out": dict(left_out),
-        "limits": {place.name: limit for place, limit in live.reader.limits.items()},
+        "limits": live.limits,
         "widths": {place.name: place.width(live.reader.subjects[place.model]) for place in live.places},
     }
     write_json(about, result / ABOUT)
@@ -261,7 +275,12 @@ class Harvest:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the activations, JSON-able."""
-        return {name: self.about[name] for name in ("places", "models", "texts", "settings", "seed")}
+        return {"kind": "harvest", **{name: self.about[name] for name in ("places", "models", "texts", "settings", "seed")}}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Norms above which tokens were left out, by the names of the places."""
+        return dict(self.about["limits"])
 
     def rows(self, number: int) -> Rows:
         """Return a block with its texts and positions, in the type on disk."""

@@ -91,12 +91,6 @@ class Codes:
         whole[self.rows, self.latents] = self.values
         return whole
 
-    def of_tokens(self, keep: Tensor) -> Codes:
-        """Return the codes of some tokens, a mask ``(token)``, in their order."""
-        entries = keep[self.rows]
-        offsets = torch.cat([self.offsets.new_zeros(1), self.counts[keep].cumsum(0)])
-        return Codes(self.latents[entries], self.values[entries], offsets, self.width)
-
     def columns(self, latents: Int[Tensor, " chosen"]) -> Float[Tensor, "token chosen"]:
         """Return the values of some latents for all tokens, zero where they are silent."""
         place = torch.full((self.width,), -1, dtype=torch.int64, device=self.latents.device)
@@ -133,15 +127,6 @@ class Codes:
                 self.offsets, self.latents, torch.zeros_like(self.values), (self.tokens, self.width), check_invariants=False
             )
             return torch.sparse.sampled_addmm(pattern, left.contiguous(), right.T, beta=0.0).values()
-
-    @cached_property
-    def by_latent(self) -> ByLatent:
-        """The same entries latent after latent."""
-        return ByLatent.of(self.latents, self.width)
-
-    def outer(self, weights: Float[Tensor, " entry"], rows: Float[Tensor, "token d"]) -> Float[Tensor, "latent d"]:
-        """Return Σ_t w_tj X_t of every latent, with a weight for every entry."""
-        return self.by_latent.outer(self.rows, weights, rows)
 
     def total(self, weights: Float[Tensor, " entry"]) -> Float[Tensor, " latent"]:
         """Return Σ_t w_tj of every latent."""

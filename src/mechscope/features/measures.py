@@ -6,14 +6,16 @@
     reconstruction bias    E‖x̂‖² / E⟨x, x̂⟩: below 1 where x̂ is too short, as after an L1 penalty (Rajamanoharan et al. 2024)
     loss recovered         (L_ablated − L_spliced) / (L_ablated − L), with x replaced by zero, and by its mean
     kl                     KL(model ‖ model with x̂ in place of x), nats per token; and as a share of what ablation costs
-    dead                   latents that were silent in all tokens that were read, whose number is said
+    dead                   latents that were silent in all tokens that were read: a count, without an interval
 
-The unit is the text: every number is a ratio of sums over texts, with Fieller's interval (`mechscope.stats.shares`). Tokens that training leaves out
-(`mechscope.features.rows`) are left out here, and left as they are where the model runs through the dictionary.
+The unit is the text: every other number is a ratio of sums over texts, with Fieller's interval (`mechscope.stats.shares`). Tokens that training leaves out
+(`mechscope.features.rows`) are left out here, by the norms that training had for limits where the dictionary knows them, and left as they are where the
+model runs through the dictionary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.data.scoring import check_fits
+from mechscope.errors import SettingsError
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.places import Place
 from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, TokenSettings, require_rows
@@ -42,6 +44,14 @@ _LOGITS = 256
 # what is summed over the tokens of each text
 _SUMS = ("tokens", "squares", "missed", "cosine", "ratio", "inner", "rebuilt")
 _RUNS = ("spliced", "zero", "mean")
+COLUMNS = ("measure", "place", "n", "value", "low", "high", "withheld", "note")
+# what is measured of predictions
+LOSSES = (
+    "loss",
+    *(f"loss, {run}" for run in _RUNS),
+    "kl",
+    *(f"{what} recovered, {run}" for run in ("zero", "mean") for what in ("loss", "kl")),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Measures:
     """What a dictionary does on some texts.
 
     Attributes:
-        table: One row per measure and place: `measure`, `place`, `n` (texts), `value`, `low`, `high` (95 %), `withheld` (why it is not given, or empty).
+        table: One row per measure and place: `measure`, `place`, `n` (texts), `value`, `low`, `high` (95 %; `dead` has none), `withheld` (why it is not
+            given, or empty), `note` (what must be known to read it, or empty).
         latents: One row per latent: `latent`, `tokens` (in which it is active), `density` (as a share of all), `mean` (value where it is active).
         tokens: Tokens that were read.
     """
@@ -80,10 +91,11 @@ def measure(
     """Measure a dictionary on texts; better ones that it was not trained on.
 
     Args:
-        models: The model, or several by name. Losses are those of one model: a dictionary over several has none.
+        models: The model, or several by name. Losses are those of one model: a dictionary over several has none. They are withheld, with the reason, where
+            the model cannot run through the dictionary (see `splice`).
         dictionary: The dictionary.
         texts: Any texts; their clean versions are read.
-        tokens: Which tokens are left out.
+        tokens: Which tokens are left out; None for those that its training left out, or the defaults where that is not known.
         other_model: Allow a dictionary of a model with other weights.
         execution: Tokens of a batch, progress.
 
@@ -91,28 +103,60 @@ def measure(
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
     dictionary.check(models, other_model=other_model)
-    tokens = tokens or TokenSettings()
-    reader = Reader(models, dictionary.layout.places, tokens)
+    reader = _reader(models, dictionary, tokens)
     reader.check(texts)
-    reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    if not reader.limits:
+        reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    # said before anything is read
+    unfit = _unfit(models, dictionary, other_model) if isinstance(models, Subject) else ""
     sums = _Sums(dictionary, len(texts))
     for batch, found in over_texts(
         texts, lambda batch: _read(reader, dictionary, batch), execution, tokens=TOKENS_PER_BATCH, label="activations"
     ):
         sums.add(batch, found)
-    require_rows(int(sums.l0[1].sum()), texts, tokens)
+    require_rows(int(sums.l0[1].sum()), texts, reader.tokens)
     rows = sums.rows()
-    if isinstance(models, Subject):
-        rows += _losses(models, reader, dictionary, texts, sums.means(), other_model, execution)
-    return Measures(
-        pd.DataFrame(rows, columns=["measure", "place", "n", "value", "low", "high", "withheld"]), sums.latents(), int(sums.l0[1].sum())
-    )
+    if unfit:
+        absent = Share(np.nan, np.nan, np.nan, len(texts), unfit)
+        rows += [_row(measure, _written(dictionary), absent) for measure in LOSSES]
+    elif isinstance(models, Subject):
+        rows += _losses(models, dictionary, texts, sums, other_model, execution)
+    return Measures(pd.DataFrame(rows, columns=list(COLUMNS)), sums.latents(), int(sums.l0[1].sum()))
+
+
+def _reader(models: Models, dictionary: Dictionary, tokens: TokenSettings | None) -> Reader:
+    """Return a reader of the dictionary's places; with the settings and limits of its training where it knows them and nothing else is wanted."""
+    trained, limits = dictionary.about.get("source", {}), dictionary.about.get("limits", {})
+    places = dictionary.layout.places
+    if tokens is None and isinstance(trained, Mapping) and "settings" in trained:
+        tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
+        reader = Reader(models, places, tokens)
+        reader.limits = {place: limits[place.name] for place in places if place.name in limits}
+        return reader
+    return Reader(models, places, tokens or TokenSettings())
+
+
+def _unfit(subject: Subject, dictionary: Dictionary, other_model: bool) -> str:
+    """Return why the model cannot run through a dictionary, or nothing."""
+    try:
+        with _spliced(subject, dictionary, None, other_model):
+            return ""
+    except SettingsError as error:
+        return str(error)
+
+
+def _spliced(subject: Subject, dictionary: Dictionary, kept: Tensor | None, other_model: bool) -> AbstractContextManager[Any]:
+    return splice(subject, {dictionary.layout.outputs[0]: dictionary}, errors=False, positions=kept, other_model=other_model)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A batch's sums: by place and text, sums of x by place and text, active latents and tokens by text, and by latent entries and values."""
+    """A batch's sums: by place and text, sums of x by place and text, active latents and tokens by text, and by latent entries and values.
 
+    `kept` says which of each text's tokens were read.
+    """
+
+    kept: list[Bool[Tensor, " token"]]
     sums: dict[Place, np.ndarray]
     means: dict[Place, np.ndarray]
     l0: np.ndarray
@@ -145,8 +189,9 @@ def _read(reader: Reader, dictionary: Dictionary, batch: PairBatch) -> _Found:
         sums[place] = _by_text(torch.stack(columns, dim=1), text, len(batch))
         means[place] = _by_text(x, text, len(batch))
     l0 = _by_text(torch.stack([codes.counts.cpu().double(), torch.ones(len(text), dtype=torch.float64)], dim=1), text, len(batch))
+    own = [row[real] for row, real in zip(kept, batch.real, strict=True)]
     return _Found(
-        sums, means, l0, torch.bincount(codes.latents, minlength=dictionary.latents).cpu(), codes.total(codes.values).double().cpu()
+        own, sums, means, l0, torch.bincount(codes.latents, minlength=dictionary.latents).cpu(), codes.total(codes.values).double().cpu()
     )
 
 
@@ -162,6 +207,7 @@ class _Sums:
         layout = dictionary.layout
         self.sums = {place: np.zeros((len(_SUMS), texts)) for place in layout.outputs}
         self.x = {place: np.zeros((width, texts)) for place, width in zip(layout.outputs, layout.output_widths, strict=True)}
+        self.kept: list[Tensor] = [torch.zeros(0, dtype=torch.bool)] * texts
         self.l0 = np.zeros((2, texts))
         self.active = torch.zeros(dictionary.latents, dtype=torch.int64)
         self.values = torch.zeros(dictionary.latents, dtype=torch.float64)
@@ -172,6 +218,8 @@ class _Sums:
         for place, sums in found.sums.items():
             self.sums[place][:, at] = sums
             self.x[place][:, at] = found.means[place]
+        for index, kept in zip(at, found.kept, strict=True):
+            self.kept[index] = kept
         self.l0[:, at] = found.l0
         self.active += found.active
         self.values += found.values
@@ -182,12 +230,9 @@ class _Sums:
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Return the measures of activations."""
-        name = ",".join(map(str, self.dictionary.layout.outputs))
-        silent = int((self.active == 0).sum())
-        found = [
-            _row("l0", name, share_of(*self.l0)),
-            ("dead", name, self.l0.shape[1], silent, np.nan, np.nan, f"silent in all {int(self.l0[1].sum()):,} tokens that were read"),
-        ]
+        name, silent = _written(self.dictionary), int((self.active == 0).sum())
+        note = f"silent in all {int(self.l0[1].sum()):,} tokens that were read"
+        found = [_row("l0", name, share_of(*self.l0)), ("dead", name, self.l0.shape[1], silent, np.nan, np.nan, "", note)]
         for place, sums in self.sums.items():
             of = dict(zip(_SUMS, sums, strict=True))
             mean = self.means()[place].numpy()
@@ -215,7 +260,11 @@ class _Sums:
 
 
 def _row(measure: str, place: str, share: Share) -> tuple[Any, ...]:
-    return (measure, place, share.n, share.value, share.low, share.high, share.withheld)
+    return (measure, place, share.n, share.value, share.low, share.high, share.withheld, "")
+
+
+def _written(dictionary: Dictionary) -> str:
+    return ",".join(map(str, dictionary.layout.outputs))
 
 
 def _one_minus(share: Share) -> Share:
@@ -223,51 +272,38 @@ def _one_minus(share: Share) -> Share:
 
 
 def _losses(
-    subject: Subject,
-    reader: Reader,
-    dictionary: Dictionary,
-    texts: Pairs,
-    means: dict[Place, Tensor],
-    other_model: bool,
-    execution: Execution,
+    subject: Subject, dictionary: Dictionary, texts: Pairs, sums: _Sums, other_model: bool, execution: Execution
 ) -> list[tuple[Any, ...]]:
     """Return the measures of what the model predicts: of its own run, through the dictionary, and with the places ablated."""
-    check_fits(subject, texts)
     found = {name: np.zeros(len(texts)) for name in ("own", *_RUNS, *(f"kl {run}" for run in _RUNS))}
+    means = sums.means()
 
     def changed(run: str, kept: Bool[Tensor, "batch token"]) -> AbstractContextManager[Any]:
         if run == "spliced":
-            return splice(subject, {dictionary.layout.outputs[0]: dictionary}, errors=False, positions=kept, other_model=other_model)
+            return _spliced(subject, dictionary, kept, other_model)
         zero = {place: torch.zeros_like(mean) for place, mean in means.items()}
         return intervene(subject, *(_replaced(place, value, kept) for place, value in (means if run == "mean" else zero).items()))
 
     @torch.no_grad()
     def work(batch: PairBatch) -> dict[str, np.ndarray]:
-        kept, _ = reader.kept(batch, reader.streams(batch))
+        kept = torch.zeros_like(batch.real)
+        for row, real, index in zip(kept, batch.real, batch.indices, strict=True):
+            row[real] = sums.kept[index]
         own = _last(subject, batch, nullcontext())
-        result: dict[str, np.ndarray] = {}
-        for run in _RUNS:
-            result["own"], result[run], result[f"kl {run}"] = _compared(subject, batch, own, _last(subject, batch, changed(run, kept)))
-        return result
+        return _compared(subject, batch, own, {run: _last(subject, batch, changed(run, kept)) for run in _RUNS})
 
     for batch, values in over_texts(texts, work, execution, tokens=TOKENS_PER_BATCH, label="losses"):
         for name, value in values.items():
             found[name][list(batch.indices)] = value
-    name = ",".join(map(str, dictionary.layout.outputs))
     ones = np.where(np.isnan(found["own"]), np.nan, 1.0)
-    rows = [_row(f"loss{said}", name, share_of(found[run], ones)) for run, said in (("own", ""), *((run, f", {run}") for run in _RUNS))]
-    rows += [_row("kl", name, share_of(found["kl spliced"], ones))]
+    shares = {f"loss{said}": share_of(found[run], ones) for run, said in (("own", ""), *((run, f", {run}") for run in _RUNS))}
+    shares["kl"] = share_of(found["kl spliced"], ones)
     for run in ("zero", "mean"):
         absent = f"{'leaving it out' if run == 'zero' else 'its mean in its place'} does not raise the loss"
-        rows.append(
-            _row(
-                f"loss recovered, {run}",
-                name,
-                share_of(found[run] - found["spliced"], found[run] - found["own"], absent=absent, positive=True),
-            )
-        )
-        rows.append(_row(f"kl recovered, {run}", name, _one_minus(share_of(found["kl spliced"], found[f"kl {run}"], absent=absent))))
-    return rows
+        saved, cost = found[run] - found["spliced"], found[run] - found["own"]
+        shares[f"loss recovered, {run}"] = share_of(saved, cost, absent=absent, positive=True)
+        shares[f"kl recovered, {run}"] = _one_minus(share_of(found["kl spliced"], found[f"kl {run}"], absent=absent))
+    return [_row(measure, _written(dictionary), shares[measure]) for measure in LOSSES]
 
 
 def _replaced(place: Place, value: Float[Tensor, " width"], kept: Tensor) -> Edit:
@@ -282,21 +318,24 @@ def _last(subject: Subject, batch: PairBatch, within: AbstractContextManager[Any
         return Walk(subject, batch.clean, None if bool(batch.real.all()) else batch.real).run()
 
 
-def _compared(subject: Subject, batch: PairBatch, own: Tensor, other: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return by text: mean loss of two runs, and KL of the second from the first, over the tokens that predict another."""
+def _compared(subject: Subject, batch: PairBatch, own: Tensor, others: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return by text: mean loss of the model's own run (`own`) and of others, and KL of these from it, over the tokens that predict another."""
     predicts = batch.real[:, :-1] & batch.real[:, 1:]
     targets = batch.clean[:, 1:][predicts]
     text = torch.arange(len(batch))[:, None].expand_as(predicts)[predicts]
-    one, two = (hidden[:, :-1][predicts.to(hidden.device)] for hidden in (own, other))
+    rows, *changed = (hidden[:, :-1][predicts.to(hidden.device)] for hidden in (own, *others.values()))
     values = []
     for start in range(0, len(targets), _LOGITS):
         part = slice(start, start + _LOGITS)
-        first, second = (unembed(subject, rows[part]).float().log_softmax(-1) for rows in (one, two))
+        first = unembed(subject, rows[part]).float().log_softmax(-1)
         at = targets[part].to(first.device)[:, None]
-        kl = (first.exp() * (first - second)).sum(-1)
-        values.append(torch.stack([-first.gather(1, at)[:, 0], -second.gather(1, at)[:, 0], kl], dim=1).double().cpu())
+        columns = [-first.gather(1, at)[:, 0]]
+        for other in changed:
+            second = unembed(subject, other[part]).float().log_softmax(-1)
+            columns += [-second.gather(1, at)[:, 0], (first.exp() * (first - second)).sum(-1)]
+        values.append(torch.stack(columns, dim=1).double().cpu())
     sums = _by_text(torch.cat(values), text, len(batch))
     counts = np.bincount(text.numpy(), minlength=len(batch))
     # a text of one token predicts nothing
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return means[0], means[1], means[2]
+    return dict(zip(("own", *(name for run in others for name in (run, f"kl {run}"))), means, strict=True))

@@ -32,7 +32,9 @@ _PENALTIES: dict[str, tuple[Penalty, ...]] = {"relu": ("l1", "tanh"), "gated": (
 class Objective(Settings):
     """The terms of the loss."""
 
-    sparsity: Annotated[float, Ge(0)] = setting(0.0, "Weight λ of the sparsity penalty; rules with k need none.")
+    sparsity: Annotated[float, Ge(0)] = setting(
+        0.0, "Weight λ of the sparsity penalty: above 0 for relu, gated and jumprelu; rules with k have none."
+    )
     penalty: Penalty | None = setting(None, "Which penalty; by default l1 for relu and gated, target for jumprelu.")
     target: Rate = setting(20.0, "Active latents per token that the penalty `target` aims at.")
     steepness: Rate = setting(4.0, "c of the penalty `tanh`.")
@@ -49,12 +51,16 @@ class Objective(Settings):
         """Return itself, with the penalty filled in, if it suits a dictionary.
 
         Raises:
-            SettingsError: The penalty is not one of the rule's, or the prefixes are not those of the dictionary.
+            SettingsError: The penalty is not one of the rule's or has no weight, or the prefixes are not those of the dictionary.
         """
         rule = layout.rule
         allowed = _PENALTIES.get(rule.name, ())
         if self.sparsity and not allowed:
             raise SettingsError(f"rule {rule.name} has its sparsity by k={rule.k}: leave sparsity at 0")
+        if allowed and not self.sparsity:
+            raise SettingsError(
+                f"rule {rule.name} is sparse by a penalty ({' or '.join(allowed)}), and its weight is 0: give sparsity, such as Objective(sparsity=0.1)"
+            )
         if self.penalty is not None and self.penalty not in allowed:
             raise SettingsError(f"penalty {self.penalty!r} does not suit rule {rule.name}: use {' or '.join(allowed) or 'none'}")
         if rule.by_norm and self.norms == "unit":

@@ -35,7 +35,6 @@ from mechscope.instrument.memory import free_memory
 from mechscope.shapes import by_shape
 from mechscope.stats.convergence import Convergence, convergence
 from mechscope.store.artifact import Artifact, Work
-from mechscope.store.files import write_json
 from mechscope.store.tables import read_table, write_table
 
 log = logging.getLogger(__name__)
@@ -249,7 +248,7 @@ class _Training:
         found = {}
         for name, learner in self.learners.items():
             layout = learner.layout
-            about = {**self.request, "plans": {name: _plan_json(self.plans[name])}}
+            about = {**self.request, "plans": {name: _plan_json(self.plans[name])}, "limits": self.source.limits}
             dictionary = Dictionary(
                 layout,
                 {key: tensor.detach().cpu() for key, tensor in learner.tensors.items()},
@@ -282,7 +281,6 @@ def _write(found: Mapping[str, TrainedDictionary], folder: Path) -> None:
     for name, each in found.items():
         each.dictionary.save(folder / f"{name}.safetensors")
         write_table(each.curve, folder / f"{name}.curve.parquet")
-    write_json({name: each.convergence.columns for name, each in found.items()}, folder / "convergence.json")
 
 
 def _read(folder: Path, plans: Mapping[str, Plan], training: FeatureTraining) -> dict[str, TrainedDictionary]:

@@ -107,9 +107,11 @@ def as_text(contents: Contents) -> str:
     """Return a run in a few lines: title, verdict, findings by question with what weakens them, tables by size."""
     summary = Summary.of(contents)
     lines = [contents.title, *(finding.sentence for finding in summary.verdict)]
-    for heading, findings in _further(summary):
-        lines.append(f"{heading.rstrip('?:')}:" if not heading.endswith("?") else heading)
-        lines += [line for finding in findings for line in (f"• {finding.sentence}", *(f"  {caveat.text}" for caveat in finding.caveats))]
+    for group in summary.further:
+        lines.append(group.heading if group.heading.endswith("?") else f"{group.heading.rstrip(':')}:")
+        lines += [
+            line for finding in group.findings for line in (f"• {finding.sentence}", *(f"  {caveat.text}" for caveat in finding.caveats))
+        ]
     sizes = ", ".join(f"{name} ({len(table):,} × {table.shape[1]})" for name, table in contents.tables.items())
     return "\n".join([*lines, f"tables: {sizes or 'none'}"])
 
@@ -122,7 +124,7 @@ def as_html(contents: Contents) -> str:
     summary = Summary.of(contents)
     parts = [Markup("<p><strong>{}</strong></p>").format(contents.title)]
     parts += [Markup("<p>{}</p>").format(finding.sentence) for finding in summary.verdict]
-    parts += [_folded(heading, Markup("<ul>{}</ul>").format(_joined(map(_item, findings)))) for heading, findings in _further(summary)]
+    parts += [_folded(group.heading, Markup("<ul>{}</ul>").format(_joined(map(_item, group.findings)))) for group in summary.further]
     if summary.texts:
         items = _joined(Markup("<li>{}</li>").format(text) for text in summary.texts)
         parts.append(_folded("Caveats", Markup("<ul>{}</ul>").format(items)))
@@ -136,14 +138,6 @@ def as_html(contents: Contents) -> str:
     names = ", ".join(contents.tables) or "none"
     parts.append(Markup("<p><small>.tables: {}; .plots lists the figures, .plot(name) draws one</small></p>").format(names))
     return str(Markup("<div>{}</div>").format(_joined(parts)))
-
-
-def _further(summary: Summary) -> Iterator[tuple[str, list[Finding]]]:
-    """Yield the findings that the verdict has not said already, by question."""
-    said = {finding.sentence for finding in summary.verdict}
-    for group in summary.groups:
-        if further := [finding for finding in group.findings if finding.sentence not in said]:
-            yield group.heading, further
 
 
 def _item(finding: Finding) -> Markup:

@@ -75,7 +75,8 @@ def render(run_path: str | Path) -> Path:
         RunError: it is no run folder, has no tables, or cannot be written.
     """
     contents = Contents.read(run_path)
-    filled = fill(contents)
+    summary = Summary.of(contents)
+    filled = fill(contents, summary)
     drawings: list[Drawing] = [
         drawing for each in filled for drawing in (*each.figures, *(one for panel in each.panels for one in panel.drawings))
     ]
@@ -84,22 +85,21 @@ def render(run_path: str | Path) -> Path:
         write_text(svg, contents.path / "figures" / f"{drawing.name}.svg")
         write_bytes(png(svg), contents.path / "figures" / f"{drawing.name}.png")
     page = contents.path / PAGE
-    write_text(html(contents, filled), page)
+    write_text(html(contents, summary, filled), page)
     logger.info("report of %d tables and %d figures written to %s", len(contents.tables), len(drawings), page)
     return page
 
 
-def fill(contents: Contents) -> list[Filled]:
+def fill(contents: Contents, summary: Summary) -> list[Filled]:
     """Fill the sections of a run, the caveats as they are today."""
-    caveats = Summary.of(contents).table()
+    caveats = summary.table()
     kept = {name: table for name, table in contents.tables.items() if name != "caveats"}
     weighed = replace(contents, tables={**kept, "caveats": caveats} if len(caveats) else kept)
     return [Filled.of(section, weighed.tables) for section in weighed.sections]
 
 
-def html(contents: Contents, filled: list[Filled]) -> str:
+def html(contents: Contents, summary: Summary, filled: list[Filled]) -> str:
     """Return the page as text; nothing is written."""
-    summary = Summary.of(contents)
     panels = [panel for each in filled for panel in each.panels]
     scripts = dict.fromkeys(["report.js", *(script for panel in panels for script in (*panel.scripts, f"{panel.kind}.js"))])
     styles = [script.removesuffix(".js") + ".css" for script in scripts]

@@ -275,6 +275,12 @@ def verb(low: float, high: float, *, below: str, above: str, neither: str) -> st
     return above if low > 0 else neither
 
 
+def moved(row: pd.Series, column: str) -> str:
+    """Return how a number of a row moved, as far as its interval goes: `fell`, `rose`, `is not shown to have changed`; empty without an interval."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    return "" if pd.isna(low) else verb(low, high, below="fell", above="rose", neither="is not shown to have changed")
+
+
 def few_documents(tables: Tables, name: str) -> list[Caveat]:
     """Return the caveat that few documents were measured, where those of a table were few; the same words for all sections of a difference."""
     return _few(tables, name, "documents were measured")

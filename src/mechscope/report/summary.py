@@ -57,7 +57,7 @@ class Summary:
         caveats = tuple(
             dict.fromkeys([*_recorded(contents), *((section.id, each) for section in present for each in section.caveats(contents.tables))])
         )
-        same = verdict.identical(contents.tables)
+        same = verdict.identical(contents)
         if same is not None:
             return cls((same,), (), caveats)
         groups = _groups(present, contents)
@@ -65,6 +65,13 @@ class Summary:
         weighed = tuple(Group(each.heading, *_weighed(caveats, each.findings, each.folded)) for each in groups)
         (first,) = _weighed(caveats, said)
         return cls(first, weighed, caveats)
+
+    @property
+    def further(self) -> tuple[Group, ...]:
+        """The findings that the verdict has not said already, by question; none of what is folded."""
+        said = {finding.text for finding in self.verdict}
+        groups = (Group(each.heading, tuple(one for one in each.findings if one.text not in said), ()) for each in self.groups)
+        return tuple(group for group in groups if group.findings)
 
     @property
     def cards(self) -> tuple[Finding, ...]:

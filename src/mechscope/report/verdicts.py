@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import pandas as pd
 
+from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.section import Column, Tables
 from mechscope.report.shared import estimated, of_rows
 from mechscope.report.statements import Card, Derived, Finding
@@ -15,7 +17,15 @@ VERDICT = Column("changed: more than the smallest effect of interest; negligible
 """Column of a verdict on a quantity, see `mechscope.stats.verdicts`."""
 FEWEST = 12
 """Documents below which there is no verdict, as `mechscope.stats.verdicts` has it."""
+FEWEST_SETS = 40
+"""Other sets among which a selected one can stand out at 5 %, two-sided: the smallest p of a rank among n is 1 / n."""
 _WORDS = ("changed", "negligible", "undecided", "not measured")
+
+
+def rank_verdict(row: pd.Series | Mapping[Any, Any]) -> Literal["more", "less", "undecided"]:
+    """Judge whether a selected set is more, or less, than sets drawn like it, by its two ranks among them (`p_random`, `p_less`), two-sided at 5 %."""
+    level = Q_SIGNIFICANT / 2
+    return "more" if row["p_random"] < level else "less" if row["p_less"] < level else "undecided"
 
 
 def smallest_row(tables: Tables, table: str, quantity: str) -> tuple[pd.Series, ...]:
@@ -96,7 +106,7 @@ def parts_finding(
         text, reason = f"{whole} by more than {than}, the smallest effect of interest", f"a verdict needs {FEWEST} documents"
         return Finding(text, n=documents, unit="documents", rows=smallest, withheld=reason, table=table)
     words = {word: written(count) for word, count in found.items()}
-    if not found["changed"] and found["undecided"]:
+    if not found["changed"] and (found["undecided"] or found["not measured"]):
         text = f"of {words['']} {of} none is shown to have {what} by more than {than}, the smallest effect of interest"
     else:
         text = f"{words['changed'] if found['changed'] else 'none'} of {words['']} {of} {what} by more than {than}, the smallest effect of interest"

@@ -80,7 +80,8 @@ def convergence(loss: ArrayLike, *, pace: ArrayLike | None = None, whole: float 
     way = (rate.cumsum() - rate / 2) / max(rate.sum(), np.finfo(float).tiny)
     late = np.flatnonzero(way > 1 - LATE)
     if len(late) < FEWEST:
-        return Convergence(False, float("nan"), f"its last quarter has {len(late)} points, too few to tell whether it arrived")
+        points = f"{len(late)} point{'' if len(late) == 1 else 's'}"
+        return Convergence(False, float("nan"), f"its last quarter has {points}, too few to tell whether it arrived")
     if np.ptp(way[late]) == 0:
         return Convergence(False, float("nan"), "its learning rate was zero in its last quarter, so nothing tells whether it arrived")
     blocks = np.array_split(late, np.clip(len(late) // 3, FEWEST, _BLOCKS))

@@ -144,12 +144,11 @@ def _show_contents(result: Any) -> None:
     contents = Contents.read(result.path)
     filled = [section for section in contents.sections if section.present(contents.tables) and section.id != "caveats"]
     summary = Summary.of(contents)
-    said, weakened = {finding.text for finding in summary.verdict}, dict[str, None]()
+    weakened = dict[str, None]()
     _say(summary.verdict, weakened)
-    for group in summary.groups:
-        if further := [finding for finding in group.findings if finding.text not in said]:
-            out.print(f"[bold]{escape(group.heading)}[/bold]", highlight=False)
-            _say(further, weakened, "• ")
+    for group in summary.further:
+        out.print(f"[bold]{escape(group.heading)}[/bold]", highlight=False)
+        _say(group.findings, weakened, "• ")
     if summary.verdict and not summary.groups:  # two models that are one: there is nothing to tabulate
         return
     tables = [(shown, section) for section in filled for shown in section.views(contents.tables) if shown.terminal]

@@ -46,7 +46,7 @@ def test_the_sentence_counts_the_heads_that_came_nearer() -> None:
     (sentence,) = findings("attention-lens", attention_lens=table)
     assert "what a2.h1 writes comes nearest to the model's prediction, of 8 heads: KL 0.500 [0.400, 0.600] nats" in sentence
     assert "0.900 without. The maps bring 2 of 8 heads nearer" in sentence
-    assert sentence.endswith(" (q < 0.05); 1 are worse than none (n = 1 text).")
+    assert sentence.endswith(" (q < 0.05); 1 is worse than none (n = 1 text).")
 
 
 def test_three_steps_have_not_converged_and_nothing_is_said_of_their_maps() -> None:

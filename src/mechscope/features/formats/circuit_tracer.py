@@ -25,14 +25,19 @@ from mechscope.features.rules import Rule
 from mechscope.store.files import reading, write_text
 
 
-def read_circuit_tracer(folder: str | Path) -> dict[Place, Dictionary]:
+def read_circuit_tracer(folder: str | Path, *, hooks: tuple[str, str] | None = None) -> dict[Place, Dictionary]:
     """Read a folder of circuit-tracer.
+
+    Args:
+        folder: The folder.
+        hooks: What they read and write, instead of what the folder says where that stands for a place in some models only (`ln2.hook_normalized`,
+            `mlp.hook_out`): `("mlp.hook_in", "hook_mlp_out")` for what the MLP reads and adds.
 
     Returns:
         Dictionaries by the first place that each writes: one per layer, or one cross-layer transcoder.
 
     Raises:
-        SettingsError: A hook's name stands for no place.
+        SettingsError: A hook's name stands for no place, or for one in some models only.
         ModelError: The activation is not supported, or tensors are missing.
         RunError: A file is missing or damaged.
     """
@@ -41,11 +46,11 @@ def read_circuit_tracer(folder: str | Path) -> dict[Place, Dictionary]:
         config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(config, Mapping) or "model_kind" not in config:
         raise RunError(f"{folder}/config.yaml does not say its model_kind: it is no folder of circuit-tracer")
-    hooks = tuple(str(config[f"feature_{side}_hook"]) for side in ("input", "output"))
+    said = tuple(str(config[f"feature_{side}_hook"]) for side in ("input", "output"))
     kinds = {"transcoder_set": _per_layer, "cross_layer_transcoder": _cross_layer}
     if config["model_kind"] not in kinds:
         raise ModelError(f"{folder}: model_kind {config['model_kind']!r} is not supported: {' and '.join(kinds)} are")
-    return kinds[config["model_kind"]](folder, dict(config), hooks)
+    return kinds[config["model_kind"]](folder, dict(config), hooks or said)
 
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
@@ -122,7 +127,8 @@ def write_circuit_tracer(
         scan: What circuit-tracer calls the set.
 
     Raises:
-        SettingsError: They are no transcoders of all layers from 0 on, their rule is none of circuit-tracer's, or folding would change what is chosen.
+        SettingsError: They are no transcoders of all layers from 0 on, nor one cross-layer transcoder alone; their rule is none of circuit-tracer's, or
+            folding would change what is chosen.
         RunError: The folder cannot be written.
     """
     given = sorted(dictionaries.values(), key=lambda each: each.layout.outputs[0])
@@ -138,7 +144,12 @@ def write_circuit_tracer(
         raise SettingsError(
             f"circuit-tracer wants a transcoder of every layer from 0 on: given are layers {', '.join(map(str, layers)) or 'none'}"
         )
-    across = len(given[0].layout.inputs) > 1
+    across = any(len(each.layout.inputs) > 1 or len(each.layout.outputs) > 1 for each in given)
+    if across and len(given) > 1:
+        raise SettingsError(
+            f"a folder of circuit-tracer holds one cross-layer transcoder or transcoders of single layers: given are {len(given)} of which some are "
+            "cross-layer; write them to folders of their own"
+        )
     if across and given[0].layout.skip:
         raise SettingsError("a skip map beside a cross-layer transcoder is not supported")
     folder = Path(folder)

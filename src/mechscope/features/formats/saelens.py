@@ -4,7 +4,7 @@
     x̂   = f W_dec + b_dec [+ x W_skipᵀ]
 
 A dictionary whose input is scaled while it runs (`normalize_activations` of `layer_norm`, `constant_norm_rescale`) is none of ours and refused by name, as is
-a scale that was never folded.
+a scale that was never folded, and any tensor that is not understood. Before SAELens 6 a `standard` architecture may have the activation `topk`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _RULES = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+# what each has beside W_enc, W_dec and b_dec
+_TENSORS = {"relu": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "r_mag", "b_mag")}
 
 
 def read_saelens(folder: str | Path, *, place: Given = None, output: Given = None) -> Dictionary:
@@ -39,12 +41,12 @@ def read_saelens(folder: str | Path, *, place: Given = None, output: Given = Non
 
     Args:
         folder: The folder.
-        place: What it reads, where the hook's name in the folder is none of ours.
+        place: What it reads, where the hook's name in the folder is none of ours or stands for a place in some models only (`ln2.hook_normalized`).
         output: What it writes (transcoders), likewise.
 
     Raises:
-        SettingsError: A hook's name stands for no place.
-        ModelError: The architecture or its scaling is not supported, or tensors are missing.
+        SettingsError: A hook's name stands for no place, or for one in some models only.
+        ModelError: The architecture or its scaling is not supported, or tensors are missing or not understood.
         RunError: A file is missing or damaged.
     """
     folder = Path(folder)
@@ -58,20 +60,29 @@ def read_saelens(folder: str | Path, *, place: Given = None, output: Given = Non
         raise ModelError(
             f"{folder}: its input is scaled by {scaling!r} while it runs, which no affine map does: fold the scale with SAELens and save it again"
         )
-    if known.get("activation_fn", known.get("activation_fn_str", "relu")) not in ("relu", "topk"):
-        raise ModelError(f"{folder}: activation {known.get('activation_fn', known.get('activation_fn_str'))!r} is not supported")
+    activation, kind = str(known.get("activation_fn", known.get("activation_fn_str", "relu"))), _RULES[architecture]
+    if activation == "topk" and kind == "relu":
+        kind = "topk"
+    if activation not in ("relu", kind):
+        raise ModelError(f"{folder}: activation {activation!r} of architecture {architecture!r} is not supported")
     tensors = safetensors(folder / _WEIGHTS)
+    # older folders hold it beside everything, as ones that change nothing
+    if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+        del tensors["scaling_factor"]
     inside = chosen(place, known.get("hook_name"))
     outside = chosen(output, known.get("hook_name_out")) if "transcoder" in architecture else inside
     decoder, encoder = taken(tensors, "W_dec", folder), taken(tensors, "W_enc", folder).T
     own: dict[str, torch.Tensor] = {}
     bias = taken(tensors, "b_gate" if architecture == "gated" else "b_enc", folder)
-    match _RULES[architecture]:
+    match kind:
         case "gated":
             rule = Rule("gated")
             own = {"magnitude_log": taken(tensors, "r_mag", folder), "magnitude_bias": taken(tensors, "b_mag", folder)}
         case "topk":
-            rule = Rule("topk", int(known["k"] if "k" in known else known["activation_fn_kwargs"]["k"]))
+            k = known.get("k", (known.get("activation_fn_kwargs") or {}).get("k"))
+            if k is None:
+                raise ModelError(f"{folder}: its activation is topk, and {_CONFIG} does not say its k")
+            rule = Rule("topk", int(k))
             if known.get("rescale_acts_by_decoder_norm"):
                 # compared and given after multiplication with the norms: the same as decoders of norm one
                 norms = decoder.norm(dim=1)
@@ -82,6 +93,11 @@ def read_saelens(folder: str | Path, *, place: Given = None, output: Given = Non
         case _:
             rule = Rule("relu")
     decoder_bias = taken(tensors, "b_dec", folder)
+    skip = taken(tensors, "W_skip", folder) if "skip" in architecture else None
+    if others := sorted({*tensors} - {"W_enc", "W_dec", "b_dec", *_TENSORS[kind], *(("W_skip",) if skip is not None else ())}):
+        raise ModelError(
+            f"{folder}: tensors {', '.join(others)} of a {kind} dictionary are not understood, and leaving them out would change what it says"
+        )
     return between(
         inside,
         outside,
@@ -90,8 +106,9 @@ def read_saelens(folder: str | Path, *, place: Given = None, output: Given = Non
         decoder=decoder,
         encoder_bias=bias,
         decoder_bias=decoder_bias,
-        subtracted=decoder_bias if known.get("apply_b_dec_to_input", False) and inside == outside else None,
-        skip=taken(tensors, "W_skip", folder) if "skip" in architecture else None,
+        # SAELens's own default; a transcoder's bias is of another place
+        subtracted=decoder_bias if known.get("apply_b_dec_to_input", True) and inside == outside else None,
+        skip=skip,
         about={"format": "SAELens", "source": folder.name, "config": config},
         **own,
     )
@@ -99,6 +116,8 @@ def read_saelens(folder: str | Path, *, place: Given = None, output: Given = Non
 
 def write_saelens(dictionary: Dictionary, folder: str | Path, *, model_name: str = "") -> None:
     """Write a dictionary as SAELens reads it: scales and centres folded in, `batchtopk` as JumpReLU with its threshold.
+
+    What an MLP reads is named `mlp.hook_in`, which is that in every model; TransformerLens's name of the norm before it is not.
 
     Args:
         dictionary: An autoencoder of one place, or a transcoder.

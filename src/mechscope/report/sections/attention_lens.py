@@ -107,7 +107,7 @@ def _findings(tables: Tables) -> list[Finding]:
     if arrived.of(tables):
         best = arrived.rows(tables).nsmallest(1, "kl_tuned").iloc[0]
         nearer, farther = (Derived("attention_lens", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
-        worse = f"; {farther.written(tables)} are worse than none" if farther.of(tables) else ""
+        worse = f"; {farther.written(tables)} {'is' if farther.of(tables) == 1 else 'are'} worse than none" if farther.of(tables) else ""
         found.append(
             Finding(
                 f"On texts that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "

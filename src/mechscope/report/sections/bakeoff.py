@@ -242,6 +242,11 @@ def _caveats(tables: Tables) -> list[Caveat]:
     if len(reasons):
         said = f"Nothing is said of other trainings, {reasons.iloc[0]}: differences between arms may be differences between seeds."
         caveats.append(Caveat(said, "bakeoff_summary", withheld=True))
+    trained = tables["bakeoff"].dropna(subset=["converged"]) if "bakeoff" in tables and "converged" in tables["bakeoff"] else pd.DataFrame()
+    late = int((~trained["converged"].astype(bool)).sum()) if len(trained) else 0
+    if late:
+        said = f"{late} of {len(trained)} trainings had not converged: placements are compared at this budget, not at their best."
+        caveats.append(Caveat(said, "bakeoff_summary"))
     return [*caveats, SHARED_WORDS]
 
 

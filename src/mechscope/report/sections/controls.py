@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mechscope.report.marks.controls import KIND_NAMES
@@ -116,17 +117,17 @@ def _findings(tables: Tables) -> list[Finding]:
             continue
         values = [each.of(tables) for each in derived] if derived else [float(x) for x in models["loss_change"]]
         by_kind = {str(kind): [values[at] for at in rows.index] for kind, rows in models.groupby("kind", sort=False)}
-        if "tuned" in by_kind and len(by_kind) > 1:
-            others = [value for kind, own in by_kind.items() if kind != "tuned" for value in own]
-            beyond = not min(others) <= by_kind["tuned"][0] <= max(others)
+        if "tuned" in by_kind and len(by_kind) > 1 and not np.isnan(values).any():
+            nulls = [value for kind, own in by_kind.items() if kind not in ("tuned", "seed") for value in own]
+            among = bool(nulls) and min(nulls) <= by_kind["tuned"][0] <= max(nulls)
             found.append(
                 Finding(
-                    f"{words} is {say(by_kind['tuned'][0])} in the tuned model{unit}; beside it, {_beside(by_kind, say)}",
+                    f"{words} is {say(by_kind['tuned'][0])} in the tuned model{unit}; beside it, {_beside(by_kind, say)}"
+                    + ("; so it does not stand out among controls" if among else ""),
                     n=models["n"].max(),
                     unit="documents",
                     rows=tuple(row for _, row in models.iterrows()),
                     derived=(*derived, *(Derived("controls", (("kind", "==", kind),)) for kind in by_kind)),
-                    folded=not beyond,
                     table="controls",
                 )
             )

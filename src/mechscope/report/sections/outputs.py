@@ -7,7 +7,7 @@ import pandas as pd
 from mechscope.report.beside import Beside
 from mechscope.report.marks.tables import Cell, Row, Shown, Table, value
 from mechscope.report.section import Column, Section, Tables, number, table
-from mechscope.report.shared import THIS_PAIR, few_documents, verb
+from mechscope.report.shared import THIS_PAIR, few_documents, moved
 from mechscope.report.statements import Card, Finding
 from mechscope.report.theme import TOKENS, interval
 from mechscope.report.theme import number as written
@@ -81,12 +81,12 @@ def _findings(tables: Tables) -> list[Finding]:
 def _loss(row: pd.Series, tables: Tables, *, card: str) -> Finding:
     """Say how the loss on one kind of tokens moved."""
     ends = interval(row["loss_change_low"], row["loss_change_high"], sign=True)
-    moved = verb(row["loss_change_low"], row["loss_change_high"], below="fell", above="rose", neither="shows no change")
+    how = moved(row, "loss_change") or "has no interval"
     change = f"{written(row['loss_change'], sign=True)} {ends}".strip()
     loss = f"{written(row['loss_base'])} nats per token before fine-tuning, {written(row['loss_tuned'])} after"
     size, smallest = _sized(row, tables, "loss_change")
     return Finding(
-        f"The loss on {TOKENS.get(row['rows'], row['rows'])} {moved}: {loss} ({change}{size})",
+        f"The loss on {TOKENS.get(row['rows'], row['rows'])} {how}: {loss} ({change}{size})",
         n=row["n"],
         unit="documents",
         rows=(row, *smallest),

@@ -46,7 +46,9 @@ def _findings(tables: Tables) -> list[Finding]:
         all_of_them, arrived = Derived("lens_judged", here), Derived("lens_judged", (*here, ("converged", "==", True)))
         nearer, farther = (Derived("lens_judged", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
         if arrived.of(tables):
-            worse = f"; {farther.written(tables)} are worse than none" if farther.of(tables) else ""
+            worse = (
+                f"; {farther.written(tables)} {'is' if farther.of(tables) == 1 else 'are'} worse than none" if farther.of(tables) else ""
+            )
             found.append(
                 Finding(
                     f"In {whose} the tuned lens's map is nearer to the final prediction than the logit lens at {nearer.written(tables)} of "

@@ -13,6 +13,7 @@ from mechscope.adapt.arms import Arm
 from mechscope.adapt.comparison import Outcome, steps_to, summary_table
 from mechscope.choices import Strategy
 from mechscope.data.rouge import METRICS
+from mechscope.stats.crossed import MIN_DOCUMENTS
 from mechscope.studies.calibration.truth import Truth
 from mechscope.studies.paper_2505_17073.judgement import Scope
 from mechscope.studies.paper_2505_17073.training import fewer_steps, versus_random, versus_standard
@@ -21,7 +22,8 @@ SEEDS = (2, 3, 4, 5, 8, 12)
 _PROTOCOL: Literal["equal_rank"] = "equal_rank"
 _DECIDED = ("supported", "contradicted")
 _ARMS: tuple[Strategy, ...] = ("targeted_layers", "standard", "random_layers")
-_DOCUMENTS = 40
+# as many as a bake-off summarises by default
+_DOCUMENTS = 100
 # how much arms' means differ between seeds, how much a document's score does within an arm, and how ill a placement may suit a document
 _BETWEEN, _WITHIN, _BY_DOCUMENT = 0.004, 0.05, 0.04
 
@@ -31,8 +33,20 @@ _EFFECTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "exponential": lambda random, n: random.exponential(size=n) - 1,
     "log-normal with σ = 1": lambda random, n: (random.lognormal(0.0, 1.0, n) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e),
     "t with 3 degrees of freedom": lambda random, n: random.standard_t(3, n) / np.sqrt(3),
+    "on one document in ten": lambda random, n: _rare(random, n, 0.1),
+    "on one document in twenty": lambda random, n: _rare(random, n, 0.05),
+    "exponential on one document in ten": lambda random, n: (random.exponential(size=n) * (random.random(n) < 0.1) - 0.1) / np.sqrt(0.19),
     "unequal": lambda random, n: np.zeros(n),
 }
+
+
+def _rare(random: np.random.Generator, n: int, share: float) -> np.ndarray:
+    """Return effects that a share of the documents has, all alike, centred and in units of their spread."""
+    return ((random.random(n) < share) - share) / np.sqrt(share * (1 - share))
+
+
+# those that only one placement has
+_SKEWED = tuple(shape for shape in _EFFECTS if shape not in ("t", "unequal"))
 
 
 def _bakeoff(seed: int, seeds: int, better: float, by_document: float, shape: str = "t", n: int = _DOCUMENTS) -> pd.DataFrame:
@@ -120,8 +134,8 @@ TRUTHS: tuple[Truth, ...] = (
             kind="null",
             wrong=_DECIDED,
         )
-        for shape in ("exponential", "log-normal with σ = 1", "t with 3 degrees of freedom")
-        for documents in (20, 60)
+        for shape in _SKEWED
+        for documents in (MIN_DOCUMENTS, _DOCUMENTS)
         for n in (3, 12)
     ),
     *(

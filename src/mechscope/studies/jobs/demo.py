@@ -31,7 +31,7 @@ def demo_settings() -> StudySettings:
             seeds=2, strategies="standard,targeted_layers,targeted_heads,circuit,random_layers,random_circuit,full,none"
         ),
         rouge_documents=24,
-        control_documents=24,
+        control_documents=12,
         causal_documents=12,
         circuit_documents=16,
         role_documents=12,

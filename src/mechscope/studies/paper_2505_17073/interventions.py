@@ -11,19 +11,17 @@ surely.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mechscope.studies.paper_2505_17073.judgement import SIGNIFICANT, Judgement, Scope, Tables, Verdict, percent
+from mechscope.report.shared import layers_in_words
+from mechscope.report.verdicts import FEWEST_SETS, rank_verdict
+from mechscope.studies.paper_2505_17073.judgement import Judgement, Scope, Tables, Verdict, percent
 
 Row = pd.Series | Mapping[Any, Any]
-
-# fewest other sets among which a two-sided rank test can be below 5 %
-_SETS = math.floor(2 / SIGNIFICANT)
 
 
 def layers_carry(tables: Tables, scope: Scope) -> Judgement:
@@ -45,7 +43,7 @@ def layers_carry(tables: Tables, scope: Scope) -> Judgement:
         return judgement.replaced(note="There is no other set of as many layers to compare with.")
     more, low, high = float(row["more"]), float(row["more_low"]), float(row["more_high"])
     measured = (
-        f"Alone, {row['component']} carry {percent(float(row['share']))} of the gain in loss; {len(others)} other sets of as many layers, "
+        f"Alone, {layers_in_words(row['component'])} carry {percent(float(row['share']))} of the gain in loss; {len(others)} other sets of as many layers, "
         f"as many of them neighbours, carry {percent(float(others.mean()))} on average (difference {_points(more)}, 95\u202f% interval "
         f"over {int(row['n'])} documents {_points(low)} to {_points(high)}); {ranks(row)}."
     )
@@ -95,8 +93,9 @@ def heads_matter(tables: Tables, scope: Scope) -> Judgement:
 
 
 def ranked(row: Row) -> Verdict:
-    """Judge "more than random sets" by the two ranks among them, `p_random` and `p_less`, two-sided at 5 %."""
-    return "supported" if row["p_random"] < SIGNIFICANT / 2 else "contradicted" if row["p_less"] < SIGNIFICANT / 2 else "undecided"
+    """Judge "more than random sets" by its ranks among them."""
+    words: dict[str, Verdict] = {"more": "supported", "less": "contradicted"}
+    return words.get(rank_verdict(row), "undecided")
 
 
 def withheld(judgement: Judgement, reason: str) -> Judgement:
@@ -115,8 +114,8 @@ def ranks(row: Row) -> str:
 
 def overturned(sets: int, more: str) -> str:
     """Say what would overturn a rank among so many random sets: more of them, got by `more`, where they are too few to decide."""
-    if sets < _SETS:
-        return f"{sets} other sets cannot decide at 5\u202f% (two-sided), {_SETS} can: {more}."
+    if sets < FEWEST_SETS:
+        return f"{sets} other sets cannot decide at 5\u202f% (two-sided), {FEWEST_SETS} can: {more}."
     return "Other documents, or another training, in which another selection does as well: this is one pair of models."
 
 

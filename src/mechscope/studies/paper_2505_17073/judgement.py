@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -67,13 +68,18 @@ class Judgement:
         return replace(self, **fields)
 
     def row(self, claim: str) -> dict[str, str | float]:
-        """Return it as a row of the table."""
-        return {"claim": claim, **asdict(self)}
+        """Return it as a row of the table; numbers in its sentences have true minus signs, as everywhere."""
+        return {"claim": claim, **{name: minus(value) if isinstance(value, str) else value for name, value in asdict(self).items()}}
 
 
 def verdict(low: float, high: float, threshold: float) -> Verdict:
     """Judge a claim that something exceeds a threshold by the interval it was measured with; undecided where that is NaN."""
     return "supported" if low > threshold else "contradicted" if high < threshold else "undecided"
+
+
+def minus(text: str) -> str:
+    """Write the hyphen before a number as a minus sign."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
 def percent(share: float) -> str:
