@@ -145,7 +145,7 @@ def test_few_documents_decide_nothing_and_it_is_said_how_many_would() -> None:
     judgement = claim("targeted_vs_random.equal_rank", intervals=intervals)
     assert judgement.verdict == "undecided"
     assert "Paired over 24 documents and 3 seeds. So few documents say nothing of others" in judgement.note
-    assert judgement.overturn == "At least 70 documents (rouge_documents)."
+    assert judgement.overturn == "At least 60 documents (rouge_documents)."
 
 
 def test_a_protocol_that_was_not_run_is_not_measured() -> None:

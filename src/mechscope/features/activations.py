@@ -1,7 +1,6 @@
 """Activations to train on: block-shuffled, from a folder on disk or straight from the model.
 
-A block is what some thousands of texts, drawn in random order, give. Training takes blocks in a new random order in every round, and the rows of a block in
-random order: a row meets those of other texts, and nothing but one block is held. What is left of a block that fills no batch is left out of that round.
+A block is what some thousands of texts, drawn in random order, give (`mechscope.features.batches` says in which order training takes them).
 
 `harvest` writes every block into a file of a folder that describes itself (`harvest.json`: places, models, texts, what was left out) and whose files
 carry hashes (`request.json`, as every artifact of mechscope): a killed harvest goes on behind its last file, and a finished one is not made again.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -313,50 +312,3 @@ class Harvest:
                 mean, m2 = (tensors[f"{place.name}:{part}"].numpy() for part in ("mean", "m2"))
                 moments.merge(Moments.from_state({"count": np.full(mean.shape, rows), "mean": mean, "m2": m2}))
         return found
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training is in its source: the round, how many of its blocks are done, and how many batches of the one at hand."""
-
-    round: int = 0
-    block: int = 0
-    batch: int = 0
-
-
-def batches(source: Source, batch: int, seed: int, start: Position = Position()) -> Iterator[tuple[Position, Block]]:
-    """Yield shuffled batches for ever, each with the position behind it.
-
-    Args:
-        source: The activations.
-        batch: Rows of a batch.
-        seed: Of all orders: the same seed and position give the same batches.
-        start: Where to go on.
-
-    Raises:
-        DataError: No block holds as many rows as a batch.
-    """
-    number, block, done = start.round, start.block, start.batch
-    while True:
-        order = torch.randperm(source.blocks, generator=_drawn(seed, number, -1)).tolist()
-        given = 0
-        for at in range(block, source.blocks):
-            rows = source.block(order[at])
-            count = len(rows[source.places[0]])
-            shuffled = torch.randperm(count, generator=_drawn(seed, number, order[at]))
-            for first in range(done * batch, count - batch + 1, batch):
-                done += 1
-                given += 1
-                chosen = shuffled[first : first + batch]
-                yield Position(number, at, done), {place: value[chosen].float() for place, value in rows.items()}
-            done = 0
-        if not given and not block:
-            raise DataError(
-                f"no block of activations holds the {batch:,} rows of a batch: give more texts, larger blocks or smaller batches"
-            )
-        number, block = number + 1, 0
-
-
-def _drawn(seed: int, number: int, block: int) -> torch.Generator:
-    # block −1: the order of blocks
-    return torch.Generator().manual_seed(((seed * 1_000_003 + number) * 1_000_003 + block + 1) % 2**63)

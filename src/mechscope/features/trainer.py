@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mechscope import ranks
 from mechscope.errors import RunError, SettingsError
-from mechscope.features.activations import Block, Position, Source, batches
+from mechscope.features.activations import Block, Source
+from mechscope.features.batches import Position, batches
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import Layout
 from mechscope.features.learner import DivergedError, FeatureTraining, Learner, memory_of
