@@ -136,7 +136,7 @@ def over_models(family: str) -> pd.DataFrame:
     return roles_table(stacked)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "gemma2"))])
 def test_over_random_models_the_interval_of_the_excess_covers_zero_as_often_as_it_says(family: str) -> None:
     """Patterns of these models are far from uniform, so the score varies as much as it can; only breadth has no null that random heads reach."""
     table = over_models(family)

@@ -208,7 +208,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert set(verify(other)["status"]) == {"ok"}
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_study_is_that_of_one_process(tmp_path: Path, tiny_model: Path, tiny_tuned: Path, whole: bool):
     settings = settings_of_study(tiny_model, tiny_tuned) | ({} if whole else {"circuit": False, "roles": False, "lens": False})
     jobs.studied(settings, tmp_path / "one")
@@ -244,6 +245,8 @@ def test_the_command_line_runs_under_accelerate_launch(tmp_path: Path, tiny_mode
         "128",
         "--replicates",
         "20",
+        "--noise-draws",
+        "0",
     ]
     done = launched(*given, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr

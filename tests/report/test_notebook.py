@@ -74,12 +74,13 @@ def test_hostile_text_stays_text(hostile_run: Path) -> None:
 
 def test_a_plot_is_the_figure_of_the_page(run: Path) -> None:
     result = result_of(run)
-    assert set(result.plots) == {file.stem for file in (run / "figures").glob("*.svg")} - {"circuit-base", "circuit-tuned"}
+    figures, plots = notebook.figures(result.tables), result.plots
+    assert set(plots) == {file.stem for file in (run / "figures").glob("*.svg")} - {"circuit-base", "circuit-tuned"}
     for name in ("attention-kl", "layer-kl"):
         chart = result.plot(name)
-        drawn, page = chart.to_dict(), notebook.figures(result.tables)[name].export()
+        drawn, page = chart.to_dict(), figures[name].export()
         assert isinstance(chart, alt.TopLevelMixin)
-        assert drawn["title"]["text"] == result.plots[name]
+        assert drawn["title"]["text"] == plots[name]
         assert drawn["datasets"] == page["datasets"]
         assert {key: drawn.get(key) for key in ("width", "config", "title")} == {key: page.get(key) for key in ("width", "config", "title")}
 

@@ -15,7 +15,7 @@ WIDTHS = (1400, 1000, 390)
 # in an order in which each differs from the one before in one thing
 STATES = [*(("light", width) for width in WIDTHS), *(("dark", width) for width in reversed(WIDTHS))]
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")]
 
 
 @pytest.fixture(scope="module")

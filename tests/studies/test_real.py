@@ -32,7 +32,7 @@ def test_a_change_of_one_layer_of_a_real_model_is_found_there(shared: Path) -> N
     tuned = mechscope.load(source)
     perturbed(tuned.model, 3)
     data = str(shared / "data" / "summarization" / "cnn_dailymail.test.jsonl")
-    result = mechscope.diff(mechscope.load(source), tuned, data, documents=4, max_tokens=256)
+    result = mechscope.diff(mechscope.load(source), tuned, data, documents=4, max_tokens=256, noise_draws=0)
     layers = result.layers[result.layers["rows"] == "all"].set_index("layer")
     assert layers["kl_base_tuned"].idxmax() == 3
     assert layers.loc[3, "weight_change"] == pytest.approx(0.1, abs=0.07)

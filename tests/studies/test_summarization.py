@@ -225,12 +225,16 @@ def test_a_wrong_setting_is_refused_before_the_first_forward_pass_and_blocks_not
 # where the study is killed, and how many seconds behind what its log says; started again by the same command, it may be killed again
 KILLED = [
     [("stage difference starts", 0.1), ("bake-off arm equal_parameters, more_rank, seed 1", 0.2)],
-    pytest.param([("stage tune_tuned starts", 1.0)], marks=pytest.mark.slow),
-    pytest.param([("stage tune_lora starts", 0.5)], marks=pytest.mark.slow),
-    pytest.param([("bake-off arm equal_rank, standard, seed 0", 1.0)], marks=pytest.mark.slow),
+    [("stage tune_tuned starts", 1.0)],
+    [("stage tune_lora starts", 0.5)],
+    [("bake-off arm equal_rank, standard, seed 0", 1.0)],
 ]
+# of what a test does not look at
+WITHOUT: dict[str, Any] = {"bakeoff": False, "roles": False, "lens": False, "causal": False, "noise_draws": 0}
 
 
+# each kind of stage is killed in the tests of its own: `store`, `difference`, `adapt`
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", KILLED)
 def test_a_study_killed_in_the_middle_ends_with_equal_tables(undisturbed, tiny_model, tmp_path, killed):
     folder, config = tmp_path / "run", tmp_path / "study.yaml"
@@ -265,7 +269,7 @@ def test_a_model_beside_itself_supports_no_claim(tiny_model, tmp_path):
 
 def test_an_adapter_can_be_the_tuned_model(undisturbed, tiny_model, tmp_path):
     adapter = undisturbed.path / "models" / "lora"
-    result = run(STUDY, tmp_path / "run", base=str(tiny_model), tuned=str(adapter), bakeoff=False, **TINY_STUDY)
+    result = run(STUDY, tmp_path / "run", base=str(tiny_model), tuned=str(adapter), **{**TINY_STUDY, **WITHOUT})
     ours = result.tables["layers"].set_index(["rows", "layer"])
     pairs = undisturbed.tables["pairs"]
     theirs = pairs[pairs["pair"] == "base–LoRA"].set_index(["rows", "layer"])
@@ -280,7 +284,7 @@ def test_markup_in_a_document_stays_text_in_the_report(tiny_model, tmp_path):
     data = tmp_path / "nasty.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     settings = {**TINY_STUDY, "data": str(data), "train_documents": 12, "validation_documents": 4, "test_documents": 4}
-    report = run(STUDY, tmp_path / "run", base=str(tiny_model), bakeoff=False, **settings).report
+    report = run(STUDY, tmp_path / "run", base=str(tiny_model), **{**settings, **WITHOUT}).report
     assert report is not None
     page = report.read_text()
     assert "&lt;script&gt;alert(1)" in page
