@@ -54,6 +54,7 @@ def run(checkout: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_technique_is_a_command_and_a_page(checkout: Path) -> None:
     assert "norms" in run(checkout, "-m", "mechscope", "--help")
     out = checkout / "run"
@@ -65,6 +66,7 @@ def test_the_technique_is_a_command_and_a_page(checkout: Path) -> None:
     assert (out / "figures" / "norms.svg").is_file()
 
 
+@pytest.mark.slow
 def test_the_technique_is_a_function(checkout: Path) -> None:
     code = f"import mechscope; print(list(mechscope.norms({MODEL!r}, 'newsroom:what', limit=3).norms['layer']))"
     assert run(checkout, "-c", code).strip() == "[0, 1, 2, 3, 4, 5]"
@@ -76,6 +78,7 @@ def test_its_table_is_in_the_docs(checkout: Path) -> None:
     assert "`norm`, `norm_low`, `norm_high`" in page
 
 
+@pytest.mark.slow
 def test_it_keeps_the_contract(checkout: Path) -> None:
     said = run(checkout, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contract", "-k", "norms")
     assert re.search(r"[1-9]\d* passed", said)

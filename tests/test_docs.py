@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
+@pytest.mark.slow
 def test_every_example_of_the_page_on_interventions_runs() -> None:
     text = (DOCS / "interventions.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.S | re.M)
@@ -23,6 +26,7 @@ def test_every_example_of_the_page_on_interventions_runs() -> None:
     assert abs(last["normalised"] - 1) < 1e-3
 
 
+@pytest.mark.slow
 def test_every_example_of_the_page_on_circuits_runs() -> None:
     text = (DOCS / "circuits.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.S | re.M)
@@ -40,6 +44,7 @@ def test_every_example_of_the_page_on_circuits_runs() -> None:
     assert abs(names["curve"].table["faithfulness"].iloc[-1] - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_every_example_of_the_page_on_reading_runs(tmp_path: Path) -> None:
     text = (DOCS / "reading.md").read_text(encoding="utf-8").replace("/tmp/", f"{tmp_path}/")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.S | re.M)

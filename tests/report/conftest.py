@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from mechscope.report import page
 from mechscope.report.page import render
 from tests.report import synthetic, synthetic_circuits, synthetic_reading
 from tests.report.circuit_pages import run_of
+
+
+@contextmanager
+def without_pixels() -> Iterator[None]:
+    """Write figures as SVG alone: pictures of sixty take half of a rendering, and are looked at in `run`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "png", lambda svg: b"\x89PNG")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +44,16 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     made = synthetic.hostile(synthetic.tables(4, 4))
     folder = synthetic.write_run(tmp_path_factory.mktemp("report") / "hostile", made, study=settings, record=record)
-    render(folder)
+    with without_pixels():
+        render(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def diff_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a rendered run that compares the circuits of two models."""
-    return run_of(tmp_path_factory.mktemp("circuits"), "circuit-diff", synthetic_circuits.diff_tables(4, 4))
+    with without_pixels():
+        return run_of(tmp_path_factory.mktemp("circuits"), "circuit-diff", synthetic_circuits.diff_tables(4, 4))
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def test_two_runs_give_equal_tables(tiny_model: Path, tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(table, second[name], obj=name)
 
 
+@pytest.mark.slow
 def test_edge_pruning_learns_as_many_edges_as_the_circuit_has_and_is_run_with_another_seed(tmp_path: Path) -> None:
     quick = partial(discover, pruning_steps=6)
     tables = circuit(tmp_path / "run", method="edge-pruning", circuit_edges=300, pruning_steps=6, limit=8, seed=5).tables
