@@ -16,14 +16,15 @@ from benchmarks.harness import Beside, Job
 from benchmarks.jobs.cases import PairsCase, backbone, build, forward
 from benchmarks.settings import Settings
 from benchmarks.shapes import Size
+from mechscope.choices import RuleName
 from mechscope.data.pairs import collate_pairs
 from mechscope.features.layout import autoencoder
-from mechscope.features.learner import FeatureTraining, Learner
-from mechscope.features.objective import Objective
+from mechscope.features.learner import Learner
 from mechscope.features.places import Place
-from mechscope.features.rows import Reader, Rows, TokenSettings
-from mechscope.features.rules import Rule, RuleName
+from mechscope.features.rows import Reader, Rows
+from mechscope.features.rules import Rule
 from mechscope.features.step import Step
+from mechscope.settings.features import FeatureTraining, Objective, TokenSettings
 
 _WIDER, _ACTIVE = 32, 32
 

@@ -66,3 +66,9 @@ Strategy = Literal[
 """Where a fine-tuning that competes learns."""
 BudgetProtocol = Literal["equal_rank", "equal_parameters"]
 """What competing placements of LoRA have in common."""
+RuleName = Literal["relu", "gated", "topk", "batchtopk", "jumprelu"]
+"""Which latents of a dictionary are active."""
+Penalty = Literal["l1", "l0", "tanh", "target"]
+"""What keeps the latents of a dictionary sparse while it is trained."""
+Norms = Literal["unit", "free"]
+"""Norms of a dictionary's decoders."""

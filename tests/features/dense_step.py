@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mechscope.features.layout import Layout
-from mechscope.features.objective import Objective
+from mechscope.features.objective import aux_latents
+from mechscope.settings.features import Objective
 from tests.features import oracle
 
 
@@ -101,7 +102,7 @@ def loss(
     if dead is not None and dead.any() and objective.aux_weight:
         left = errors[-1].detach()
         own = pre[:, dead]
-        best = own.topk(objective.aux_latents(layout, own.shape[1])).indices
+        best = own.topk(aux_latents(objective, layout, own.shape[1])).indices
         chosen = own * torch.zeros_like(own).scatter(1, best, 1.0)
         missed = (left - chosen @ decoder[dead]).square().sum()
         total = total + objective.aux_weight * missed / (left - left.mean(0)).square().sum()

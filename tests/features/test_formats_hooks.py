@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.features.activations import HarvestSettings, Live
+from mechscope.features.activations import Live
 from mechscope.features.formats.hooks import hook_of, place_of
 from mechscope.features.places import Place
+from mechscope.settings.features import HarvestSettings
 from tests import families
 from tests.features.test_harvest import texts
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from mechscope.data.pairs import Pairs, PromptPair, collate_pairs, from_tokens
 from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.features import activations as harvesting
-from mechscope.features.activations import Harvest, HarvestSettings, Live, harvest
+from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.batches import Position, batches
 from mechscope.features.places import Place, places
-from mechscope.features.rows import Reader, TokenSettings
+from mechscope.features.rows import Reader
 from mechscope.instrument import Execution
+from mechscope.settings.features import HarvestSettings, TokenSettings
 from mechscope.store import tables
 from mechscope.subject import Subject
 from mechscope.subject.load import load

@@ -11,9 +11,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from mechscope.features.layout import Layout, autoencoder
-from mechscope.features.learner import DivergedError, FeatureTraining, Learner, memory_of
-from mechscope.features.objective import Objective
+from mechscope.features.learner import DivergedError, Learner, memory_of
+from mechscope.features.objective import checked
 from mechscope.features.rules import Rule
+from mechscope.settings.features import FeatureTraining, Objective
 from tests.features import dense_step
 from tests.features.planted import Planted, best_cosines
 
@@ -36,7 +37,7 @@ def learner(layout: Layout, training: FeatureTraining, seed: int = 0, **options:
 
 def dense_training(layout: Layout, training: FeatureTraining, batches: list[Tensor], **options: Any) -> list[float]:
     """Train by autograd through dense codes and plain Adam; return the losses."""
-    objective = Objective(**options).check(layout)
+    objective = checked(Objective(**options), layout)
     leaves = {
         name: tensor.requires_grad_() for name, tensor in layout.tensors().items() if name != "threshold" or layout.rule.name == "jumprelu"
     }
@@ -46,7 +47,7 @@ def dense_training(layout: Layout, training: FeatureTraining, batches: list[Tens
     losses = []
     for u in batches:
         adam.zero_grad()
-        loss, f = dense_step.loss(layout, leaves, u, u, objective, silent >= objective.dead_after)
+        loss, f = dense_step.loss(layout, leaves, u, u, objective, silent >= objective.patience(training))
         loss.backward()
         decoder = leaves["decoder.0"]
         with torch.no_grad():

@@ -16,9 +16,10 @@ from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder, crosscoder, transcoder
 from mechscope.features.measures import Measures, measure
-from mechscope.features.rows import Reader, TokenSettings
+from mechscope.features.rows import Reader
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution
+from mechscope.settings.features import TokenSettings
 from mechscope.subject import Subject
 from tests import families
 from tests.features import oracle

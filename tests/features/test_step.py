@@ -13,10 +13,11 @@ from mechscope.errors import SettingsError
 from mechscope.features import dictionary
 from mechscope.features.dictionary import pre_activations
 from mechscope.features.layout import Layout
-from mechscope.features.objective import Objective
+from mechscope.features.objective import checked
 from mechscope.features.rules import Rule
 from mechscope.features.selection import select
 from mechscope.features.step import step
+from mechscope.settings.features import Objective
 from tests.features import dense_step, oracle
 
 TOKENS = 50
@@ -50,7 +51,7 @@ def dead_latents(layout: Layout) -> Tensor:
 
 
 def assert_gradients_are_autograds(layout: Layout, objective: Objective, dead: Tensor | None, **options: Any) -> None:
-    objective = objective.check(layout)
+    objective = checked(objective, layout)
     tensors = dense_step.random_tensors(layout)
     u, v = batch(layout)
     found = step(layout, tensors, u, v, objective, dead=dead, **options)
@@ -103,7 +104,7 @@ def test_auxk_moves_the_encoders_of_dead_latents_and_nothing_of_the_living(case:
     dead = dead_latents(layout)
     # never active: far below every threshold
     tensors["encoder_bias"] = torch.where(dead, -50.0, tensors["encoder_bias"])
-    objective = Objective(**options, aux_k=4).check(layout)
+    objective = checked(Objective(**options, aux_k=4), layout)
     without, with_revival = (step(layout, tensors, u, v, objective, dead=chosen).gradients for chosen in (None, dead))
     assert not without["encoder.0"][dead].any()
     moved = with_revival["encoder.0"][dead].abs().sum(1) > 0
@@ -129,7 +130,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for rule, options in CASES.values():
         layout = oracle.layouts(rule)["autoencoder"]
         tensors, (u, v) = dense_step.random_tensors(layout), batch(layout)
-        objective = Objective(**options, aux_k=4).check(layout)
+        objective = checked(Objective(**options, aux_k=4), layout)
         whole = step(layout, tensors, u, v, objective, dead=dead_latents(layout))
         with monkeypatch.context() as patch:
             patch.setattr(dictionary, "BLOCK", 7 * layout.latents)
@@ -151,4 +152,4 @@ def test_terms_that_contradict_the_rule_are_refused() -> None:
         ("relu", {"sparsity": 0.1, "prefixes": (9, 4, 40)}, "must rise to all 40 latents"),
     ):
         with pytest.raises(SettingsError, match=words):
-            Objective(**options).check(autoencoders[name])
+            checked(Objective(**options), autoencoders[name])

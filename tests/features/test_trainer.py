@@ -11,15 +11,15 @@ import torch
 
 from mechscope.errors import RunError, SettingsError
 from mechscope.features import trainer
-from mechscope.features.activations import Block, HarvestSettings, Live, harvest
+from mechscope.features.activations import Block, Live, harvest
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
-from mechscope.features.learner import DivergedError, FeatureTraining
-from mechscope.features.objective import Objective
+from mechscope.features.learner import DivergedError
 from mechscope.features.places import Place, places
 from mechscope.features.rules import Rule
 from mechscope.features.trainer import Plan, train
 from mechscope.instrument import Execution
+from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
 from tests import families
 from tests.features.planted import Planted
 from tests.features.test_harvest import texts

@@ -1,18 +1,17 @@
 """Features: dictionaries of directions that a model writes; training them, measuring them, and using them inside the model."""
 
-from mechscope.features.activations import Harvest, HarvestSettings, Live, harvest
+from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.codes import Codes
 from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
-from mechscope.features.learner import DivergedError, FeatureTraining
+from mechscope.features.learner import DivergedError
 from mechscope.features.measures import Measures, measure
-from mechscope.features.objective import Objective
 from mechscope.features.places import Latent, Place
-from mechscope.features.rows import TokenSettings
 from mechscope.features.rules import Rule
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
 from mechscope.features.trainer import Plan, TrainedDictionary, train
+from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective, TokenSettings
 
 __all__ = [
     "Codes",

@@ -12,10 +12,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.places import Place, places
-from mechscope.features.rows import Models, Reader, Rows, TokenSettings, blocks, require_rows
+from mechscope.features.rows import Models, Reader, Rows, blocks, require_rows
 from mechscope.instrument import Execution
-from mechscope.settings import Number, setting
+from mechscope.settings.features import HarvestSettings
 from mechscope.stats.moments import Moments
 from mechscope.store.artifact import REQUEST, Artifact
 from mechscope.store.files import read_json, write_json
@@ -38,14 +38,6 @@ from mechscope.store.tables import read_tensors, write_tensors
 ABOUT, _KIND, _VERSION = "harvest.json", "mechscope harvest", 1
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Block = dict[Place, Float[Tensor, "row width"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarvestSettings(TokenSettings):
-    """Which tokens, and how they are kept."""
-
-    rows: Number = setting(65_536, "Tokens of a block, about.")
-    dtype: Literal["float16", "bfloat16", "float32"] = setting("float16", "Type of the activations on disk.")
 
 
 class Source(Protocol):
@@ -185,7 +177,7 @@ def harvest(
 
 
 def _write(live: Live, texts: Pairs, result: Path, execution: Execution) -> None:
-    dtype = _DTYPES[live.settings.dtype]
+    dtype = _DTYPES[live.settings.precision]
     left_out: Counter[str] = Counter()
     counts = []
     for number in range(live.blocks):
@@ -225,7 +217,7 @@ def _narrow(value: Tensor, dtype: torch.dtype, place: Place) -> Tensor:
     narrow = value.to(dtype)
     if not bool(narrow.isfinite().all()):
         raise DataError(
-            f"activations at {place} reach {value.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds: harvest with dtype='bfloat16' or "
+            f"activations at {place} reach {value.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds: harvest with precision='bfloat16' or "
             "'float32', or a lower outlier"
         )
     return narrow

@@ -10,49 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Lt
 from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import ModelError
 from mechscope.features.dictionary import BLOCK
 from mechscope.features.layout import Layout
-from mechscope.features.objective import Objective
+from mechscope.features.objective import checked
 from mechscope.features.step import Step, step
-from mechscope.settings import Number, Rate, Settings, ShareBelowOne, setting
+from mechscope.settings.features import FeatureTraining, Objective
 
 # share of one batch in the threshold, once more batches than its inverse were seen
 _THRESHOLD_RATE = 0.01
-# the rate that suits 2^14 latents; wider dictionaries want lower ones (Gao et al. 2024, figure 3)
 # measured: 58 (relu), 70 (gated), 75 (jumprelu): values, latents and rows of the codes, and the same latent after latent
 _BYTES_PER_ENTRY = 80
-_RATE, _RATE_LATENTS = 2e-4, 2**14
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureTraining(Settings):
-    """How long and how fast."""
-
-    steps: Number = setting(10_000, "Steps of training.")
-    batch: Number = setting(2048, "Tokens of a step.")
-    learning_rate: Rate | None = setting(None, "Peak learning rate; by default 2e-4 / √(latents / 16,384).")
-    warm_up: ShareBelowOne = setting(0.05, "Share of the steps in which the learning rate rises.")
-    decay: ShareBelowOne = setting(0.2, "Share of the steps, the last, in which it falls to zero.")
-    clip: Rate = setting(1.0, "Norm at which the gradient is clipped.")
-    momentum: Annotated[float, Ge(0), Lt(1)] = setting(0.9, "Adam's first decay.")
-
-    def rate(self, latents: int) -> float:
-        """Return the peak learning rate of a dictionary."""
-        return self.learning_rate or _RATE / math.sqrt(latents / _RATE_LATENTS)
-
-    def pace(self, at: int) -> float:
-        """Return the learning rate of a step as a share of the peak."""
-        rise, fall = self.warm_up * self.steps, self.decay * self.steps
-        up = min(1.0, (at + 1) / rise) if rise else 1.0
-        return min(up, (self.steps - at) / fall) if fall else up
 
 
 class DivergedError(ModelError):
@@ -72,7 +46,7 @@ class Learner:
 
     def __init__(self, layout: Layout, objective: Objective, training: FeatureTraining, tensors: Mapping[str, Tensor]) -> None:
         """Begin with some tensors, which are taken over and changed."""
-        self.layout, self.objective, self._training = layout, objective.check(layout), training
+        self.layout, self.objective, self._training = layout, checked(objective, layout), training
         self.tensors = dict(tensors)
         self._learned = {name: tensor for name, tensor in self.tensors.items() if name != "threshold" or layout.rule.name == "jumprelu"}
         self._adam = torch.optim.Adam(self._learned.values(), lr=1.0, betas=(training.momentum, 0.999), fused=True)
@@ -84,7 +58,7 @@ class Learner:
     @property
     def dead(self) -> Tensor:
         """``(latent)``: which were silent for too long."""
-        return self.silent >= self.objective.dead_after
+        return self.silent >= self.objective.patience(self._training)
 
     @torch.no_grad()
     def advance(self, u: Float[Tensor, "token read"], v: Float[Tensor, "token written"]) -> Step:

@@ -30,11 +30,12 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.places import Place
-from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, TokenSettings, require_rows
+from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, require_rows
 from mechscope.features.spliced import splice
 from mechscope.instrument import Edit, Execution, Walk, intervene, unembed
 from mechscope.instrument.edits import EditSite
 from mechscope.instrument.texts import over_texts
+from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.stats.shares import Share, share_of
 from mechscope.subject import Subject

@@ -14,69 +14,45 @@ All in units in which activations have mean squared norm one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
-
-from annotated_types import Ge
-
+from mechscope.choices import Penalty
 from mechscope.errors import SettingsError
 from mechscope.features.layout import Layout
-from mechscope.settings import Number, Rate, Settings, setting
+from mechscope.settings.features import Objective
 
-Penalty = Literal["l1", "l0", "tanh", "target"]
-Norms = Literal["unit", "free"]
 _PENALTIES: dict[str, tuple[Penalty, ...]] = {"relu": ("l1", "tanh"), "gated": ("l1",), "jumprelu": ("target", "l0", "tanh")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective(Settings):
-    """The terms of the loss."""
+def checked(objective: Objective, layout: Layout) -> Objective:
+    """Return an objective, with the penalty filled in, if it suits a dictionary.
 
-    sparsity: Annotated[float, Ge(0)] = setting(
-        0.0, "Weight λ of the sparsity penalty: above 0 for relu, gated and jumprelu; rules with k have none."
-    )
-    penalty: Penalty | None = setting(None, "Which penalty; by default l1 for relu and gated, target for jumprelu.")
-    target: Rate = setting(20.0, "Active latents per token that the penalty `target` aims at.")
-    steepness: Rate = setting(4.0, "c of the penalty `tanh`.")
-    bandwidth: Rate = setting(0.001, "Width ε of the window in which JumpReLU's thresholds feel a gradient.")
-    prefixes: tuple[int, ...] = setting((), "Sizes of the nested dictionaries, the last of them all latents; none for one dictionary.")
-    aux_weight: Annotated[float, Ge(0)] = setting(1 / 32, "Weight of AuxK; 0 for no revival.")
-    aux_k: Number | None = setting(
-        None, "Dead latents that take part for each token; by default an eighth of them, half of the width at most."
-    )
-    dead_after: Number = setting(10_000_000, "Tokens after which a silent latent counts as dead.")
-    norms: Norms = setting("unit", "Decoders of norm one, or free ones whose norm stands in penalties and comparisons.")
+    Raises:
+        SettingsError: The penalty is not one of the rule's or has no weight, or the prefixes are not those of the dictionary.
+    """
+    rule = layout.rule
+    allowed = _PENALTIES.get(rule.name, ())
+    if objective.sparsity and not allowed:
+        raise SettingsError(f"rule {rule.name} has its sparsity by k={rule.k}: leave sparsity at 0")
+    if allowed and not objective.sparsity:
+        raise SettingsError(
+            f"rule {rule.name} is sparse by a penalty ({' or '.join(allowed)}), and its weight is 0: give sparsity, such as Objective(sparsity=0.1)"
+        )
+    if objective.penalty is not None and objective.penalty not in allowed:
+        raise SettingsError(f"penalty {objective.penalty!r} does not suit rule {rule.name}: use {' or '.join(allowed) or 'none'}")
+    if rule.by_norm and objective.norms == "unit":
+        raise SettingsError("comparing latents by norm has no meaning where all norms are one: set norms='free', or leave by_norm out")
+    rising = all(one < two for one, two in zip((0, *objective.prefixes), objective.prefixes, strict=False))
+    if objective.prefixes and (not rising or objective.prefixes[-1] != layout.latents or len(layout.groups) > 1):
+        raise SettingsError(
+            f"prefixes {objective.prefixes} must rise to all {layout.latents} latents of a dictionary whose latents read and write the same places"
+        )
+    penalty = objective.penalty or (allowed[0] if allowed else None)
+    return objective if penalty == objective.penalty else Objective(**{**vars(objective), "penalty": penalty})
 
-    def check(self, layout: Layout) -> Objective:
-        """Return itself, with the penalty filled in, if it suits a dictionary.
 
-        Raises:
-            SettingsError: The penalty is not one of the rule's or has no weight, or the prefixes are not those of the dictionary.
-        """
-        rule = layout.rule
-        allowed = _PENALTIES.get(rule.name, ())
-        if self.sparsity and not allowed:
-            raise SettingsError(f"rule {rule.name} has its sparsity by k={rule.k}: leave sparsity at 0")
-        if allowed and not self.sparsity:
-            raise SettingsError(
-                f"rule {rule.name} is sparse by a penalty ({' or '.join(allowed)}), and its weight is 0: give sparsity, such as Objective(sparsity=0.1)"
-            )
-        if self.penalty is not None and self.penalty not in allowed:
-            raise SettingsError(f"penalty {self.penalty!r} does not suit rule {rule.name}: use {' or '.join(allowed) or 'none'}")
-        if rule.by_norm and self.norms == "unit":
-            raise SettingsError("comparing latents by norm has no meaning where all norms are one: set norms='free', or leave by_norm out")
-        rising = all(one < two for one, two in zip((0, *self.prefixes), self.prefixes, strict=False))
-        if self.prefixes and (not rising or self.prefixes[-1] != layout.latents or len(layout.groups) > 1):
-            raise SettingsError(
-                f"prefixes {self.prefixes} must rise to all {layout.latents} latents of a dictionary whose latents read and write the same places"
-            )
-        penalty = self.penalty or (allowed[0] if allowed else None)
-        return self if penalty == self.penalty else Objective(**{**vars(self), "penalty": penalty})
+def aux_latents(objective: Objective, layout: Layout, dead: int) -> int:
+    """Return how many of the dead latents take part in AuxK for each token.
 
-    def aux_latents(self, layout: Layout, dead: int) -> int:
-        """Return how many of the dead latents take part in AuxK for each token.
-
-        Half of the width, as in Gao et al., is meant for thousands of dead latents. Of a few, all would take part everywhere, none would become particular
-        about anything, and none would come back (planted directions: 83 % recovered with all taking part, all of them with an eighth).
-        """
-        return min(dead, self.aux_k or max(1, min(sum(layout.output_widths) // 2, dead // 8)))
+    Half of the width, as in Gao et al., is meant for thousands of dead latents. Of a few, all would take part everywhere, none would become particular
+    about anything, and none would come back (planted directions: 83 % recovered with all taking part, all of them with an eighth).
+    """
+    return min(dead, objective.aux_k or max(1, min(sum(layout.output_widths) // 2, dead // 8)))

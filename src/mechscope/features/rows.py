@@ -22,7 +22,7 @@ from mechscope.features.dictionary import subject_of
 from mechscope.features.places import Place
 from mechscope.instrument import Execution, Walk, record
 from mechscope.instrument.texts import over_texts
-from mechscope.settings import Count, Rate, Settings, setting
+from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
@@ -30,14 +30,6 @@ from mechscope.subject import Subject
 _PROBE = 4096
 TOKENS_PER_BATCH = 4096
 Models = Subject | Mapping[str, Subject]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSettings(Settings):
-    """Which tokens are left out."""
-
-    first: Count = setting(1, "Tokens at the beginning of each text that are left out: the first holds an attention sink.")
-    outlier: Rate | None = setting(10.0, "Norm, in medians, above which a token is left out; none to keep all.")
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope.choices import RuleName
 from mechscope.errors import SettingsError
 from mechscope.features.codes import Codes
 
-RuleName = Literal["relu", "gated", "topk", "batchtopk", "jumprelu"]
 # which tensors a rule has besides encoder and decoder
 RULE_TENSORS: dict[RuleName, tuple[str, ...]] = {
     "relu": (),

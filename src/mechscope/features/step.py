@@ -27,9 +27,10 @@ from torch.nn.functional import linear
 from mechscope.features.codes import ByLatent, Codes
 from mechscope.features.dictionary import decoded, decoder_sizes
 from mechscope.features.layout import Layout
-from mechscope.features.objective import Objective
+from mechscope.features.objective import aux_latents
 from mechscope.features.rules import magnitudes
 from mechscope.features.selection import Selected, select
+from mechscope.settings.features import Objective
 from mechscope.shapes import by_shape
 
 Tensors = Mapping[str, Tensor]
@@ -95,7 +96,7 @@ def step(
         cut: `batchtopk`: a guess of the smallest score that will be kept, such as the last batch's; only the speed depends on it.
     """
     sizes = decoder_sizes(layout, tensors) if objective.norms == "free" else None
-    k = 0 if dead is None or not objective.aux_weight else objective.aux_latents(layout, int(dead.sum()))
+    k = 0 if dead is None or not objective.aux_weight else aux_latents(objective, layout, int(dead.sum()))
     picked = select(layout, tensors, u, sizes if layout.rule.by_norm else None, objective.bandwidth, dead=dead, aux_k=k, cut=cut)
     codes = picked.codes.with_values(_values(layout, tensors, picked.codes))
     tokens = len(u)

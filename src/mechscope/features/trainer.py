@@ -28,11 +28,12 @@ from mechscope.features.activations import Block, Source
 from mechscope.features.batches import Position, batches
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import Layout
-from mechscope.features.learner import DivergedError, FeatureTraining, Learner, memory_of
-from mechscope.features.objective import Objective
+from mechscope.features.learner import DivergedError, Learner, memory_of
+from mechscope.features.objective import checked
 from mechscope.features.places import Place
 from mechscope.instrument import Execution
 from mechscope.instrument.memory import free_memory
+from mechscope.settings.features import FeatureTraining, Objective
 from mechscope.shapes import by_shape
 from mechscope.stats.convergence import Convergence, convergence
 from mechscope.store.artifact import Artifact, Work
@@ -145,7 +146,7 @@ class _Training:
                 raise SettingsError(
                     f"dictionary {name!r} needs activations of {', '.join(missing)}, harvested are {', '.join(map(str, source.places))}: harvest these too"
                 )
-            plan.objective.check(plan.layout)
+            checked(plan.objective, plan.layout)
         self.curves = {name: np.full((training.steps, len(COLUMNS)), np.nan) for name in self.plans}
         self.position = Position()
         self.request: dict[str, Any] = {
