@@ -62,7 +62,7 @@ def test_help_answers_without_importing_torch():
     assert out.strip().endswith("[]")
 
 
-COMMANDS = [[*([job.group] if job.group else []), job.name] for job in jobs().values()]
+COMMANDS = [job.command.split() for job in jobs().values()]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ["inspect"], ["verify"], ["report"]], ids=" ".join)

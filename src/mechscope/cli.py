@@ -46,10 +46,16 @@ PANELS = {
     "circuits": "Circuits",
     "read": "Read a model",
     "tune": "Fine-tune",
+    "features": "Features",
     "studies": "Whole studies",
     "runs": "Models and runs",
 }
-_GROUPS = {"study": "Whole studies: from models and documents to a report."}
+_GROUPS = {
+    "features": "Dictionaries of features: train them, measure them, read what their latents stand for.",
+    "study": "Whole studies: from models and documents to a report.",
+}
+# the panel of the help in which a group stands
+_PANEL_OF = {"features": "features", "study": "studies"}
 
 Config = Annotated[
     Path | None,
@@ -98,7 +104,7 @@ def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
     command.__doc__ = job.help
     group = app if not job.group else groups.setdefault(job.group, typer.Typer(help=_GROUPS[job.group], no_args_is_help=True))
     kind = type(f"{job.name} command", (_Command,), {"usage": " ".join([*_required(job), "[OPTIONS]"])})
-    group.command(job.name, cls=kind, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
+    group.command(job.command.split()[-1], cls=kind, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
 
 
 class _Command(TyperCommand):
@@ -179,7 +185,7 @@ def _add_all() -> None:
     for job in sorted(jobs().values(), key=lambda job: (list(PANELS).index(job.panel), job.name)):
         _add(job, groups)
     for name, group in groups.items():
-        app.add_typer(group, name=name, rich_help_panel=PANELS["studies"])
+        app.add_typer(group, name=name, rich_help_panel=PANELS[_PANEL_OF[name]])
 
 
 _add_all()

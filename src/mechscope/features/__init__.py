@@ -4,6 +4,7 @@ from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.codes import Codes
 from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dictionary import Dictionary
+from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError
 from mechscope.features.measures import Measures, measure
@@ -17,6 +18,7 @@ __all__ = [
     "Codes",
     "Dictionary",
     "DivergedError",
+    "Examples",
     "FeatureTraining",
     "Group",
     "Harvest",
@@ -40,10 +42,12 @@ __all__ = [
     "harvest",
     "measure",
     "pca_control",
+    "promoted_tokens",
     "random_control",
     "scaled",
     "splice",
     "steered",
+    "top_examples",
     "train",
     "transcoder",
 ]

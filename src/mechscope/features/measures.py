@@ -104,7 +104,7 @@ def measure(
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
     dictionary.check(models, other_model=other_model)
-    reader = _reader(models, dictionary, tokens)
+    reader = reader_of(models, dictionary, tokens)
     reader.check(texts)
     if not reader.limits:
         reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
@@ -125,7 +125,7 @@ def measure(
     return Measures(pd.DataFrame(rows, columns=list(COLUMNS)), sums.latents(), int(sums.l0[1].sum()))
 
 
-def _reader(models: Models, dictionary: Dictionary, tokens: TokenSettings | None) -> Reader:
+def reader_of(models: Models, dictionary: Dictionary, tokens: TokenSettings | None) -> Reader:
     """Return a reader of the dictionary's places; with the settings and limits of its training where it knows them and nothing else is wanted."""
     trained, limits = dictionary.about.get("source", {}), dictionary.about.get("limits", {})
     places = dictionary.layout.places

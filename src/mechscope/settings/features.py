@@ -73,7 +73,7 @@ class Objective(Settings):
     )
     penalty: Penalty | None = setting(None, "Which penalty; by default l1 for relu and gated, target for jumprelu.")
     target: Rate = setting(20.0, "Active latents per token that the penalty `target` aims at.")
-    steepness: Rate = setting(4.0, "c of the penalty `tanh`.")
+    steepness: Rate = setting(4.0, "How steep the penalty `tanh` is: its c.")
     bandwidth: Rate = setting(0.001, "Width ε of the window in which JumpReLU's thresholds feel a gradient.")
     # sizes of the nested dictionaries, the last of them all latents; none for one dictionary: no flag, as they are of one width
     prefixes: tuple[int, ...] = field(default=())

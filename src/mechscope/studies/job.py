@@ -73,7 +73,8 @@ class Job(Generic[S]):
         title: The page's title, by the models' names.
         check: Refuses settings that do not fit what was loaded, before the first forward pass.
         first: The model whose tokenizer and longest text count; by default the first of the run's models.
-        group: Name of the command under which it stands, such as `study`; empty for the top.
+        group: Name of the command under which it stands, such as `study`; empty for the top. A job `features-train` of the group `features` is the
+            command `features train`.
         preset: Settings of a job that takes none.
         execute: What runs it in place of the stages, for a job that fills no run folder; called as `run_job`.
         show: Prints what `execute` returned.
@@ -99,6 +100,11 @@ class Job(Generic[S]):
     show: Callable[[Any], None] | None = None
     like: str = ""
     function: str = ""
+
+    @property
+    def command(self) -> str:
+        """What it is called on the command line, behind `mechscope`."""
+        return " ".join(filter(None, (self.group, self.name.removeprefix(f"{self.group}-"))))
 
     @property
     def options(self) -> tuple[Leaf, ...]:

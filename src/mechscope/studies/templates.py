@@ -31,7 +31,7 @@ def config_template(name: str) -> str:
 
 def _lines(job: Job[Any]) -> Iterator[str]:
     yield f"# {job.help}"
-    yield f"# Given by: mechscope {' '.join(filter(None, (job.group, job.name)))} --config THIS_FILE"
+    yield f"# Given by: mechscope {job.command} --config THIS_FILE"
     panel = ""
     for leaf in chain(*job.in_order):
         if (own := "Models" if leaf.name in job.arguments else job.panel_of(leaf)) != panel:

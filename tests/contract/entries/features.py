@@ -37,4 +37,11 @@ def crosscoder(case: Case, execution: Execution) -> Result:
     return columns(features.measure(models, given, case.pairs, execution=execution).table)
 
 
-TECHNIQUES: dict[str, Technique] = {"autoencoder": autoencoder, "transcoder": transcoder, "crosscoder": crosscoder}
+def examples(case: Case, execution: Execution) -> Result:
+    """Find where latents are active most."""
+    given = _dictionary(features.autoencoder("resid1", families.WIDTH, 50, Rule("topk", 6)))
+    found = features.top_examples(case.subject, given, case.pairs, count=2, execution=execution)
+    return columns(found.table) | {"energy": found.energy}
+
+
+TECHNIQUES: dict[str, Technique] = {"autoencoder": autoencoder, "transcoder": transcoder, "crosscoder": crosscoder, "examples": examples}

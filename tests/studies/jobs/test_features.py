@@ -1,0 +1,148 @@
+"""`mechscope features train` and `features measure` do what the functions do, show it beside controls, and refuse what contradicts itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechscope import features
+from mechscope.errors import DataError, MechscopeError, ModelError, SettingsError
+from mechscope.features.formats import write_saelens
+from mechscope.instrument import Execution
+from mechscope.store.run import verify
+from mechscope.studies.jobs.features_measure import JOB as MEASURE
+from mechscope.studies.jobs.features_train import JOB as TRAIN
+from mechscope.studies.pairs import held_out
+from tests.causal.pairs import random_pairs
+from tests.studies.jobs.running import findings, refuses, run, shown, subject
+
+PAIRS = random_pairs(24)
+QUICK: dict[str, Any] = {
+    "pairs": PAIRS,
+    "latents": "40",
+    "k": 4,
+    "steps": 6,
+    "batch": 8,
+    "rows": 60,
+    "learning_rate": 1e-2,
+    "test_share": 0.4,
+}
+
+
+def test_dictionaries_are_those_of_the_functions_and_the_page_shows_them_beside_controls(tmp_path: Path) -> None:
+    result = run(TRAIN, tmp_path / "run", **QUICK, places="resid1,a1.z", transcoders="2", seed=3, latents_shown=5, examples=2)
+    learned, judged = held_out(PAIRS, 0.4, 3)
+    file = tmp_path / "run" / "dictionaries" / "resid1-40.safetensors"
+    kept = features.Dictionary.load(file)
+    settings = features.HarvestSettings(rows=60)
+    source = features.harvest(
+        subject(), learned, "resid1,a1.z,m2.in,m2", tmp_path / "activations", settings=settings, execution=Execution(seed=3)
+    )
+    width = subject().anatomy.d_model
+    plan = features.Plan(features.autoencoder("resid1", width, 40, features.Rule("topk", 4)))
+    training = features.FeatureTraining(steps=6, batch=8, learning_rate=1e-2)
+    expected = features.train(source, {"one": plan}, training=training, execution=Execution(seed=3))["one"]
+    assert all((kept.tensors[name] == tensor).all() for name, tensor in expected.dictionary.tensors.items())
+    curve = result.dictionary_training.query("dictionary == 'resid1-40'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(curve.drop(columns="dictionary"), expected.curve)
+    assert result.dictionaries["dictionary"].tolist() == ["resid1-40", "a1.z-40", "m2.in-m2-40"]
+    measured = result.dictionary_measures
+    own = measured[(measured["dictionary"] == "resid1-40") & (measured["control"] == "")].reset_index(drop=True)
+    again = features.measure(subject(), kept, judged, execution=Execution(seed=3)).table
+    pd.testing.assert_frame_equal(own[list(again)], again)
+    # what writes elsewhere than it reads has no controls
+    controls = measured.groupby("dictionary")["control"].unique().map(sorted).to_dict()
+    assert controls["resid1-40"] == controls["a1.z-40"] == ["", "principal components", "random directions"]
+    assert controls["m2.in-m2-40"] == [""]
+    assert result.latents_shown.groupby("dictionary").size().max() == 5
+    assert result.latent_examples.groupby(["dictionary", "component"])["text"].nunique().max() == 2
+    # a.z is no part of the residual stream: its latents promote nothing that could be read off
+    assert all(len(tokens) == 0 for tokens in result.latents_shown.query("dictionary == 'a1.z-40'")["promotes"])
+    assert all(len(tokens) == 8 for tokens in result.latents_shown.query("dictionary == 'resid1-40'")["promotes"])
+    assert "What dictionaries keep, beside controls" in shown(result, "dictionaries")
+    assert set(verify(result.path)["status"]) == {"ok"}
+    # the activations went with the stage that was finished
+    assert not list((tmp_path / "run").rglob("block-*.safetensors"))
+
+
+def test_straight_from_the_model_and_several_widths_with_nested_ones(tmp_path: Path) -> None:
+    quick = {**QUICK, "latents": "32,48"}
+    result = run(TRAIN, tmp_path / "run", **quick, live=True, matryoshka="8", rule="batchtopk", latents_shown=0)
+    assert result.dictionaries["dictionary"].tolist() == ["resid0-32", "resid0-48"]
+    assert {"latents_shown", "latent_examples"}.isdisjoint(result.tables)
+    about = features.Dictionary.load(tmp_path / "run" / "dictionaries" / "resid0-48.safetensors").about
+    assert about["plans"]["resid0-48"]["objective"]["prefixes"] == [8, 48]
+
+
+def test_the_sentence_gives_the_dictionary_and_its_controls() -> None:
+    measures = [
+        ("l0", "", 4.0),
+        ("explained variance", "", 0.83),
+        ("explained variance", "random directions", 0.2),
+        ("l0", "random directions", 4.0),
+    ]
+    rows = [
+        {
+            "dictionary": "d",
+            "control": control,
+            "measure": name,
+            "place": "resid1",
+            "n": 30,
+            "value": value,
+            "low": value - 0.01,
+            "high": value + 0.01,
+        }
+        for name, control, value in measures
+    ]
+    table = pd.DataFrame(rows).assign(withheld="", note="")
+    (sentence,) = findings("dictionaries", dictionary_measures=table)
+    assert sentence == (
+        "Dictionary d keeps 83\u202f% [82.0, 84.0] of the variance at resid1 with 4.00 active latents of a token; with as many, random directions 20\u202f% "
+        "[19.0, 21.0] (n = 30 texts)."
+    )
+    table.loc[1, ["value", "low", "high", "withheld"]] = [float("nan")] * 3 + ["too few texts: 3 of at least 6"]
+    (sentence,) = findings("dictionaries", dictionary_measures=table)
+    assert sentence.startswith("Of dictionary d, how much of the variance at resid1 it keeps: withheld, as too few texts: 3 of at least 6")
+
+
+def test_measuring_reads_what_training_wrote_and_what_others_wrote(tmp_path: Path) -> None:
+    run(TRAIN, tmp_path / "run", **QUICK, latents_shown=0)
+    file = tmp_path / "run" / "dictionaries" / "resid0-40.safetensors"
+    mine = run(MEASURE, tmp_path / "measured", pairs=PAIRS, dictionary=str(file), latents_shown=3)
+    assert mine.latents_shown["component"].str.startswith("resid0.f").all()
+    shown(mine, "dictionaries")
+    write_saelens(features.Dictionary.load(file), tmp_path / "saelens")
+    theirs = run(MEASURE, tmp_path / "others", pairs=PAIRS, dictionary=str(tmp_path / "saelens"), format="saelens", latents_shown=0)
+    one, other = (each.dictionary_measures.query("control == ''").set_index("measure")["value"] for each in (mine, theirs))
+    assert one["explained variance"] == pytest.approx(other["explained variance"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"places": "resid9"}, SettingsError, "resid9 does not exist"),
+        ({"places": "q1"}, SettingsError, "place 'q1' is not understood"),
+        ({"places": "resid1,resid1"}, SettingsError, "resid1-40 is asked for twice"),
+        ({"k": 41}, SettingsError, "k=41 of 40 latents"),
+        ({"latents": "many"}, SettingsError, "'latents' is 'many': give whole numbers"),
+        ({"rule": "relu"}, SettingsError, "rule relu is sparse by a penalty"),
+        ({"transcoders": "7"}, SettingsError, "layers:7 does not exist"),
+        ({"matryoshka": "50"}, SettingsError, "must rise to all 40 latents"),
+        ({"pairs": PAIRS.first(1)}, DataError, "give at least two"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_model_runs(
+    settings: dict[str, Any], error: type[MechscopeError], message: str, tmp_path: Path
+) -> None:
+    refuses(TRAIN, tmp_path / "run", error, message, **{**QUICK, **settings})
+
+
+def test_dictionaries_that_do_not_fit_are_refused_before_the_model_runs(tmp_path: Path) -> None:
+    layout = features.autoencoder("resid1", subject().anatomy.d_model + 1, 8, features.Rule("topk", 2))
+    features.Dictionary.plain(layout, layout.tensors()).save(tmp_path / "wide.safetensors")
+    refuses(MEASURE, tmp_path / "run", ModelError, "has width 33 at resid1", dictionary=str(tmp_path / "wide.safetensors"))
+    refuses(MEASURE, tmp_path / "run", MechscopeError, "absent", dictionary=str(tmp_path / "absent.safetensors"))
+    refuses(MEASURE, tmp_path / "run", SettingsError, "'dictionary' is empty", dictionary=",")
