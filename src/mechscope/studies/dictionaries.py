@@ -48,7 +48,9 @@ def measure_all(run: JobRun[Any], dictionaries: Mapping[str, Dictionary], texts:
         measured = measure(run.first, dictionary, texts, tokens=tokens, execution=run.execution)
         rows.append(measured.table.assign(dictionary=name, control=""))
         latents.append(measured.latents.assign(dictionary=name, component=_components(dictionary, measured.latents["latent"])))
-        for control, other in _controls(run, dictionary, texts, tokens, max(1, round(measured.value("l0")))).items():
+        # of few texts too, whose mean is given without an interval or not at all
+        active = float(measured.latents["density"].sum())
+        for control, other in _controls(run, dictionary, texts, tokens, max(1, round(active))).items():
             table = measure(run.first, other, texts, tokens=tokens, other_model=True, execution=run.execution).table
             rows.append(table.assign(dictionary=name, control=control))
     own = ["dictionary", "component", "tokens", "density", "mean"]

@@ -77,6 +77,15 @@ def test_straight_from_the_model_and_several_widths_with_nested_ones(tmp_path: P
     assert about["plans"]["resid0-48"]["objective"]["prefixes"] == [8, 48]
 
 
+def test_of_few_texts_measures_are_withheld_and_controls_have_as_many_latents_all_the_same() -> None:
+    result = run(TRAIN, None, **{**QUICK, "pairs": PAIRS.first(8), "batch": 4, "test_share": 0.2}, latents_shown=0)
+    measured = result.dictionary_measures
+    assert set(measured[measured["measure"] == "explained variance"]["withheld"]) == {"too few texts: 2 of at least 6"}
+    (sentence, _) = findings("dictionaries", dictionary_measures=measured)
+    assert "withheld, as too few texts: 2 of at least 6" in sentence
+    assert set(measured["control"]) == {"", "random directions", "principal components"}
+
+
 def test_the_sentence_gives_the_dictionary_and_its_controls() -> None:
     measures = [
         ("l0", "", 4.0),
