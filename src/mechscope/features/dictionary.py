@@ -252,7 +252,14 @@ class Dictionary:
         Raises:
             RunError: The file is missing, damaged, something else, or of a later version.
         """
-        tensors, meta = read_tensors(Path(path))
+        if not Path(path).is_file():
+            raise RunError(
+                f"{path}: no such file; give a dictionary that mechscope wrote, or read other formats by mechscope.features.formats"
+            )
+        try:
+            tensors, meta = read_tensors(Path(path))
+        except RunError as error:
+            raise RunError(f"{path} cannot be read as a dictionary, it is damaged or something else: {error.__cause__}") from error
         if not isinstance(meta, dict) or meta.get("kind") != _KIND:
             raise RunError(f"{path} holds no dictionary of mechscope: read other formats by mechscope.features.formats")
         if meta["version"] > _VERSION:

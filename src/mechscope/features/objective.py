@@ -34,7 +34,7 @@ def checked(objective: Objective, layout: Layout) -> Objective:
         raise SettingsError(f"rule {rule.name} has its sparsity by k={rule.k}: leave sparsity at 0")
     if allowed and not objective.sparsity:
         raise SettingsError(
-            f"rule {rule.name} is sparse by a penalty ({' or '.join(allowed)}), and its weight is 0: give sparsity, such as Objective(sparsity=0.1)"
+            f"rule {rule.name} is sparse by a penalty ({' or '.join(allowed)}), and its weight is 0: give sparsity, such as 0.1"
         )
     if objective.penalty is not None and objective.penalty not in allowed:
         raise SettingsError(f"penalty {objective.penalty!r} does not suit rule {rule.name}: use {' or '.join(allowed) or 'none'}")

@@ -109,6 +109,7 @@ _CHECKS: dict[str, Callable[[str, str], None]] = {
     **dict.fromkeys(("target_circuit", "targets"), _check_circuit),
     "pairs": _check_pairs,
     "checkpoints": _each(check_model),
+    "dictionary": _each(_check_file),
     "controls": _each(_check_control),
 }
 
