@@ -1,4 +1,7 @@
-"""What is shown of dictionaries, wherever they come from: what they keep of the model beside controls, and what their latents stand for."""
+"""What is shown of dictionaries, wherever they come from: what they keep of the model beside controls, and what their latents stand for.
+
+That they belong to the model was checked before the first pass.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def measure_all(run: JobRun[Any], dictionaries: Mapping[str, Dictionary], texts:
 
     rows, latents = [], []
     for name, dictionary in dictionaries.items():
-        measured = measure(run.first, dictionary, texts, tokens=tokens, execution=run.execution)
+        measured = measure(run.first, dictionary, texts, tokens=tokens, other_model=True, execution=run.execution)
         rows.append(measured.table.assign(dictionary=name, control=""))
         latents.append(measured.latents.assign(dictionary=name, component=_components(dictionary, measured.latents["latent"])))
         # of few texts too, whose mean is given without an interval or not at all
@@ -106,7 +109,9 @@ def show_latents(
 
     spelling, shown, listed = Spelling(run.first.tokenizer), [], []
     for name, dictionary in dictionaries.items():
-        found = top_examples(run.first, dictionary, texts, count=settings.examples, tokens=tokens, execution=run.execution)
+        found = top_examples(
+            run.first, dictionary, texts, count=settings.examples, tokens=tokens, other_model=True, execution=run.execution
+        )
         latents = found.strongest(settings.latents_shown)
         place = dictionary.layout.outputs[0]
         read = promoted_tokens(run.first, dictionary, latents) if latents and writes_residual(place) else [([], [])] * len(latents)

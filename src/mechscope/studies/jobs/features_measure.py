@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -105,8 +105,7 @@ def _check(run: JobRun[FeaturesMeasureSettings]) -> None:
 def _given(run: JobRun[FeaturesMeasureSettings]) -> tuple[dict[str, Dictionary], TokenSettings | None]:
     """Return the dictionaries where the model is, and which tokens are left out: those of their training unless others are named."""
     tokens = None if run.settings.tokens == TokenSettings() else run.settings.tokens
-    own = {name: replace(each.to(run.first.device), fingerprint="") for name, each in run[DICTIONARIES].items()}
-    return own, tokens
+    return {name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}, tokens
 
 
 def _measure(run: JobRun[FeaturesMeasureSettings]) -> Tables:
