@@ -129,20 +129,22 @@ def _price(row: pd.Series) -> str:
 
 
 def _beside(tables: Tables, how: str) -> tuple[str, tuple[Derived, ...]]:
-    """Say that controls lowered the loss as much, where they did: other trainings than on these summaries, and noise of the same size."""
+    """Say how far controls lowered the loss on the same documents: other trainings than on these summaries, and noise of the same size."""
     if how != "fell" or "controls" not in tables:
         return "", ()
     controls = tables["controls"]
     nulls = (("kind", "!=", "tuned"), ("kind", "!=", "seed"))
     least, most = (Derived("controls", nulls, "loss_change", end) for end in ("min", "max"))
     count, own = Derived("controls", nulls), Derived("controls", (("kind", "==", "tuned"),), "loss_change", "mean")
-    if not count.of(tables) or controls["loss_change"].isna().any() or own.of(tables) < least.of(tables):
+    if not count.of(tables) or controls["loss_change"].isna().any():
         return "", ()
+    documents = Derived("controls", (), "n", "max")
     text = (
-        f". It does not stand out among {count.written(tables)} controls (trainings on other data, noise of the same size), whose loss changed by "
-        f"{written(least.of(tables), sign=True)} to {written(most.of(tables), sign=True)}"
+        f". On the {written(int(documents.of(tables)))} documents of the controls it changed by {written(own.of(tables), sign=True)}, with "
+        f"{count.written(tables)} controls (trainings on other data, noise of the same size) by {written(least.of(tables), sign=True)} to "
+        f"{written(most.of(tables), sign=True)}"
     )
-    return text, (count, least, most)
+    return text + (": it does not stand out" if own.of(tables) >= least.of(tables) else ""), (count, least, most, own, documents)
 
 
 def where(tables: Tables) -> list[Finding]:
