@@ -136,8 +136,8 @@ def _densities(latents: pd.DataFrame | None) -> list[Figure]:
         pd.concat(parts, ignore_index=True),
         name="dictionary-densities",
         title="How often latents are active",
-        caption=f"Latents by the share of tokens in which they are active, in steps of a quarter of a decimal; "
-        f"those below {10**_SILENT:g}, silent ones too, at the left end.",
+        caption="Latents by the share of tokens in which they are active, in steps of a quarter of a decimal; "
+        "those below one in a million, silent ones too, at the left end.",
         x=("fraction", "share of tokens"),
         axis="latents",
         unit=False,
