@@ -57,6 +57,15 @@ def test_a_wheel_runs_where_the_checkout_is_not(installed: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_the_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
+    said = outside(installed, tmp_path, "-m", "mechscope", "demo")
+    assert "Fine-tuning did what it was meant to" in said
+    page = (tmp_path / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
+    assert '<section id="bakeoff">' in page
+    assert str(ROOT / "src") not in page
+
+
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_nothing_else(installed: Path) -> None:
     assert {path.name for path in installed.iterdir()} - {"bin"} == {"mechscope", f"mechscope-{mechscope.__version__}.dist-info"}
     package = ROOT / "src" / "mechscope"

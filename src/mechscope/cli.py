@@ -54,8 +54,6 @@ _GROUPS = {
     "features": "Dictionaries of features: train them, measure them, read what their latents stand for.",
     "study": "Whole studies: from models and documents to a report.",
 }
-# the panel of the help in which a group stands
-_PANEL_OF = {"features": "features", "study": "studies"}
 
 Config = Annotated[
     Path | None,
@@ -184,8 +182,9 @@ def _add_all() -> None:
     groups: dict[str, typer.Typer] = {}
     for job in sorted(jobs().values(), key=lambda job: (list(PANELS).index(job.panel), job.name)):
         _add(job, groups)
+    panels = {job.group: PANELS[job.panel] for job in jobs().values()}
     for name, group in groups.items():
-        app.add_typer(group, name=name, rich_help_panel=PANELS[_PANEL_OF[name]])
+        app.add_typer(group, name=name, rich_help_panel=panels[name])
 
 
 _add_all()

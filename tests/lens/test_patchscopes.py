@@ -109,8 +109,8 @@ def test_generation_goes_on_as_a_loop_without_a_cache_does(family: str, target_p
     states = states_by_hand(subject, SOURCE)
     found = patchscope(subject, SOURCE, subject, PROMPT, target_position=target_position, generate=6)
     plain = list(PROMPT)
-    for row in found.itertuples():
-        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]  # itertuples has no types
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
+        ids = list(PROMPT)
         for _ in range(6):
             logits = patched_by_hand(subject, tuple(ids), layer, target_position % len(PROMPT), states[layer][-1])
             ids.append(int(logits.argmax()))
@@ -146,8 +146,8 @@ def test_a_text_that_ends_is_cut_behind_its_end_token() -> None:
 def test_another_model_reads_the_states(family: str) -> None:
     base, tuned = subject_of(family), subject_of(family, seed=1)
     states = states_by_hand(base, SOURCE)
-    for row in patchscope(base, SOURCE, tuned, PROMPT, k=8).itertuples():
-        layer = int(row.source_layer)  # type: ignore[arg-type]  # itertuples has no types
+    found = patchscope(base, SOURCE, tuned, PROMPT, k=8)
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
         same_distribution(row, patched_by_hand(tuned, PROMPT, layer, len(PROMPT) - 1, states[layer][-1]))
 
 
@@ -172,8 +172,8 @@ def test_an_adapter_is_on_in_one_model_and_off_in_the_other() -> None:
     with base.active():
         states = states_by_hand(base, SOURCE)
     found = patchscope(base, SOURCE, tuned, PROMPT, k=8, generate=3)
-    for row in found.itertuples():
-        layer, ids = int(row.source_layer), list(PROMPT)  # type: ignore[arg-type]  # itertuples has no types
+    for layer, row in zip(map(int, found["source_layer"]), found.itertuples(), strict=True):
+        ids = list(PROMPT)
         by_hand = partial(patched_by_hand, layer=layer, at=len(PROMPT) - 1, state=states[layer][-1])
         with tuned.active():
             same_distribution(row, by_hand(tuned, PROMPT))

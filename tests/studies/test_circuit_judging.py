@@ -63,7 +63,13 @@ def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_t
 )
 def test_too_much_of_the_models_effect_is_no_more_faithful_than_too_little(shares: tuple[float, ...], size: float) -> None:
     curve = SimpleNamespace(table=pd.DataFrame({"fraction": [0.01, 0.1, 0.5], "faithfulness": shares}))
-    assert circuits._smallest(curve, 0.9) == size  # type: ignore[arg-type]  # all of a curve that is read
+    assert circuits._smallest(curve, 0.9, model="a model") == size  # type: ignore[arg-type]  # all of a curve that is read
+
+
+def test_a_size_that_no_faithfulness_chose_is_said_with_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    curve = SimpleNamespace(table=pd.DataFrame({"faithfulness": [np.nan, np.nan]}), notes={"faithfulness": "nothing differs"})
+    assert circuits._smallest(curve, 0.9, model="news/base") == circuits.FALLBACK  # type: ignore[arg-type]  # all of a curve that is read
+    assert caplog.messages == ["in news/base nothing differs; its circuit is the 5 % strongest edges"]
 
 
 def test_what_is_needed_is_counted_beside_what_chance_gives() -> None:

@@ -28,6 +28,7 @@ from mechscope.instrument.memory import free_memory
 from mechscope.stats.geometry import BottomK
 from mechscope.subject import Pair, Subject
 from mechscope.subject.load import load
+from mechscope.subject.placement import known_to_be_slow
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ def in_other_precision(subject: Subject) -> Subject | None:
             extra={"weakens": "smallest_effects"},
         )
         return None
-    copied = load(copy.deepcopy(subject.model).to(dtype))
+    with known_to_be_slow():
+        copied = load(copy.deepcopy(subject.model).to(dtype))
     return copied if subject.adapted or not copied.is_adapter else copied.without_adapter()
 
 

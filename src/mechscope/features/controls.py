@@ -1,4 +1,7 @@
-"""What every score of an autoencoder stands beside: dictionaries that learned nothing, and principal components, with as many active latents."""
+"""What every score of an autoencoder stands beside: dictionaries that learned nothing, and principal components, with as many active latents.
+
+A control is measured on the tokens that its dictionary is measured on: what training left out goes with it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def random_control(dictionary: Dictionary, k: int, *, seed: int = 0) -> Dictiona
     """
     layout = _of_one_place(dictionary, dictionary.latents, k)
     return replace(
-        dictionary, layout=layout, tensors=layout.tensors(seed=seed, dtype=dictionary.dtype), about={"control": "random directions"}
+        dictionary,
+        layout=layout,
+        tensors=layout.tensors(seed=seed, dtype=dictionary.dtype),
+        about={**dictionary.about, "control": "random directions"},
     )
 
 
@@ -42,7 +48,7 @@ def pca_control(dictionary: Dictionary, rows: Float[Tensor, "row width"], k: int
     layout = _of_one_place(dictionary, 2 * len(components), k)
     both = torch.cat([components, -components])
     tensors = {**layout.tensors(dtype=dictionary.dtype), "encoder.0": both, "decoder.0": both.clone()}
-    return replace(dictionary, layout=layout, tensors=tensors, about={"control": "principal components"})
+    return replace(dictionary, layout=layout, tensors=tensors, about={**dictionary.about, "control": "principal components"})
 
 
 def _of_one_place(dictionary: Dictionary, latents: int, k: int) -> Layout:

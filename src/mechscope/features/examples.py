@@ -18,9 +18,8 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.measures import reader_of
 from mechscope.features.places import Place
-from mechscope.features.rows import TOKENS_PER_BATCH, Models, require_rows
+from mechscope.features.rows import TOKENS_PER_BATCH, Models, reader_of, require_rows
 from mechscope.instrument import Execution
 from mechscope.instrument.readout import Readout
 from mechscope.instrument.texts import over_texts
@@ -30,7 +29,8 @@ from mechscope.subject import Subject
 
 # sites whose decoder rows are added to the residual stream
 _WRITES = frozenset({"residual", "attention_output", "mlp_output"})
-_COLUMNS = ("latent", "text", "position", "value")
+# values of single precision: equal texts are not put in order by how they were batched
+_ENTRY = np.dtype([("latent", "i8"), ("text", "i8"), ("position", "i8"), ("value", "f4")])
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ def top_examples(
     """
     if count < 1:
         raise SettingsError(f"count={count}: ask for at least one example of a latent")
-    dictionary.check(models, other_model=other_model)
-    reader = reader_of(models, dictionary, tokens)
-    reader.check(texts)
-    if not reader.limits:
-        reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    reader = reader_of(models, dictionary, texts, tokens, other_model=other_model, execution=execution)
 
     def work(batch: PairBatch) -> _Found:
         rows = reader.rows(batch)
@@ -101,27 +97,26 @@ def top_examples(
         codes = dictionary.encode(inputs)
         return _Found(_entries(codes, rows.text, rows.position), codes.total(codes.values.square()).double().cpu().numpy(), len(rows))
 
-    kept, energy, read = np.zeros(0, dtype=_dtype()), np.zeros(dictionary.latents), 0
+    kept, energy, read = np.zeros(0, dtype=_ENTRY), np.zeros(dictionary.latents), 0
     for _, found in over_texts(texts, work, execution, tokens=TOKENS_PER_BATCH, label="examples"):
         kept = _largest(np.concatenate([kept, found.entries]), count)
         energy += found.energy
         read += found.tokens
     require_rows(read, texts, reader.tokens)
     rank = np.arange(len(kept)) - np.searchsorted(kept["latent"], kept["latent"]) + 1
-    table = pd.DataFrame(
-        {"latent": kept["latent"], "rank": rank, **{name: kept[name].astype("f8" if name == "value" else "i8") for name in _COLUMNS[1:]}}
-    )
-    return Examples(table, energy, read)
-
-
-def _dtype() -> np.dtype:
-    # values of single precision: equal texts are not put in order by how they were batched
-    return np.dtype([("latent", "i8"), ("text", "i8"), ("position", "i8"), ("value", "f4")])
+    columns = {
+        "latent": kept["latent"],
+        "rank": rank,
+        "text": kept["text"],
+        "position": kept["position"],
+        "value": kept["value"].astype(float),
+    }
+    return Examples(pd.DataFrame(columns), energy, read)
 
 
 def _entries(codes: Codes, text: Tensor, position: Tensor) -> np.ndarray:
     rows = codes.rows.cpu()
-    entries = np.zeros(len(rows), dtype=_dtype())
+    entries = np.zeros(len(rows), dtype=_ENTRY)
     entries["latent"], entries["text"], entries["position"] = codes.latents.cpu(), text[rows], position[rows]
     entries["value"] = codes.values.float().cpu()
     return entries

@@ -15,7 +15,6 @@ model runs through the dictionary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,7 +29,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.places import Place
-from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, require_rows
+from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, reader_of, require_rows
 from mechscope.features.spliced import splice
 from mechscope.instrument import Edit, Execution, Walk, intervene, unembed
 from mechscope.instrument.edits import EditSite
@@ -103,11 +102,7 @@ def measure(
     Raises:
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
-    dictionary.check(models, other_model=other_model)
-    reader = reader_of(models, dictionary, tokens)
-    reader.check(texts)
-    if not reader.limits:
-        reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    reader = reader_of(models, dictionary, texts, tokens, other_model=other_model, execution=execution)
     # said before anything is read
     unfit = _unfit(models, dictionary, other_model) if isinstance(models, Subject) else ""
     sums = _Sums(dictionary, len(texts))
@@ -123,18 +118,6 @@ def measure(
     elif isinstance(models, Subject):
         rows += _losses(models, dictionary, texts, sums, other_model, execution)
     return Measures(pd.DataFrame(rows, columns=list(COLUMNS)), sums.latents(), int(sums.l0[1].sum()))
-
-
-def reader_of(models: Models, dictionary: Dictionary, tokens: TokenSettings | None) -> Reader:
-    """Return a reader of the dictionary's places; with the settings and limits of its training where it knows them and nothing else is wanted."""
-    trained, limits = dictionary.about.get("source", {}), dictionary.about.get("limits", {})
-    places = dictionary.layout.places
-    if tokens is None and isinstance(trained, Mapping) and "settings" in trained:
-        tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
-        reader = Reader(models, places, tokens)
-        reader.limits = {place: limits[place.name] for place in places if place.name in limits}
-        return reader
-    return Reader(models, places, tokens or TokenSettings())
 
 
 def _unfit(subject: Subject, dictionary: Dictionary, other_model: bool) -> str:

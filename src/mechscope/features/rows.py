@@ -18,7 +18,7 @@ from torch import Tensor
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import check_fits
 from mechscope.errors import DataError
-from mechscope.features.dictionary import subject_of
+from mechscope.features.dictionary import Dictionary, subject_of
 from mechscope.features.places import Place
 from mechscope.instrument import Execution, Walk, record
 from mechscope.instrument.texts import over_texts
@@ -155,6 +155,37 @@ class Reader:
         require_rows(len(rows), texts, self.tokens)
         norms = {place: torch.linalg.vector_norm(value.float(), dim=-1) for place, value in rows.values.items()}
         self.limits = {place: float(norm.median()) * self.tokens.outlier for place, norm in norms.items()}
+
+
+def reader_of(
+    models: Models, dictionary: Dictionary, texts: Pairs, tokens: TokenSettings | None, *, other_model: bool, execution: Execution
+) -> Reader:
+    """Return a reader of a dictionary's places, ready for texts.
+
+    Args:
+        models: The model, or several by name.
+        dictionary: The dictionary.
+        texts: What will be read; the limits of norms are found here where they are not known.
+        tokens: Which tokens are left out; None for those that its training left out, or the defaults where that is not known.
+        other_model: Allow a dictionary of a model with other weights.
+        execution: Tokens of a batch.
+
+    Raises:
+        MechscopeError: The dictionary or the texts do not fit, or no token is left.
+    """
+    dictionary.check(models, other_model=other_model)
+    places, trained = dictionary.layout.places, dictionary.about.get("source", {})
+    known = tokens is None and isinstance(trained, Mapping) and "settings" in trained
+    if known:
+        tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
+    reader = Reader(models, places, tokens or TokenSettings())
+    reader.check(texts)
+    if known:
+        limits = dictionary.about.get("limits", {})
+        reader.limits = {place: limits[place.name] for place in places if place.name in limits}
+    if not reader.limits:
+        reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    return reader
 
 
 def require_rows(rows: int, texts: Pairs, tokens: TokenSettings) -> None:

@@ -138,3 +138,13 @@ class Beside:
             return ""
         n = int(self.rows["n"].max())
         return ", over the same documents" if n == self.of else f", over the first {written(n)} of the {written(self.of)} documents"
+
+
+def listed(by_kind: Mapping[str, Sequence[float]], say: Callable[[float], str]) -> str:
+    """Write a number of every control in a sentence, by kind: `5 of noise of the same size 21 % to 54 %`."""
+    told = []
+    for kind, words in KIND_NAMES.items():
+        if kind != "tuned" and kind in by_kind:
+            low, high = say(min(by_kind[kind])), say(max(by_kind[kind]))
+            told.append(f"{len(by_kind[kind])} of {words} {low if low == high else f'{low} to {high}'}")
+    return ", ".join(told)

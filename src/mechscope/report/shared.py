@@ -281,6 +281,12 @@ def moved(row: pd.Series, column: str) -> str:
     return "" if pd.isna(low) else verb(low, high, below="fell", above="rose", neither="is not shown to have changed")
 
 
+def worse_than_none(farther: Derived, tables: Tables) -> str:
+    """Return how many trained maps are worse than none, as the end of a sentence: `; 1 is worse than none`; empty for none."""
+    count = farther.of(tables)
+    return f"; {farther.written(tables)} {'is' if count == 1 else 'are'} worse than none" if count else ""
+
+
 def few_documents(tables: Tables, name: str) -> list[Caveat]:
     """Return the caveat that few documents were measured, where those of a table were few; the same words for all sections of a difference."""
     return _few(tables, name, "documents were measured")

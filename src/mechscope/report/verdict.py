@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechscope.report.beside import listed
 from mechscope.report.contents import Contents
 from mechscope.report.section import Tables
 from mechscope.report.shared import FEWEST_TEXTS, estimated, layers_in_words, moved, of_rows, verb
@@ -98,8 +99,9 @@ def aim(tables: Tables) -> list[Finding]:
         text = f"{did.format(words)} {size}"
     rows, derived = [row], tuple[Derived, ...]()
     if kind == "summary":
-        beside, derived = _beside(tables, how)
+        beside, models, derived = _beside(tables, how)
         text += beside
+        rows += models
         if "document" in by_kind:
             rows.append(by_kind["document"])
             text += f". {_price(by_kind['document'])}"
@@ -128,23 +130,22 @@ def _price(row: pd.Series) -> str:
     return f"{price}: on {words} the loss {how}, {from_to}"
 
 
-def _beside(tables: Tables, how: str) -> tuple[str, tuple[Derived, ...]]:
-    """Say how far controls lowered the loss on the same documents: other trainings than on these summaries, and noise of the same size."""
-    if how != "fell" or "controls" not in tables:
-        return "", ()
-    controls = tables["controls"]
-    nulls = (("kind", "!=", "tuned"), ("kind", "!=", "seed"))
-    least, most = (Derived("controls", nulls, "loss_change", end) for end in ("min", "max"))
-    count, own = Derived("controls", nulls), Derived("controls", (("kind", "==", "tuned"),), "loss_change", "mean")
-    if not count.of(tables) or controls["loss_change"].isna().any():
-        return "", ()
-    documents = Derived("controls", (), "n", "max")
+def _beside(tables: Tables, how: str) -> tuple[str, list[pd.Series], tuple[Derived, ...]]:
+    """Say how far every kind of control lowered the loss on the same documents; the sentence, and the rows and counts that it quotes."""
+    if how != "fell" or "controls" not in tables or tables["controls"]["loss_change"].isna().any():
+        return "", [], ()
+    models = tables["controls"]
+    by_kind = {str(kind): [float(x) for x in own["loss_change"]] for kind, own in models.groupby("kind", sort=False)}
+    nulls = [value for kind, values in by_kind.items() if kind not in ("tuned", "seed") for value in values]
+    if not nulls:
+        return "", [], ()
+    own = by_kind["tuned"][0]
     text = (
-        f". On the {written(int(documents.of(tables)))} documents of the controls it changed by {written(own.of(tables), sign=True)}, with "
-        f"{count.written(tables)} controls (trainings on other data, noise of the same size) by {written(least.of(tables), sign=True)} to "
-        f"{written(most.of(tables), sign=True)}"
+        f". On the {written(int(models['n'].max()))} documents of the controls it changed by {written(own, sign=True)}; beside it, "
+        f"{listed(by_kind, lambda x: written(x, sign=True))}{', so it does not stand out among controls' if own >= min(nulls) else ''}"
     )
-    return text + (": it does not stand out" if own.of(tables) >= least.of(tables) else ""), (count, least, most, own, documents)
+    counts = tuple(Derived("controls", (("kind", "==", kind),)) for kind in by_kind)
+    return text, [row for _, row in models.iterrows()], counts
 
 
 def where(tables: Tables) -> list[Finding]:

@@ -18,7 +18,7 @@ VERDICT = Column("changed: more than the smallest effect of interest; negligible
 FEWEST = 12
 """Documents below which there is no verdict, as `mechscope.stats.verdicts` has it."""
 FEWEST_SETS = 40
-"""Other sets among which a selected one can stand out at 5 %, two-sided: the smallest p of a rank among n is 1 / n."""
+"""Other sets among which a selected one can stand out at 5 %, two-sided: the smallest p of a rank among n others is 1 / (n + 1)."""
 _WORDS = ("changed", "negligible", "undecided", "not measured")
 
 

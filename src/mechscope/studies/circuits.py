@@ -26,6 +26,7 @@ from mechscope.circuits.overlap import compare_seeds, robustness
 from mechscope.circuits.scores import Cost, EdgeScores, to_json
 from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
+from mechscope.report.theme import model_name
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.store.run import RunFolder
 from mechscope.store.stage import Stage
@@ -179,11 +180,13 @@ def judge_circuit(
     fraction = request.share_of(graph)
     if fraction is None:
         same = request.scored_on is request.judged_on
-        fraction = _smallest(curve if same else faithfulness_curve(subject, request.scored_on, scores, random=0, **told), settings.faithful)
+        searched = curve if same else faithfulness_curve(subject, request.scored_on, scores, random=0, **told)
+        fraction = _smallest(searched, settings.faithful, model=model_name(subject.source))
     circuit = choose(scores, fraction=fraction, **request.manner)
     if not len(circuit):
         log.warning(
-            "no path of the %.3g %% strongest edges leads from the input to the logits: the circuit is empty",
+            "in %s no path of the %.3g %% strongest edges leads from the input to the logits: its circuit is empty",
+            model_name(subject.source),
             100 * fraction,
             extra={"weakens": "circuit_edges"},
         )
@@ -233,11 +236,12 @@ def judge_circuit(
     return CircuitReport(scores, circuit, fraction, tables)
 
 
-def _smallest(curve: Curve, faithful: float) -> float:
+def _smallest(curve: Curve, faithful: float, *, model: str) -> float:
     """Return the smallest size at which a circuit is near enough to the model: neither too little nor too much of its effect."""
     if curve.table["faithfulness"].isna().all():
         log.warning(
-            "%s; the circuit is the %g %% strongest edges",
+            "in %s %s; its circuit is the %g %% strongest edges",
+            model,
             curve.notes["faithfulness"],
             100 * FALLBACK,
             extra={"weakens": "circuit_summary"},

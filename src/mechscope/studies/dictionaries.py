@@ -1,20 +1,18 @@
-"""What is shown of dictionaries, wherever they come from: what they keep of the model beside controls, and what their latents stand for.
-
-That they belong to the model was checked before the first pass.
-"""
+"""What is measured and shown of dictionaries, wherever they come from: what they keep of the model beside controls, and what their latents stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mechscope.settings import Count, Number, Settings, setting
-from mechscope.studies.run import JobRun, Tables
+from mechscope.studies.inputs import MODELS
+from mechscope.studies.job import Stage
+from mechscope.studies.run import Input, JobRun, Tables
+from mechscope.studies.texts import TEXTS
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mechscope.data.pairs import Pairs
     from mechscope.features import Dictionary, TokenSettings
 
@@ -36,106 +34,129 @@ class LatentSettings(Settings):
     examples: Number = setting(5, "Examples of a latent, each from another text.")
 
 
-def measure_all(run: JobRun[Any], dictionaries: Mapping[str, Dictionary], texts: Pairs, tokens: TokenSettings | None) -> Tables:
-    """Measure dictionaries on texts, each autoencoder beside random directions and principal components with as many active latents.
+class Judged(NamedTuple):
+    """Dictionaries on the model's device, checked to fit it; the texts that they are measured on; and which tokens are left out, None as in training."""
 
-    Returns:
-        The tables `dictionary_measures` and `dictionary_latents`.
+    dictionaries: Mapping[str, Dictionary]
+    texts: Pairs
+    tokens: TokenSettings | None
+
+
+def stages(
+    judged: Callable[[JobRun[Any]], Judged],
+    *,
+    hangs_on: tuple[str, ...],
+    inputs: tuple[Input[Any], ...] = (),
+    after: tuple[Stage, ...] = (),
+) -> tuple[Stage, Stage]:
+    """Return the stages that measure dictionaries and list their latents, for a job whose settings nest `LatentSettings` as `latent`.
+
+    Args:
+        judged: Returns the job's dictionaries.
+        hangs_on: Settings that decide which they are and what is read.
+        inputs: What is loaded beside model and texts and decides the result.
+        after: Stages that make the dictionaries.
     """
+    own: tuple[Input[Any], ...] = (MODELS, TEXTS, *inputs)
+    measures = Stage(
+        name="measures", work=lambda run: _measure(run, judged(run)), hangs_on=(*hangs_on, "seed"), inputs=own, after=after, alone=True
+    )
+    latents = Stage(
+        name="latents",
+        work=lambda run: _show(run, judged(run)),
+        hangs_on=(*hangs_on, "latent"),
+        inputs=own,
+        after=after,
+        when=lambda settings: settings.latent.latents_shown > 0,
+        alone=True,
+    )
+    return measures, latents
+
+
+def described(name: str, dictionary: Dictionary) -> dict[str, Any]:
+    """Return a dictionary's row of the table `dictionaries`."""
+    layout = dictionary.layout
+    return {
+        "dictionary": name,
+        "reads": ",".join(map(str, layout.inputs)),
+        "writes": ",".join(map(str, layout.outputs)),
+        "latents": layout.latents,
+        "rule": layout.rule.name,
+        "k": float("nan") if layout.rule.k is None else float(layout.rule.k),
+    }
+
+
+def _measure(run: JobRun[Any], judged: Judged) -> Tables:
+    """Measure dictionaries, each autoencoder beside random directions and principal components with as many active latents."""
     import pandas as pd
 
     from mechscope.features import measure
 
     rows, latents = [], []
-    for name, dictionary in dictionaries.items():
-        measured = measure(run.first, dictionary, texts, tokens=tokens, other_model=True, execution=run.execution)
+    for name, dictionary in judged.dictionaries.items():
+        measured = measure(run.first, dictionary, judged.texts, tokens=judged.tokens, other_model=True, execution=run.execution)
         rows.append(measured.table.assign(dictionary=name, control=""))
-        latents.append(measured.latents.assign(dictionary=name, component=_components(dictionary, measured.latents["latent"])))
+        latents.append(measured.latents.rename(columns={"latent": "component"}).assign(dictionary=name))
         # of few texts too, whose mean is given without an interval or not at all
         active = float(measured.latents["density"].sum())
-        for control, other in _controls(run, dictionary, texts, tokens, max(1, round(active))).items():
-            table = measure(run.first, other, texts, tokens=tokens, other_model=True, execution=run.execution).table
+        for control, other in _controls(run, dictionary, judged, max(1, round(active))).items():
+            table = measure(run.first, other, judged.texts, tokens=judged.tokens, other_model=True, execution=run.execution).table
             rows.append(table.assign(dictionary=name, control=control))
-    own = ["dictionary", "component", "tokens", "density", "mean"]
     measures = pd.concat(rows, ignore_index=True)
     first = ["dictionary", "control"]
     return {
         "dictionary_measures": measures[[*first, *(name for name in measures if name not in first)]],
-        "dictionary_latents": pd.concat(latents, ignore_index=True)[own],
+        "dictionary_latents": pd.concat(latents, ignore_index=True)[["dictionary", "component", "tokens", "density", "mean"]],
     }
 
 
-def _components(dictionary: Dictionary, latents: pd.Series) -> list[str]:
-    place = dictionary.layout.outputs[0].name
-    return [f"{place}.f{latent}" for latent in latents]
-
-
-def _controls(run: JobRun[Any], dictionary: Dictionary, texts: Pairs, tokens: TokenSettings | None, k: int) -> dict[str, Dictionary]:
+def _controls(run: JobRun[Any], dictionary: Dictionary, judged: Judged, k: int) -> dict[str, Dictionary]:
     """Return what a dictionary stands beside; nothing for those that write elsewhere than they read."""
-    from mechscope.features import HarvestSettings, Live, pca_control, random_control
+    from mechscope.features import pca_control, random_control
+    from mechscope.features.rows import blocks, reader_of
 
-    layout = dictionary.layout
+    layout, texts = dictionary.layout, judged.texts
     if layout.inputs != layout.outputs or len(layout.inputs) > 1:
         return {}
-    (place,) = layout.inputs
-    live = Live(
-        run.first,
-        texts,
-        place,
-        settings=HarvestSettings(rows=_PCA_ROWS)
-        if tokens is None
-        else HarvestSettings(rows=_PCA_ROWS, first=tokens.first, outlier=tokens.outlier),
-        execution=run.execution,
-    )
+    reader = reader_of(run.first, dictionary, texts, judged.tokens, other_model=True, execution=run.execution)
+    first = next(blocks(texts, range(len(texts)), _PCA_ROWS, reader.tokens.first))
+    rows = reader.run(texts, first, run.execution, label="principal components").values[layout.inputs[0]]
     return {
         "random directions": random_control(dictionary, k, seed=run.settings.seed),
-        "principal components": pca_control(dictionary, live.block(0)[place].to(dictionary.device), k),
+        "principal components": pca_control(dictionary, rows.to(dictionary.device), k),
     }
 
 
-def show_latents(
-    run: JobRun[Any], dictionaries: Mapping[str, Dictionary], texts: Pairs, tokens: TokenSettings | None, settings: LatentSettings
-) -> Tables:
-    """List the latents that carry most of what each dictionary writes, with the texts in which they are active most.
-
-    Returns:
-        The tables `latents_shown` and `latent_examples`.
-    """
+def _show(run: JobRun[Any], judged: Judged) -> Tables:
+    """List the latents that carry most of what each dictionary writes, with the texts in which they are active most."""
     import pandas as pd
 
-    from mechscope.features import promoted_tokens, top_examples
+    from mechscope.features import Latent, promoted_tokens, top_examples
     from mechscope.features.examples import writes_residual
     from mechscope.subject.spelling import Spelling
 
-    spelling, shown, listed = Spelling(run.first.tokenizer), [], []
-    for name, dictionary in dictionaries.items():
+    settings, texts, spelling = run.settings.latent, judged.texts, Spelling(run.first.tokenizer)
+    shown, listed = [], []
+    for name, dictionary in judged.dictionaries.items():
         found = top_examples(
-            run.first, dictionary, texts, count=settings.examples, tokens=tokens, other_model=True, execution=run.execution
+            run.first, dictionary, texts, count=settings.examples, tokens=judged.tokens, other_model=True, execution=run.execution
         )
-        latents = found.strongest(settings.latents_shown)
-        place = dictionary.layout.outputs[0]
+        latents, place = found.strongest(settings.latents_shown), dictionary.layout.outputs[0]
+        # where decoder rows are no part of the residual stream there are no tokens to be read off them
         read = promoted_tokens(run.first, dictionary, latents) if latents and writes_residual(place) else [([], [])] * len(latents)
-        whole = found.energy.sum()
         for latent, (up, down) in zip(latents, read, strict=True):
-            component = f"{place.name}.f{latent}"
-            row = {"dictionary": name, "component": component, "share": found.energy[latent] / whole}
-            shown.append(row | {"promotes": spelling.tokens(up), "suppresses": spelling.tokens(down)})
+            about = {"dictionary": name, "component": Latent(place, latent).name}
+            share = found.energy[latent] / found.energy.sum()
+            shown.append({**about, "share": share, "promotes": spelling.tokens(up), "suppresses": spelling.tokens(down)})
             own = found.table[found.table["latent"] == latent]
             for number, text, at, value in zip(own["rank"], own["text"], own["position"], own["value"], strict=True):
                 ids = texts.pairs[text].clean
+                around = {
+                    "before": spelling.text(ids[max(0, at - _BEFORE) : at]),
+                    "token": spelling.token(ids[at]),
+                    "after": spelling.text(ids[at + 1 : at + 1 + _AFTER]),
+                }
                 listed.append(
-                    {
-                        "dictionary": name,
-                        "component": component,
-                        "place": int(number),
-                        "value": float(value),
-                        "text": str(texts.pairs[text].id),
-                        "position": int(at),
-                        "before": spelling.text(ids[max(0, at - _BEFORE) : at]),
-                        "token": spelling.token(ids[at]),
-                        "after": spelling.text(ids[at + 1 : at + 1 + _AFTER]),
-                    }
+                    {**about, "place": int(number), "value": value, "text": str(texts.pairs[text].id), "position": int(at), **around}
                 )
-    if not shown:
-        return {}
-    return {"latents_shown": pd.DataFrame(shown), "latent_examples": pd.DataFrame(listed)}
+    return {"latents_shown": pd.DataFrame(shown), "latent_examples": pd.DataFrame(listed)} if shown else {}

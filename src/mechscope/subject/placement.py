@@ -11,6 +11,7 @@ import contextlib
 import logging
 import platform
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mechscope.errors import ModelError
 
 log = logging.getLogger(__name__)
+_expected: ContextVar[bool] = ContextVar("_expected", default=False)
 
 
 def place_of(module: nn.Module) -> torch.device:
@@ -78,8 +80,20 @@ def require_in_memory(source: str, module: nn.Module, purpose: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def known_to_be_slow() -> Iterator[None]:
+    """Say nothing of emulated bfloat16 inside: mechscope's own copies in it are read once, and their rounding is what is asked."""
+    before = _expected.set(True)
+    try:
+        yield
+    finally:
+        _expected.reset(before)
+
+
 def warn_if_emulated(model: nn.Module) -> None:
     """Say once that a processor has no bfloat16 arithmetic of its own, where a model is to run in it."""
+    if _expected.get():
+        return
     if any(parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters()):
         _warn_once()
 

@@ -53,6 +53,8 @@ def test_dictionaries_are_those_of_the_functions_and_the_page_shows_them_beside_
     own = measured[(measured["dictionary"] == "resid1-40") & (measured["control"] == "")].reset_index(drop=True)
     again = features.measure(subject(), kept, judged, execution=Execution(seed=3)).table
     pd.testing.assert_frame_equal(own[list(again)], again)
+    latents = result.dictionary_latents.query("dictionary == 'm2.in-m2-40'")
+    assert latents["component"].tolist() == [f"m2.f{latent}" for latent in range(40)]
     # what writes elsewhere than it reads has no controls
     controls = measured.groupby("dictionary")["control"].unique().map(sorted).to_dict()
     assert controls["resid1-40"] == controls["a1.z-40"] == ["", "principal components", "random directions"]
@@ -66,6 +68,36 @@ def test_dictionaries_are_those_of_the_functions_and_the_page_shows_them_beside_
     assert set(verify(result.path)["status"]) == {"ok"}
     # the activations went with the stage that was finished
     assert not list((tmp_path / "run").rglob("block-*.safetensors"))
+
+
+def test_controls_are_measured_on_the_tokens_that_their_dictionary_is_measured_on(tmp_path: Path) -> None:
+    # the first three tokens of each text, which are not those that are left out where nothing is said
+    result = run(TRAIN, tmp_path / "run", **QUICK, first=3, latents_shown=0)
+    silent = result.dictionary_measures.query("measure == 'dead'").set_index("control")["note"]
+    read = sum(len(pair.clean) - 3 for pair in held_out(PAIRS, 0.4, 0)[1])
+    assert set(silent) == {f"silent in all {read} tokens that were read"}
+    again = run(
+        MEASURE, None, pairs=PAIRS, dictionary=str(tmp_path / "run" / "dictionaries" / "resid0-40.safetensors"), first=2, latents_shown=0
+    )
+    read = sum(len(pair.clean) - 2 for pair in PAIRS)
+    assert set(again.dictionary_measures.query("measure == 'dead'")["note"]) == {f"silent in all {read} tokens that were read"}
+
+
+def test_listed_latents_are_the_strongest_with_their_own_texts(tmp_path: Path) -> None:
+    result = run(TRAIN, tmp_path / "run", **QUICK, latents_shown=4, examples=3)
+    dictionary = features.Dictionary.load(tmp_path / "run" / "dictionaries" / "resid0-40.safetensors")
+    _, judged = held_out(PAIRS, 0.4, 0)
+    found = features.top_examples(subject(), dictionary, judged, count=3)
+    shares = found.energy / found.energy.sum()
+    assert result.latents_shown["component"].tolist() == [f"resid0.f{latent}" for latent in (-shares).argsort(kind="stable")[:4]]
+    assert result.latents_shown["share"].tolist() == pytest.approx(sorted(shares, reverse=True)[:4])
+    by_id = {str(pair.id): pair.clean for pair in judged}
+    tokenizer = subject().tokenizer
+    for row in result.latent_examples.to_dict("records"):
+        ids, at = by_id[row["text"]], row["position"]
+        assert row["token"] == tokenizer.decode([ids[at]])
+        assert row["before"] == tokenizer.decode(list(ids[max(0, at - 12) : at]))
+        assert row["after"] == tokenizer.decode(list(ids[at + 1 : at + 5]))
 
 
 def test_straight_from_the_model_and_several_widths_with_nested_ones(tmp_path: Path) -> None:
@@ -139,6 +171,7 @@ def test_measuring_reads_what_training_wrote_and_what_others_wrote(tmp_path: Pat
         ({"latents": "many"}, SettingsError, "'latents' is 'many': give whole numbers"),
         ({"rule": "relu"}, SettingsError, "rule relu is sparse by a penalty"),
         ({"transcoders": "7"}, SettingsError, "layers:7 does not exist"),
+        ({"skip": True}, SettingsError, "'skip' is for transcoders"),
         ({"matryoshka": "50"}, SettingsError, "must rise to all 40 latents"),
         ({"pairs": PAIRS.first(1)}, DataError, "give at least two"),
     ],
@@ -155,3 +188,10 @@ def test_dictionaries_that_do_not_fit_are_refused_before_the_model_runs(tmp_path
     refuses(MEASURE, tmp_path / "run", ModelError, "has width 33 at resid1", dictionary=str(tmp_path / "wide.safetensors"))
     refuses(MEASURE, tmp_path / "run", MechscopeError, "absent", dictionary=str(tmp_path / "absent.safetensors"))
     refuses(MEASURE, tmp_path / "run", SettingsError, "'dictionary' is empty", dictionary=",")
+    for settings, message in (
+        ({"place": "resid1"}, "'place' is for dictionaries of other formats"),
+        ({"output": "m1"}, "'output' is for transcoders of saelens and circuit-tracer: format mechscope"),
+        ({"format": "sparsify", "output": "m1"}, "'output' is for transcoders of saelens and circuit-tracer: format sparsify"),
+        ({"format": "circuit-tracer", "place": "mlp.hook_in"}, "give both, or none"),
+    ):
+        refuses(MEASURE, tmp_path / "run", SettingsError, message, dictionary=str(tmp_path / "wide.safetensors"), **settings)

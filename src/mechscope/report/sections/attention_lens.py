@@ -9,7 +9,7 @@ from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, head_heatmap
 from mechscope.report.marks.series import curves
 from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Section, Tables, number, table
-from mechscope.report.shared import estimated, few_texts
+from mechscope.report.shared import estimated, few_texts, worse_than_none
 from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label
 from mechscope.report.theme import number as written
@@ -107,13 +107,12 @@ def _findings(tables: Tables) -> list[Finding]:
     if arrived.of(tables):
         best = arrived.rows(tables).nsmallest(1, "kl_tuned").iloc[0]
         nearer, farther = (Derived("attention_lens", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
-        worse = f"; {farther.written(tables)} {'is' if farther.of(tables) == 1 else 'are'} worse than none" if farther.of(tables) else ""
         found.append(
             Finding(
                 f"On texts that were not learned from, what {label(best['component'])} writes comes nearest to the model's prediction, of "
                 f"{arrived.written(tables)} heads: KL {estimated(best, 'kl_tuned')} nats through its trained map, {written(best['kl_logit_lens'])} without. "
                 "The "
-                f"maps bring {nearer.written(tables)} of {arrived.written(tables)} heads nearer (q < {Q_SIGNIFICANT}){worse}",
+                f"maps bring {nearer.written(tables)} of {arrived.written(tables)} heads nearer (q < {Q_SIGNIFICANT}){worse_than_none(farther, tables)}",
                 n=best["n"],
                 rows=(best,),
                 derived=(arrived, nearer, farther),

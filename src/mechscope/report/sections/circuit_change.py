@@ -14,6 +14,7 @@ from mechscope.report.shared import WITHHELD, counted_in, few_texts, withheld_sh
 from mechscope.report.statements import Caveat, Derived, Finding
 from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
+from mechscope.report.verdicts import rank_verdict
 
 _TOP = 40
 _GREY = "#8C8C8C"
@@ -264,11 +265,15 @@ def _gain_finding(tables: Tables) -> list[Finding]:
     if beside.empty:
         text += "; no random edges were put in beside them, so this does not say that they carry more than any others"
         return [Finding(text, n=n, rows=(row,), folded=True, table="circuit_gain", question="gain")]
-    other, p = beside[beside["edges"] == row["edges"]].iloc[0], row.get("p_random")
+    other, more = beside[beside["edges"] == row["edges"]].iloc[0], row.get("p_random")
     sets = "" if pd.isna(other.get("random_sets")) else f", mean of {written(int(other['random_sets']))} sets"
     text += f"; as many random edges carry {percent(other['share'])}{sets}"
-    surely = p is not None and pd.notna(p) and p <= Q_SIGNIFICANT
-    text += "" if p is None or pd.isna(p) else f" (rank p = {written(p, digits=2)}{'' if surely else ': not shown to be more'})"
+    ranked = pd.notna(more) and pd.notna(row.get("p_less"))
+    surely = ranked and rank_verdict(row) == "more"
+    if ranked:
+        text += (
+            f"; {percent(more, digits=2)} of all sets, itself counted, carry at least as much{'' if surely else ': not shown to be more'}"
+        )
     share = abs(float(row["share"]))
     return [Finding(text, n=n, rows=(row, other), effect=share, folded=not surely, table="circuit_gain", question="gain")]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mechscope.report.beside import listed
 from mechscope.report.marks.controls import KIND_NAMES
 from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Column, Section, Tables, number, table
@@ -122,7 +123,7 @@ def _findings(tables: Tables) -> list[Finding]:
             among = bool(nulls) and min(nulls) <= by_kind["tuned"][0] <= max(nulls)
             found.append(
                 Finding(
-                    f"{words} is {say(by_kind['tuned'][0])} in the tuned model{unit}; beside it, {_beside(by_kind, say)}"
+                    f"{words} is {say(by_kind['tuned'][0])} in the tuned model{unit}; beside it, {listed(by_kind, say)}"
                     + ("; so it does not stand out among controls" if among else ""),
                     n=models["n"].max(),
                     unit="documents",
@@ -132,16 +133,6 @@ def _findings(tables: Tables) -> list[Finding]:
                 )
             )
     return found
-
-
-def _beside(by_kind: dict[str, list[float]], say: Callable[[Any], str]) -> str:
-    """Write the controls' numbers: `5 of noise of the same size 21 % to 54 %`."""
-    told = []
-    for kind, words in KIND_NAMES.items():
-        if kind != "tuned" and kind in by_kind:
-            low, high = say(min(by_kind[kind])), say(max(by_kind[kind]))
-            told.append(f"{len(by_kind[kind])} of {words} {low if low == high else f'{low} to {high}'}")
-    return ", ".join(told)
 
 
 def _each(tables: Tables, name: str, derived: Callable[[str, str], Derived]) -> tuple[Derived, ...]:

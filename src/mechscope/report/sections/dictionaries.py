@@ -19,8 +19,8 @@ from mechscope.report.theme import number as written
 # decimal digits of a density between two bars
 _STEP = 0.25
 _SILENT = -6.0
-# in the order in which they are read
-_SHARES = ("explained variance", "loss recovered, mean", "loss recovered, zero", "kl recovered, mean", "kl recovered, zero")
+# what is asked for first
+_SHARES = ("explained variance", "loss recovered, mean")
 
 TABLES = {
     "dictionaries": table(
@@ -183,12 +183,12 @@ def _brief(measured: pd.DataFrame) -> View:
     keys, ends = ["dictionary", "control"], ("value", "low", "high")
     every = measured.drop_duplicates([*keys, "measure"])
     rows = every[keys].drop_duplicates().merge(every.groupby(keys, as_index=False)["n"].max())
-    for measure in ("l0", *_SHARES[:2], "dead"):
+    for measure in ("l0", *_SHARES, "dead"):
         own = every[every["measure"] == measure]
         rows = rows.merge(own[[*keys, *ends]].rename(columns={end: f"{measure} {end}" for end in ends}), how="left")
     view = Table(rows).words("dictionary", "dictionary", strong=lambda row: not row["control"]).cells("control", "which is", _which)
     view = view.numbers("l0 value", "L0").numbers("dead value", "silent latents")
-    for measure, heading in zip(_SHARES[:2], ("variance kept", "loss recovered, mean"), strict=True):
+    for measure, heading in zip(_SHARES, ("variance kept", "loss recovered, mean"), strict=True):
         view = view.numbers(f"{measure} value", heading, ends=(f"{measure} low", f"{measure} high"))
     return view.numbers("n", "texts").view()
 
@@ -206,7 +206,7 @@ def _findings(tables: Tables) -> list[Finding]:
     if measured is None:
         return found
     for name, own in measured.groupby("dictionary", sort=False):
-        found += [finding for finding in (_kept(str(name), own, measure) for measure in _SHARES[:2]) if finding is not None]
+        found += [finding for finding in (_kept(str(name), own, measure) for measure in _SHARES) if finding is not None]
     return found
 
 

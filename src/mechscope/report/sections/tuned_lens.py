@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechscope.report.marks.heatmaps import Q_SIGNIFICANT
 from mechscope.report.marks.tables import Cell, Shown, Table
 from mechscope.report.section import Section, Tables, number, table
-from mechscope.report.shared import by_model, few_texts
+from mechscope.report.shared import by_model, few_texts, worse_than_none
 from mechscope.report.statements import Derived, Finding
 
 TABLES = {
@@ -46,13 +46,10 @@ def _findings(tables: Tables) -> list[Finding]:
         all_of_them, arrived = Derived("lens_judged", here), Derived("lens_judged", (*here, ("converged", "==", True)))
         nearer, farther = (Derived("lens_judged", (*arrived.where, ("verdict", "==", verdict))) for verdict in ("nearer", "farther"))
         if arrived.of(tables):
-            worse = (
-                f"; {farther.written(tables)} {'is' if farther.of(tables) == 1 else 'are'} worse than none" if farther.of(tables) else ""
-            )
             found.append(
                 Finding(
                     f"In {whose} the tuned lens's map is nearer to the final prediction than the logit lens at {nearer.written(tables)} of "
-                    f"{arrived.written(tables)} places{worse} (q < {Q_SIGNIFICANT}, on texts that were not learned from)",
+                    f"{arrived.written(tables)} places{worse_than_none(farther, tables)} (q < {Q_SIGNIFICANT}, on texts that were not learned from)",
                     n=own["n"].max(),
                     derived=(nearer, arrived, farther),
                     effect=nearer.of(tables) / arrived.of(tables),

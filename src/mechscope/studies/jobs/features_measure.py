@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mechscope.errors import SettingsError
-from mechscope.settings import nested, setting
+from mechscope.settings import Count, Rate, nested, setting
 from mechscope.settings.features import TokenSettings
-from mechscope.studies.dictionaries import LatentSettings, measure_all, show_latents
+from mechscope.studies.dictionaries import Judged, LatentSettings, described, stages
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
@@ -33,23 +33,36 @@ class FeaturesMeasureSettings(OneModel, Texts):
     dictionary: str = setting(..., "Dictionaries: files that `features train` wrote, or folders of --format; several joined by commas.")
     format: Format = setting("mechscope", "What wrote them.")
     place: str | None = setting(
-        None, "The place that they read, where their file does not say it or names it in a way that depends on the model (resid6, m3.in)."
+        None,
+        "The place that dictionaries of other formats read, where their file does not say it or names it in a way that depends on the model: resid6, m3.in; "
+        "for circuit-tracer the hook, mlp.hook_in.",
     )
-    output: str | None = setting(None, "The place that transcoders of SAELens write, likewise.")
+    output: str | None = setting(None, "What transcoders write, likewise: m3 for saelens; the hook, hook_mlp_out, for circuit-tracer.")
     other_model: bool = setting(False, "Measure dictionaries that were made for a model with other weights.")
-    tokens: TokenSettings = nested(TokenSettings)
+    first: Count | None = setting(
+        None, "Tokens at the beginning of each text that are left out; by default as in training, else 1. With --outlier alone: 1."
+    )
+    outlier: Rate | None = setting(
+        None, "Norm, in medians, above which a token is left out; by default as in training, else 10. With --first alone: 10."
+    )
     latent: LatentSettings = nested(LatentSettings)
 
 
 def _read(settings: FeaturesMeasureSettings, path: str) -> dict[str, Dictionary]:
     from mechscope.features import Dictionary, formats
 
-    name, place = Path(path).stem if Path(path).is_file() else Path(path).name, settings.place
+    name, place, output = Path(path).stem if Path(path).is_file() else Path(path).name, settings.place, settings.output
+    if settings.format == "mechscope" and place is not None:
+        raise SettingsError("setting 'place' is for dictionaries of other formats: those of mechscope say what they read")
+    if output is not None and settings.format not in ("saelens", "circuit-tracer"):
+        raise SettingsError(
+            f"setting 'output' is for transcoders of saelens and circuit-tracer: format {settings.format} says what it writes"
+        )
     match settings.format:
         case "mechscope":
             return {name: Dictionary.load(path)}
         case "saelens":
-            return {name: formats.read_saelens(path, place=place, output=settings.output)}
+            return {name: formats.read_saelens(path, place=place, output=output)}
         case "dictionary-learning":
             return {name: formats.read_dictionary_learning(path, place=place)}
         case "sparsify":
@@ -57,7 +70,10 @@ def _read(settings: FeaturesMeasureSettings, path: str) -> dict[str, Dictionary]
         case "gemma-scope":
             return {name: formats.read_gemma_scope(path, place=place)}
         case "circuit-tracer":
-            return {f"{name}-{first}": each for first, each in formats.read_circuit_tracer(path).items()}
+            if (place is None) != (output is None):
+                raise SettingsError("settings 'place' and 'output' name the two hooks of a folder of circuit-tracer: give both, or none")
+            hooks = None if place is None or output is None else (place, output)
+            return {f"{name}-{written}": each for written, each in formats.read_circuit_tracer(path, hooks=hooks).items()}
 
 
 def _load(run: JobRun[Any]) -> dict[str, Dictionary]:
@@ -102,45 +118,22 @@ def _check(run: JobRun[FeaturesMeasureSettings]) -> None:
         dictionary.check(run.first, other_model=run.settings.other_model)
 
 
-def _given(run: JobRun[FeaturesMeasureSettings]) -> tuple[dict[str, Dictionary], TokenSettings | None]:
-    """Return the dictionaries where the model is, and which tokens are left out: those of their training unless others are named."""
-    tokens = None if run.settings.tokens == TokenSettings() else run.settings.tokens
-    return {name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}, tokens
-
-
-def _measure(run: JobRun[FeaturesMeasureSettings]) -> Tables:
+def _describe(run: JobRun[FeaturesMeasureSettings]) -> Tables:
     import pandas as pd
 
-    found, tokens = _given(run)
-    rows = [
-        {
-            "dictionary": name,
-            "reads": ",".join(map(str, each.layout.inputs)),
-            "writes": ",".join(map(str, each.layout.outputs)),
-            "latents": each.latents,
-            "rule": each.layout.rule.name,
-            "k": float("nan") if each.layout.rule.k is None else float(each.layout.rule.k),
-        }
-        for name, each in found.items()
-    ]
-    return {"dictionaries": pd.DataFrame(rows), **measure_all(run, found, run[TEXTS], tokens)}
+    return {"dictionaries": pd.DataFrame([described(name, each) for name, each in run[DICTIONARIES].items()])}
 
 
-def _show(run: JobRun[FeaturesMeasureSettings]) -> Tables:
-    found, tokens = _given(run)
-    return show_latents(run, found, run[TEXTS], tokens, run.settings.latent)
+def _judged(run: JobRun[FeaturesMeasureSettings]) -> Judged:
+    first, outlier, tokens = run.settings.first, run.settings.outlier, None
+    if first is not None or outlier is not None:
+        usual = TokenSettings()
+        tokens = TokenSettings(first=usual.first if first is None else first, outlier=usual.outlier if outlier is None else outlier)
+    return Judged({name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}, run[TEXTS], tokens)
 
 
-_INPUTS = (MODELS, TEXTS, DICTIONARIES)
-MEASURES = Stage(name="measures", work=_measure, hangs_on=("tokens", "seed"), inputs=_INPUTS, alone=True)
-LATENTS = Stage(
-    name="latents",
-    work=_show,
-    hangs_on=("tokens", "seed", "latent"),
-    inputs=_INPUTS,
-    when=lambda settings: settings.latent.latents_shown > 0,
-    alone=True,
-)
+DESCRIPTION = Stage(name="description", work=_describe, inputs=(DICTIONARIES,), alone=True)
+MEASURES, LATENTS = stages(_judged, hangs_on=("first", "outlier"), inputs=(DICTIONARIES,))
 
 
 def _title(names: Mapping[str, str]) -> str:
@@ -155,8 +148,8 @@ JOB = Job(
     example="mechscope features measure gpt2 --dictionary runs/features/dictionaries/resid6-4096.safetensors --data articles.jsonl",
     settings=FeaturesMeasureSettings,
     arguments=("model",),
-    inputs=_INPUTS,
-    stages=(MEASURES, LATENTS),
+    inputs=(MODELS, TEXTS, DICTIONARIES),
+    stages=(DESCRIPTION, MEASURES, LATENTS),
     sections=("dictionaries",),
     title=_title,
     check=_check,

@@ -13,7 +13,7 @@ from mechscope.choices import RuleName
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
-from mechscope.studies.dictionaries import LatentSettings, measure_all, show_latents
+from mechscope.studies.dictionaries import Judged, LatentSettings, described, stages
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
@@ -23,7 +23,7 @@ from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs
-    from mechscope.features import Dictionary, Plan
+    from mechscope.features import Plan
     from mechscope.features.layout import Layout
 
 
@@ -93,6 +93,8 @@ def plans(run: JobRun[FeaturesTrainSettings]) -> dict[str, Plan]:
     from mechscope.features.objective import checked
 
     settings, found = run.settings, dict[str, Plan]()
+    if settings.skip and not settings.transcoders:
+        raise SettingsError("setting 'skip' is for transcoders: name their layers with 'transcoders', or leave it out")
     for latents in _whole("latents", settings.latents):
         below = _whole("matryoshka", settings.matryoshka) if settings.matryoshka else []
         objective = replace(settings.objective, prefixes=(*below, latents) if below else ())
@@ -141,53 +143,24 @@ def _train(run: JobRun[FeaturesTrainSettings]) -> Tables:
         _file(run, name).parent.mkdir(parents=True, exist_ok=True)
         each.dictionary.save(_file(run, name))
         run.stage.add(_file(run, name))
-        layout = each.dictionary.layout
-        rows.append(
-            {
-                "dictionary": name,
-                "reads": ",".join(map(str, layout.inputs)),
-                "writes": ",".join(map(str, layout.outputs)),
-                "latents": layout.latents,
-                "rule": layout.rule.name,
-                "k": float("nan") if layout.rule.k is None else float(layout.rule.k),
-                "steps": settings.training.steps,
-                "tokens": settings.training.steps * settings.training.batch,
-                **each.convergence.columns,
-                "unconverged": each.convergence.reason,
-            }
-        )
+        taken = {"steps": settings.training.steps, "tokens": settings.training.steps * settings.training.batch}
+        rows.append({**described(name, each.dictionary), **taken, **each.convergence.columns, "unconverged": each.convergence.reason})
         curves.append(each.curve.assign(dictionary=name))
     curve = pd.concat(curves, ignore_index=True)
     return {"dictionaries": pd.DataFrame(rows), "dictionary_training": curve[["dictionary", *(c for c in curve if c != "dictionary")]]}
 
 
-def _loaded(run: JobRun[FeaturesTrainSettings]) -> dict[str, Dictionary]:
+def _judged(run: JobRun[FeaturesTrainSettings]) -> Judged:
     from mechscope.features import Dictionary
 
-    return {name: Dictionary.load(_file(run, name)).to(run.first.device) for name in run.table("dictionaries")["dictionary"]}
-
-
-def _measure(run: JobRun[FeaturesTrainSettings]) -> Tables:
-    return measure_all(run, _loaded(run), _split(run)[1], None)
-
-
-def _show(run: JobRun[FeaturesTrainSettings]) -> Tables:
-    return show_latents(run, _loaded(run), _split(run)[1], None, run.settings.latent)
+    names = run.table("dictionaries")["dictionary"]
+    return Judged({name: Dictionary.load(_file(run, name)).to(run.first.device) for name in names}, _split(run)[1], None)
 
 
 _SPLIT = ("test_share", "seed")
 _PLANS = ("places", "transcoders", "cross_layer", "skip", "latents", "rule", "k", "matryoshka", "live", "objective", "training", "harvest")
 TRAINING = Stage(name="training", work=_train, hangs_on=(*_PLANS, *_SPLIT), inputs=(MODELS, TEXTS), alone=True)
-MEASURES = Stage(name="measures", work=_measure, hangs_on=_SPLIT, inputs=(MODELS, TEXTS), after=(TRAINING,), alone=True)
-LATENTS = Stage(
-    name="latents",
-    work=_show,
-    hangs_on=(*_SPLIT, "latent"),
-    inputs=(MODELS, TEXTS),
-    after=(TRAINING,),
-    when=lambda settings: settings.latent.latents_shown > 0,
-    alone=True,
-)
+MEASURES, LATENTS = stages(_judged, hangs_on=_SPLIT, after=(TRAINING,))
 
 
 def _title(names: Mapping[str, str]) -> str:

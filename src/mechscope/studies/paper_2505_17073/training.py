@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from mechscope.report.theme import METRIC_NAMES
 from mechscope.stats.crossed import MIN_DOCUMENTS, MIN_TRAININGS, trainings_for
 from mechscope.stats.inference import interval
 from mechscope.studies.paper_2505_17073.judgement import SIGNIFICANT, Judgement, Scope, Tables, Verdict, percent, verdict
@@ -26,7 +27,7 @@ def versus_standard(tables: Tables, scope: Scope, *, protocol: str) -> Judgement
     """Compare targeted with standard LoRA."""
     judgement = Judgement(
         f"LoRA in the most changed layers alone is at least as good as LoRA in every layer, {PROTOCOLS[protocol]} "
-        f"({scope.metric} not lower by {100 * scope.margin:g} points or more).",
+        f"({METRIC_NAMES[scope.metric]} not lower by {100 * scope.margin:g} points or more).",
         "Targeted LoRA (layers 2, 3, 5) summarises at least as well as standard LoRA, at equal rank.",
     )
     return _judged(judgement, tables, scope, protocol, "vs_standard", -scope.margin, "standard LoRA")
@@ -35,7 +36,7 @@ def versus_standard(tables: Tables, scope: Scope, *, protocol: str) -> Judgement
 def versus_random(tables: Tables, scope: Scope, *, protocol: str) -> Judgement:
     """Compare targeted LoRA with LoRA in as many random layers."""
     judgement = Judgement(
-        f"LoRA in the most changed layers is better than LoRA in as many random layers, {PROTOCOLS[protocol]} ({scope.metric}).",
+        f"LoRA in the most changed layers is better than LoRA in as many random layers, {PROTOCOLS[protocol]} ({METRIC_NAMES[scope.metric]}).",
         "Not tested in the paper.",
     )
     return _judged(judgement, tables, scope, protocol, "vs_random", 0.0, "random layers")
@@ -45,7 +46,7 @@ def circuit_versus_standard(tables: Tables, scope: Scope) -> Judgement | None:
     """Compare LoRA in the circuit with standard LoRA at equal trainable parameters; None where they were not compared."""
     judgement = Judgement(
         f"LoRA in the circuit's heads and MLPs alone is at least as good as LoRA in every layer, {PROTOCOLS[_EQUAL]} "
-        f"({scope.metric} not lower by {100 * scope.margin:g} points or more).",
+        f"({METRIC_NAMES[scope.metric]} not lower by {100 * scope.margin:g} points or more).",
         "Not tested in the paper.",
     )
     judgement = _judged(judgement, tables, scope, _EQUAL, "vs_standard", -scope.margin, "standard LoRA", strategy="circuit")
@@ -55,7 +56,7 @@ def circuit_versus_standard(tables: Tables, scope: Scope) -> Judgement | None:
 def circuit_versus_random(tables: Tables, scope: Scope) -> Judgement | None:
     """Compare LoRA in the circuit with LoRA in random circuits at equal trainable parameters; None where they were not compared."""
     judgement = Judgement(
-        f"LoRA in the circuit's heads and MLPs is better than LoRA in random circuits of the same shape, {PROTOCOLS[_EQUAL]} ({scope.metric}).",
+        f"LoRA in the circuit's heads and MLPs is better than LoRA in random circuits of the same shape, {PROTOCOLS[_EQUAL]} ({METRIC_NAMES[scope.metric]}).",
         "Not tested in the paper.",
     )
     judgement = _judged(judgement, tables, scope, _EQUAL, "vs_random", 0.0, "random circuits", strategy="circuit")
@@ -82,7 +83,7 @@ def _judged(
         return judgement
     row = compared.iloc[0]
     value, low, high, seeds = float(row[versus]), float(row[f"{versus}_low"]), float(row[f"{versus}_high"]), int(row["n_seeds"])
-    what = f"{metric} of {strategy.replace('_', ' ')} minus {other}: {100 * value:+.2f} points"
+    what = f"{METRIC_NAMES[metric]} of {strategy.replace('_', ' ')} minus {other}: {100 * value:+.2f} points"
     over = f"{int(row['n_documents'])} documents and {_seeds(seeds)}"
     judgement = judgement.replaced(value=value, unit="training", overturn=_more_seeds(seeds, float(row[f"{versus}_sd"]), scope.margin))
     if np.isnan(low):
