@@ -3,6 +3,7 @@
 from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.codes import Codes
 from mechscope.features.controls import pca_control, random_control
+from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
@@ -12,10 +13,12 @@ from mechscope.features.places import Latent, Place
 from mechscope.features.rules import Rule
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
 from mechscope.features.trainer import Plan, TrainedDictionary, train
-from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective, TokenSettings
+from mechscope.settings.features import DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
 
 __all__ = [
     "Codes",
+    "Dashboard",
+    "DashboardSettings",
     "Dictionary",
     "DivergedError",
     "Examples",
@@ -39,6 +42,7 @@ __all__ = [
     "autoencoder",
     "cross_layer",
     "crosscoder",
+    "dashboard",
     "harvest",
     "measure",
     "pca_control",

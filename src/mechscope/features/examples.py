@@ -12,25 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
+from mechscope.features.observed import Latents
 from mechscope.features.places import Place
-from mechscope.features.rows import TOKENS_PER_BATCH, Models, reader_of, require_rows
+from mechscope.features.rows import Models
+from mechscope.features.windows import strongest, watch
 from mechscope.instrument import Execution
 from mechscope.instrument.readout import Readout
-from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 # sites whose decoder rows are added to the residual stream
 _WRITES = frozenset({"residual", "attention_output", "mlp_output"})
-# values of single precision: equal texts are not put in order by how they were batched
-_ENTRY = np.dtype([("latent", "i8"), ("text", "i8"), ("position", "i8"), ("value", "f4")])
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,7 @@ class Examples:
 
     def strongest(self, count: int) -> list[int]:
         """Return the latents that carry most of what the dictionary writes: with decoders of norm one, those of the largest energy."""
-        order = np.lexsort((np.arange(len(self.energy)), -self.energy))
-        return [int(latent) for latent in order[:count] if self.energy[latent] > 0]
-
-
-@dataclass(frozen=True)
-class _Found:
-    entries: np.ndarray
-    energy: np.ndarray
-    tokens: int
+        return strongest(self.energy, count)
 
 
 def top_examples(
@@ -87,49 +76,12 @@ def top_examples(
     Raises:
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
-    if count < 1:
-        raise SettingsError(f"count={count}: ask for at least one example of a latent")
-    reader = reader_of(models, dictionary, texts, tokens, other_model=other_model, execution=execution)
-
-    def work(batch: PairBatch) -> _Found:
-        rows = reader.rows(batch)
-        inputs = [rows.values[place].to(dictionary.device, dictionary.dtype) for place in dictionary.layout.inputs]
-        codes = dictionary.encode(inputs)
-        return _Found(_entries(codes, rows.text, rows.position), codes.total(codes.values.square()).double().cpu().numpy(), len(rows))
-
-    kept, energy, read = np.zeros(0, dtype=_ENTRY), np.zeros(dictionary.latents), 0
-    for _, found in over_texts(texts, work, execution, tokens=TOKENS_PER_BATCH, label="examples"):
-        kept = _largest(np.concatenate([kept, found.entries]), count)
-        energy += found.energy
-        read += found.tokens
-    require_rows(read, texts, reader.tokens)
-    rank = np.arange(len(kept)) - np.searchsorted(kept["latent"], kept["latent"]) + 1
-    columns = {
-        "latent": kept["latent"],
-        "rank": rank,
-        "text": kept["text"],
-        "position": kept["position"],
-        "value": kept["value"].astype(float),
-    }
-    return Examples(pd.DataFrame(columns), energy, read)
-
-
-def _entries(codes: Codes, text: Tensor, position: Tensor) -> np.ndarray:
-    rows = codes.rows.cpu()
-    entries = np.zeros(len(rows), dtype=_ENTRY)
-    entries["latent"], entries["text"], entries["position"] = codes.latents.cpu(), text[rows], position[rows]
-    entries["value"] = codes.values.float().cpu()
-    return entries
-
-
-def _largest(entries: np.ndarray, count: int) -> np.ndarray:
-    """Return the largest entries of each latent, one of a text: latent after latent, the largest first."""
-    entries = entries[np.lexsort((entries["position"], -entries["value"], entries["text"], entries["latent"]))]
-    new = np.ones(len(entries), dtype=bool)
-    new[1:] = (np.diff(entries["latent"]) != 0) | (np.diff(entries["text"]) != 0)
-    entries = entries[new]
-    entries = entries[np.lexsort((entries["text"], -entries["value"], entries["latent"]))]
-    return entries[np.arange(len(entries)) - np.searchsorted(entries["latent"], entries["latent"]) < count]
+    latents = Latents(models, dictionary, texts, tokens=tokens, other_model=other_model, execution=execution)
+    seen = watch(latents, texts, top=count, execution=execution)
+    table = pd.DataFrame(
+        {"latent": seen.top.unit, "rank": seen.top.rank + 1, "text": seen.top.text, "position": seen.top.position, "value": seen.top.value}
+    )
+    return Examples(table, seen.energy, seen.tokens)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 # tokens whose median norm bounds those of all
-_PROBE = 4096
+PROBE = 4096
 TOKENS_PER_BATCH = 4096
 Models = Subject | Mapping[str, Subject]
 
@@ -150,7 +150,7 @@ class Reader:
         self.limits = {}
         if self.tokens.outlier is None:
             return
-        chosen = next(blocks(texts, indices, _PROBE, self.tokens.first))
+        chosen = next(blocks(texts, indices, PROBE, self.tokens.first))
         rows = self.run(texts, chosen, execution)
         require_rows(len(rows), texts, self.tokens)
         norms = {place: torch.linalg.vector_norm(value.float(), dim=-1) for place, value in rows.values.items()}

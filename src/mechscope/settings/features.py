@@ -89,3 +89,19 @@ class Objective(Settings):
     def patience(self, training: FeatureTraining) -> int:
         """Return after how many tokens a silent latent counts as dead."""
         return self.dead_after or max(1, min(_DEAD_AFTER, round(_DEAD_SHARE * training.steps * training.batch)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardSettings(Settings):
+    """What a dashboard shows of each latent."""
+
+    panel: ClassVar[str] = "Dashboard"
+
+    latents: Number = setting(2000, "Latents that are shown: those that carry most of what the dictionary writes.")
+    examples: Number = setting(8, "Examples of a latent with the largest activations, each from another text.")
+    of_decile: Count = setting(2, "Random examples of each tenth of a latent's activations; 0 for none.")
+    drawn: Number = setting(60, "Random activations of a latent of which its tenths are made.")
+    before: Count = setting(16, "Tokens shown before an example's own.")
+    after: Count = setting(8, "Tokens shown behind it.")
+    sample: Count = setting(16_384, "Random tokens on which latents are correlated with one another and with heads; 0 for no correlations.")
+    related: Number = setting(5, "Latents, and heads, listed as going with a latent.")

@@ -8,7 +8,7 @@ from mechscope import features
 from mechscope.features import Dictionary, Rule
 from mechscope.instrument import Execution
 from tests import families
-from tests.contract.technique import Case, Result, Technique, columns
+from tests.contract.technique import Case, Result, Technique, columns, numbers
 
 
 def _dictionary(layout: features.Layout) -> Dictionary:
@@ -44,4 +44,18 @@ def examples(case: Case, execution: Execution) -> Result:
     return columns(found.table) | {"energy": found.energy}
 
 
-TECHNIQUES: dict[str, Technique] = {"autoencoder": autoencoder, "transcoder": transcoder, "crosscoder": crosscoder, "examples": examples}
+def dashboard(case: Case, execution: Execution) -> Result:
+    """Gather what is shown of latents."""
+    given = _dictionary(features.autoencoder("resid1", families.WIDTH, 50, Rule("topk", 6)))
+    settings = features.DashboardSettings(examples=2, of_decile=1, drawn=10, before=2, after=1)
+    found = features.dashboard(case.subject, given, case.pairs, settings=settings, execution=execution)
+    return numbers(found)
+
+
+TECHNIQUES: dict[str, Technique] = {
+    "autoencoder": autoencoder,
+    "transcoder": transcoder,
+    "crosscoder": crosscoder,
+    "examples": examples,
+    "dashboard": dashboard,
+}
