@@ -17,9 +17,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mechscope.errors import MechscopeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -128,6 +131,16 @@ def collect(value: T) -> list[T]:
     found: list[Any] | None = [None] * size() if is_first() else None
     distributed.gather_object(value, found, dst=0)
     return found or []
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all ranks: the same bits on each of them. All bring the same shapes in the same order."""
+    if size() == 1:
+        return
+    from torch import distributed
+
+    for tensor in tensors:
+        distributed.all_reduce(tensor)
 
 
 def agreed(value: T) -> T:

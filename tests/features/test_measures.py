@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from torch import Tensor
 
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.features.affine import Affine
-from mechscope.features.controls import pca_control, random_control
+from mechscope.features.controls import controls_of, pca_control, random_control
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.layout import autoencoder, crosscoder, transcoder
-from mechscope.features.measures import Measures, measure
+from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
+from mechscope.features.measures import Measures, measure, measure_together
 from mechscope.features.rows import Reader
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution
@@ -183,7 +184,7 @@ def test_controls_have_as_many_active_latents_and_principal_components_explain_w
     rows = torch.cat(kept_rows(subject, given(), pairs)[0])
     maps = (Affine(1.0, rows.mean(0)),)
     dictionary = Dictionary(given().layout, given().tensors, maps, maps)
-    random, components = random_control(dictionary, 8), pca_control(dictionary, rows, 8)
+    random, components = random_control(dictionary, 8), pca_control(dictionary, [rows], 8)
     assert measure(subject, random, pairs, tokens=ALL).value("l0") == pytest.approx(8, abs=0.5)
     centred = rows - rows.mean(0)
     basis = torch.linalg.svd(centred, full_matrices=False).Vh
@@ -195,8 +196,56 @@ def test_controls_have_as_many_active_latents_and_principal_components_explain_w
     found = measure(subject, components, pairs, tokens=ALL)
     assert found.value("l0") == 8
     assert found.value("explained variance") == pytest.approx(float(expected), rel=1e-6)
-    with pytest.raises(SettingsError, match="autoencoders of one place"):
-        random_control(made(transcoder(1, W, M, Rule("relu"))), 8)
+    both = crosscoder("resid0,resid1", (W, W), M, Rule("topk", 8))
+    values = [rows, rows.flip(0)]
+    exact = pca_control(Dictionary.plain(both, both.tensors(dtype=torch.float64)), values, 2 * W)
+    for x, y in zip(values, exact(values), strict=True):
+        # as many components as there are columns: nothing is lost but the mean, which these maps do not take off
+        torch.testing.assert_close(y, x)
+
+
+def test_a_transcoder_stands_beside_the_best_linear_map_and_a_cross_layer_one_beside_random_directions_that_can_run() -> None:
+    subject, pairs = families.subject("llama", torch.float64), texts(LENGTHS)
+    across = made(transcoder(1, W, M, Rule("topk", 8)))
+    inside, outside = (torch.cat(rows) for rows in kept_rows(subject, across, pairs))
+    controls = controls_of(across, [inside], [outside])
+    assert set(controls) == {"random directions", "linear map"}
+    found = measure_together(subject, {"": across, **controls}, pairs, tokens=ALL)
+    design = torch.cat([inside, torch.ones(len(inside), 1)], dim=1)
+    fitted = design @ torch.linalg.lstsq(design, outside).solution
+    share = 1 - (outside - fitted).square().sum() / (outside - outside.mean(0)).square().sum()
+    assert found["linear map"].value("explained variance") == pytest.approx(float(share), abs=1e-4)
+    assert found["linear map"].value("l0") == 0
+    assert found["random directions"].value("l0") == pytest.approx(found[""].value("l0"), abs=0.6)
+    layered = made(cross_layer((0, 1), W, M, Rule("jumprelu")))
+    rows = Reader(subject, layered.layout.places, ALL).run(pairs, range(len(pairs)), Execution()).values
+    inputs, outputs = ([rows[place] for place in where] for where in (layered.layout.inputs, layered.layout.outputs))
+    (random,) = controls_of(layered, inputs, outputs).values()
+    one, other = measure_together(subject, {"": layered, "random": random}, pairs, tokens=ALL).values()
+    assert other.value("l0") == pytest.approx(one.value("l0"), abs=0.6)
+    assert np.isfinite(other.value("loss, spliced"))
+
+
+@every_family
+def test_dictionaries_measured_together_are_what_each_is_alone_with_one_run_of_the_model(family: str) -> None:
+    subject, pairs, dictionary = families.subject(family, torch.float64), texts(LENGTHS), given()
+    others = {"": dictionary, "random": random_control(dictionary, 8)}
+    passes = [0]
+    hook = subject.anatomy.blocks[1].module.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    try:
+        together = measure_together(subject, others, pairs, tokens=ALL)
+    finally:
+        hook.remove()
+    # the activations; the model's own run, with zero, with the mean, and through each dictionary
+    assert passes[0] == 1 + 3 + len(others)
+    for name, each in others.items():
+        alone = measure(subject, each, pairs, tokens=ALL)
+        assert_frame_equal(together[name].table, alone.table, rtol=1e-9)
+        assert_frame_equal(together[name].latents, alone.latents)
+    with pytest.raises(SettingsError, match=r"dictionary 'far' reads resid0 and writes resid0, the first .* resid1"):
+        measure_together(subject, {"": dictionary, "far": given("resid0")}, pairs)
+    with pytest.raises(SettingsError, match="no dictionary to measure"):
+        measure_together(subject, {}, pairs)
 
 
 def test_too_few_texts_and_what_does_not_fit_are_told() -> None:

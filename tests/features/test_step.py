@@ -16,6 +16,7 @@ from mechscope.features.layout import Layout
 from mechscope.features.objective import checked
 from mechscope.features.rules import Rule
 from mechscope.features.selection import select
+from mechscope.features.shared_batch import Batch
 from mechscope.features.step import step
 from mechscope.settings.features import Objective
 from tests.features import dense_step, oracle
@@ -120,7 +121,7 @@ def test_the_largest_of_a_batch_are_chosen_exactly_whatever_was_guessed(guess: f
     tensors, (u, _) = dense_step.random_tensors(layout), batch(layout)
     (pre,) = (each.clone() for each in pre_activations(layout, tensors, u))
     best = pre.flatten().topk(6 * TOKENS)
-    picked = select(layout, tensors, u, None, 0.0, cut=guess)
+    picked = select(layout, tensors, u, None, 0.0, Batch(TOKENS), cut=guess)
     assert picked.cut == float(best.values.min())
     assert torch.equal((picked.codes.rows * layout.latents + picked.codes.latents).sort().values, best.indices.sort().values)
     assert bool((picked.codes.rows.diff() >= 0).all())

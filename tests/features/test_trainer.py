@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,48 +11,17 @@ import torch
 from mechscope.errors import RunError, SettingsError
 from mechscope.features import trainer
 from mechscope.features.activations import Block, Live, harvest
-from mechscope.features.affine import Affine, moments_of
-from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
+from mechscope.features.affine import Affine
+from mechscope.features.layout import autoencoder
 from mechscope.features.learner import DivergedError
-from mechscope.features.places import Place, places
+from mechscope.features.places import Place
 from mechscope.features.rules import Rule
 from mechscope.features.trainer import Plan, train
 from mechscope.instrument import Execution
-from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
+from mechscope.settings.features import FeatureTraining, HarvestSettings
 from tests import families
-from tests.features.planted import Planted
+from tests.features.plans import PLANS, TRAINING, WHERE, Made
 from tests.features.test_harvest import texts
-
-PLANTED = Planted.of(16, 24, 2)
-WHERE = places("resid0,m1.in,m1,m0.in,m0")
-
-
-class Made:
-    """Planted activations in four blocks, the same at all places but for their scale and centre."""
-
-    def __init__(self, where: tuple[Place, ...] = WHERE) -> None:
-        self.places = where
-        self.blocks = 4
-        self.identity: dict[str, Any] = {"models": {"": "abc"}, "made": "planted"}
-        self.limits: dict[str, float] = {}
-
-    def block(self, number: int) -> Block:
-        rows = PLANTED.rows(500, number)
-        return {place: rows * (2.0 + at) + at for at, place in enumerate(self.places)}
-
-    def affine(self, place: Place) -> Affine:
-        moments = moments_of(torch.cat([self.block(number)[place] for number in range(self.blocks)]))
-        return Affine.fitted(moments)
-
-
-PLANS = {
-    "topk": Plan(autoencoder("resid0", 16, 32, Rule("topk", 3)), Objective(dead_after=500)),
-    "l1": Plan(autoencoder("m1", 16, 24, Rule("relu")), Objective(sparsity=0.1), learning_rate=5e-3),
-    "transcoder": Plan(transcoder(1, 16, 32, Rule("batchtopk", 3), skip=True)),
-    "cross-layer": Plan(cross_layer((0, 1), 16, 24, Rule("jumprelu")), Objective(sparsity=0.1, target=4.0, bandwidth=0.05)),
-    "crosscoder": Plan(crosscoder("resid0,m1", (16, 16), 32, Rule("topk", 3, by_norm=True)), Objective(norms="free")),
-}
-TRAINING = FeatureTraining(steps=30, batch=64, learning_rate=3e-3)
 
 
 def test_dictionaries_learn_together_what_each_learns_alone() -> None:

@@ -23,14 +23,18 @@ from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Encoded
 from mechscope.difference import Difference, compare_weights, difference
 from mechscope.errors import DataError, MechscopeError
+from mechscope.features import DivergedError, Live, Plan, Rule, autoencoder, harvest, measure, train, transcoder
+from mechscope.features.learner import Learner
 from mechscope.instrument import load
 from mechscope.instrument.execution import Execution
 from mechscope.settings import resolve
 from mechscope.settings.decoding import Decoding
+from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
 from mechscope.settings.training import TrainSettings
 from mechscope.stats.spectra import weight_change
 from mechscope.store.run import RunFolder
 from mechscope.studies.jobs.circuit import JOB as CIRCUIT
+from mechscope.studies.jobs.features_train import JOB as FEATURES
 from mechscope.studies.jobs.summarization import JOB as SUMMARIZATION
 from mechscope.studies.runner import run_job
 from mechscope.subject import Components, Subject
@@ -38,10 +42,21 @@ from tests import families
 from tests.causal.pairs import random_pairs
 from tests.contract.technique import case, techniques
 from tests.difference import oracle
+from tests.features.planted import Planted
 
 # eleven documents in six batches: neither two nor three ranks get as many batches each
 LENGTHS = (23, 12, 17, 9, 20, 31, 14, 26, 11, 19, 22)
 TOKENS = 50
+# dictionaries in training: what of a step is no sum over tokens differs among them
+LEARNED: dict[str, tuple[Rule, dict[str, Any]]] = {
+    "relu": (Rule("relu"), {"sparsity": 0.05, "norms": "free"}),
+    "gated": (Rule("gated"), {"sparsity": 0.05}),
+    "topk": (Rule("topk", 3), {"dead_after": 100}),
+    "batchtopk": (Rule("batchtopk", 3), {"dead_after": 100}),
+    "jumprelu, target": (Rule("jumprelu"), {"sparsity": 0.1, "target": 3.0, "bandwidth": 0.05}),
+    "jumprelu, l0": (Rule("jumprelu"), {"sparsity": 0.1, "penalty": "l0", "bandwidth": 0.05}),
+    "matryoshka": (Rule("batchtopk", 3), {"prefixes": (12, 32), "dead_after": 100}),
+}
 
 
 def encoded() -> Encoded:
@@ -204,3 +219,65 @@ def exchanged() -> dict[str, Any]:
         "error": error,
         "label": ranks.label(),
     }
+
+
+def learned(case: str, rows: int) -> dict[str, np.ndarray]:
+    """Take steps of a dictionary's training on this rank's part of every batch, and return weights, losses and the entries chosen."""
+    rule, options = LEARNED[case]
+    layout = autoencoder("resid0", 16, 32, rule)
+    ours = Learner(layout, Objective(**options), FeatureTraining(steps=12, learning_rate=3e-3), layout.tensors(dtype=torch.float64))
+    # some never speak, so that there is something to revive
+    ours.tensors["encoder_bias"][:12] = -1.0
+    done = []
+    for seed in range(12):
+        u = Planted.of(16, 24, 2).rows(rows, seed).double()
+        own = u[ranks.rank() * rows // ranks.size() : (ranks.rank() + 1) * rows // ranks.size()]
+        step = ours.advance(own, own, tokens=rows)
+        done.append((step.loss, step.reconstruction, float(step.active.sum()), float(ours.dead.sum()), step.cut or 0.0))
+    return {**{name: tensor.numpy() for name, tensor in ours.tensors.items()}, "steps": np.array(done), "silent": ours.silent.numpy()}
+
+
+def diverged(rank: int) -> str:
+    """Give one rank a value that is no number, and return what is said."""
+    ours = Learner(autoencoder("resid0", 4, 8, Rule("topk", 2)), Objective(), FeatureTraining(steps=3), layout_tensors())
+    u = torch.ones(3, 4) * (torch.nan if ranks.rank() == rank else 1.0)
+    try:
+        ours.advance(u, torch.ones(3, 4), tokens=3 * ranks.size())
+    except DivergedError as error:
+        return str(error)
+    return "went on"
+
+
+def layout_tensors() -> dict[str, torch.Tensor]:
+    """Return the first tensors of a small autoencoder."""
+    return autoencoder("resid0", 4, 8, Rule("topk", 2)).tensors()
+
+
+def dictionaries(folder: Path, live: bool) -> dict[str, np.ndarray]:
+    """Harvest, train and measure dictionaries in a folder, as a job does, and return weights, curves and measures."""
+    torch.manual_seed(0)
+    subject = load(families.build("llama"), check=False)
+    texts, held_out = random_pairs(9, lengths=(14, 9, 12)), random_pairs(7, lengths=(11, 8), seed=1)
+    settings = HarvestSettings(rows=30, outlier=8.0, precision="float32")
+    source = (
+        Live(subject, texts, "resid1,m1.in,m1", settings=settings, execution=Execution(40))
+        if live
+        else harvest(subject, texts, "resid1,m1.in,m1", folder / "harvest", settings=settings, execution=Execution(40))
+    )
+    plans = {
+        "topk": Plan(autoencoder("resid1", 32, 48, Rule("topk", 4)), Objective(dead_after=100)),
+        "across": Plan(transcoder(1, 32, 48, Rule("batchtopk", 4), skip=True)),
+    }
+    found = train(source, plans, folder / "trained", training=FeatureTraining(steps=10, batch=9, learning_rate=1e-3), keep_every=4)
+    numbers: dict[str, np.ndarray] = {}
+    for name, each in found.items():
+        numbers |= {f"{name}/{key}": tensor.numpy() for key, tensor in each.dictionary.tensors.items()}
+        numbers[f"{name}/curve"] = each.curve.to_numpy()
+        measured = measure(subject, each.dictionary, held_out, execution=Execution(40))
+        numbers |= {f"{name}/measures": measured.table["value"].to_numpy(), f"{name}/density": measured.latents["density"].to_numpy()}
+    return numbers
+
+
+def features_of(settings: dict[str, Any], folder: Path) -> None:
+    """Run `mechscope features train`."""
+    run_job(FEATURES, resolve(FEATURES.settings, **settings), folder)

@@ -8,7 +8,7 @@ from mechscope.features.dictionary import Dictionary
 from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError
-from mechscope.features.measures import Measures, measure
+from mechscope.features.measures import Measures, measure, measure_together
 from mechscope.features.places import Latent, Place
 from mechscope.features.rules import Rule
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
@@ -45,6 +45,7 @@ __all__ = [
     "dashboard",
     "harvest",
     "measure",
+    "measure_together",
     "pca_control",
     "promoted_tokens",
     "random_control",

@@ -4,7 +4,7 @@ A block is what some thousands of texts, drawn in random order, give (`mechscope
 
 `harvest` writes every block into a file of a folder that describes itself (`harvest.json`: places, models, texts, what was left out) and whose files
 carry hashes (`request.json`, as every artifact of mechscope): a killed harvest goes on behind its last file, and a finished one is not made again.
-`Live` gives the same blocks without a disk, at the price of a pass through the model in every round.
+`Live` gives the same blocks without a disk, at the price of a pass through the model in every round. Ranks share the texts of a block; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.features.affine import Affine, moments_of
@@ -181,17 +182,10 @@ def _write(live: Live, texts: Pairs, result: Path, execution: Execution) -> None
     left_out: Counter[str] = Counter()
     counts = []
     for number in range(live.blocks):
-        path = result / _name(number)
-        if not path.is_file():
+        meta = ranks.by_first(partial(_kept, result / _name(number)))
+        if meta is None:
             rows = live.rows(number)
-            tensors = {place.name: _narrow(value, dtype, place) for place, value in rows.values.items()}
-            # of what will be read back, rounding included
-            for place in live.places if len(rows) else ():
-                state = moments_of(tensors[place.name].float()).state()
-                tensors |= {f"{place.name}:{part}": torch.from_numpy(state[part]) for part in ("mean", "m2")}
-            tensors |= {"text": rows.text.int(), "position": rows.position.int()}
-            write_tensors(tensors, path, meta={"rows": len(rows), "left_out": dict(rows.left_out)})
-        _, meta = read_tensors(path)
+            meta = ranks.by_first(partial(_keep, rows, result / _name(number), dtype))
         counts.append(meta["rows"])
         left_out.update(meta["left_out"])
         execution.told("harvest", number + 1, live.blocks)
@@ -206,7 +200,25 @@ def _write(live: Live, texts: Pairs, result: Path, execution: Execution) -> None
         "limits": live.limits,
         "widths": {place.name: place.width(live.reader.subjects[place.model]) for place in live.places},
     }
-    write_json(about, result / ABOUT)
+    ranks.by_first(lambda: write_json(about, result / ABOUT))
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """Return what is known of a block that is there."""
+    return read_tensors(path)[1] if path.is_file() else None
+
+
+def _keep(rows: Rows, path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Write a block and return what is known of it."""
+    tensors = {place.name: _narrow(value, dtype, place) for place, value in rows.values.items()}
+    # of what will be read back, rounding included
+    for place in rows.values if len(rows) else ():
+        state = moments_of(tensors[place.name].float()).state()
+        tensors |= {f"{place.name}:{part}": torch.from_numpy(state[part]) for part in ("mean", "m2")}
+    tensors |= {"text": rows.text.int(), "position": rows.position.int()}
+    meta = {"rows": len(rows), "left_out": dict(rows.left_out)}
+    write_tensors(tensors, path, meta=meta)
+    return meta
 
 
 def _name(number: int) -> str:

@@ -20,6 +20,7 @@ from mechscope.errors import ModelError
 from mechscope.features.dictionary import BLOCK
 from mechscope.features.layout import Layout
 from mechscope.features.objective import checked
+from mechscope.features.shared_batch import Batch
 from mechscope.features.step import Step, step
 from mechscope.settings.features import FeatureTraining, Objective
 
@@ -61,14 +62,19 @@ class Learner:
         return self.silent >= self.objective.patience(self._training)
 
     @torch.no_grad()
-    def advance(self, u: Float[Tensor, "token read"], v: Float[Tensor, "token written"]) -> Step:
+    def advance(self, u: Float[Tensor, "token read"], v: Float[Tensor, "token written"], *, tokens: int | None = None) -> Step:
         """Take one step on a batch, in the units of the tensors.
+
+        Args:
+            u: What is read.
+            v: What is to be written.
+            tokens: Rows of the whole batch, where ranks hold some each and take the step together; None where these are all.
 
         Raises:
             DivergedError: The loss is not finite; the weights are as they were before.
         """
         dead = self.dead if self.objective.aux_weight else None
-        done = step(self.layout, self.tensors, u, v, self.objective, dead=dead, cut=self._cut)
+        done = step(self.layout, self.tensors, u, v, self.objective, dead=dead, cut=self._cut, tokens=tokens)
         gradients = done.gradients
         if self.objective.norms == "unit":
             for number in range(len(self.layout.groups)):
@@ -76,9 +82,10 @@ class Learner:
                 gradient.addcmul_(decoder, torch.einsum("ld,ld->l", gradient, decoder)[:, None], value=-1)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         # inputs too: a pre-activation that is no number is never chosen, and the loss would not show it
-        if not (math.isfinite(done.loss) and bool((norm + u.sum()).isfinite())):
+        read = Batch.of(len(u), tokens).summed(u.sum())
+        if not (math.isfinite(done.loss) and bool((norm + read).isfinite())):
             raise DivergedError(
-                f"loss {done.loss:.3g}, gradient {norm:.3g}, inputs {'finite' if u.isfinite().all() else 'not finite'} at step {self.seen + 1}"
+                f"loss {done.loss:.3g}, gradient {norm:.3g}, inputs {'finite' if read.isfinite() else 'not finite'} at step {self.seen + 1}"
             )
         for name, tensor in self._learned.items():
             tensor.grad = gradients[name]
@@ -90,8 +97,8 @@ class Learner:
         self._adam.zero_grad(set_to_none=True)
         gradients.clear()
         self._settle(done)
-        self.silent += len(u)
-        self.silent[done.codes.latents] = 0
+        self.silent += len(u) if tokens is None else tokens
+        self.silent[done.active > 0] = 0
         self.seen += 1
         return done
 

@@ -15,9 +15,9 @@ model runs through the dictionary.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,33 +25,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.places import Place
+from mechscope.features.predictions import LOSSES, by_text, one_minus, predictions, unfit
 from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, reader_of, require_rows
-from mechscope.features.spliced import splice
-from mechscope.instrument import Edit, Execution, Walk, intervene, unembed
-from mechscope.instrument.edits import EditSite
+from mechscope.instrument import Execution
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.stats.shares import Share, share_of
 from mechscope.subject import Subject
 
-# rows of logits held at once, for the model and for what it is compared with
-_LOGITS = 256
 # what is summed over the tokens of each text
 _SUMS = ("tokens", "squares", "missed", "cosine", "ratio", "inner", "rebuilt")
-_RUNS = ("spliced", "zero", "mean")
 COLUMNS = ("measure", "place", "n", "value", "low", "high", "withheld", "note")
-# what is measured of predictions
-LOSSES = (
-    "loss",
-    *(f"loss, {run}" for run in _RUNS),
-    "kl",
-    *(f"{what} recovered, {run}" for run in ("zero", "mean") for what in ("loss", "kl")),
-)
 
 
 @dataclass(frozen=True)
@@ -102,35 +92,72 @@ def measure(
     Raises:
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
-    reader = reader_of(models, dictionary, texts, tokens, other_model=other_model, execution=execution)
+    return measure_together(models, {"": dictionary}, texts, tokens=tokens, other_model=other_model, execution=execution)[""]
+
+
+def measure_together(
+    models: Models,
+    dictionaries: Mapping[str, Dictionary],
+    texts: Pairs,
+    *,
+    tokens: TokenSettings | None = None,
+    other_model: bool = False,
+    execution: Execution = Execution(),
+) -> dict[str, Measures]:
+    """Measure dictionaries of the same places, such as one and its controls: activations are read, and the model's own and ablated runs made, once for all.
+
+    Args:
+        models: As for `measure`.
+        dictionaries: By name; the tokens left out are those of the first.
+        texts: As for `measure`, as are the others.
+        tokens: Which tokens are left out.
+        other_model: Allow dictionaries of a model with other weights.
+        execution: Tokens of a batch, progress.
+
+    Raises:
+        SettingsError: They read or write different places, or there is none.
+        MechscopeError: As for `measure`.
+    """
+    if not dictionaries:
+        raise SettingsError("there is no dictionary to measure: give at least one")
+    first = next(iter(dictionaries.values()))
+    for name, each in dictionaries.items():
+        if (each.layout.inputs, each.layout.outputs) != (first.layout.inputs, first.layout.outputs):
+            raise SettingsError(
+                f"dictionary {name!r} reads {_joined(each.layout.inputs)} and writes {_joined(each.layout.outputs)}, the first of those measured together "
+                f"{_joined(first.layout.inputs)} and {_joined(first.layout.outputs)}: measure them one by one"
+            )
+        each.check(models, other_model=other_model)
+    reader = reader_of(models, first, texts, tokens, other_model=other_model, execution=execution)
     # said before anything is read
-    unfit = _unfit(models, dictionary, other_model) if isinstance(models, Subject) else ""
-    sums = _Sums(dictionary, len(texts))
-    for batch, found in over_texts(
-        texts, lambda batch: _read(reader, dictionary, batch), execution, tokens=TOKENS_PER_BATCH, label="activations"
-    ):
-        sums.add(batch, found)
-    require_rows(int(sums.l0[1].sum()), texts, reader.tokens)
-    rows = sums.rows()
-    if unfit:
-        absent = Share(np.nan, np.nan, np.nan, len(texts), unfit)
-        rows += [_row(measure, _written(dictionary), absent) for measure in LOSSES]
-    elif isinstance(models, Subject):
-        rows += _losses(models, dictionary, texts, sums, other_model, execution)
-    return Measures(pd.DataFrame(rows, columns=list(COLUMNS)), sums.latents(), int(sums.l0[1].sum()))
+    reasons = {name: unfit(models, each, other_model) for name, each in dictionaries.items()} if isinstance(models, Subject) else {}
+    sums = {name: _Sums(each, len(texts)) for name, each in dictionaries.items()}
 
+    def work(batch: PairBatch) -> dict[str, _Found]:
+        return _read(reader, dictionaries, batch)
 
-def _unfit(subject: Subject, dictionary: Dictionary, other_model: bool) -> str:
-    """Return why the model cannot run through a dictionary, or nothing."""
-    try:
-        with _spliced(subject, dictionary, None, other_model):
-            return ""
-    except SettingsError as error:
-        return str(error)
-
-
-def _spliced(subject: Subject, dictionary: Dictionary, kept: Tensor | None, other_model: bool) -> AbstractContextManager[Any]:
-    return splice(subject, {dictionary.layout.outputs[0]: dictionary}, errors=False, positions=kept, other_model=other_model)
+    for batch, found in over_texts(texts, work, execution, tokens=TOKENS_PER_BATCH, label="activations", dealt=True):
+        for name, own in found.items():
+            sums[name].add(batch, own)
+    for of in sums.values():
+        of.bring_together()
+    whole = next(iter(sums.values()))
+    require_rows(whole.read, texts, reader.tokens)
+    fitting = {name: each for name, each in dictionaries.items() if not reasons.get(name, "several models")}
+    predicted: dict[str, dict[str, Share]] = {}
+    if isinstance(models, Subject) and fitting:
+        predicted = predictions(models, fitting, texts, whole.means(), whole.kept, other_model=other_model, execution=execution)
+    made = {}
+    for name, of in sums.items():
+        rows = of.rows()
+        if name in reasons:
+            absent = Share(np.nan, np.nan, np.nan, len(texts), reasons[name])
+            rows += [
+                _row(measure, _joined(first.layout.outputs), predicted[name][measure] if name in predicted else absent)
+                for measure in LOSSES
+            ]
+        made[name] = Measures(pd.DataFrame(rows, columns=list(COLUMNS)), of.latents(), of.read)
+    return made
 
 
 @dataclass(frozen=True)
@@ -149,11 +176,19 @@ class _Found:
 
 
 @torch.no_grad()
-def _read(reader: Reader, dictionary: Dictionary, batch: PairBatch) -> _Found:
+def _read(reader: Reader, dictionaries: Mapping[str, Dictionary], batch: PairBatch) -> dict[str, _Found]:
     streams = reader.streams(batch)
     kept, _ = reader.kept(batch, streams)
     text = torch.arange(len(batch))[:, None].expand_as(kept)[kept]
-    rows = {place: value[kept.to(value.device)].to(dictionary.device) for place, value in streams.items()}
+    rows = {place: value[kept.to(value.device)] for place, value in streams.items()}
+    own = [row[real] for row, real in zip(kept, batch.real, strict=True)]
+    return {
+        name: _sums_of(each, {place: value.to(each.device) for place, value in rows.items()}, text, own)
+        for name, each in dictionaries.items()
+    }
+
+
+def _sums_of(dictionary: Dictionary, rows: Mapping[Place, Tensor], text: Tensor, kept: list[Tensor]) -> _Found:
     inputs = [rows[place] for place in dictionary.layout.inputs]
     codes = dictionary.encode(inputs)
     sums, means = {}, {}
@@ -170,17 +205,12 @@ def _read(reader: Reader, dictionary: Dictionary, batch: PairBatch) -> _Found:
             inner,
             short**2,
         )
-        sums[place] = _by_text(torch.stack(columns, dim=1), text, len(batch))
-        means[place] = _by_text(x, text, len(batch))
-    l0 = _by_text(torch.stack([codes.counts.cpu().double(), torch.ones(len(text), dtype=torch.float64)], dim=1), text, len(batch))
-    own = [row[real] for row, real in zip(kept, batch.real, strict=True)]
+        sums[place] = by_text(torch.stack(columns, dim=1), text, len(kept))
+        means[place] = by_text(x, text, len(kept))
+    l0 = by_text(torch.stack([codes.counts.cpu().double(), torch.ones(len(text), dtype=torch.float64)], dim=1), text, len(kept))
     return _Found(
-        own, sums, means, l0, torch.bincount(codes.latents, minlength=dictionary.latents).cpu(), codes.total(codes.values).double().cpu()
+        kept, sums, means, l0, torch.bincount(codes.latents, minlength=dictionary.latents).cpu(), codes.total(codes.values).double().cpu()
     )
-
-
-def _by_text(values: Float[Tensor, "token of"], text: Tensor, texts: int) -> np.ndarray:
-    return torch.zeros(values.shape[1], texts, dtype=values.dtype).index_add_(1, text, values.T).numpy()
 
 
 class _Sums:
@@ -208,14 +238,30 @@ class _Sums:
         self.active += found.active
         self.values += found.values
 
+    @property
+    def read(self) -> int:
+        """Tokens that were read."""
+        return int(self.l0[1].sum())
+
+    def bring_together(self) -> None:
+        """Add what other ranks found of their texts."""
+        own, *others = ranks.exchange((self.sums, self.x, self.kept, self.l0, self.active, self.values))
+        self.sums, self.x, self.kept, self.l0, self.active, self.values = own
+        for sums, x, kept, l0, active, values in others:
+            for place in self.sums:
+                self.sums[place] = self.sums[place] + sums[place]
+                self.x[place] = self.x[place] + x[place]
+            self.kept = [one if len(one) else two for one, two in zip(self.kept, kept, strict=True)]
+            self.l0, self.active, self.values = self.l0 + l0, self.active + active, self.values + values
+
     def means(self) -> dict[Place, Float[Tensor, " width"]]:
         """Return the mean of x at each place."""
         return {place: torch.from_numpy(x.sum(1) / self.sums[place][0].sum()) for place, x in self.x.items()}
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Return the measures of activations."""
-        name, silent = _written(self.dictionary), int((self.active == 0).sum())
-        note = f"silent in all {int(self.l0[1].sum()):,} tokens that were read"
+        name, silent = _joined(self.dictionary.layout.outputs), int((self.active == 0).sum())
+        note = f"silent in all {self.read:,} tokens that were read"
         found = [_row("l0", name, share_of(*self.l0)), ("dead", name, self.l0.shape[1], silent, np.nan, np.nan, "", note)]
         for place, sums in self.sums.items():
             of = dict(zip(_SUMS, sums, strict=True))
@@ -223,7 +269,7 @@ class _Sums:
             # Σ‖x − μ‖² of each text, with the mean of all of them
             spread = of["squares"] - 2 * mean @ self.x[place] + of["tokens"] * (mean @ mean)
             found += [
-                _row("explained variance", place.name, _one_minus(share_of(of["missed"], spread, absent="the activations do not vary"))),
+                _row("explained variance", place.name, one_minus(share_of(of["missed"], spread, absent="the activations do not vary"))),
                 _row("cosine", place.name, share_of(of["cosine"], of["tokens"])),
                 _row("norm ratio", place.name, share_of(of["ratio"], of["tokens"])),
                 _row(
@@ -247,79 +293,5 @@ def _row(measure: str, place: str, share: Share) -> tuple[Any, ...]:
     return (measure, place, share.n, share.value, share.low, share.high, share.withheld, "")
 
 
-def _written(dictionary: Dictionary) -> str:
-    return ",".join(map(str, dictionary.layout.outputs))
-
-
-def _one_minus(share: Share) -> Share:
-    return Share(1 - share.value, 1 - share.high, 1 - share.low, share.n, share.withheld)
-
-
-def _losses(
-    subject: Subject, dictionary: Dictionary, texts: Pairs, sums: _Sums, other_model: bool, execution: Execution
-) -> list[tuple[Any, ...]]:
-    """Return the measures of what the model predicts: of its own run, through the dictionary, and with the places ablated."""
-    found = {name: np.zeros(len(texts)) for name in ("own", *_RUNS, *(f"kl {run}" for run in _RUNS))}
-    means = sums.means()
-
-    def changed(run: str, kept: Bool[Tensor, "batch token"]) -> AbstractContextManager[Any]:
-        if run == "spliced":
-            return _spliced(subject, dictionary, kept, other_model)
-        zero = {place: torch.zeros_like(mean) for place, mean in means.items()}
-        return intervene(subject, *(_replaced(place, value, kept) for place, value in (means if run == "mean" else zero).items()))
-
-    @torch.no_grad()
-    def work(batch: PairBatch) -> dict[str, np.ndarray]:
-        kept = torch.zeros_like(batch.real)
-        for row, real, index in zip(kept, batch.real, batch.indices, strict=True):
-            row[real] = sums.kept[index]
-        own = _last(subject, batch, nullcontext())
-        return _compared(subject, batch, own, {run: _last(subject, batch, changed(run, kept)) for run in _RUNS})
-
-    for batch, values in over_texts(texts, work, execution, tokens=TOKENS_PER_BATCH, label="losses"):
-        for name, value in values.items():
-            found[name][list(batch.indices)] = value
-    ones = np.where(np.isnan(found["own"]), np.nan, 1.0)
-    shares = {f"loss{said}": share_of(found[run], ones) for run, said in (("own", ""), *((run, f", {run}") for run in _RUNS))}
-    shares["kl"] = share_of(found["kl spliced"], ones)
-    for run in ("zero", "mean"):
-        absent = f"{'leaving it out' if run == 'zero' else 'its mean in its place'} does not raise the loss"
-        saved, cost = found[run] - found["spliced"], found[run] - found["own"]
-        shares[f"loss recovered, {run}"] = share_of(saved, cost, absent=absent, positive=True)
-        shares[f"kl recovered, {run}"] = _one_minus(share_of(found["kl spliced"], found[f"kl {run}"], absent=absent))
-    return [_row(measure, _written(dictionary), shares[measure]) for measure in LOSSES]
-
-
-def _replaced(place: Place, value: Float[Tensor, " width"], kept: Tensor) -> Edit:
-    def put(current: Tensor) -> Tensor:
-        return value.to(current).view(current.shape[2:]).expand_as(current)
-
-    return Edit(cast(EditSite, place.site), place.layer, put, positions=kept)
-
-
-def _last(subject: Subject, batch: PairBatch, within: AbstractContextManager[Any]) -> Float[Tensor, "batch token d_model"]:
-    with within, subject.active():
-        return Walk(subject, batch.clean, None if bool(batch.real.all()) else batch.real).run()
-
-
-def _compared(subject: Subject, batch: PairBatch, own: Tensor, others: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return by text: mean loss of the model's own run (`own`) and of others, and KL of these from it, over the tokens that predict another."""
-    predicts = batch.real[:, :-1] & batch.real[:, 1:]
-    targets = batch.clean[:, 1:][predicts]
-    text = torch.arange(len(batch))[:, None].expand_as(predicts)[predicts]
-    rows, *changed = (hidden[:, :-1][predicts.to(hidden.device)] for hidden in (own, *others.values()))
-    values = []
-    for start in range(0, len(targets), _LOGITS):
-        part = slice(start, start + _LOGITS)
-        first = unembed(subject, rows[part]).float().log_softmax(-1)
-        at = targets[part].to(first.device)[:, None]
-        columns = [-first.gather(1, at)[:, 0]]
-        for other in changed:
-            second = unembed(subject, other[part]).float().log_softmax(-1)
-            columns += [-second.gather(1, at)[:, 0], (first.exp() * (first - second)).sum(-1)]
-        values.append(torch.stack(columns, dim=1).double().cpu())
-    sums = _by_text(torch.cat(values), text, len(batch))
-    counts = np.bincount(text.numpy(), minlength=len(batch))
-    # a text of one token predicts nothing
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return dict(zip(("own", *(name for run in others for name in (run, f"kl {run}"))), means, strict=True))
+def _joined(places: tuple[Place, ...]) -> str:
+    return ",".join(map(str, places))

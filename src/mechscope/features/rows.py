@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import check_fits
 from mechscope.errors import DataError
@@ -127,15 +128,15 @@ class Reader:
         return Rows({place: value[kept.to(value.device)].cpu() for place, value in streams.items()}, text, position, left_out)
 
     def run(self, texts: Pairs, indices: Sequence[int], execution: Execution, *, label: str = "") -> Rows:
-        """Return the rows of some of the texts, in their order.
+        """Return the rows of some of the texts, in their order; ranks share the batches, and each gets all rows.
 
         Raises:
             DataError: Values are not finite.
             RunError: A single text does not fit into memory.
         """
         chosen = Pairs(tuple(texts.pairs[index] for index in indices), texts.source)
-        parts = [rows for _, rows in over_texts(chosen, self.rows, execution, tokens=TOKENS_PER_BATCH, label=label)]
-        rows = Rows.joined(parts)
+        own = [rows for _, rows in over_texts(chosen, self.rows, execution, tokens=TOKENS_PER_BATCH, label=label, dealt=True)]
+        rows = Rows.joined([rows for parts in ranks.exchange(own) for rows in parts])
         for place, value in rows.values.items():
             if not bool(value.isfinite().all()):
                 raise DataError(f"activations at {place} are not finite: the model's type is too narrow for it, try dtype float32")

@@ -2,8 +2,8 @@
 
 For `topk` and `relu` each block decides for itself. `batchtopk` keeps the k · tokens largest of the whole batch: candidates above a bound are collected
 and cut down whenever there are twice as many, and the bound rises. It may start at a guess (what the last batch's smallest was); where that leaves too
-few, it is begun again from zero, so the choice is exact. `jumprelu` keeps what lies in its thresholds' window too, `gated` all open gates. The
-largest pre-activations of dead latents are taken in the same pass, for AuxK.
+few, it is begun again from zero, so the choice is exact; ranks that share a batch choose among the scores of all. `jumprelu` keeps what lies in its
+thresholds' window too, `gated` all open gates. The largest pre-activations of dead latents are taken in the same pass, for AuxK.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mechscope.features.codes import Codes
 from mechscope.features.dictionary import pre_activations
 from mechscope.features.layout import Layout
 from mechscope.features.rules import entries, top_codes
+from mechscope.features.shared_batch import Batch
 
 # of the guess, from where candidates are collected: batches differ by less
 _SLACK = 0.8
@@ -38,6 +39,7 @@ def select(
     u: Float[Tensor, "token read"],
     sizes: Float[Tensor, " latent"] | None,
     bandwidth: float,
+    batch: Batch,
     *,
     dead: Bool[Tensor, " latent"] | None = None,
     aux_k: int = 0,
@@ -51,6 +53,7 @@ def select(
         u: What it reads.
         sizes: Norms by which latents are compared, or None.
         bandwidth: Width of JumpReLU's window.
+        batch: The whole batch.
         dead: Latents for AuxK.
         aux_k: How many of them for each token.
         cut: `batchtopk`: a guess of the smallest score that will be kept.
@@ -59,7 +62,7 @@ def select(
     silent = None if dead is None or not aux_k else dead.nonzero()[:, 0]
     found: list[Codes] = []
     aux: list[Codes] = []
-    best = _Best(int(rule.k or 0) * len(u), _SLACK * cut) if rule.name == "batchtopk" else None
+    best = _Best(int(rule.k or 0) * batch.tokens, _SLACK * cut, batch) if rule.name == "batchtopk" else None
     for pre in pre_activations(layout, tensors, u):
         if silent is not None and len(silent):
             # a copy of some columns: their number is small unless nearly all are dead
@@ -79,7 +82,7 @@ def select(
     if best is None:
         return Selected(Codes.joined(found), revived, None)
     if best.missed:
-        again = select(layout, tensors, u, sizes, bandwidth)
+        again = select(layout, tensors, u, sizes, bandwidth, batch)
         return Selected(again.codes, revived, again.cut)
     codes, smallest = best.codes(len(u), layout.latents)
     return Selected(codes, revived, smallest)
@@ -88,8 +91,8 @@ def select(
 class _Best:
     """The largest scores of a batch that comes in blocks."""
 
-    def __init__(self, number: int, bound: float) -> None:
-        self.number, self.bound, self._guessed, self._start = number, max(bound, 0.0), bound > 0, 0
+    def __init__(self, number: int, bound: float, batch: Batch) -> None:
+        self.number, self.bound, self._guessed, self._start, self._batch = number, max(bound, 0.0), bound > 0, 0, batch
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # scores, place in the batch, pre-activations
 
     def add(self, pre: Tensor, scores: Tensor) -> None:
@@ -111,13 +114,21 @@ class _Best:
     @property
     def missed(self) -> bool:
         """Whether the guess was too high: fewer are above it than may be kept."""
-        return self._guessed and sum(len(each[0]) for each in self._held) < self.number
+        if not self._guessed:
+            return False
+        held = torch.tensor(sum(len(each[0]) for each in self._held), device=self._held[0][0].device)
+        return int(self._batch.summed(held)) < self.number
 
     def codes(self, tokens: int, width: int) -> tuple[Codes, float]:
         """Return the entries, and the smallest score among them."""
         self._cut()
         scores, places, values = self._held[0]
         smallest = float(scores.min()) if len(scores) else 0.0
+        if self._batch.shared:
+            every = torch.cat(self._batch.parts(scores))
+            smallest = float(every.topk(min(self.number, len(every))).values.min()) if len(every) else 0.0
+            own = scores >= smallest
+            scores, places, values = scores[own], places[own], values[own]
         order = places.argsort()
         places = places[order]
         return Codes.of(places // width, places % width, values[order], tokens, width), smallest

@@ -9,7 +9,7 @@ No autograd: the gradient of a squared error through a sparse code is known, and
     ∂/∂E_j  = Σ_t (∂/∂pre_tj) u_t               over active entries                        `ByLatent.outer`
 
 What dead latents get from AuxK goes through the same products: their entries are put beside the active ones, with a gradient of their own, so that
-nothing of size latents × width is held twice.
+nothing of size latents × width is held twice. Several ranks may each hold some of the batch's rows (`mechscope.features.shared_batch`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mechscope import ranks
 from mechscope.features.codes import ByLatent, Codes
 from mechscope.features.dictionary import decoded, decoder_sizes
 from mechscope.features.layout import Layout
 from mechscope.features.objective import aux_latents
 from mechscope.features.rules import magnitudes
 from mechscope.features.selection import Selected, select
+from mechscope.features.shared_batch import Batch
 from mechscope.settings.features import Objective
 from mechscope.shapes import by_shape
 
@@ -44,7 +46,8 @@ class Step:
         loss: All terms together.
         reconstruction: Mean over tokens of the squared error; with prefixes of all latents together.
         gradients: Of the loss, by the names of the tensors.
-        codes: Active latents and their values.
+        codes: Active latents and their values, of this rank's rows.
+        active: ``(latent)``: by how many tokens of the whole batch each is used.
         cut: Smallest score that was kept (`batchtopk`), or None.
     """
 
@@ -52,6 +55,7 @@ class Step:
     reconstruction: float
     gradients: dict[str, Tensor]
     codes: Codes
+    active: Tensor
     cut: float | None
 
     __repr__ = by_shape
@@ -83,6 +87,7 @@ def step(
     *,
     dead: Bool[Tensor, " latent"] | None = None,
     cut: float = 0.0,
+    tokens: int | None = None,
 ) -> Step:
     """Return a batch's loss and gradients.
 
@@ -94,21 +99,22 @@ def step(
         objective: The terms, checked.
         dead: Latents that AuxK revives; None for nobody.
         cut: `batchtopk`: a guess of the smallest score that will be kept, such as the last batch's; only the speed depends on it.
+        tokens: Rows of the whole batch, where ranks hold some each; None where these are all.
     """
+    batch = Batch.of(len(u), tokens)
     sizes = decoder_sizes(layout, tensors) if objective.norms == "free" else None
     k = 0 if dead is None or not objective.aux_weight else aux_latents(objective, layout, int(dead.sum()))
-    picked = select(layout, tensors, u, sizes if layout.rule.by_norm else None, objective.bandwidth, dead=dead, aux_k=k, cut=cut)
+    picked = select(layout, tensors, u, sizes if layout.rule.by_norm else None, objective.bandwidth, batch, dead=dead, aux_k=k, cut=cut)
     codes = picked.codes.with_values(_values(layout, tensors, picked.codes))
-    tokens = len(u)
-    parts, error, reconstruction, all_prefixes = _reconstructed(layout, tensors, codes, u, v, objective)
+    parts, error, reconstruction, all_prefixes = _reconstructed(layout, tensors, codes, u, v, objective, batch)
     written = parts[0].gradient  # of what is added whole: bias and skip
     df = _inner(layout, tensors, codes, parts)
-    penalty, df, d_sizes = _penalised(layout, picked.codes, codes, df, sizes, objective)
-    through, more = _through(layout, tensors, picked, codes, df, error, sizes, objective)
+    penalty, df, d_sizes = _penalised(layout, picked.codes, codes, df, sizes, objective, batch)
+    through, more = _through(layout, tensors, picked, codes, df, error, sizes, objective, batch)
     loss = all_prefixes + penalty + more
     aux_gradient, aux_pre = None, None
-    if picked.aux is not None and len(picked.aux):
-        auxiliary, aux_gradient, aux_pre = _revival(layout, tensors, picked.aux, error, objective.aux_weight)
+    if picked.aux is not None and (len(picked.aux) or batch.shared):
+        auxiliary, aux_gradient, aux_pre = _revival(layout, tensors, picked.aux, error, objective.aux_weight, batch)
         loss += auxiliary
     gradients = dict(through.own)
     gradients |= _of_maps(layout, codes, picked.aux, parts, aux_gradient, through.pre, aux_pre, u)
@@ -122,8 +128,12 @@ def step(
         gradients["skip"] = written.T @ u
     active = codes.values > 0
     if not bool(active.all()):
-        codes = Codes.of(codes.rows[active], codes.latents[active], codes.values[active], tokens, layout.latents)
-    return Step(float(loss), float(reconstruction), gradients, codes, picked.cut)
+        codes = Codes.of(codes.rows[active], codes.latents[active], codes.values[active], len(u), layout.latents)
+    if batch.shared:
+        ranks.add_up(*gradients.values())
+    losses = batch.summed(torch.stack([torch.as_tensor(each, dtype=u.dtype, device=u.device) for each in (loss, reconstruction)]))
+    used = batch.summed(torch.bincount(codes.latents, minlength=layout.latents))
+    return Step(float(losses[0]), float(losses[1]), gradients, codes, used, picked.cut)
 
 
 def _values(layout: Layout, tensors: Tensors, codes: Codes) -> Tensor:
@@ -138,16 +148,16 @@ def _values(layout: Layout, tensors: Tensors, codes: Codes) -> Tensor:
 
 
 def _reconstructed(
-    layout: Layout, tensors: Tensors, codes: Codes, u: Tensor, v: Tensor, objective: Objective
+    layout: Layout, tensors: Tensors, codes: Codes, u: Tensor, v: Tensor, objective: Objective, batch: Batch
 ) -> tuple[list[_Part], Tensor, Tensor, Tensor]:
     """Return the gradients of what latents write, the error v̂ − v of all together, its loss, and the mean loss over prefixes."""
-    factor = 2 / len(v)
+    factor = 2 / batch.tokens
     if not objective.prefixes:
         error = decoded(layout, tensors, codes)
         if layout.skip:
             error += linear(u, tensors["skip"])
         error -= v
-        loss = error.square().sum() / len(v)
+        loss = error.square().sum() / batch.tokens
         gradient = error * factor
         return [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)], error, loss, loss
     ends = (0, *objective.prefixes)
@@ -157,7 +167,7 @@ def _reconstructed(
     gradients, losses = [], []
     for start, stop in pairwise(ends):
         error = error + codes.between(start, stop)[0].decoded(tensors["decoder.0"][start:stop])
-        losses.append(error.square().sum() / len(v))
+        losses.append(error.square().sum() / batch.tokens)
         gradients.append(error * (factor / len(objective.prefixes)))
     # a latent is part of its own prefix and of all longer ones
     for shorter in range(len(gradients) - 2, -1, -1):
@@ -183,12 +193,12 @@ def _inner(layout: Layout, tensors: Tensors, codes: Codes, parts: list[_Part]) -
 
 
 def _penalised(
-    layout: Layout, pre: Codes, codes: Codes, df: Tensor, sizes: Tensor | None, objective: Objective
+    layout: Layout, pre: Codes, codes: Codes, df: Tensor, sizes: Tensor | None, objective: Objective, batch: Batch
 ) -> tuple[Tensor | float, Tensor, Tensor | None]:
     """Return the penalty on values, the gradient of values with it, and that of the decoders' norms."""
     if not objective.sparsity or objective.penalty not in ("l1", "tanh"):
         return 0.0, df, None
-    factor = objective.sparsity / codes.tokens
+    factor = objective.sparsity / batch.tokens
     if layout.rule.name == "gated":
         # what is penalised are gates, not values: `_through_gates` does it but for the norms
         return 0.0, df, None if sizes is None else pre.total(factor * pre.values)
@@ -205,39 +215,55 @@ def _penalised(
 
 
 def _through(
-    layout: Layout, tensors: Tensors, picked: Selected, codes: Codes, df: Tensor, error: Tensor, sizes: Tensor | None, objective: Objective
+    layout: Layout,
+    tensors: Tensors,
+    picked: Selected,
+    codes: Codes,
+    df: Tensor,
+    error: Tensor,
+    sizes: Tensor | None,
+    objective: Objective,
+    batch: Batch,
 ) -> tuple[_Through, Tensor | float]:
     """Return what the rule makes of the gradient of values, and the loss terms that are the rule's own."""
     match layout.rule.name:
         case "gated":
-            return _through_gates(layout, tensors, picked.codes, codes, df, error, sizes, objective)
+            return _through_gates(layout, tensors, picked.codes, codes, df, error, sizes, objective, batch)
         case "jumprelu":
-            return _through_jumps(tensors, picked.codes, df, objective)
+            return _through_jumps(tensors, picked.codes, df, objective, batch)
     return _Through(df, {}), 0.0
 
 
-def _through_jumps(tensors: Tensors, pre: Codes, df: Tensor, objective: Objective) -> tuple[_Through, Tensor | float]:
+def _through_jumps(tensors: Tensors, pre: Codes, df: Tensor, objective: Objective, batch: Batch) -> tuple[_Through, Tensor | float]:
     threshold = tensors["threshold"][pre.latents]
     above = pre.values > threshold
     window = ((pre.values - threshold).abs() < objective.bandwidth / 2).to(df) / objective.bandwidth
     d_threshold = -threshold * window * df
     penalty: Tensor | float = 0.0
-    active = above.sum().to(df) / pre.tokens
+    active = batch.summed(above.sum().to(df)) / batch.tokens
     if objective.sparsity and objective.penalty == "l0":
-        penalty = objective.sparsity * active
-        d_threshold = d_threshold - window * objective.sparsity / pre.tokens
+        penalty = batch.once(objective.sparsity * active)
+        d_threshold = d_threshold - window * objective.sparsity / batch.tokens
     if objective.sparsity and objective.penalty == "target":
         off = active / objective.target - 1
-        penalty = objective.sparsity * off.square()
-        d_threshold = d_threshold - window * (objective.sparsity * 2 * off / objective.target / pre.tokens)
+        penalty = batch.once(objective.sparsity * off.square())
+        d_threshold = d_threshold - window * (objective.sparsity * 2 * off / objective.target / batch.tokens)
     return _Through(df * above, {"threshold": pre.total(d_threshold)}), penalty
 
 
 def _through_gates(
-    layout: Layout, tensors: Tensors, gates: Codes, codes: Codes, df: Tensor, error: Tensor, sizes: Tensor | None, objective: Objective
+    layout: Layout,
+    tensors: Tensors,
+    gates: Codes,
+    codes: Codes,
+    df: Tensor,
+    error: Tensor,
+    sizes: Tensor | None,
+    objective: Objective,
+    batch: Batch,
 ) -> tuple[_Through, Tensor]:
     """Magnitudes learn from the reconstruction; gates from the penalty and from reconstructing by themselves, with the decoder held fixed."""
-    at, tokens = gates.latents, gates.tokens
+    at, tokens = gates.latents, batch.tokens
     plain = gates.values - tensors["encoder_bias"][at]
     growth = tensors["magnitude_log"][at].exp()
     d_magnitude = df * (codes.values > 0)
@@ -257,10 +283,11 @@ def _through_gates(
     return _Through(d_gate + d_magnitude * growth, own), loss
 
 
-def _revival(layout: Layout, tensors: Tensors, aux: Codes, error: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def _revival(layout: Layout, tensors: Tensors, aux: Codes, error: Tensor, weight: float, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return AuxK's loss, its gradient of what dead latents write, and that of their pre-activations."""
     left = -error
-    variance = (left - left.mean(0)).square().sum().clamp(min=torch.finfo(left.dtype).tiny)
+    mean = batch.summed(left.sum(0)) / batch.tokens
+    variance = batch.summed((left - mean).square().sum()).clamp(min=torch.finfo(left.dtype).tiny)
     missed = decoded(layout, tensors, aux) - tensors["decoder_bias"] - left
     gradient = missed * (2 * weight / variance)
     parts = [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)]

@@ -4,6 +4,7 @@
     memory    weights, gradients and moments, said before anything is allocated
     steps     each dictionary on each batch, its own learning rate and revival
     state     every few hundred steps in one file, from which training goes on to the last bit: the same weights as without the interruption
+    ranks     each takes a part of every batch; gradients are added up, and all hold the same weights, those of one process but for rounding
 
 A loss that is no number ends the training with one error; the last state before it is kept.
 """
@@ -192,7 +193,8 @@ class _Training:
 
     def _require_memory(self) -> None:
         needed = memory_of([plan.layout for plan in self.plans.values()], self.training.batch)
-        free = free_memory(self.device)
+        # ranks of one machine share its memory unless each has a device of its own
+        free = min(ranks.exchange(free_memory(self.device))) // (min(ranks.size(), ranks.local_size()) if self.device.type == "cpu" else 1)
         told = (
             f"{len(self.plans)} {'dictionary' if len(self.plans) == 1 else 'dictionaries'} of "
             f"{', '.join(f'{plan.layout.latents:,}' for plan in self.plans.values())} latents need{'s' if len(self.plans) == 1 else ''} "
@@ -203,17 +205,18 @@ class _Training:
             raise RunError(f"{told}: train fewer at once, or narrower ones")
 
     def _step(self, at: int, rows: Block, work: Work | None) -> None:
-        mapped = {place: self.maps[place](value.to(self.device)) for place, value in rows.items() if place in self.maps}
+        own, tokens = _share(len(rows[self.source.places[0]]))
+        mapped = {place: self.maps[place](value[own].to(self.device)) for place, value in rows.items() if place in self.maps}
         for name, learner in self.learners.items():
             u = _beside(mapped, learner.layout.inputs)
             v = u if learner.layout.outputs == learner.layout.inputs else _beside(mapped, learner.layout.outputs)
             try:
-                done = learner.advance(u, v)
+                done = learner.advance(u, v, tokens=tokens)
             except DivergedError as error:
                 kept = at // self.keep_every * self.keep_every
                 state = f"the state of step {kept} is kept in {work.folder}" if work is not None and kept else "no state was kept yet"
                 raise DivergedError(f"training dictionary {name!r} diverged ({error}): lower its learning_rate; {state}") from error
-            self.curves[name][at] = (done.loss, done.reconstruction, len(done.codes) / len(u), int(learner.dead.sum()))
+            self.curves[name][at] = (done.loss, done.reconstruction, int(done.active.sum()) / tokens, int(learner.dead.sum()))
 
     def _log(self, at: int, speed: float) -> None:
         lines = (
@@ -263,6 +266,12 @@ class _Training:
             curve.insert(0, "step", np.arange(len(curve)))
             found[name] = TrainedDictionary(dictionary, curve, _judged(curve, self.training))
         return found
+
+
+def _share(rows: int) -> tuple[slice, int]:
+    """Return which rows of a batch are this rank's, and how many there are."""
+    ends = [rows * rank // ranks.size() for rank in range(ranks.size() + 1)]
+    return slice(ends[ranks.rank()], ends[ranks.rank() + 1]), rows
 
 
 def _judged(curve: pd.DataFrame, training: FeatureTraining) -> Convergence:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs
     from mechscope.features import Dictionary, TokenSettings
 
-# tokens of which principal components are taken
-_PCA_ROWS = 8192
+# tokens from which controls are made: principal components, linear maps, and how many latents are active
+_CONTROL_ROWS = 8192
 # tokens written on each side of an example's own
 _BEFORE, _AFTER = 12, 4
 
@@ -58,9 +58,7 @@ def stages(
         after: Stages that make the dictionaries.
     """
     own: tuple[Input[Any], ...] = (MODELS, TEXTS, *inputs)
-    measures = Stage(
-        name="measures", work=lambda run: _measure(run, judged(run)), hangs_on=(*hangs_on, "seed"), inputs=own, after=after, alone=True
-    )
+    measures = Stage(name="measures", work=lambda run: _measure(run, judged(run)), hangs_on=(*hangs_on, "seed"), inputs=own, after=after)
     latents = Stage(
         name="latents",
         work=lambda run: _show(run, judged(run)),
@@ -87,21 +85,23 @@ def described(name: str, dictionary: Dictionary) -> dict[str, Any]:
 
 
 def _measure(run: JobRun[Any], judged: Judged) -> Tables:
-    """Measure dictionaries, each autoencoder beside random directions and principal components with as many active latents."""
+    """Measure dictionaries, each beside controls with as many active latents, of which the model's own and ablated runs are made once."""
     import pandas as pd
 
-    from mechscope.features import measure
+    from mechscope.features.measures import measure_together
 
     rows, latents = [], []
     for name, dictionary in judged.dictionaries.items():
-        measured = measure(run.first, dictionary, judged.texts, tokens=judged.tokens, other_model=True, execution=run.execution)
-        rows.append(measured.table.assign(dictionary=name, control=""))
-        latents.append(measured.latents.rename(columns={"latent": "component"}).assign(dictionary=name))
-        # of few texts too, whose mean is given without an interval or not at all
-        active = float(measured.latents["density"].sum())
-        for control, other in _controls(run, dictionary, judged, max(1, round(active))).items():
-            table = measure(run.first, other, judged.texts, tokens=judged.tokens, other_model=True, execution=run.execution).table
-            rows.append(table.assign(dictionary=name, control=control))
+        measured = measure_together(
+            run.first,
+            {"": dictionary, **_controls(run, dictionary, judged)},
+            judged.texts,
+            tokens=judged.tokens,
+            other_model=True,
+            execution=run.execution,
+        )
+        rows += [found.table.assign(dictionary=name, control=control) for control, found in measured.items()]
+        latents.append(measured[""].latents.rename(columns={"latent": "component"}).assign(dictionary=name))
     measures = pd.concat(rows, ignore_index=True)
     first = ["dictionary", "control"]
     return {
@@ -110,21 +110,17 @@ def _measure(run: JobRun[Any], judged: Judged) -> Tables:
     }
 
 
-def _controls(run: JobRun[Any], dictionary: Dictionary, judged: Judged, k: int) -> dict[str, Dictionary]:
-    """Return what a dictionary stands beside; nothing for those that write elsewhere than they read."""
-    from mechscope.features import pca_control, random_control
+def _controls(run: JobRun[Any], dictionary: Dictionary, judged: Judged) -> dict[str, Dictionary]:
+    """Return what a dictionary stands beside."""
+    from mechscope.features.controls import controls_of
     from mechscope.features.rows import blocks, reader_of
 
-    layout, texts = dictionary.layout, judged.texts
-    if layout.inputs != layout.outputs or len(layout.inputs) > 1:
-        return {}
+    texts, layout = judged.texts, dictionary.layout
     reader = reader_of(run.first, dictionary, texts, judged.tokens, other_model=True, execution=run.execution)
-    first = next(blocks(texts, range(len(texts)), _PCA_ROWS, reader.tokens.first))
-    rows = reader.run(texts, first, run.execution, label="principal components").values[layout.inputs[0]]
-    return {
-        "random directions": random_control(dictionary, k, seed=run.settings.seed),
-        "principal components": pca_control(dictionary, rows.to(dictionary.device), k),
-    }
+    first = next(blocks(texts, range(len(texts)), _CONTROL_ROWS, reader.tokens.first))
+    rows = reader.run(texts, first, run.execution, label="controls").values
+    inputs, outputs = ([rows[place].to(dictionary.device) for place in where] for where in (layout.inputs, layout.outputs))
+    return controls_of(dictionary, inputs, outputs, seed=run.settings.seed)
 
 
 def _show(run: JobRun[Any], judged: Judged) -> Tables:

@@ -37,6 +37,14 @@ def crosscoder(case: Case, execution: Execution) -> Result:
     return columns(features.measure(models, given, case.pairs, execution=execution).table)
 
 
+def together(case: Case, execution: Execution) -> Result:
+    """Measure an autoencoder beside random directions."""
+    given = _dictionary(features.autoencoder("resid1", families.WIDTH, 50, Rule("topk", 6)))
+    both = {"": given, "random": features.random_control(given, 4)}
+    found = features.measure_together(case.subject, both, case.pairs, execution=execution)
+    return {f"{name} {key}": values for name, each in found.items() for key, values in columns(each.table).items()}
+
+
 def examples(case: Case, execution: Execution) -> Result:
     """Find where latents are active most."""
     given = _dictionary(features.autoencoder("resid1", families.WIDTH, 50, Rule("topk", 6)))
@@ -56,6 +64,7 @@ TECHNIQUES: dict[str, Technique] = {
     "autoencoder": autoencoder,
     "transcoder": transcoder,
     "crosscoder": crosscoder,
+    "measured together": together,
     "examples": examples,
     "dashboard": dashboard,
 }

@@ -55,10 +55,9 @@ def test_dictionaries_are_those_of_the_functions_and_the_page_shows_them_beside_
     pd.testing.assert_frame_equal(own[list(again)], again)
     latents = result.dictionary_latents.query("dictionary == 'm2.in-m2-40'")
     assert latents["component"].tolist() == [f"m2.f{latent}" for latent in range(40)]
-    # what writes elsewhere than it reads has no controls
     controls = measured.groupby("dictionary")["control"].unique().map(sorted).to_dict()
     assert controls["resid1-40"] == controls["a1.z-40"] == ["", "principal components", "random directions"]
-    assert controls["m2.in-m2-40"] == [""]
+    assert controls["m2.in-m2-40"] == ["", "linear map", "random directions"]
     assert result.latents_shown.groupby("dictionary").size().max() == 5
     assert result.latent_examples.groupby(["dictionary", "component"])["text"].nunique().max() == 2
     # a.z is no part of the residual stream: its latents promote nothing that could be read off
@@ -144,6 +143,9 @@ def test_the_sentence_gives_the_dictionary_and_its_controls() -> None:
         "Dictionary d keeps 83\u202f% [82.0, 84.0] of the variance at resid1 with 4.00 active latents of a token; with as many, random directions 20\u202f% "
         "[19.0, 21.0] (n = 30 texts)."
     )
+    linear = pd.DataFrame([{**rows[2], "control": "linear map", "value": 0.6, "low": 0.59, "high": 0.61, "withheld": "", "note": ""}])
+    (sentence,) = findings("dictionaries", dictionary_measures=pd.concat([table, linear], ignore_index=True))
+    assert sentence.endswith("random directions 20\u202f% [19.0, 21.0]; the linear map 60\u202f% [59.0, 61.0] (n = 30 texts).")
     table.loc[1, ["value", "low", "high", "withheld"]] = [float("nan")] * 3 + ["too few texts: 3 of at least 6"]
     (sentence,) = findings("dictionaries", dictionary_measures=table)
     assert sentence.startswith("Of dictionary d, how much of the variance at resid1 it keeps: withheld, as too few texts: 3 of at least 6")

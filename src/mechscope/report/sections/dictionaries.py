@@ -21,6 +21,7 @@ _STEP = 0.25
 _SILENT = -6.0
 # what is asked for first
 _SHARES = ("explained variance", "loss recovered, mean")
+_LINEAR = "linear map"
 
 TABLES = {
     "dictionaries": table(
@@ -49,7 +50,7 @@ TABLES = {
     "dictionary_measures": table(
         "One row per dictionary, control, measure and place, on texts that were not learned from; ratios of sums over texts (features.md).",
         dictionary="its name",
-        control="empty for the dictionary itself; random directions or principal components with as many active latents",
+        control="empty for the dictionary itself; random directions or principal components with as many active latents, or the linear map between its places",
         measure="what was measured",
         place="where",
         n="texts",
@@ -222,10 +223,13 @@ def _kept(name: str, own: pd.DataFrame, measure: str) -> Finding | None:
     if row["withheld"]:
         return Finding(said, n=row["n"], rows=(row,), withheld=str(row["withheld"]), table="dictionary_measures")
     others = [each for _, each in rows[rows["control"] != ""].iterrows() if not each["withheld"]]
-    beside = ", ".join(f"{each['control']} {_share(each)}" for each in others)
+    # a linear map has no latents
+    beside = ", ".join(f"{each['control']} {_share(each)}" for each in others if each["control"] != _LINEAR)
+    linear = "".join(f"; the {each['control']} {_share(each)}" for each in others if each["control"] == _LINEAR)
     return Finding(
         f"Dictionary {name} keeps {_share(row)} {what} at {row['place']} with {written(l0['value'])} active latents of a token"
-        + (f"; with as many, {beside}" if beside else ""),
+        + (f"; with as many, {beside}" if beside else "")
+        + linear,
         n=row["n"],
         rows=(row, l0, *others),
         effect=float(row["value"]),
@@ -251,9 +255,6 @@ def _caveats(tables: Tables) -> list[Caveat]:
                 weakens="dictionary_measures",
             )
         )
-    measured = tables.get("dictionary_measures")
-    if measured is not None and not (measured["control"] != "").any():
-        found.append(Caveat("Dictionaries that write elsewhere than they read have no controls here.", weakens="dictionary_measures"))
     if "latents_shown" in tables:
         found.append(
             Caveat(
@@ -271,7 +272,7 @@ SECTION = Section(
         "A dictionary writes what the model holds at a place as a few of many directions, its latents. Explained variance is 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²; "
         "loss recovered is (L_ablated − L_spliced) / (L_ablated − L), where the model runs with the reconstruction in the place of what it holds there, and "
         "with zero or the mean. Beside it stand dictionaries that were not trained, with as many active latents: random directions, and the principal "
-        "components of the very texts that are measured."
+        "components of the very texts that are measured; beside a transcoder the best linear map of these texts."
     ),
     tables=TABLES,
     figures=_figures,

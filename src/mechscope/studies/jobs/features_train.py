@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Gt, Lt
 
+from mechscope import ranks
 from mechscope.choices import RuleName
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
@@ -140,8 +142,7 @@ def _train(run: JobRun[FeaturesTrainSettings]) -> Tables:
     trained = train(source, wanted, scratch / "training", training=settings.training, device=run.first.device, execution=run.execution)
     rows, curves = [], []
     for name, each in trained.items():
-        _file(run, name).parent.mkdir(parents=True, exist_ok=True)
-        each.dictionary.save(_file(run, name))
+        ranks.by_first(partial(each.dictionary.save, _file(run, name)))
         run.stage.add(_file(run, name))
         taken = {"steps": settings.training.steps, "tokens": settings.training.steps * settings.training.batch}
         rows.append({**described(name, each.dictionary), **taken, **each.convergence.columns, "unconverged": each.convergence.reason})
@@ -159,7 +160,7 @@ def _judged(run: JobRun[FeaturesTrainSettings]) -> Judged:
 
 _SPLIT = ("test_share", "seed")
 _PLANS = ("places", "transcoders", "cross_layer", "skip", "latents", "rule", "k", "matryoshka", "live", "objective", "training", "harvest")
-TRAINING = Stage(name="training", work=_train, hangs_on=(*_PLANS, *_SPLIT), inputs=(MODELS, TEXTS), alone=True)
+TRAINING = Stage(name="training", work=_train, hangs_on=(*_PLANS, *_SPLIT), inputs=(MODELS, TEXTS))
 MEASURES, LATENTS = stages(_judged, hangs_on=_SPLIT, after=(TRAINING,))
 
 
