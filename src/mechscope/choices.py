@@ -72,3 +72,13 @@ Penalty = Literal["l1", "l0", "tanh", "target"]
 """What keeps the latents of a dictionary sparse while it is trained."""
 Norms = Literal["unit", "free"]
 """Norms of a dictionary's decoders."""
+NodeMethod = Literal["attribution", "integrated-gradients"]
+"""Ways to estimate what a latent or an error does to a metric."""
+NodeSource = Literal["corrupt", "zero"]
+"""What a latent or an error becomes: its value on the corrupt text, or zero."""
+Quadrature = Literal["gauss", "midpoint"]
+"""Where the points of integrated gradients lie: those of Gauss and Legendre, or the middles of equal steps."""
+Filling = Literal["corrupt", "zero", "mean"]
+"""What stands in the place of nodes outside a circuit of latents: their value on the corrupt text, zero, or their mean."""
+Errors = Literal["kept", "removed", "in circuit"]
+"""What becomes of the errors of dictionaries where a circuit of latents is judged."""

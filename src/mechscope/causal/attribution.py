@@ -21,24 +21,19 @@ import numpy as np
 import torch
 from scipy import stats as distributions
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
 from mechscope.causal.places import Place, places
 from mechscope.causal.sources import source_named
-from mechscope.data.metrics import Metric
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.data.scoring import PerText, Runs, check_fits, metric_of, score
+from mechscope.data.scoring import PerText, Runs, check_fits, differentiable_score, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import AttentionCall, CachedRun, Gradients, Reading, attend, gradients, unembed
+from mechscope.instrument import AttentionCall, CachedRun, Gradients, Reading, attend, gradients
 from mechscope.instrument.edits import HEAD_SITES
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
 from mechscope.subject.placement import sent
-
-# rows of logits differentiated at once: 256 × 50,257 × 4 bytes are 49 MiB
-_ROWS = 256
 
 
 def attribution_patch(
@@ -100,7 +95,15 @@ def attribution_patch(
             runs.setdefault("clean", CachedRun(subject, batch.clean, batch.real, sites=recorded))
         judged = metric_of(metric, batch, runs.get("clean", runs[given]))
         ids, real = getattr(batch, changed).to(subject.device), batch.real.to(subject.device)
-        backward = gradients(subject, ids, real, where[0].site, Reading.of(judged.where), partial(_scored, subject, judged), drop=grad_drop)
+        backward = gradients(
+            subject,
+            ids,
+            real,
+            where[0].site,
+            Reading.of(judged.where),
+            partial(differentiable_score, subject, metric=judged),
+            drop=grad_drop,
+        )
         unchanged = backward.score.double().cpu().numpy()
         sets = list(position_masks(positions, batch, pairs))
         estimate = _estimates(backward, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
@@ -125,22 +128,6 @@ def attribution_patch(
     notes: dict[str, Any] = {"direction": direction, "method": method}
     result = effects(rows, estimate, unchanged, metric=metric, clean=clean, corrupt=corrupt, **notes)
     return _with_exact(result, checked, gathered["exact"], absolute=grad_drop) if checked else result
-
-
-def _scored(subject: Subject, metric: Metric, rows: Tensor) -> Tensor:
-    """Return the metric per text; logits of many rows are made again in the backward pass instead of being held until then."""
-    if len(rows) <= _ROWS:
-        return score(subject, rows[None], metric)[0]
-    starts = range(0, len(rows), _ROWS)
-    parts = [
-        checkpoint(partial(_scored_rows, subject, metric, start), part, use_reentrant=False, preserve_rng_state=False)
-        for start, part in zip(starts, rows.split(_ROWS), strict=True)
-    ]
-    return metric.mean(torch.cat(parts))
-
-
-def _scored_rows(subject: Subject, metric: Metric, start: int, rows: Tensor) -> Tensor:
-    return metric.score(unembed(subject, rows), slice(start, start + len(rows)))
 
 
 def _drawn(n: int, check: int, seed: int) -> list[int]:

@@ -6,12 +6,14 @@ Every technique that changes a model and reads a metric goes through here; table
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mechscope import ranks
 from mechscope.data.metrics import Loss, Metric, pair_metric, read_at
@@ -76,6 +78,22 @@ def score(subject: Subject, hidden: Float[Tensor, "units read d_model"], metric:
             rows = slice(start, min(start + _ROWS, read))
             per_row[first : first + at_once, rows] = metric.score(unembed(subject, hidden[first : first + at_once, rows]), rows)
     return metric.mean(per_row)
+
+
+def differentiable_score(subject: Subject, rows: Float[Tensor, "read d_model"], metric: Metric) -> Float[Tensor, " batch"]:
+    """Return a metric per text from the rows it reads; logits of many rows are made again in the backward pass instead of being held until then."""
+    if len(rows) <= _ROWS:
+        return score(subject, rows[None], metric)[0]
+    starts = range(0, len(rows), _ROWS)
+    parts = [
+        checkpoint(partial(_scored_rows, subject, metric, start), part, use_reentrant=False, preserve_rng_state=False)
+        for start, part in zip(starts, rows.split(_ROWS), strict=True)
+    ]
+    return metric.mean(torch.cat(parts))
+
+
+def _scored_rows(subject: Subject, metric: Metric, start: int, rows: Tensor) -> Tensor:
+    return metric.score(unembed(subject, rows), slice(start, start + len(rows)))
 
 
 class Runs:

@@ -6,12 +6,17 @@ from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.examples import Examples, promoted_tokens, top_examples
+from mechscope.features.faithfulness import faithfulness
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError
 from mechscope.features.measures import Measures, measure, measure_together
+from mechscope.features.node_edges import node_edges
+from mechscope.features.node_effects import NodeEffects, node_effects
+from mechscope.features.node_patching import node_means, patch_nodes, patch_places
 from mechscope.features.places import Latent, Place
 from mechscope.features.rules import Rule
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
+from mechscope.features.standing import Node, Standing, in_order
 from mechscope.features.trainer import Plan, TrainedDictionary, train
 from mechscope.settings.features import DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
 
@@ -31,11 +36,14 @@ __all__ = [
     "Layout",
     "Live",
     "Measures",
+    "Node",
+    "NodeEffects",
     "Objective",
     "Place",
     "Plan",
     "Rule",
     "Spliced",
+    "Standing",
     "TokenSettings",
     "TrainedDictionary",
     "ablated",
@@ -43,9 +51,16 @@ __all__ = [
     "cross_layer",
     "crosscoder",
     "dashboard",
+    "faithfulness",
     "harvest",
+    "in_order",
     "measure",
     "measure_together",
+    "node_edges",
+    "node_effects",
+    "node_means",
+    "patch_nodes",
+    "patch_places",
     "pca_control",
     "promoted_tokens",
     "random_control",

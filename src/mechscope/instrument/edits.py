@@ -176,6 +176,8 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
             )
         keep = keep & (where[..., None, None] if heads else where[..., None])
     _require_fit(edit, value, part)
+    if not keep.ndim and value.shape == part.shape and value.dtype == part.dtype:
+        return value.clone()  # all of it: nothing of what stood there stays in an autograd graph
     return torch.where(keep, value, part)
 
 

@@ -1,0 +1,68 @@
+"""The contract of latents and errors as nodes: effects, edges, patching, faithfulness."""
+
+from __future__ import annotations
+
+import torch
+
+from mechscope import features
+from mechscope.features import Dictionary, Rule
+from mechscope.instrument import Execution
+from tests import families
+from tests.contract.technique import Case, Result, Technique, columns
+
+
+def _dictionary(layout: features.Layout) -> Dictionary:
+    """Return random directions, of which some are active everywhere and none for want of a digit."""
+    return Dictionary.plain(layout, layout.tensors(seed=1, dtype=torch.float64))
+
+
+def _standing(case: Case) -> tuple[features.Standing, ...]:
+    layouts = (
+        features.autoencoder("resid0", families.WIDTH, 30, Rule("topk", 6)),
+        features.autoencoder("a1", families.WIDTH, 30, Rule("relu")),
+        features.autoencoder("m1", families.WIDTH, 30, Rule("topk", 6)),
+    )
+    return features.in_order([features.Standing.of(_dictionary(layout), case.subject) for layout in layouts])
+
+
+def node_effects(case: Case, execution: Execution) -> Result:
+    """Estimate what latents and errors do."""
+    found = features.node_effects(case.subject, _standing(case), case.pairs, points=2, execution=execution)
+    return columns(found.table)
+
+
+def node_edges(case: Case, execution: Execution) -> Result:
+    """Estimate what latents do through each other."""
+    nodes = [features.Node.parse(name) for name in ("resid0.f1", "resid0.error", "a1.f2", "a1.f9", "m1.f3", "m1.error")]
+    return columns(features.node_edges(case.subject, _standing(case), case.pairs, nodes, method="attribution", execution=execution))
+
+
+def node_means(case: Case, execution: Execution) -> Result:
+    """Average latents."""
+    found = features.node_means(case.subject, _standing(case), case.pairs, execution=execution)
+    return {f"{place.name} {name}": getattr(means, name).cpu().numpy() for place, means in found.items() for name in ("x", "latents")}
+
+
+def patch_nodes(case: Case, execution: Execution) -> Result:
+    """Replace latents and errors."""
+    nodes = [features.Node.parse(name) for name in ("resid0.f1", "a1.error", "m1.f3")]
+    found = features.patch_nodes(case.subject, _standing(case), case.pairs, nodes, execution=execution)
+    places = features.patch_places(case.subject, _standing(case), case.pairs, filling="zero", execution=execution)
+    return {"nodes": found, "places": places}
+
+
+def feature_faithfulness(case: Case, execution: Execution) -> Result:
+    """Judge a circuit of latents."""
+    nodes = [features.Node.parse(name) for name in ("resid0.f1", "a1.error", "m1.f3", "a1.f7")]
+    active = {each.place: range(30) for each in _standing(case)}
+    found = features.faithfulness(case.subject, _standing(case), case.pairs, nodes, active=active, draws=1, execution=execution)
+    return columns(found)
+
+
+TECHNIQUES: dict[str, Technique] = {
+    "node_effects": node_effects,
+    "node_edges": node_edges,
+    "node_means": node_means,
+    "patch_nodes": patch_nodes,
+    "feature_faithfulness": feature_faithfulness,
+}
