@@ -232,7 +232,7 @@ def test_logits_of_many_rows_are_not_held_for_the_backward_pass(monkeypatch: pyt
             return attribution_patch(subject, PAIRS, metric="loss").values
 
     whole = attributed(0)
-    monkeypatch.setattr("mechscope.causal.attribution._ROWS", 5)  # of the twelve rows
+    monkeypatch.setattr("mechscope.data.scoring._ROWS", 5)  # of the twelve rows
     np.testing.assert_allclose(attributed(1), whole, rtol=1e-9)
     assert held == [12, 0]
 
