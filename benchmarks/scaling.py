@@ -100,7 +100,7 @@ def measured(point: Point) -> dict[str, Any]:
     config = GPT2Config(
         n_layer=point.layers, n_head=point.heads, n_embd=64 * point.heads, vocab_size=point.vocabulary, n_positions=max(16, point.tokens)
     )
-    both = pair(*(load(GPT2LMHeadModel(config)) for _ in range(2)))
+    both = pair(*(load(GPT2LMHeadModel(config).eval()) for _ in range(2)))
     length = point.tokens
     ids = torch.randint(point.vocabulary, (point.documents, length)).tolist()
     examples = tuple(Example(str(n), tuple(text), (1, length // 2), (length // 2, length), False) for n, text in enumerate(ids))

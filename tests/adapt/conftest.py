@@ -59,7 +59,7 @@ def make_subject(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Subject]:
         config = CONFIG_MAPPING[family](**settings)
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            return load(AutoModelForCausalLM.from_config(config), tokenizer=tokenizer, device="cpu")
+            return load(AutoModelForCausalLM.from_config(config).eval(), tokenizer=tokenizer, device="cpu")
 
     return make
 

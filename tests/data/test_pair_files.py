@@ -213,3 +213,12 @@ def test_options_that_make_no_sense_are_errors(jsonl: Write, gpt2: PreTrainedTok
         read_pairs(jsonl([GOOD]), gpt2, limit=0)
     with pytest.raises(DataError, match='on_problem \'ignore\': choose "error" or "skip"'):
         read_pairs(jsonl([GOOD]), gpt2, on_problem="ignore")  # type: ignore[arg-type]  # what a user may write
+
+
+def test_control_tokens_written_in_a_prompt_are_meant(words: PreTrainedTokenizerBase, jsonl: Write) -> None:
+    words.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    (user,) = words.convert_tokens_to_ids(["<|user|>"])
+    row = {"clean": "<|user|>the girl", "corrupt": "<|user|>the boys", "answers": ["is"], "wrong_answers": ["are"], "subject": "girl"}
+    (pair,) = read_pairs(jsonl([row]), words)
+    assert pair.clean == (user, 1, 2)
+    assert pair.segments == {"subject": ((2, 3),)}

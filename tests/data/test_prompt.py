@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -78,6 +79,28 @@ def test_special_tokens_written_in_a_text_are_text() -> None:
     example = encode(corpus(TEXTS[2]), tokenizer, max_tokens=500).examples[0]
     assert example.input_ids.count(tokenizer.eos_token_id) == 1
     assert example.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_control_tokens_of_a_template_are_one_token_each_and_those_of_an_article_are_letters() -> None:
+    tokenizer = copy.deepcopy(newsroom_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|model|>"]})
+    user, model = tokenizer.convert_tokens_to_ids(["<|user|>", "<|model|>"])
+    template = Template("<|user|>{document}\n<|model|>{summary}<|user|>")
+    article = TEXTS[0][0] + " <|user|> said so."
+    example = encode(corpus((article, TEXTS[0][1])), tokenizer, template=template, max_tokens=500).examples[0]
+    places = {token: [at for at, one in enumerate(example.input_ids) if one == token] for token in (user, model)}
+    assert places[user] == [example.document[0] - 1, len(example) - 2]  # an end token follows the closing
+    assert places[model] == [example.summary[0] - 1]
+
+
+def test_a_start_token_written_in_a_template_is_not_set_twice(tinystories: PreTrainedTokenizerBase) -> None:
+    made = corpus(("A dog ran home and slept there all day.", "A dog slept."))
+    plain, written = (
+        encode(made, tinystories, template=Template(f"{start}Article: {{document}}\nSummary: {{summary}}"), max_tokens=100).examples[0]
+        for start in ("", "<|start_story|>")
+    )
+    assert written.input_ids.count(written.input_ids[0]) == 1
+    assert written.input_ids[0] == plain.input_ids[0]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,7 +17,7 @@ from mechscope.difference import compare_weights
 from mechscope.difference.weights import compare_weights_of
 from mechscope.errors import ModelError
 from mechscope.instrument.execution import Execution
-from mechscope.subject import pair
+from mechscope.subject import Pair, pair
 from mechscope.subject.load import load
 from tests import families
 from tests.difference import oracle
@@ -231,10 +231,12 @@ def test_the_change_of_a_lora_of_rank_three_has_rank_three():
 
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}])
-def test_an_adapter_that_is_not_a_sum_of_weights_is_refused_rather_than_half_counted(variant: dict[str, bool]):
+def test_an_adapter_that_is_not_a_sum_of_weights_is_compared_as_it_is_merged(variant: dict[str, bool]):
     tuned = load(lora("gpt_neox", ["query_key_value"], **variant), device="cpu")
-    with pytest.raises(ModelError, match=r"query_key_value .* more than a sum W \+ ΔW .* merge the adapter"):
-        compare_weights(pair(tuned.without_adapter(), tuned))
+    table = compare_weights(pair(tuned.without_adapter(), tuned)).table
+    merged = load(lora("gpt_neox", ["query_key_value"], **variant).merge_and_unload(), device="cpu")
+    pd.testing.assert_frame_equal(table, compare_weights(pair(load(families.build("gpt_neox")), merged)).table)
+    assert (table.loc[table["kind"] == "query", "change"] > 0).all()
 
 
 def test_modules_trained_whole_beside_an_adapter_are_compared():
@@ -286,7 +288,7 @@ def test_positions_are_not_cut_like_a_vocabulary():
 def test_a_parameter_in_one_model_only_is_an_error_that_names_it():
     base, tuned = families.build("llama", tie_word_embeddings=True), families.build("llama")
     with pytest.raises(ModelError, match=r"do not have the same parameters: lm_head\.weight \(1 in all\) are in one only; .* untied\?"):
-        compared(base, tuned)
+        compare_weights(Pair(load(base), load(tuned), families.VOCABULARY))
 
 
 def test_progress_counts_parameters():

@@ -19,7 +19,7 @@ from mechscope.instrument import observed
 from mechscope.instrument.execution import Execution
 from mechscope.lens.backward import _Gradient, backward_lens, gradient_directions
 from mechscope.lens.gradient_factors import MATRICES, Factors, factors, matrices_of
-from mechscope.subject.anatomy import base_layer, is_conv1d
+from mechscope.subject.linear import base_layer, is_conv1d
 from mechscope.subject.load import Subject, load
 from tests import families
 

@@ -14,7 +14,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.lens import spectroscopy
 from mechscope.lens.spectroscopy import Bands, bands, logit_spectrum, suppress_bands
-from mechscope.subject.anatomy import oriented_weight
+from mechscope.subject.linear import oriented_weight
 from tests import families
 from tests.stats.skewed import mean_test
 

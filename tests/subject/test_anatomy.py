@@ -11,7 +11,8 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Model
 
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, observed
-from mechscope.subject.anatomy import Slice, discover, is_conv1d, oriented_weight
+from mechscope.subject.anatomy import Slice, discover
+from mechscope.subject.linear import is_conv1d, oriented_weight
 from mechscope.subject.load import Subject, load
 from tests import families
 

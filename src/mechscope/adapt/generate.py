@@ -22,6 +22,7 @@ from mechscope.data.template import Template
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.decoding import Decoding
+from mechscope.subject.modes import evaluating
 
 PAPER = Decoding(beams=2, no_repeat_ngram=2, max_new_tokens=150)
 """How paper 1 (arXiv 2505.17073) decodes."""
@@ -53,7 +54,7 @@ def summarize(
     """Continue prompts until the end token; several ranks share them.
 
     Args:
-        model: A causal language model, plain or with an adapter; left in evaluation mode.
+        model: A causal language model, plain or with an adapter; held in evaluation mode meanwhile.
         tokenizer: Turns tokens into text, and names the end token.
         prompts: Token ids, for example from `encode_prompts`.
         decoding: How to search and when to stop.
@@ -64,7 +65,6 @@ def summarize(
     """
     # inside the adapter's wrapper, which would keep a copy of the generation settings; the adapter acts there just the same
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    model.eval()
     device = next(model.parameters()).device
     written: dict[int, str] = {}
     # the prompts' places travel through the length-sorted batches as their ids
@@ -78,7 +78,7 @@ def summarize(
         decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return {int(example.id): text.strip() for example, text in zip(batch.examples, decoded, strict=True)}
 
-    with _plain_decoding(model, tokenizer, decoding):
+    with _plain_decoding(model, tokenizer, decoding), evaluating(model.modules()):
         for _, summaries in over_texts(texts, answered, per_beam, tokens=1, label="summaries", dealt=True):
             written |= summaries
     everyone = {place: text for part in ranks.exchange(written) for place, text in part.items()}

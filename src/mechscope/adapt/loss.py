@@ -22,6 +22,7 @@ from mechscope.choices import LossOn
 from mechscope.data.prompt import Batch, Example, Examples, collate
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
+from mechscope.subject.modes import evaluating
 
 IGNORED = -100  # the label that Hugging Face leaves out of a loss
 NOTHING = Example("", (0,), (0, 0), (0, 0), False)  # fills a batch up: no token of it is predicted or counted
@@ -91,12 +92,11 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collat
     """Return the token-weighted loss of a set of examples, in nats per token; several ranks share them.
 
     Args:
-        model: A causal language model; left in evaluation mode.
+        model: A causal language model; held in evaluation mode meanwhile.
         examples: Encoded documents with summaries.
         collator: Which tokens count.
         execution: Tokens of a batch (8,192 by default).
     """
-    model.eval()
     device = next(model.parameters()).device
 
     def summed(batch: Batch) -> tuple[float, int]:
@@ -104,8 +104,9 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, collator: Collat
         return float(loss), tokens
 
     total, count = 0.0, 0
-    for _, (loss, tokens) in over_texts(Examples(examples, collator.pad_id), summed, execution, tokens=8192, dealt=True):
-        total += loss
-        count += tokens
+    with evaluating(model.modules()):
+        for _, (loss, tokens) in over_texts(Examples(examples, collator.pad_id), summed, execution, tokens=8192, dealt=True):
+            total += loss
+            count += tokens
     parts = ranks.exchange((total, count))
     return sum(part for part, _ in parts) / sum(part for _, part in parts)

@@ -18,8 +18,9 @@ from typing import Any
 from mechscope.choices import LoraModules
 from mechscope.errors import SettingsError
 from mechscope.shapes import by_shape
-from mechscope.subject.anatomy import Block, Slice, is_conv1d, oriented_weight
+from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.components import Components
+from mechscope.subject.linear import is_conv1d, oriented_weight
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects
@@ -25,11 +26,11 @@ from mechscope.causal.parts import Index, Part, parts_of, set_of
 from mechscope.causal.places import edits_of
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, fetched, metric_of
-from mechscope.errors import SettingsError
+from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import CachedRun
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Pair, Subject
-from mechscope.subject.anatomy import base_layer
+from mechscope.subject.linear import acting, adds, base_layer
 
 By = Literal["activations", "weights"]
 Into = Literal["into_base", "into_tuned"]
@@ -140,6 +141,11 @@ def swapped(subject: Subject, weights: Mapping[str, Tensor], own: Mapping[str, T
         own: The weights as they act now, if they are at hand.
     """
     subject.require_in_memory("exchanging weights")
+    for layer in subject.plain.modules() if subject.adapted else ():
+        if isinstance(layer, BaseTunerLayer) and not adds(layer):
+            raise ModelError(
+                f"exchanging weights under {type(layer).__name__} of this adapter: it does more than add to its map; merge the adapter first"
+            )
     own = dict(subject.weights()) if own is None else own
     before: list[tuple[Tensor, Tensor]] = []
     try:
@@ -157,7 +163,7 @@ def swapped(subject: Subject, weights: Mapping[str, Tensor], own: Mapping[str, T
 
 def _parameter(subject: Subject, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
-    parameter: Tensor = getattr(base_layer(subject.plain.get_submodule(path)), key)
+    parameter: Tensor = getattr(base_layer(acting(subject.plain.get_submodule(path))), key)
     return parameter
 
 

@@ -16,7 +16,8 @@ from mechscope.causal.effects import place_columns
 from mechscope.causal.places import Place, places_of
 from mechscope.errors import SettingsError
 from mechscope.subject import Components, Subject
-from mechscope.subject.anatomy import Block, Slice, is_conv1d
+from mechscope.subject.anatomy import Block, Slice
+from mechscope.subject.linear import is_conv1d
 
 Index = tuple[slice, ...]
 LEVELS = ("layer", "attention", "mlp", "head", "residual", "embedding", "unembedding")

@@ -233,12 +233,12 @@ class _Texts:
         self.pieces = Pieces(self.tokenizer)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        return (*self.pieces.start_ids, *self.pieces.ids([text], first=True)[0])
+        return self.pieces.opened(text)
 
     def answers(self, texts: Sequence[str]) -> list[int]:
         """Return the one token of each answer."""
         tokens = []
-        for text, ids in zip(texts, self.pieces.ids(texts), strict=True):
+        for text, ids in zip(texts, self.pieces.ids(texts, control=True), strict=True):
             if len(ids) != 1:
                 pieces = ", ".join(repr(self.tokenizer.decode([one])) for one in ids)
                 remedy = "choose a word of one token (behind a space it is written with that space, ' so')"
@@ -247,18 +247,18 @@ class _Texts:
         return tokens
 
     def first_answer(self, text: str) -> int:
-        return self._known(self.pieces.ids([text])[0][0], text)
+        return self._known(self.pieces.ids([text], control=True)[0][0], text)
 
     def segments(self, text: str, named: Mapping[str, str]) -> dict[str, tuple[Span, ...]]:
         """Find where named texts stand, in tokens of the prompt."""
-        start = len(self.pieces.start_ids)
+        start = len(self.ids(text)) - len(self.pieces.ids([text], first=True, control=True)[0])
         segments = {}
         for name, wanted in named.items():
             places = _occurrences(text, wanted)
             if not places:
                 raise _Unusable("segment_absent", f"{name} {wanted!r} does not stand in {text!r}", "copy it from there letter by letter")
             try:
-                spans = self.pieces.token_spans(text, places, first=True)
+                spans = self.pieces.token_spans(text, places, first=True, control=True)
             except DataError as error:
                 raise _Unusable("segment_unplaced", str(error), "leave the segment out") from error
             segments[name] = tuple((start + begin, start + end) for begin, end in spans)

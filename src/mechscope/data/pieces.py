@@ -48,24 +48,38 @@ class Pieces:
         alone, anchor, both = self._tokenise([PROBE, ANCHOR, ANCHOR + PROBE])
         return anchor if both == anchor + both[len(anchor) :] and both[len(anchor) :] != alone else []
 
-    def ids(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
-        """Tokenise pieces, each on its own, without special tokens; `first` for pieces that stand at the start of a text rather than inside one."""
+    def ids(self, texts: Sequence[str], *, first: bool = False, control: bool = False) -> list[list[int]]:
+        """Tokenise pieces, each on its own, without adding special tokens.
+
+        Args:
+            texts: The pieces.
+            first: They stand at the start of a text rather than inside one.
+            control: Special tokens written out in them are meant (`<|user|>` in a template); else they are text, as in an article that quotes one.
+        """
         anchor = [] if first else self.anchor_ids
         if not anchor:
-            return self._tokenise(texts)
-        anchored = self._tokenise([ANCHOR + text for text in texts])
+            return self._tokenise(texts, control=control)
+        anchored = self._tokenise([ANCHOR + text for text in texts], control=control)
         # a merge across the anchor (several line feeds in one token) leaves only the piece alone to go by
         merged = [at for at, ids in enumerate(anchored) if ids[: len(anchor)] != anchor]
-        alone = dict(zip(merged, self._tokenise([texts[at] for at in merged]), strict=True)) if merged else {}
+        alone = dict(zip(merged, self._tokenise([texts[at] for at in merged], control=control), strict=True)) if merged else {}
         return [alone[at] if at in alone else ids[len(anchor) :] for at, ids in enumerate(anchored)]
 
-    def token_spans(self, text: str, spans: Sequence[tuple[int, int]], *, first: bool = False) -> list[tuple[int, int]]:
+    def opened(self, text: str) -> tuple[int, ...]:
+        """Tokenise what a user writes as the start of a text: behind the start token, once, and with the special tokens that are written out in it."""
+        ids = tuple(self.ids([text], first=True, control=True)[0])
+        return ids if ids[: len(self.start_ids)] == self.start_ids else (*self.start_ids, *ids)
+
+    def token_spans(
+        self, text: str, spans: Sequence[tuple[int, int]], *, first: bool = False, control: bool = False
+    ) -> list[tuple[int, int]]:
         """Find the tokens that hold given characters of a piece.
 
         Args:
             text: the piece.
             spans: half-open character spans in it.
             first: whether the piece stands at the start of a text rather than inside one.
+            control: whether special tokens written out in it are meant, as in `ids`.
 
         Returns:
             Half-open token spans, each the fewest tokens that cover its characters.
@@ -76,10 +90,10 @@ class Pieces:
         if not self.tokenizer.is_fast:
             raise DataError(f"{type(self.tokenizer).__name__} gives no character offsets: use the fast version of this tokenizer")
         anchor = [] if first else self.anchor_ids
-        encoded = self._call([ANCHOR + text if anchor else text], return_offsets_mapping=True)
+        encoded = self._call([ANCHOR + text if anchor else text], control=control, return_offsets_mapping=True)
         skip = len(anchor) if list(encoded["input_ids"][0][: len(anchor)]) == anchor else None
         if skip is None:
-            encoded, skip = self._call([text], return_offsets_mapping=True), 0
+            encoded, skip = self._call([text], control=control, return_offsets_mapping=True), 0
         shift = len(ANCHOR) if skip else 0
         offsets = [(begin - shift, end - shift) for begin, end in encoded["offset_mapping"][0][skip:]]
         ids = encoded["input_ids"][0][skip:]
@@ -95,15 +109,15 @@ class Pieces:
             covering.append((inside[0], inside[-1] + 1))
         return covering
 
-    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokenise(self, texts: Sequence[str], *, control: bool = False) -> list[list[int]]:
         tokens: list[list[int]] = []
         # a part at a time: what the tokenizer notes of every token is many times its id
         for start in range(0, len(texts), AT_ONCE):
-            parts = self._call(texts[start : start + AT_ONCE])["input_ids"]
+            parts = self._call(texts[start : start + AT_ONCE], control=control)["input_ids"]
             # one object per word of the vocabulary, not per token of the corpus: 8 bytes for each of these instead of 36
             tokens += [[self._ids.setdefault(token, token) for token in ids] for ids in parts]
         return tokens
 
-    def _call(self, texts: Sequence[str], **options: bool) -> dict[str, list]:
+    def _call(self, texts: Sequence[str], *, control: bool, **options: bool) -> dict[str, list]:
         # split_special_tokens: "<|endoftext|>" written in an article is text and must not end the prompt
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not control, verbose=False, **options)

@@ -77,11 +77,10 @@ class Frame:
     """
 
     def __init__(self, pieces: Pieces, template: Template) -> None:
-        start = pieces.start_ids
-        opening = pieces.ids([template.opening], first=True)[0] if template.opening else []
         end = pieces.tokenizer.eos_token_id
         self.document_is_first = not template.opening
-        self.head: tuple[int, ...] = (*start, *opening)
-        self.joint = tuple(pieces.ids([template.joint])[0])
-        self.tail = (*(pieces.ids([template.closing])[0] if template.closing else []), *([] if end is None else [end]))
+        self.head: tuple[int, ...] = pieces.opened(template.opening) if template.opening else pieces.start_ids
+        self.joint = tuple(pieces.ids([template.joint], control=True)[0])
+        closing = pieces.ids([template.closing], control=True)[0] if template.closing else []
+        self.tail = (*closing, *([] if end is None or closing[-1:] == [end] else [end]))
         self.around = len(self.head) + len(self.joint) + len(self.tail)

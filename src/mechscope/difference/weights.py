@@ -26,7 +26,8 @@ from mechscope.instrument.execution import Execution
 from mechscope.shapes import by_shape
 from mechscope.stats.spectra import Spectrum, weight_change
 from mechscope.subject import Pair, Subject
-from mechscope.subject.anatomy import Slice, is_conv1d
+from mechscope.subject.anatomy import Slice
+from mechscope.subject.linear import is_conv1d
 from mechscope.subject.placement import index_for, sent
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.norms import Norm, recognised
 from mechscope.shapes import by_shape
 from mechscope.subject import Pair, Subject
-from mechscope.subject.anatomy import is_conv1d
+from mechscope.subject.linear import is_conv1d
 from mechscope.subject.placement import fetched, index_for
 
 

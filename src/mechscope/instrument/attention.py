@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mechscope.errors import ModelError
 from mechscope.instrument.kernels import pattern_blocks
+from mechscope.instrument.rotary import by_own_length
 from mechscope.shapes import by_shape
 from mechscope.subject.load import Subject
 
@@ -188,7 +189,7 @@ def observed(subject: Subject, tap: Tap | None = None, *, rewrite: Rewrite | Non
     for module, entry in entries:
         _WATCHES.setdefault(module, []).append(entry)
     try:
-        with subject.active():
+        with subject.active(), by_own_length(subject):
             yield
     finally:
         for module, entry in entries:

@@ -21,7 +21,7 @@ from mechscope.instrument.norms import Norm, recognised
 from mechscope.instrument.walk import Walk
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject import Subject
-from mechscope.subject.anatomy import Block, base_layer, is_conv1d, oriented_weight
+from mechscope.subject.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Mlps:
         self.subject, self._wiring = subject, Wiring(subject)
         self.parts = _discovered(subject)
         self.widths = tuple(block.d_mlp for block in subject.anatomy.blocks)
-        self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.is_adapter else {}
+        self._linears: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def __getitem__(self, layer: int) -> Mlp:
         """Return one layer's weights."""
@@ -184,15 +184,12 @@ class Mlps:
         return Reading(weight - weight.mean(1, keepdim=True) if norm.centred else weight, constant)
 
     def _linear(self, name: str) -> tuple[Float[Tensor, "output input"], Float[Tensor, " output"] | None]:
-        module = self.subject.plain.get_submodule(name)
-        if self._adapted:
-            stored, bias = self._adapted[f"{name}.weight"], self._adapted.get(f"{name}.bias")
-            weight = stored.T if is_conv1d(module) else stored
-        else:
-            weight, bias = oriented_weight(module).detach(), getattr(base_layer(module), "bias", None)
+        if name not in self._linears:
+            self._linears[name] = self.subject.linear(self.subject.plain.get_submodule(name))
+        weight, bias = self._linears[name]
         # products of many terms are not taken in half precision
         kind = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(kind), None if bias is None else bias.detach().to(kind)
+        return weight.to(kind), None if bias is None else bias.to(kind)
 
 
 _Flow = dict[nn.Module, tuple[Tensor, Tensor]]

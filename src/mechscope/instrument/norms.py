@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
-from mechscope.subject.anatomy import acting
+from mechscope.subject.linear import acting
 from mechscope.subject.placement import fetched
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mechscope.errors import ModelError
 from mechscope.instrument.norms import Norm, recognised
-from mechscope.subject.anatomy import base_layer, oriented_weight
 from mechscope.subject.load import Subject
 
 
@@ -48,9 +47,9 @@ class Readout:
         """
         subject.require_in_memory("taking logits apart")
         anatomy = subject.anatomy
-        weight, bias = _linear(subject, anatomy.unembedding)
+        weight, bias = subject.linear(anatomy.unembedding)
         if anatomy.projection_out is not None:
-            narrow, own = _linear(subject, anatomy.projection_out)
+            narrow, own = subject.linear(anatomy.projection_out)
             if own is not None:
                 raise ModelError(f"{subject.family} has a biased map before its unembedding: its logits are not taken apart here")
             weight = weight @ narrow
@@ -122,14 +121,3 @@ class Readout:
     def capped(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
         """Apply the family's soft cap: what the model gives out."""
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-
-def _linear(subject: Subject, module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return a map's weight as (output, input) and its bias, with an active adapter's change."""
-    bias = getattr(base_layer(module), "bias", None)
-    if subject.is_adapter:
-        name = next(name for name, other in subject.plain.named_modules() if other is module)
-        own = {key.removeprefix(f"{name}."): value for key, value in subject.weights() if key.startswith(f"{name}.")}
-        if "weight" in own:  # tied to the embedding, it is listed there only, and no adapter acts on it
-            return own["weight"], own.get("bias")
-    return oriented_weight(module).detach(), None if bias is None else bias.detach()

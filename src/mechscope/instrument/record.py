@@ -137,7 +137,8 @@ def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch 
     """Return what each head writes: its z times its slice of W_O, without the projection's bias."""
     output = subject.anatomy.blocks[call.layer].output
     require_in_memory(subject.source, output.module, "recording head outputs")
-    weight = torch.stack([output.weight(head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
+    whole, _ = subject.linear(output.module)
+    weight = torch.stack([output.take(whole, head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
     return torch.einsum("bthd,hmd->bthm", call.z, weight)
 
 

@@ -18,7 +18,8 @@ from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.norms import Norm, recognised
 from mechscope.instrument.parts import PARTS, attention_inputs
 from mechscope.instrument.walk import Walk
-from mechscope.subject.anatomy import Block, base_layer
+from mechscope.subject.anatomy import Block
+from mechscope.subject.linear import base_layer
 from mechscope.subject.load import Subject
 
 

@@ -6,7 +6,7 @@ A model's own code runs around them, with its hooks; every substitute is taken b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -36,8 +36,15 @@ def fused_activations(subject: Subject) -> Iterator[None]:
 @contextlib.contextmanager
 def stubbed(module: nn.Module, output: Any) -> Iterator[None]:
     """Let a module return a given output instead of running; its hooks still see it."""
+    with acting_as(module, lambda *args, **kwargs: output):
+        yield
+
+
+@contextlib.contextmanager
+def acting_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run other code for the duration."""
     own = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **kwargs: output
+    vars(module)["forward"] = forward
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from mechscope.instrument.walk import Walk, model_inputs
 from mechscope.subject import load as loading
 from mechscope.subject.load import Subject
 from mechscope.subject.pair import Pair, pair
+from mechscope.subject.placement import fetched
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
     for item in failed:
         log.warning(
             "%s: check %r failed (off by %.1e, allowed %.1e): %s will not be right",
-            source,
+            _named(subject) if isinstance(source, nn.Module) else source,
             item.name,
             item.error,
             item.tolerance,
@@ -81,10 +82,16 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
     return subject
 
 
+def _named(subject: Subject) -> str:
+    size = subject.anatomy
+    return f"{type(subject.plain).__name__} of {size.n_layers} layers × {size.n_heads} heads, width {size.d_model}"
+
+
 def load_pair(base: str | Path, tuned: str | Path, *, resize: Literal["refuse", "truncate"] = "refuse", **options: Any) -> Pair:
     """Load a base model and its tuned version, test both, and check that they can be compared.
 
-    An adapter is put on the base that is given, and the base is the same weights with the adapter disabled: one model in memory.
+    An adapter is put on the base that is given, and the base is the same weights with the adapter disabled: one model in memory. Where putting it on
+    has changed the base's weights (trained biases or embeddings, PiSSA, OLoRA), the base is loaded apart.
 
     Args:
         base: Hub id or directory of the pre-trained model.
@@ -97,6 +104,14 @@ def load_pair(base: str | Path, tuned: str | Path, *, resize: Literal["refuse", 
     """
     if loading.is_adapter(tuned) and not loading.is_adapter(base):
         adapted = load(tuned, base=base, **options)
+        if adapted.displaced:
+            log.info(
+                "putting adapter %s on changed %d weights of its base (%s, …): the base is loaded apart",
+                tuned,
+                len(adapted.displaced),
+                adapted.displaced[0],
+            )
+            return pair(load(base, **options), adapted, resize=resize)
         return pair(replace(adapted.without_adapter(), source=str(base)), adapted, resize=resize)
     return pair(load(base, **options), load(tuned, **options), resize=resize)
 
@@ -115,11 +130,12 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
         calls: list[AttentionCall] = []
         with (
             observed(subject, calls.append),
-            record(subject, "embedding", "residual", "value", "z", "attention_output", "mlp_output") as recording,
+            record(subject, "embedding", "residual", "z", "attention_output", "mlp_output") as recording,
         ):
             seen = subject.model(**inputs).logits
         with observed(subject, lambda call: call.z.clone()):
             unchanged = subject.model(**inputs).logits
+        after = _behind_padding(subject, ids, real)
     if len(calls) != subject.anatomy.n_layers:
         raise ModelError(
             f"model {subject.source!r} ({subject.family}): {len(calls)} of {subject.anatomy.n_layers} layers went through transformers' attention "
@@ -133,6 +149,7 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
     # the model may have come with another attention implementation, whose rounding differs: hence the tolerance
     checks = [
         check("recording and padding do not change the logits", _error(seen[real], plain), "every measurement"),
+        check("a token does not see what follows it", _error(after, seen[0, : after.shape[0]]), "texts of different length in one batch"),
         check("an intervention with the recorded value is a no-op", _error(unchanged, seen, real), "interventions", allowed=0.0),
         check("attention rows sum to one", max(_row_sums(call, real) for call in calls), "attention statistics", allowed=1e-5),
         check("fused and exact entropies agree", max(_entropy_error(call, real) for call in calls), "attention statistics", allowed=1e-4),
@@ -171,6 +188,16 @@ def _probe(subject: Subject) -> tuple[Tensor, Tensor]:
     real = torch.ones(2, length, dtype=torch.bool)
     real[1, : length // 3] = False
     return ids.to(subject.device), real.to(subject.device)
+
+
+@torch.no_grad()
+def _behind_padding(subject: Subject, ids: Tensor, real: Tensor) -> Tensor:
+    """Return the logits of the beginning of the first row with other tokens behind it: padding on the right rests on their not being seen."""
+    length = max(1, ids.shape[1] // 2)
+    other = ids[:1].clone()
+    other[:, length:] = ids[1:, length:].flip(1)
+    with observed(subject):
+        return subject.model(**model_inputs(other, None), use_cache=False).logits[0, :length]
 
 
 def _error(values: Tensor, expected: Tensor, real: Tensor | None = None) -> float:
@@ -223,8 +250,15 @@ def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Ten
                     worst = max(worst, _error(own, seen[:, head], real))
                 else:
                     own = own[0, first] if norm is None else norm(own[0, first])
-                    worst = max(worst, 1 - float(torch.cosine_similarity(own, seen[0, head, first], dim=0)))
+                    worst = max(worst, _turned(own, seen[0, head, first]))
     return worst
+
+
+def _turned(own: Tensor, seen: Tensor) -> float:
+    """Return how far two vectors point apart, whatever their length; zero beside zero (a pruned head) points nowhere else."""
+    if not own.any() or not seen.any():
+        return float(bool(own.any()) or bool(seen.any()))
+    return 1 - float(torch.cosine_similarity(own, seen, dim=0))
 
 
 def _outputs(subject: Subject, recording: Recording) -> float:
@@ -232,8 +266,13 @@ def _outputs(subject: Subject, recording: Recording) -> float:
     for layer, block in enumerate(subject.anatomy.blocks):
         if block.attention_write is not block.attention:  # a norm stands between the heads and the residual stream
             continue
-        z = recording["z", layer]
-        written = block.output.module(z.flatten(2))
+        z = recording["z", layer].flatten(2)
+        with fetched(block.output.module):
+            try:
+                weight, bias = subject.linear(block.output.module)
+            except ModelError:  # an adapter there that no weight can stand for
+                return torch.inf
+            written = nn.functional.linear(z, weight.to(z.device), None if bias is None else bias.to(z.device))
         worst = max(worst, _error(written, recording["attention_output", layer]))
     return worst
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechscope.instrument.rotary import by_own_length
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import sent
 
@@ -39,7 +40,12 @@ class Walk:
         """Run the embedding and note every block's arguments; `real` is False where a token is padding, None if there is no padding."""
         self.subject = subject
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        with subject.active(), _substituted([block.module for block in subject.anatomy.blocks], self._note):
+        lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if real is None else real.sum(1)
+        with (
+            subject.active(),
+            by_own_length(subject, lengths),
+            _substituted([block.module for block in subject.anatomy.blocks], self._note),
+        ):
             subject.anatomy.backbone(**model_inputs(sent(input_ids, subject.device), real), use_cache=False)
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mechscope.instrument.norms import Norm
 from mechscope.instrument.structure import Structure, discovered
-from mechscope.subject.anatomy import Slice, base_layer, is_conv1d, oriented_weight
+from mechscope.subject.anatomy import Slice
 from mechscope.subject.load import Subject
 
 # the structure of a model, with and without its adapter (which may bring norms of its own); the weights themselves are read anew each time
@@ -60,7 +60,7 @@ class Wiring:
         self.parallel = structure.parallel
         self.group = subject.anatomy.n_heads // subject.anatomy.n_kv_heads
         self._constants: dict[tuple[int, str], Tensor | None] = {}
-        self._adapted: dict[str, Tensor] = dict(subject.weights()) if subject.is_adapter else {}
+        self._linears: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
 
     def attention_norm(self, layer: int) -> Norm | None:
         """Return the norm that a layer's heads read through."""
@@ -120,11 +120,11 @@ class Wiring:
         return norm.normalised(whole)[1][..., None]
 
     def _linear(self, part: Slice) -> tuple[Tensor, Tensor | None]:
-        if not self._adapted:
-            weight, bias = oriented_weight(part.module), getattr(base_layer(part.module), "bias", None)
-            return weight.detach(), None if bias is None else bias.detach()
-        stored = self._adapted[f"{part.name}.weight"]
-        return (stored.T if is_conv1d(part.module) else stored), self._adapted.get(f"{part.name}.bias")
+        if not self.subject.is_adapter:
+            return self.subject.linear(part.module)
+        if part.module not in self._linears:  # what an adapter makes of a map is computed once
+            self._linears[part.module] = self.subject.linear(part.module)
+        return self._linears[part.module]
 
 
 def _cut(values: Tensor, starts: tuple[int, ...], width: int) -> Tensor:

@@ -25,7 +25,6 @@ from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
 from mechscope.lens.question import ROWS, Question
 from mechscope.subject import Subject
-from mechscope.subject.anatomy import base_layer, is_conv1d, oriented_weight
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,6 @@ class Decomposition:
         self.wiring, self.readout = Wiring(subject), Readout.of(subject)
         blocks = subject.anatomy.blocks
         self._positions = _position_embeddings(subject)
-        names = {block.mlp_linears[-1] for block in blocks}
-        own = subject.weights() if subject.is_adapter else ()
-        self._stored = {key: value for key, value in own if key.rpartition(".")[0] in names}
         with subject.active():
             self._mlp_norms = [norm_behind_mlp(subject, layer) for layer in range(len(blocks))]
         self.parts = tuple(self._parts())
@@ -174,13 +170,7 @@ class Decomposition:
 
     def _down(self, layer: int) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, " d_model"] | None]:
         """Return the MLP's last map as it acts now."""
-        block = self.subject.anatomy.blocks[layer]
-        name, module = block.mlp_linears[-1], block.mlp_down
-        if not self._stored:
-            bias = getattr(base_layer(module), "bias", None)
-            return oriented_weight(module).detach(), None if bias is None else bias.detach()
-        weight = self._stored[f"{name}.weight"]
-        return (weight.T if is_conv1d(module) else weight), self._stored.get(f"{name}.bias")
+        return self.subject.linear(self.subject.anatomy.blocks[layer].mlp_down)
 
     def _along(self, taken: Reading, values: Float[Tensor, "batch token d_model"], direction: Tensor) -> Float[Tensor, " read"]:
         """Return ⟨what was written at the rows that are read, direction⟩."""

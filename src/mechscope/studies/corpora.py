@@ -76,13 +76,20 @@ def encode_for(settings: DocumentFormat, corpus: Corpus, subject: Subject) -> En
     """Encode documents by the settings, no longer than the model can read."""
     if subject.tokenizer is None:
         raise DataError(f"model {subject.source!r} has no tokenizer: documents cannot be turned into tokens; pass tokenizer=…")
-    return encode(
+    encoded = encode(
         corpus,
         subject.tokenizer,
         template=Template(settings.template),
         max_tokens=min(settings.max_tokens, subject.anatomy.max_positions),
         on_problem=settings.on_problem,
     )
+    for example in encoded.examples:
+        if (highest := max(example.input_ids)) >= subject.anatomy.vocab_size:
+            raise DataError(
+                f"document {example.id!r} holds token {highest} ({subject.tokenizer.decode([highest])!r}), the embedding of {subject.source!r} has "
+                f"{subject.anatomy.vocab_size:,} tokens: call resize_token_embeddings(len(tokenizer)) and save, or use the model's own tokenizer"
+            )
+    return encoded
 
 
 def load_corpus(settings: DocumentFormat, source: str, *, split: str | None, limit: int | None, name: str) -> Corpus:

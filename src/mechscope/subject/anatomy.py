@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.shapes import by_shape
+from mechscope.subject.linear import base_layer, oriented_weight
 
 Layout = Literal["apart", "side_by_side", "interleaved"]
 
@@ -65,7 +65,7 @@ class Slice:
         return weight[start:stop] if self.side == "output" else weight[:, start:stop]
 
     def weight(self, head: int) -> Tensor:
-        """Return a head's weights: (d_head, d_model) for query, key and value, (d_model, d_head) for the output projection."""
+        """Return a head's stored weights: (d_head, d_model) for query, key and value, (d_model, d_head) for the output projection."""
         return self.take(oriented_weight(self.module), head)
 
 
@@ -106,7 +106,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a decoder-only transformer and its sizes."""
+    """The parts of a decoder-only transformer and its sizes; `rotaries` are those modules whose rotary frequencies depend on how long a text is."""
 
     n_layers: int
     n_heads: int
@@ -123,6 +123,7 @@ class Anatomy:
     unembedding: nn.Module
     logit_softcap: float | None
     logit_multiplier: float
+    rotaries: tuple[nn.Module, ...] = ()
 
     __repr__ = by_shape
 
@@ -131,33 +132,6 @@ class Anatomy:
         for layer in range(self.n_layers):
             for head in range(self.n_heads):
                 yield layer, head
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a linear map stores its weight as (input, output), as GPT-2's `Conv1D` does."""
-    return type(base_layer(module)).__name__ == "Conv1D"
-
-
-def base_layer(module: nn.Module) -> nn.Module:
-    """Return the plain module inside a PEFT layer, or the module itself."""
-    inner: Any = module
-    while hasattr(inner, "base_layer"):
-        inner = inner.base_layer
-    return cast(nn.Module, inner)
-
-
-def acting(module: nn.Module) -> nn.Module:
-    """Return the module that computes now, of those that PEFT keeps where an adapter trains a whole module: its own copy, or the original."""
-    if not isinstance(module, ModulesToSaveWrapper):
-        return module
-    on = module.active_adapters and not module.disable_adapters
-    return cast(nn.Module, module.modules_to_save[module.active_adapters[0]] if on else module.original_module)
-
-
-def oriented_weight(module: nn.Module) -> Float[Tensor, "output input"]:
-    """Return a linear map's own weight as (output features, input features), without any adapter's change."""
-    weight = cast(Tensor, base_layer(module).weight)
-    return weight.T if is_conv1d(module) else weight
 
 
 def discover(model: Any) -> Anatomy:
@@ -200,7 +174,13 @@ def discover(model: Any) -> Anatomy:
         unembedding=unembedding,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         logit_multiplier=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+        rotaries=tuple(module for module in model.modules() if _depends_on_length(module)),
     )
+
+
+def _depends_on_length(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    return any("dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [str(kinds)]))
 
 
 def _refuse(config: Any, family: str) -> None:

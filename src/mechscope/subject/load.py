@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,8 +25,11 @@ from mechscope import ranks
 from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
 from mechscope.store.paths import check_model_path, located
+from mechscope.subject.adapter import displaced, read_adapter, read_adapter_config, require_studied
 from mechscope.subject.anatomy import Anatomy, discover
-from mechscope.subject.checkpoint import read_adapter, read_adapter_config, read_model, read_tokenizer
+from mechscope.subject.checkpoint import read_model, read_tokenizer
+from mechscope.subject.linear import WRAPPERS, base_layer, linear_now, parameters_now
+from mechscope.subject.modes import evaluating
 from mechscope.subject.placement import fetched, place_of, require_in_memory, warn_if_emulated
 from mechscope.subject.spelling import Spelling
 
@@ -45,6 +48,7 @@ class Subject:
         anatomy: What is where in it.
         source: Where it came from, as the caller wrote it.
         adapted: Whether a PEFT adapter is active; False on the view that `without_adapter` returns.
+        displaced: Weights of the base that putting the adapter on has changed: with it off, the model is not its base.
     """
 
     model: Any
@@ -52,6 +56,7 @@ class Subject:
     anatomy: Anatomy
     source: str
     adapted: bool = False
+    displaced: tuple[str, ...] = ()
 
     @property
     def plain(self) -> PreTrainedModel:
@@ -78,28 +83,46 @@ class Subject:
         """Whether the model carries a PEFT adapter, active or not."""
         return isinstance(self.model, PeftModel)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the unembedding is the embedding's weight."""
+        embedding, unembedding = (
+            getattr(base_layer(module), "weight", None) for module in (self.anatomy.embedding, self.anatomy.unembedding)
+        )
+        return embedding is not None and embedding is unembedding
+
     def without_adapter(self) -> Subject:
         """Return a view of the same weights with the adapter disabled: no memory, no second model.
 
         Raises:
-            ModelError: The model carries no adapter.
+            ModelError: The model carries no adapter, or one that has changed the weights beneath it.
         """
         if not self.is_adapter:
             raise ModelError(f"model {self.source!r} carries no adapter to disable")
+        if self.displaced:
+            raise ModelError(
+                f"model {self.source!r} with its adapter off is not its base: putting the adapter on changed {len(self.displaced)} of the base's weights "
+                f"({self.displaced[0]}, …; trained biases or embeddings, or a start from the base's singular vectors): load the base by itself"
+            )
         return replace(self, adapted=False, source=f"{self.source} (adapter disabled)")
 
     @cached_property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return tuple(self.model.modules())
+
+    @cached_property
     def _tuner_layers(self) -> tuple[Any, ...]:
-        return tuple(module for module in self.plain.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper))
+        return tuple(module for module in self.plain.modules() if isinstance(module, WRAPPERS))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Hold the adapter in this subject's state (on or off) for the duration; a no-op for a plain model."""
+        """Hold the model in evaluation mode and its adapter in this subject's state (on or off) for the duration; both are put back."""
         changed = [layer for layer in self._tuner_layers if _enabled(layer) is not self.adapted] if self.is_adapter else []
         for layer in changed:
             layer.enable_adapters(self.adapted)
         try:
-            yield
+            with evaluating(self._modules):
+                yield
         finally:
             for layer in changed:
                 layer.enable_adapters(not self.adapted)
@@ -115,36 +138,22 @@ class Subject:
         for name, module in self.plain.named_modules():
             if inside and name.startswith(inside):
                 continue
-            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            if isinstance(module, WRAPPERS):
                 inside = f"{name}."
+                known = seen.issuperset(module.parameters())  # tied to one that came before
                 seen.update(module.parameters())
-                acting = self._adapted_weights if isinstance(module, BaseTunerLayer) else self._saved_weights
-                with fetched(module):
-                    yield from acting(name, module)
+                if not known:
+                    with fetched(module):
+                        yield from ((f"{name}.{key}", value) for key, value in parameters_now(module, adapted=self.adapted).items())
                 continue
             new = [key for key, parameter in module.named_parameters(recurse=False) if parameter not in seen]
             seen.update(module.parameters(recurse=False))
             with fetched(module, recurse=False):
                 yield from ((f"{name}.{key}" if name else key, getattr(module, key).detach()) for key in new)
 
-    def _saved_weights(self, name: str, wrapper: Any) -> Iterator[tuple[str, Tensor]]:
-        inner = wrapper.modules_to_save[wrapper.active_adapters[0]] if self.adapted else wrapper.original_module
-        yield from ((f"{name}.{key}", parameter.detach()) for key, parameter in inner.named_parameters())
-
-    def _adapted_weights(self, name: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
-        for key, parameter in layer.get_base_layer().named_parameters():
-            value = parameter.detach()
-            if key == "weight" and self.adapted:
-                # DoRA and LoRA with a bias of its own change more than get_delta_weight tells
-                more = {*getattr(layer, "lora_variant", {}), *(name for name, on in getattr(layer, "lora_bias", {}).items() if on)}
-                if not hasattr(layer, "get_delta_weight") or more.intersection(layer.active_adapters):
-                    raise ModelError(
-                        f"adapter layer {name} ({type(layer).__name__}) changes its map by more than a sum W + ΔW (DoRA, a bias): "
-                        "merge the adapter into its model before comparing weights"
-                    )
-                for adapter in layer.active_adapters:
-                    value = value + layer.get_delta_weight(adapter).detach().to(value.dtype)
-            yield f"{name}.{key}", value
+    def linear(self, module: nn.Module) -> tuple[Float[Tensor, "output input"], Float[Tensor, " output"] | None]:
+        """Return a linear map's weight as (output features, input features) and its bias, as they act now (an active adapter's change included)."""
+        return linear_now(module, adapted=self.adapted)
 
     def require_in_memory(self, purpose: str) -> None:
         """Refuse a model with offloaded weights, for what reads them itself; raises ModelError that names the purpose."""
@@ -202,6 +211,7 @@ def load(
     if device == "spread" and device_map is None:
         options |= {"device_map": "auto", "max_memory": _memory_of_rank()}
     adapter, beneath = read_adapter_config(source), ""
+    changed: tuple[str, ...] = ()
     if adapter is None:
         model = read_model(source, **options)
     else:
@@ -209,10 +219,10 @@ def load(
         beneath = str(base or recorded or "")
         if base is not None and recorded not in (None, beneath):
             log.info("adapter %s was trained on %s and is put on %s as asked", source, recorded, base)
-        model = read_adapter(source, beneath, **options)
+        model, changed = read_adapter(source, beneath, adapter, **options)
     if options["device_map"] is None:
         model = model.to(_device(device))
-    return _wrap(model, read_tokenizer(tokenizer, [source, *([beneath] if beneath else [])]), source)
+    return _wrap(model, read_tokenizer(tokenizer, [source, *([beneath] if beneath else [])]), source, changed)
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -220,8 +230,10 @@ def is_adapter(source: str | Path) -> bool:
     return read_adapter_config(located(source)) is not None
 
 
-def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
+def _wrap(model: Any, tokenizer: Any, source: str, changed: tuple[str, ...] | None = None) -> Subject:
     adapted = isinstance(model, PeftModel)
+    for config in model.peft_config.values() if adapted else ():
+        require_studied(source, vars(config))
     plain = model.get_base_model() if adapted else model
     if not isinstance(plain, PreTrainedModel):
         raise ModelError(
@@ -236,10 +248,13 @@ def _wrap(model: Any, tokenizer: Any, source: str) -> Subject:
         raise ModelError(
             f"model {source!r} has its adapter merged into the base weights: call unmerge_adapter() first, or save the merged model"
         )
-    model.eval()
     _require_finite(plain, source)
     warn_if_emulated(plain)
-    return Subject(model, tokenizer, discover(plain), source, adapted)
+    if changed is None:  # in memory: what it was before is not known
+        changed = displaced(model) if adapted else ()
+    anatomy = discover(plain)
+    _require_known_tokens(tokenizer, anatomy, source)
+    return Subject(model, tokenizer, anatomy, source, adapted, changed)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -280,6 +295,18 @@ def devices_of(rank: int, n_ranks: int, n_devices: int) -> range:
     if not each:
         raise ModelError(f"{n_ranks} ranks cannot spread a model over {n_devices} devices: start at most {n_devices} of them")
     return range(rank * each, (rank + 1) * each)
+
+
+def _require_known_tokens(tokenizer: Any, anatomy: Anatomy, source: str) -> None:
+    """Refuse a tokenizer whose control tokens the embedding does not have: they stand in every text, or pad every batch."""
+    for name in ("pad", "bos", "eos"):
+        token = getattr(tokenizer, f"{name}_token_id", None)
+        if token is not None and token >= anatomy.vocab_size:
+            text = getattr(tokenizer, f"{name}_token")
+            raise ModelError(
+                f"model {source!r}: the tokenizer's {name} token {text!r} has id {token:,}, the embedding has {anatomy.vocab_size:,} tokens: call "
+                "resize_token_embeddings(len(tokenizer)) and save, or choose a token that the model has (tokenizer.pad_token = tokenizer.eos_token)"
+            )
 
 
 def _require_finite(model: nn.Module, source: str) -> None:

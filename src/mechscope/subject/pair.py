@@ -64,6 +64,13 @@ def pair(base: Subject, tuned: Subject, *, resize: Literal["refuse", "truncate"]
             )
     if base.model is tuned.model and base.adapted == tuned.adapted and base.is_adapter:
         raise ModelError(f"base and tuned are the same model in the same state ({tuned.source!r}): take base = tuned.without_adapter()")
+    ties = base.tied, tuned.tied
+    if ties[0] != ties[1]:
+        one, other = (base, tuned) if ties[0] else (tuned, base)
+        raise ModelError(
+            f"model {one.source!r} unembeds with its embedding, {other.source!r} with a weight of its own: their weights do not pair up; save the first with "
+            "config.tie_word_embeddings = False and an unembedding that is a copy of its embedding"
+        )
     _compare_tokenizers(base, tuned)
     sizes = base.anatomy.vocab_size, tuned.anatomy.vocab_size
     if sizes[0] != sizes[1] and resize == "refuse":
