@@ -16,7 +16,7 @@ from mechscope.features.affine import Affine
 from mechscope.features.controls import controls_of, pca_control, random_control
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder, cross_layer, crosscoder, transcoder
-from mechscope.features.measures import Measures, measure, measure_together
+from mechscope.features.measures import Measures, difference_of, measure, measure_together
 from mechscope.features.rows import Reader
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution
@@ -258,3 +258,19 @@ def test_too_few_texts_and_what_does_not_fit_are_told() -> None:
         measure(subject, oracle.dictionary(autoencoder("resid1", 12, M, Rule("relu"))), texts())
     with pytest.raises(DataError, match="no token of the"):
         measure(subject, given(), texts((3, 3)), tokens=TokenSettings(first=5))
+
+
+def test_the_difference_of_two_dictionaries_is_that_of_their_measures_and_surer_than_each() -> None:
+    subject, pairs = families.subject("llama", torch.float64), texts(LENGTHS)
+    rows = torch.cat(kept_rows(subject, given(), pairs)[0])
+    maps = (Affine(1.0, rows.mean(0)),)
+    dictionary = Dictionary(given().layout, given().tensors, maps, maps)
+    one, other = (measure(subject, pca_control(dictionary, [rows], k), pairs, tokens=ALL) for k in (12, 10))
+    found = difference_of(one, other).set_index("measure")
+    for name in ("l0", "explained variance", "cosine", "loss, spliced", "kl"):
+        assert found.loc[name, "value"] == pytest.approx(one.value(name) - other.value(name))
+    row, alone = found.loc["explained variance"], one.table.set_index("measure").loc["explained variance"]
+    assert row["low"] > 0
+    assert row["high"] - row["low"] < alone["high"] - alone["low"]
+    with pytest.raises(SettingsError, match="measures of different texts"):
+        difference_of(one, measure(subject, dictionary, texts(LENGTHS[:-1]), tokens=ALL))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mechscope.stats.inference import MIN_TEXTS
-from mechscope.stats.shares import share_of, shares_of
+from mechscope.stats.shares import difference_of_shares, share_of, shares_of
 from tests.stats.fieller import by_inverting_t_tests
 
 
@@ -93,3 +93,26 @@ def test_each_part_counts_the_texts_that_have_it() -> None:
 def test_a_whole_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parts of shape \(2, 6\) and a whole of shape \(5,\)"):
         shares_of(np.ones((2, 6)), np.ones(5))
+
+
+def test_the_interval_of_a_difference_holds_the_truth_and_is_as_wide_as_resampling_says() -> None:
+    rng = np.random.default_rng(3)
+
+    def drawn(n: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        whole = rng.lognormal(0, 0.5, n)
+        common = rng.normal(size=n)
+        one, other = (share * whole + 0.3 * common + 0.1 * rng.normal(size=n) for share in (0.7, 0.6))
+        return (one, whole), (other, whole * 1.5)
+
+    truth = 0.7 - 0.4
+    found = [difference_of_shares(*drawn(24)) for _ in range(300)]
+    covered = np.mean([each.low <= truth <= each.high for each in found])
+    assert 0.91 <= covered <= 0.99
+    one, other = drawn(400)
+    share, picks = difference_of_shares(one, other), rng.integers(400, size=(2000, 400))
+    resampled = [one[0][pick].mean() / one[1][pick].mean() - other[0][pick].mean() / other[1][pick].mean() for pick in picks]
+    assert (share.high - share.low) / 3.93 == pytest.approx(np.std(resampled), rel=0.1)
+    assert share.value == pytest.approx(one[0].mean() / one[1].mean() - other[0].mean() / other[1].mean())
+    # what is no whole for one of them is none for the difference
+    assert "does not differ from zero" in difference_of_shares(one, (other[0], other[1] * 0)).withheld
+    assert difference_of_shares((one[0][:5], one[1][:5]), (other[0][:5], other[1][:5])).withheld.startswith("too few texts")

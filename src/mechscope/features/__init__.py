@@ -2,6 +2,7 @@
 
 from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.codes import Codes
+from mechscope.features.concepts import concept_scores
 from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
@@ -9,19 +10,21 @@ from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.faithfulness import faithfulness
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError
-from mechscope.features.measures import Measures, measure, measure_together
+from mechscope.features.measures import Measures, difference_of, measure, measure_together
 from mechscope.features.node_edges import node_edges
 from mechscope.features.node_effects import NodeEffects, node_effects
 from mechscope.features.node_patching import node_means, patch_nodes, patch_places
 from mechscope.features.places import Latent, Place
 from mechscope.features.rules import Rule
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
+from mechscope.features.splitting import splitting
 from mechscope.features.standing import Node, Standing, in_order
 from mechscope.features.trainer import Plan, TrainedDictionary, train
-from mechscope.settings.features import DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
+from mechscope.settings.features import ConceptSettings, DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
 
 __all__ = [
     "Codes",
+    "ConceptSettings",
     "Dashboard",
     "DashboardSettings",
     "Dictionary",
@@ -48,9 +51,11 @@ __all__ = [
     "TrainedDictionary",
     "ablated",
     "autoencoder",
+    "concept_scores",
     "cross_layer",
     "crosscoder",
     "dashboard",
+    "difference_of",
     "faithfulness",
     "harvest",
     "in_order",
@@ -66,6 +71,7 @@ __all__ = [
     "random_control",
     "scaled",
     "splice",
+    "splitting",
     "steered",
     "top_examples",
     "train",

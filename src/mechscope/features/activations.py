@@ -28,6 +28,7 @@ from mechscope.errors import DataError, RunError, SettingsError
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.places import Place, places
 from mechscope.features.rows import Models, Reader, Rows, blocks, require_rows
+from mechscope.features.vocabulary import vocabulary
 from mechscope.instrument import Execution
 from mechscope.settings.features import HarvestSettings
 from mechscope.stats.moments import Moments
@@ -37,6 +38,8 @@ from mechscope.store.hashing import hash_if_there
 from mechscope.store.tables import read_tensors, write_tensors
 
 ABOUT, _KIND, _VERSION = "harvest.json", "mechscope harvest", 1
+# what decides the activations; older folders do not name vocabularies
+_IDENTITY = ("places", "models", "vocabularies", "texts", "settings", "seed")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Block = dict[Place, Float[Tensor, "row width"]]
 
@@ -124,6 +127,7 @@ class Live:
         return {
             "places": [place.name for place in self.places],
             "models": {name: subject.fingerprint for name, subject in self.reader.subjects.items()},
+            "vocabularies": {name: vocabulary(subject) for name, subject in self.reader.subjects.items()},
             "texts": self._texts.hash,
             "settings": asdict(self.settings),
             "seed": self._execution.seed,
@@ -278,7 +282,7 @@ class Harvest:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the activations, JSON-able."""
-        return {"kind": "harvest", **{name: self.about[name] for name in ("places", "models", "texts", "settings", "seed")}}
+        return {"kind": "harvest", **{name: self.about[name] for name in _IDENTITY if name in self.about}}
 
     @property
     def limits(self) -> dict[str, float]:

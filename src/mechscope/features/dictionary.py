@@ -25,6 +25,7 @@ from mechscope.features.affine import Affine
 from mechscope.features.codes import Codes
 from mechscope.features.layout import Layout
 from mechscope.features.places import Place
+from mechscope.features.vocabulary import is_other
 from mechscope.shapes import by_shape
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
@@ -210,7 +211,8 @@ class Dictionary:
         """Return itself if it belongs to the model.
 
         Raises:
-            ModelError: A place has another width, or the model is another one than it was made for and `other_model` is not set.
+            ModelError: A place has another width; the model has another vocabulary than the one it was made for, or other weights and `other_model` is not
+                set.
             SettingsError: A place does not exist.
         """
         widths = (*self.layout.input_widths, *self.layout.output_widths)
@@ -221,6 +223,13 @@ class Dictionary:
                     f"the dictionary has width {width} at {place}, model {subject.source!r} has {place.width(subject)}: it was made for another model"
                 )
         first = subject_of(subjects, self.layout.outputs[-1])
+        source = self.about.get("source", {})
+        known = source.get("vocabularies", {}).get(self.layout.outputs[-1].model, {}) if isinstance(source, Mapping) else {}
+        if is_other(first, known):
+            raise ModelError(
+                f"the dictionary was made for a model with another tokenizer ({known['tokens']:,} tokens) than that of {first.source!r} "
+                f"({len(first.tokenizer.get_vocab()):,}): the same text would be other tokens"
+            )
         if self.fingerprint and not other_model and self.fingerprint != first.fingerprint:
             raise ModelError(
                 f"the dictionary was made for a model with other weights (fingerprint {self.fingerprint[:12]}, {first.source!r} has "

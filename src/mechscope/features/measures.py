@@ -30,13 +30,13 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.places import Place
-from mechscope.features.predictions import LOSSES, by_text, one_minus, predictions, unfit
+from mechscope.features.predictions import LOSSES, Ratio, by_text, predictions, unfit
 from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, reader_of, require_rows
 from mechscope.instrument import Execution
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
-from mechscope.stats.shares import Share, share_of
+from mechscope.stats.shares import Share
 from mechscope.subject import Subject
 
 # what is summed over the tokens of each text
@@ -53,11 +53,13 @@ class Measures:
             given, or empty), `note` (what must be known to read it, or empty).
         latents: One row per latent: `latent`, `tokens` (in which it is active), `density` (as a share of all), `mean` (value where it is active).
         tokens: Tokens that were read.
+        ratios: What is behind the numbers: by measure and place, of every text a part and a whole.
     """
 
     table: pd.DataFrame
     latents: pd.DataFrame
     tokens: int
+    ratios: Mapping[tuple[str, str], Ratio]
 
     __repr__ = by_shape
 
@@ -144,20 +146,37 @@ def measure_together(
     whole = next(iter(sums.values()))
     require_rows(whole.read, texts, reader.tokens)
     fitting = {name: each for name, each in dictionaries.items() if not reasons.get(name, "several models")}
-    predicted: dict[str, dict[str, Share]] = {}
+    predicted: dict[str, dict[str, Ratio]] = {}
     if isinstance(models, Subject) and fitting:
         predicted = predictions(models, fitting, texts, whole.means(), whole.kept, other_model=other_model, execution=execution)
+    written = _joined(first.layout.outputs)
     made = {}
     for name, of in sums.items():
-        rows = of.rows()
+        ratios = of.ratios() | {(measure, written): ratio for measure, ratio in predicted.get(name, {}).items()}
+        rows = [_row(*key, ratio.share()) for key, ratio in ratios.items() if key[0] not in LOSSES]
+        rows.insert(1, of.dead())
         if name in reasons:
             absent = Share(np.nan, np.nan, np.nan, len(texts), reasons[name])
             rows += [
-                _row(measure, _joined(first.layout.outputs), predicted[name][measure] if name in predicted else absent)
-                for measure in LOSSES
+                _row(measure, written, ratios[measure, written].share() if (measure, written) in ratios else absent) for measure in LOSSES
             ]
-        made[name] = Measures(pd.DataFrame(rows, columns=list(COLUMNS)), of.latents(), of.read)
+        made[name] = Measures(pd.DataFrame(rows, columns=list(COLUMNS)), of.latents(), of.read, ratios)
     return made
+
+
+def difference_of(one: Measures, other: Measures) -> pd.DataFrame:
+    """Return how much more a dictionary has of each measure than another, both measured on the same texts.
+
+    Returns:
+        Rows like those of `Measures.table`, for the measures that both have; the interval is that of the difference, which may be sure where each is not.
+
+    Raises:
+        SettingsError: They were measured on different texts.
+    """
+    if len(next(iter(one.ratios.values())).part) != len(next(iter(other.ratios.values())).part):
+        raise SettingsError("measures of different texts cannot be subtracted: measure both on the same")
+    rows = [_row(*key, ratio.minus(other.ratios[key])) for key, ratio in one.ratios.items() if key in other.ratios]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -258,27 +277,27 @@ class _Sums:
         """Return the mean of x at each place."""
         return {place: torch.from_numpy(x.sum(1) / self.sums[place][0].sum()) for place, x in self.x.items()}
 
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Return the measures of activations."""
-        name, silent = _joined(self.dictionary.layout.outputs), int((self.active == 0).sum())
-        note = f"silent in all {self.read:,} tokens that were read"
-        found = [_row("l0", name, share_of(*self.l0)), ("dead", name, self.l0.shape[1], silent, np.nan, np.nan, "", note)]
+    def ratios(self) -> dict[tuple[str, str], Ratio]:
+        """Return the measures of activations, by measure and place."""
+        found = {("l0", _joined(self.dictionary.layout.outputs)): Ratio(*self.l0)}
         for place, sums in self.sums.items():
             of = dict(zip(_SUMS, sums, strict=True))
             mean = self.means()[place].numpy()
             # Σ‖x − μ‖² of each text, with the mean of all of them
             spread = of["squares"] - 2 * mean @ self.x[place] + of["tokens"] * (mean @ mean)
-            found += [
-                _row("explained variance", place.name, one_minus(share_of(of["missed"], spread, absent="the activations do not vary"))),
-                _row("cosine", place.name, share_of(of["cosine"], of["tokens"])),
-                _row("norm ratio", place.name, share_of(of["ratio"], of["tokens"])),
-                _row(
-                    "reconstruction bias",
-                    place.name,
-                    share_of(of["rebuilt"], of["inner"], absent="x̂ has nothing in common with x"),
-                ),
-            ]
+            found |= {
+                ("explained variance", place.name): Ratio(spread - of["missed"], spread, "the activations do not vary"),
+                ("cosine", place.name): Ratio(of["cosine"], of["tokens"]),
+                ("norm ratio", place.name): Ratio(of["ratio"], of["tokens"]),
+                ("reconstruction bias", place.name): Ratio(of["rebuilt"], of["inner"], "x̂ has nothing in common with x"),
+            }
         return found
+
+    def dead(self) -> tuple[Any, ...]:
+        """Return the row of latents that were silent."""
+        note = f"silent in all {self.read:,} tokens that were read"
+        silent = int((self.active == 0).sum())
+        return ("dead", _joined(self.dictionary.layout.outputs), self.l0.shape[1], silent, np.nan, np.nan, "", note)
 
     def latents(self) -> pd.DataFrame:
         """Return the table of latents."""

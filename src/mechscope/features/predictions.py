@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mechscope.features.rows import TOKENS_PER_BATCH
 from mechscope.features.spliced import splice
 from mechscope.instrument import Edit, Execution, Walk, intervene, unembed
 from mechscope.instrument.edits import EditSite
-from mechscope.stats.shares import Share, share_of
+from mechscope.stats.shares import Share, difference_of_shares, share_of
 from mechscope.subject import Subject
 
 # rows of logits held at once, for the model and for what it is compared with
@@ -60,7 +60,7 @@ def predictions(
     *,
     other_model: bool,
     execution: Execution,
-) -> dict[str, dict[str, Share]]:
+) -> dict[str, dict[str, Ratio]]:
     """Return, by dictionary, the measures of what the model predicts (`LOSSES`).
 
     Args:
@@ -92,25 +92,36 @@ def predictions(
     found.run(work, execution, tokens=TOKENS_PER_BATCH, label="losses")
     own, ablations = found["own"], {run: (found[run], found[f"kl {run}"]) for run in _ABLATED}
     ones = np.where(np.isnan(own), np.nan, 1.0)
-    return {name: _shares(own, found[f"spliced {name}"], found[f"kl spliced {name}"], ablations, ones) for name in dictionaries}
+    return {name: _ratios(own, found[f"spliced {name}"], found[f"kl spliced {name}"], ablations, ones) for name in dictionaries}
 
 
-def _shares(
+def _ratios(
     own: np.ndarray, spliced: np.ndarray, kl: np.ndarray, ablations: Mapping[str, tuple[np.ndarray, np.ndarray]], ones: np.ndarray
-) -> dict[str, Share]:
-    shares = {"loss": share_of(own, ones), "loss, spliced": share_of(spliced, ones)}
-    shares |= {f"loss, {run}": share_of(loss, ones) for run, (loss, _) in ablations.items()}
-    shares["kl"] = share_of(kl, ones)
+) -> dict[str, Ratio]:
+    found = {"loss": Ratio(own, ones), "loss, spliced": Ratio(spliced, ones), "kl": Ratio(kl, ones)}
+    found |= {f"loss, {run}": Ratio(loss, ones) for run, (loss, _) in ablations.items()}
     for run, (loss, divergence) in ablations.items():
         absent = f"{'leaving it out' if run == 'zero' else 'its mean in its place'} does not raise the loss"
-        shares[f"loss recovered, {run}"] = share_of(loss - spliced, loss - own, absent=absent, positive=True)
-        shares[f"kl recovered, {run}"] = one_minus(share_of(kl, divergence, absent=absent))
-    return shares
+        found[f"loss recovered, {run}"] = Ratio(loss - spliced, loss - own, absent, True)
+        found[f"kl recovered, {run}"] = Ratio(divergence - kl, divergence, absent)
+    return found
 
 
-def one_minus(share: Share) -> Share:
-    """Return what is left of the whole."""
-    return Share(1 - share.value, 1 - share.high, 1 - share.low, share.n, share.withheld)
+class Ratio(NamedTuple):
+    """A measure of texts: mean(part) / mean(whole), each one value per text; what is said where there is no whole; whether a whole below zero is none."""
+
+    part: np.ndarray
+    whole: np.ndarray
+    absent: str = "the whole does not differ from zero"
+    positive: bool = False
+
+    def share(self) -> Share:
+        """Return it with its interval."""
+        return share_of(self.part, self.whole, absent=self.absent, positive=self.positive)
+
+    def minus(self, other: Ratio) -> Share:
+        """Return how much it is more than another measured on the same texts."""
+        return difference_of_shares((self.part, self.whole), (other.part, other.whole), absent=self.absent, positive=self.positive)
 
 
 def _replaced(place: Place, value: Float[Tensor, " width"], kept: Tensor) -> Edit:

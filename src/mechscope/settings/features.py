@@ -105,3 +105,16 @@ class DashboardSettings(Settings):
     after: Count = setting(8, "Tokens shown behind it.")
     sample: Count = setting(16_384, "Random tokens on which latents are correlated with one another and with heads; 0 for no correlations.")
     related: Number = setting(5, "Latents, and heads, listed as going with a latent.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptSettings(Settings):
+    """How it is measured what latents stand for, on texts of which something is known."""
+
+    panel: ClassVar[str] = "Concepts"
+
+    # latents that a sparse probe reads, and that are taken out for SCR and TPP: no flags
+    probe_latents: tuple[int, ...] = field(default=(1, 2, 5))
+    removed_latents: tuple[int, ...] = field(default=(2, 5, 20))
+    judged_share: ShareBelowOne = setting(0.4, "Share of the labelled texts that concepts are judged on and not learned from.")
+    tokens_held: Number = setting(20_000, "Tokens of the labelled texts that absorption is measured on.")

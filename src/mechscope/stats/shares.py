@@ -140,6 +140,41 @@ def shares_of(
     return Shares(shown(mean_x, mean_y), shown(b - root, a), shown(b + root, a), n, withheld)
 
 
+def difference_of_shares(
+    one: tuple[Float[np.ndarray, " text"], Float[np.ndarray, " text"]],
+    other: tuple[Float[np.ndarray, " text"], Float[np.ndarray, " text"]],
+    *,
+    absent: str = "the whole does not differ from zero",
+    positive: bool = False,
+    unit: str = "texts",
+    level: float = 0.95,
+) -> Share:
+    """Estimate how much more one share is than another of the same texts.
+
+    Args:
+        one: Part and whole of each text; NaN where a text has none.
+        other: The same of the other share.
+        absent: As for `shares_of`, as are the others.
+        positive: Whether the wholes are improvements.
+        unit: What is counted, in the plural.
+        level: Confidence, a fraction.
+
+    Returns:
+        The difference, with the t interval of its linear part, (part − share · whole) / mean(whole) of one less that of the other, so that what texts have in
+        common drops out. Withheld where one of the shares is.
+    """
+    values = np.stack([np.asarray(each, dtype=np.float64) for each in (*one, *other)])
+    values = values[:, ~np.isnan(values).any(0)]
+    shares = [share_of(values[at], values[at + 1], absent=absent, positive=positive, unit=unit, level=level) for at in (0, 2)]
+    n = values.shape[1]
+    if withheld := next((share.withheld for share in shares if share.withheld), ""):
+        return Share(np.nan, np.nan, np.nan, n, withheld)
+    first, second = ((values[at] - share.value * values[at + 1]) / values[at + 1].mean() for at, share in zip((0, 2), shares, strict=True))
+    value = shares[0].value - shares[1].value
+    half = distributions.t.ppf((1 + level) / 2, n - 1) * (first - second).std(ddof=1) / np.sqrt(n)
+    return Share(value, value - half, value + half, n, "")
+
+
 def _centred(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's mean over the texts that count, and their deviations from it, 0 elsewhere."""
     mean = np.where(counted, values, 0.0).sum(1) / np.maximum(counted.sum(1), 1)

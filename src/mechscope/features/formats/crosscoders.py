@@ -1,4 +1,4 @@
-"""Crosscoders of others: the fork of dictionary_learning that model differences are learned with (science-of-finetuning), and the first open replication (ckkissane).
+"""Crosscoders of others: dictionary_learning's fork (science-of-finetuning), and the first open replication (ckkissane).
 
 fork        f = relu(Σ_l x_l W_enc,l + b),  x̂_l = f W_dec,l + b_l        W_enc (place, d, latent), W_dec (place, latent, d); keys may begin with `_orig_mod.`
             BatchTopK keeps f where f · norm is above one threshold; `code_normalization_id` says which norm: 1 Σ_l ‖D_l‖, 2 that of all places together, 4 none
@@ -76,7 +76,11 @@ def _fork(state: dict[str, Tensor], where: tuple[Place, ...], file: Path) -> Dic
         rule = Rule("batchtopk", int(state["k"]), by_norm=True)
         threshold = taken(state, "threshold", file).reshape(-1)
         if len(threshold) > 1 or threshold < 0:
-            kind = "one threshold for each place" if len(threshold) > 1 else "a threshold that was never set: it was not trained long enough to be used"
+            kind = (
+                "one threshold for each place"
+                if len(threshold) > 1
+                else "a threshold that was never set: it was not trained long enough to be used"
+            )
             raise ModelError(f"{file} has {kind}")
     norms = _norms(decoder, int(state.get("code_normalization_id", torch.tensor(_SUMMED))), file) if threshold is not None else None
     maps = [Affine.identity(encoder.shape[1]) for _ in where]
@@ -117,7 +121,8 @@ def _norms(decoder: Tensor, normalisation: int, file: Path) -> Tensor:
         case 4:
             return torch.ones(decoder.shape[1])
     raise ModelError(
-        f"{file} compares latents by the norm {_NAMES.get(normalisation, normalisation)!r}, which its file does not determine: crosscoder, sae and none can be read"
+        f"{file} compares latents by the norm {_NAMES.get(normalisation, normalisation)!r}, which its file does not determine: "
+        "crosscoder, sae and none can be read"
     )
 
 

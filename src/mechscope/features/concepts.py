@@ -1,0 +1,295 @@
+"""What latents stand for, on texts of which something is known: sparse probing, SCR, TPP (`mechscope.features.probes`) and absorption, in one pass.
+
+Held while texts are read: a mean per text, sparse codes of it, and `tokens_held` tokens with theirs, drawn from each text alike whatever the batches.
+Dictionaries measured together, such as one and its controls, see the same texts, tokens and probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix, vstack
+
+from mechscope import ranks
+from mechscope.data.labels import Labelled
+from mechscope.data.pairs import PairBatch
+from mechscope.errors import DataError, SettingsError
+from mechscope.features.absorption import Tokens, absorption
+from mechscope.features.codes import Codes
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.probes import (
+    Pooled,
+    Writes,
+    dense_probing,
+    mean_of,
+    sparse_probing,
+    spurious_correlation_removal,
+    targeted_probe_perturbation,
+)
+from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, Rows, reader_of
+from mechscope.instrument import Execution
+from mechscope.instrument.texts import over_texts
+from mechscope.settings.features import ConceptSettings, TokenSettings
+from mechscope.stats.shares import Share, share_of
+
+COLUMNS = ("score", "concept", "count", "n", "value", "low", "high", "withheld", "note")
+# texts of a class that is learned from, and that is judged on; tokens likewise
+_TEXTS, _JUDGED, _TOKENS = 10, 6, 40
+# classes of an attribute, and concepts of tokens, at most
+_CLASSES, _CONCEPTS = 8, 12
+
+
+def concept_scores(
+    models: Models,
+    dictionaries: Mapping[str, Dictionary],
+    labelled: Labelled,
+    *,
+    settings: ConceptSettings | None = None,
+    tokens: TokenSettings | None = None,
+    other_model: bool = False,
+    execution: Execution = Execution(),
+) -> dict[str, pd.DataFrame]:
+    """Score what the latents of dictionaries of the same places stand for.
+
+    Args:
+        models: The model, or several by name.
+        dictionaries: By name, such as one and its controls; the tokens left out are those of the first.
+        labelled: Texts and what is known of them.
+        settings: How many latents probes read and lose, and which share of the texts is judged on.
+        tokens: Which tokens are left out; None for those that training left out, or the defaults where that is not known.
+        other_model: Allow dictionaries of a model with other weights.
+        execution: Tokens of a batch, seed (of the texts that are judged on and the tokens that are held), progress.
+
+    Returns:
+        By dictionary, one row per score and concept: `score`, `concept` (`kind=fire`; an attribute for the mean over its classes; `kind despite day` for SCR),
+        `count` (latents read or taken out), `n` (held-out texts), `value`, `low`, `high` (95 %), `withheld`, `note`.
+
+    Raises:
+        SettingsError: Dictionaries read or write different places.
+        DataError: The texts do not suffice for any score.
+        MechscopeError: A dictionary or the texts do not fit.
+    """
+    settings = settings or ConceptSettings()
+    first = next(iter(dictionaries.values()))
+    if any((each.layout.inputs, each.layout.outputs) != (first.layout.inputs, first.layout.outputs) for each in dictionaries.values()):
+        raise SettingsError("dictionaries that are scored together must read and write the same places: score them one by one")
+    for each in dictionaries.values():
+        each.check(models, other_model=other_model)
+    reader = reader_of(models, first, labelled.texts, tokens, other_model=other_model, execution=execution)
+    split = _Split.of(labelled, settings, execution.seed)
+    found = _gathered(reader, dictionaries, labelled, settings, execution)
+    made = {name: _scores(pooled, held, labelled, split, settings) for name, (pooled, held) in found.items()}
+    if not any(len(rows) for rows in made.values()):
+        raise DataError(
+            f"{len(labelled.texts)} texts of {labelled.texts.source} do not suffice for any score: of each class {_TEXTS} texts to learn from and {_JUDGED} "
+            "to judge on are needed"
+        )
+    return {name: pd.DataFrame(rows, columns=list(COLUMNS)) for name, rows in made.items()}
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Places of the texts that are learned from, and of those that are judged on."""
+
+    learned: np.ndarray
+    judged: np.ndarray
+
+    @classmethod
+    def of(cls, labelled: Labelled, settings: ConceptSettings, seed: int) -> _Split:
+        order = np.random.default_rng(seed).permutation(len(labelled.texts))
+        cut = round(len(order) * (1 - settings.judged_share))
+        return cls(np.sort(order[:cut]), np.sort(order[cut:]))
+
+
+@dataclass
+class _Held:
+    """What is gathered of one dictionary: per text, and of the tokens held."""
+
+    text: list[np.ndarray]
+    x: list[np.ndarray]
+    codes: list[csr_matrix]
+    token_x: list[np.ndarray]
+    token_codes: list[csr_matrix]
+    token_at: list[np.ndarray]
+
+
+def _gathered(
+    reader: Reader, dictionaries: Mapping[str, Dictionary], labelled: Labelled, settings: ConceptSettings, execution: Execution
+) -> dict[str, tuple[Pooled, Tokens]]:
+    """Read all texts once; tokens' places are kept as text × longest + position."""
+    each = max(1, -(-settings.tokens_held // len(labelled.texts)))
+    longest = max(len(pair.clean) for pair in labelled.texts)
+
+    def work(batch: PairBatch) -> dict[str, _Held]:
+        rows = reader.rows(batch)
+        held = _drawn(rows, each, execution.seed)
+        return {name: _of_batch(dictionary, rows, held, longest) for name, dictionary in dictionaries.items()}
+
+    own = [found for _, found in over_texts(labelled.texts, work, execution, tokens=TOKENS_PER_BATCH, label="concepts", dealt=True)]
+    every = [found for part in ranks.exchange(own) for found in part]
+    made = {}
+    for name, dictionary in dictionaries.items():
+        parts = [found[name] for found in every]
+        text = np.concatenate([block for part in parts for block in part.text])
+        order = np.argsort(text)
+        at = np.concatenate([block for part in parts for block in part.token_at])
+        token_order = np.argsort(at)
+        writes = Writes(dictionary)
+        # a text of which every token is left out has no mean: zero, as for no activation
+        x = np.zeros((len(labelled.texts), sum(dictionary.layout.output_widths)))
+        x[text[order]] = np.concatenate([block for part in parts for block in part.x])[order]
+        codes = _placed(vstack([block for part in parts for block in part.codes]).tocsr(), text, len(labelled.texts))
+        token_codes = vstack([block for part in parts for block in part.token_codes]).tocsr()[token_order]
+        token_x = np.concatenate([block for part in parts for block in part.token_x])[token_order]
+        made[name] = (Pooled(x, codes, writes), Tokens(token_x, token_codes, at[token_order]))
+    return made
+
+
+def _placed(codes: csr_matrix, text: np.ndarray, texts: int) -> csr_matrix:
+    spread = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))), shape=(texts, len(text)))
+    return (spread @ codes).tocsr()
+
+
+def _drawn(rows: Rows, each: int, seed: int) -> np.ndarray:
+    """Return which rows are held as tokens: of each text as many, the same whatever the batch."""
+    held = np.zeros(len(rows), dtype=bool)
+    text = rows.text.numpy()
+    for index in np.unique(text):
+        own = np.flatnonzero(text == index)
+        chosen = np.random.default_rng([seed, int(index)]).permutation(len(own))[:each]
+        held[own[chosen]] = True
+    return held
+
+
+def _of_batch(dictionary: Dictionary, rows: Rows, held: np.ndarray, longest: int) -> _Held:
+    inputs = [rows.values[place].to(dictionary.device, dictionary.dtype) for place in dictionary.layout.inputs]
+    x = torch.cat([rows.values[place].double() for place in dictionary.layout.outputs], dim=1).numpy()
+    codes = _sparse(dictionary.encode(inputs))
+    text, back = np.unique(rows.text.numpy(), return_inverse=True)
+    counts = np.bincount(back, minlength=len(text))
+    mean = csr_matrix((1 / counts[back], (back, np.arange(len(back)))), shape=(len(text), len(back)))
+    at = rows.text.numpy() * longest + rows.position.numpy()
+    return _Held([text], [mean @ x], [(mean @ codes).tocsr()], [x[held]], [codes[held]], [at[held]])
+
+
+def _sparse(codes: Codes) -> csr_matrix:
+    return csr_matrix(
+        (codes.values.double().cpu().numpy(), codes.latents.cpu().numpy(), codes.offsets.cpu().numpy()), shape=(codes.tokens, codes.width)
+    )
+
+
+def _scores(pooled: Pooled, held: Tokens, labelled: Labelled, split: _Split, settings: ConceptSettings) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    train, test = pooled.rows(split.learned), pooled.rows(split.judged)
+    classes = {name: _classes_of(np.array(values), split) for name, values in labelled.attributes.items()}
+    for name, found in classes.items():
+        rows += _probed(name, found, np.array(labelled.attributes[name]), train, test, split, settings)
+    for wanted, other in permutations([name for name, found in classes.items() if len(found) > 1], 2):
+        rows += _removed(wanted, other, classes, labelled, train, test, split, settings)
+    return rows + _absorbed(held, pooled.writes, labelled, split)
+
+
+def _classes_of(values: np.ndarray, split: _Split) -> list[str]:
+    """Return the most frequent values of an attribute that are frequent enough."""
+    names, counts = np.unique(values, return_counts=True)
+    enough = [
+        (count, str(name))
+        for name, count in zip(names, counts, strict=True)
+        if min((values[split.learned] == name).sum(), (values[split.learned] != name).sum()) >= _TEXTS
+        and min((values[split.judged] == name).sum(), (values[split.judged] != name).sum()) >= _JUDGED
+    ]
+    return [name for _, name in sorted(enough, key=lambda pair: (-pair[0], pair[1]))[:_CLASSES]]
+
+
+def _probed(
+    name: str, classes: Sequence[str], values: np.ndarray, train: Pooled, test: Pooled, split: _Split, settings: ConceptSettings
+) -> list[tuple[Any, ...]]:
+    # of two classes the second is the first's absence
+    told = classes[:1] if len(classes) == 2 and len(np.unique(values)) == 2 else classes
+    if not told:
+        return []
+    y, y_test = (np.stack([values[at] == each for each in told], axis=1) for at in (split.learned, split.judged))
+    rows = []
+    for k in (*settings.probe_latents, 0):
+        every = [
+            sparse_probing(train, test, own, judged, k) if k else dense_probing(train, test, own, judged)
+            for own, judged in zip(y.T, y_test.T, strict=True)
+        ]
+        score = "sparse probing" if k else "probe of the activations"
+        rows += [_row(score, f"{name}={each}", k or np.nan, mean_of(of)) for each, of in zip(told, every, strict=True)]
+        if len(told) > 1:
+            rows.append(_row(score, name, k or np.nan, mean_of(np.mean(every, axis=0)), note=f"mean over {len(told)} classes"))
+    if len(told) > 2:
+        found = targeted_probe_perturbation(train, test, y, y_test, settings.removed_latents)
+        rows += [_row("TPP", name, count, share, note=f"mean over {len(told)} classes") for count, share in found.items()]
+    return rows
+
+
+def _removed(
+    wanted: str,
+    other: str,
+    classes: Mapping[str, list[str]],
+    labelled: Labelled,
+    train: Pooled,
+    test: Pooled,
+    split: _Split,
+    settings: ConceptSettings,
+) -> list[tuple[Any, ...]]:
+    pairs = {name: classes[name][:2] for name in (wanted, other)}
+    values = {name: np.array(labelled.attributes[name]) for name in pairs}
+    inside = np.all([np.isin(values[name], pair) for name, pair in pairs.items()], axis=0)
+    learned, judged = (np.flatnonzero(inside[at]) for at in (split.learned, split.judged))
+    flags = [
+        [values[name][at][rows] == pairs[name][0] for name in (wanted, other)]
+        for at, rows in ((split.learned, learned), (split.judged, judged))
+    ]
+    for (one, two), fewest in zip(flags, (_TEXTS, _JUDGED), strict=True):
+        if min(int((a & b).sum()) for a in (one, ~one) for b in (two, ~two)) < fewest // 2:
+            return []
+    (one, two), (one_test, two_test) = flags
+    found = spurious_correlation_removal(train.rows(learned), test.rows(judged), one, two, one_test, two_test, settings.removed_latents)
+    note = f"{pairs[wanted][0]} or {pairs[wanted][1]}, where {pairs[other][0]} or {pairs[other][1]} went with it"
+    return [_row("SCR", f"{wanted} despite {other}", count, share, note=note) for count, share in found.items()]
+
+
+def _absorbed(held: Tokens, writes: Writes, labelled: Labelled, split: _Split) -> list[tuple[Any, ...]]:
+    longest = max(len(pair.clean) for pair in labelled.texts)
+    at, text = held.text, held.text // longest
+    own = Tokens(held.x, held.codes, text)
+    learned, judged = np.isin(text, split.learned), np.isin(text, split.judged)
+    candidates = []
+    for concept, positions in labelled.tokens.items():
+        places = [number * longest + position for number, row in enumerate(positions) for position in row]
+        y = np.isin(at, places)
+        fewest = min(int((y & part).sum()) for part in (learned, judged))
+        if fewest >= _TOKENS and int((~y & learned).sum()) >= _TOKENS:
+            candidates.append((concept, y, fewest))
+    # facts first, then the most frequent letters
+    candidates.sort(key=lambda each: (each[0].startswith("first letter"), -each[2], each[0]))
+    rows: list[tuple[Any, ...]] = []
+    train, test = own.rows(learned), own.rows(judged)
+    for concept, y, _ in candidates[:_CONCEPTS]:
+        found = absorption(train, test, y[learned], y[judged], writes)
+        full, fraction = (_by_text(found.text, values) for values in (found.full, found.fraction))
+        note = f"{len(found.text):,} tokens; main latents {', '.join(map(str, found.main))}"
+        rows += [_row("absorption, full", concept, len(found.main), full, note=note)]
+        rows += [_row("absorption, fraction", concept, len(found.main), fraction, note=note)]
+    return rows
+
+
+def _by_text(text: np.ndarray, values: np.ndarray) -> Share:
+    """Return the mean over tokens, with the text as unit."""
+    names, back = np.unique(text, return_inverse=True)
+    sums = np.bincount(back, weights=values.astype(float), minlength=len(names))
+    counts = np.bincount(back, minlength=len(names)).astype(float)
+    return share_of(sums, counts, absent="no token has the concept")
+
+
+def _row(score: str, concept: str, count: float, share: Share, *, note: str = "") -> tuple[Any, ...]:
+    return (score, concept, count, share.n, share.value, share.low, share.high, share.withheld, note)
