@@ -6,7 +6,7 @@ cannot do without is one product of the batch with the encoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,15 +18,21 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import Size
 from mechscope.choices import RuleName
 from mechscope.data.pairs import collate_pairs
+from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder
 from mechscope.features.learner import Learner
+from mechscope.features.observed import Latents
 from mechscope.features.places import Place
+from mechscope.features.reservoirs import Span
 from mechscope.features.rows import Reader, Rows
 from mechscope.features.rules import Rule
 from mechscope.features.step import Step
+from mechscope.features.windows import Watched, watch
+from mechscope.instrument import Execution
 from mechscope.settings.features import FeatureTraining, Objective, TokenSettings
 
 _WIDER, _ACTIVE = 32, 32
+_LATENTS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +92,17 @@ def harvest(layers: float, case: PairsCase) -> Rows:
     return reader.rows(collate_pairs(tuple(case.pairs)))
 
 
+def dashboard(case: PairsCase) -> Watched:
+    """Gather everything that dashboards of 2,048 latents behind the last block show, but for putting it into tables."""
+    subject = case.subject
+    layout = autoencoder("resid0", subject.anatomy.d_model, _LATENTS, Rule("topk", _ACTIVE))
+    last = replace(layout, inputs=(place := Place("residual", subject.anatomy.n_layers - 1),), outputs=(place,))
+    tensors = {name: tensor.to(subject.device) for name, tensor in layout.tensors().items()}
+    everything = TokenSettings(first=0, outlier=None)
+    observed = Latents(subject, Dictionary.plain(last, tensors), case.pairs, heads=True, tokens=everything)
+    return watch(observed, case.pairs, top=8, drawn=60, span=Span(16, 8), sample=16_384, execution=Execution(case.tokens))
+
+
 _step = partial(Job, run=step, sizes={"small": Size(4, 512)}, beside=Beside("product with the encoder", encoder_product), seconds=90)
 _harvest = partial(Job, build=build, sizes={"small": Size(8, 128)}, forward=forward, beside=Beside("backbone passes", backbone), seconds=60)
 JOBS = (
@@ -105,5 +122,13 @@ JOBS = (
         part=True,
     ),
     _harvest(name="harvest", what="activations behind the last block", run=partial(harvest, 1.0), ratio=1.1),
+    _harvest(
+        name="features_dashboard",
+        what="what dashboards show of 2,048 latents behind the last block",
+        run=dashboard,
+        sizes={"small": Size(32, 128)},
+        ratio=1.3,
+        rounds=3,
+    ),
     _harvest(name="harvest_half", what="activations in the middle of the model", run=partial(harvest, 0.5), ratio=0.55),
 )

@@ -41,6 +41,7 @@ TARGETS = {
     **{f"weights_{name}": (None, 3, None) for name in ("ov", "qk", "ov_sources", "ov_change")},
     "difference": (2.2, None, None),
     "features_step": (2.5, 0.23, None),
+    "features_dashboard": (1.3, None, None),
     "harvest": (1.1, None, None),
     "harvest_half": (0.55, None, None),
 }

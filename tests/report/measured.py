@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from mechscope.features import Dictionary, Rule, autoencoder
 from mechscope.settings import resolve
 from mechscope.studies.calibration.rates import rates_table
 from mechscope.studies.calibration.truth import Truth
@@ -80,6 +81,9 @@ def measured_tables() -> dict[str, pd.DataFrame]:
             file = Path(folder) / f"{name}.json"
             file.write_text(json.dumps(content), encoding="utf-8")
             tables |= run(_job(name), None, **{setting: str(file)}, **settings).tables
+        file = Path(folder) / "random.safetensors"
+        random_dictionary().save(file)
+        tables |= run(_job("features_dashboard"), None, dictionary=str(file), pairs=random_pairs(24), drawn=20, before=3, after=1).tables
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")
@@ -89,6 +93,12 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         **tables,
         "calibration": rates_table(_TRUTHS, [{"undecided": 40}, {"inside": 38, "outside": 2, "withheld": 10}, {"supported": 12}]),
     }
+
+
+def random_dictionary(latents: int = 40) -> Dictionary:
+    """Return random directions of the tiny model's residual stream."""
+    layout = autoencoder("resid1", subject().anatomy.d_model, latents, Rule("topk", 8))
+    return Dictionary.plain(layout, layout.tensors(seed=1))
 
 
 def _job(name: str) -> Job[Any]:

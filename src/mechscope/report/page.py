@@ -12,18 +12,13 @@ Equal run folders give equal bytes: the only date is the manifest's.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import vl_convert
 import yaml
 from markupsafe import Markup
@@ -31,14 +26,17 @@ from markupsafe import Markup
 from mechscope.report.contents import Contents, leaves, problems
 from mechscope.report.marks.figure import Figure, png, script_json
 from mechscope.report.marks.tables import Shown
+from mechscope.report.rendering import environment, exists, policy, template_text
 from mechscope.report.section import Drawing, Panel, Section, Tables
 from mechscope.report.summary import Summary
-from mechscope.report.theme import DARK, LIGHT, interval, name_of, number
+from mechscope.report.theme import DARK, LIGHT, number
 from mechscope.store.files import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
+FURTHER = "pages"
+"""Folder of the pages beside it."""
 
 # what the manifest keeps for `mechscope verify` and for resuming, not for readers; and what has a place of its own on the page
 _UNSHOWN = {"settings", "stages", "continued", "commands", "kind", "created", "page"}
@@ -63,7 +61,7 @@ class Filled:
 
 
 def render(run_path: str | Path) -> Path:
-    """Write a run's report (`report.html`) and its figures (`figures/*.svg`, `figures/*.png`), each file atomically.
+    """Write a run's report (`report.html`), its figures (`figures/*.svg`, `figures/*.png`) and further pages (`pages/*.html`), each file atomically.
 
     Args:
         run_path: A run folder with at least one table.
@@ -84,6 +82,12 @@ def render(run_path: str | Path) -> Path:
         svg = drawing.svg()
         write_text(svg, contents.path / "figures" / f"{drawing.name}.svg")
         write_bytes(png(svg), contents.path / "figures" / f"{drawing.name}.png")
+    sheets = {f"{sheet.name}.html": sheet for each in filled for sheet in each.section.pages(contents.tables)}
+    for name, sheet in sheets.items():
+        write_text(sheet.html(), contents.path / FURTHER / name)
+    for old in (contents.path / FURTHER).glob("*.html"):
+        if old.name not in sheets:
+            old.unlink()
     page = contents.path / PAGE
     write_text(html(contents, summary, filled), page)
     logger.info("report of %d tables and %d figures written to %s", len(contents.tables), len(drawings), page)
@@ -103,14 +107,13 @@ def html(contents: Contents, summary: Summary, filled: list[Filled]) -> str:
     panels = [panel for each in filled for panel in each.panels]
     scripts = dict.fromkeys(["report.js", *(script for panel in panels for script in (*panel.scripts, f"{panel.kind}.js"))])
     styles = [script.removesuffix(".js") + ".css" for script in scripts]
-    library, own = _library(), "".join(_template_text(name) for name in scripts if _exists(name))
-    policy = f"default-src 'none'; script-src {_hash(library)} {_hash(own)}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    library, own = _library(), "".join(template_text(name) for name in scripts if exists(name))
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
-            policy=policy,
-            style=Markup("".join(_template_text(name) for name in styles if _exists(name))),
+            policy=policy(library, own),
+            style=Markup("".join(template_text(name) for name in styles if exists(name))),
             library=Markup(library),
             script=Markup(own),
             charts_json=Markup(script_json(_charts(figure for each in filled for figure in each.figures))),
@@ -130,19 +133,6 @@ def html(contents: Contents, summary: Summary, filled: list[Filled]) -> str:
             kind=contents.manifest.get("kind", ""),
         )
     )
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template_text),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, words=name_of, unbroken=unbroken)
-    environment.globals.update(interval=interval)
-    return environment
 
 
 def _panel_values(panels: Iterable[Panel]) -> dict[str, list[Any]]:
@@ -170,18 +160,6 @@ def _library() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script."""
     # a script element ends at this text wherever it stands, in a string too; today's libraries do not have it
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
-
-
-def _template_text(name: str) -> str:
-    return (resources.files("mechscope.report") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _exists(name: str) -> bool:
-    return (resources.files("mechscope.report") / "templates" / name).is_file()
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _header(contents: Contents) -> list[tuple[str, str]]:
@@ -217,8 +195,3 @@ def text(value: object) -> str:
     if value is None or value != value:
         return ""
     return ", ".join(text(each) for each in value) if isinstance(value, list) else str(value)
-
-
-def unbroken(sentence: str) -> str:
-    """Return a sentence whose intervals and numbers of observations are not broken at the end of a line."""
-    return re.sub(r"\[[^\[\]]{3,24}\]|\b[np] = \S+", lambda found: found[0].replace(" ", "\u00a0"), sentence)

@@ -117,6 +117,17 @@ class Drawing(Protocol):
         """Draw as SVG."""
 
 
+class Sheet(Protocol):
+    """A page of its own beside the report, in the run's folder `pages`."""
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without extension."""
+
+    def html(self) -> str:
+        """Write it."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """A part of a section that is neither a chart nor a table: it has a template of its own, and may have a script and a style.
@@ -154,6 +165,7 @@ class Section:
         figures: Charts.
         panels: What is drawn by a template of its own, above the charts or below the tables.
         views: Tables to read.
+        pages: Pages of their own, for what would weigh too much on this one.
         findings: What follows from the tables, each with its n and unit, and the number of some in large; for the first screen and the terminal.
         caveats: What weakens statements and what a reader must keep in mind, the run's own weaknesses first.
         unit: What was observed independently, in the plural; empty where what is shown is read off weights, which are no sample.
@@ -169,6 +181,7 @@ class Section:
     figures: Callable[[Tables], Sequence[Figure]] = _nothing
     panels: Callable[[Tables], Sequence[Panel]] = _nothing
     views: Callable[[Tables], Sequence[Shown]] = _nothing
+    pages: Callable[[Tables], Sequence[Sheet]] = _nothing
     findings: Callable[[Tables], Sequence[Finding]] = _nothing
     caveats: Callable[[Tables], Sequence[Caveat]] = _nothing
     unit: str = "texts"

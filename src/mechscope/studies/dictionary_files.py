@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mechscope.errors import SettingsError
-from mechscope.settings import Settings, setting
+from mechscope.settings import Count, Rate, Settings, setting
+from mechscope.settings.features import TokenSettings
 from mechscope.studies.pairs import split_names
 from mechscope.studies.run import Input, JobRun
 
@@ -45,6 +46,29 @@ class DictionaryFiles(MaybeDictionaries):
     panel: ClassVar[str] = "Dictionaries"
 
     dictionary: str = setting(..., "Dictionaries: files that `features train` wrote, or folders of --format; several joined by commas.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOutTokens(Settings):
+    """Which tokens dictionaries are not looked at on."""
+
+    panel: ClassVar[str] = "Dictionaries"
+
+    first: Count | None = setting(
+        None, "Tokens at the beginning of each text that are left out; by default as in training, else 1. With --outlier alone: 1."
+    )
+    outlier: Rate | None = setting(
+        None, "Norm, in medians, above which a token is left out; by default as in training, else 10. With --first alone: 10."
+    )
+
+
+def left_out(settings: LeftOutTokens) -> TokenSettings | None:
+    """Return which tokens are left out; None for those that a dictionary's training left out."""
+    if settings.first is None and settings.outlier is None:
+        return None
+    usual = TokenSettings()
+    first, outlier = (getattr(usual if getattr(settings, name) is None else settings, name) for name in ("first", "outlier"))
+    return TokenSettings(first=first, outlier=outlier)
 
 
 def _read(settings: MaybeDictionaries, path: str) -> dict[str, Dictionary]:

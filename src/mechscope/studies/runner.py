@@ -164,7 +164,7 @@ def _weigh(folder: RunFolder) -> None:
 
 def draw(folder: RunFolder) -> Path:
     """Write `report.html` and the figures of an open run, and return the page's path."""
-    from mechscope.report.page import render
+    from mechscope.report.page import FURTHER, render
 
     inputs = {name: record["outputs"] for name, record in folder.manifest["stages"].items() if name != REPORT}
     # another version of mechscope may draw otherwise
@@ -174,6 +174,8 @@ def draw(folder: RunFolder) -> Path:
             page = render(folder.path)
             stage.add(page)
             stage.add(folder.path / "figures")
+            if (folder.path / FURTHER).is_dir():
+                stage.add(folder.path / FURTHER)
     return folder.path / "report.html"
 
 

@@ -44,7 +44,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
 
 
 def whole(values: np.ndarray) -> dict[str, Any]:
-    """Code whole numbers from zero on in as few of 2 or 4 bytes as hold them.
+    """Code whole numbers from zero on in as few of 1, 2 or 4 bytes as hold them.
 
     Args:
         values: Whole numbers of any shape, flattened row by row; what is not finite or below zero counts as zero.
@@ -54,7 +54,8 @@ def whole(values: np.ndarray) -> dict[str, Any]:
     """
     flat = np.asarray(values, dtype=np.float64).ravel()
     counts = np.clip(np.where(np.isfinite(flat), flat, 0.0), 0.0, 2.0**32 - 1)
-    width = 2 if not len(counts) or counts.max() < 2**16 else 4
+    most = counts.max() if len(counts) else 0.0
+    width = 1 if most < 2**8 else 2 if most < 2**16 else 4
     return {"bytes": width, "data": _base64(counts.astype(f"<u{width}"))}
 
 

@@ -13,7 +13,7 @@ const reading = (() => {
     for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
     return bytes.buffer;
   }
-  const whole = ({ bytes, data: text }) => (bytes === 2 ? new Uint16Array(buffer(text)) : new Uint32Array(buffer(text)));
+  const whole = ({ bytes, data: text }) => new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[bytes](buffer(text));
   // the code of `packed.py`
   function measured({ max, data: text }, power) {
     return Float32Array.from(new Uint16Array(buffer(text)), (code) => (code === missing ? NaN : max * (code / (missing - 1)) ** power));

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mechscope.settings import Count, Rate, nested, setting
-from mechscope.settings.features import TokenSettings
+from mechscope.settings import nested
 from mechscope.studies.dictionaries import Judged, LatentSettings, described, stages
-from mechscope.studies.dictionary_files import DICTIONARIES, DictionaryFiles
+from mechscope.studies.dictionary_files import DICTIONARIES, DictionaryFiles, LeftOutTokens, left_out
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
@@ -18,17 +17,11 @@ from mechscope.studies.texts import TEXTS, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesMeasureSettings(OneModel, DictionaryFiles, Texts):
+class FeaturesMeasureSettings(OneModel, DictionaryFiles, LeftOutTokens, Texts):
     """On which texts, and what is shown."""
 
     panel: ClassVar[str] = "Dictionaries"
 
-    first: Count | None = setting(
-        None, "Tokens at the beginning of each text that are left out; by default as in training, else 1. With --outlier alone: 1."
-    )
-    outlier: Rate | None = setting(
-        None, "Norm, in medians, above which a token is left out; by default as in training, else 10. With --first alone: 10."
-    )
     latent: LatentSettings = nested(LatentSettings)
 
 
@@ -47,11 +40,7 @@ def _describe(run: JobRun[FeaturesMeasureSettings]) -> Tables:
 
 
 def _judged(run: JobRun[FeaturesMeasureSettings]) -> Judged:
-    first, outlier, tokens = run.settings.first, run.settings.outlier, None
-    if first is not None or outlier is not None:
-        usual = TokenSettings()
-        tokens = TokenSettings(first=usual.first if first is None else first, outlier=usual.outlier if outlier is None else outlier)
-    return Judged({name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}, run[TEXTS], tokens)
+    return Judged({name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}, run[TEXTS], left_out(run.settings))
 
 
 DESCRIPTION = Stage(name="description", work=_describe, inputs=(DICTIONARIES,), alone=True)

@@ -1,0 +1,145 @@
+"""`mechscope features dashboard`: a page per dictionary on which a person can look at its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mechscope.errors import SettingsError
+from mechscope.settings import nested, setting
+from mechscope.settings.features import DashboardSettings
+from mechscope.studies.dictionary_files import DICTIONARIES, DictionaryFiles, LeftOutTokens, left_out
+from mechscope.studies.groups import ModelAndTuned
+from mechscope.studies.inputs import MODELS
+from mechscope.studies.job import Job, Stage
+from mechscope.studies.run import Input, JobRun, Tables
+from mechscope.studies.texts import TEXTS, Texts
+
+if TYPE_CHECKING:
+    from mechscope.features.rows import Models
+
+# columns that another run may have for latents
+_BESIDE = ("class", "effect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesDashboardSettings(ModelAndTuned, DictionaryFiles, LeftOutTokens, Texts):
+    """On which texts, and what is shown."""
+
+    panel: ClassVar[str] = "Dictionaries"
+
+    tuned: str | None = setting(None, "A fine-tuned version of the model, for dictionaries of both (base:resid6, tuned:resid6).")
+    beside: str | None = setting(
+        None,
+        "Run folder with a table that gives latents (column component) a class, as `features diff` does, or an effect, as `ablate` does.",
+    )
+    dashboard: DashboardSettings = nested(DashboardSettings)
+
+
+def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]:
+    """Return what another run says of latents: column by column, by dictionary (empty where its table names none) and latent."""
+    from mechscope.store.paths import absent
+    from mechscope.store.tables import read_table
+
+    if run.settings.beside is None:
+        return {}
+    folder = Path(run.settings.beside)
+    if not folder.is_dir():
+        raise SettingsError(f"setting 'beside' is {str(folder)!r}: {absent(str(folder)) or 'no such folder'}")
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted((folder / "tables").glob("*.parquet")):
+        table = read_table(file)
+        if "component" not in table:
+            continue
+        named = table["dictionary"] if "dictionary" in table else [""] * len(table)
+        for column in _BESIDE:
+            if column in table:
+                known = found.setdefault(column, {})
+                for dictionary, component, value in zip(named, table["component"], table[column], strict=True):
+                    known.setdefault(f"{dictionary} {component}", value)
+    if not found:
+        raise SettingsError(
+            f"setting 'beside' is {str(folder)!r}: it has no table with the columns component and class, or component and effect"
+        )
+    return found
+
+
+BESIDE: Input[dict[str, dict[str, Any]]] = Input(
+    "beside", _beside, lambda found: {name: sorted(map(str, each.items())) for name, each in found.items()}
+)
+
+
+def _models(run: JobRun[FeaturesDashboardSettings]) -> Models:
+    return run.first if run.settings.tuned is None else run[MODELS]
+
+
+def _check(run: JobRun[FeaturesDashboardSettings]) -> None:
+    from mechscope.data.scoring import check_fits
+
+    check_fits(run.first, run[TEXTS])
+    for dictionary in run[DICTIONARIES].values():
+        dictionary.check(_models(run), other_model=run.settings.other_model)
+
+
+def _gather(run: JobRun[FeaturesDashboardSettings]) -> Tables:
+    import pandas as pd
+
+    from mechscope.features import dashboard
+    from mechscope.subject.spelling import Spelling
+
+    texts, spelling = run[TEXTS], Spelling(run.first.tokenizer)
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in ("latents", "examples", "correlations", "chance")}
+    for name, dictionary in run[DICTIONARIES].items():
+        found = dashboard(
+            _models(run),
+            dictionary.to(run.first.device),
+            texts,
+            settings=run.settings.dashboard,
+            tokens=left_out(run.settings),
+            other_model=True,
+            execution=run.execution,
+        )
+        spelled = {column: found.latents[column].map(spelling.tokens) for column in ("promotes", "suppresses")}
+        latents = found.latents.assign(n=len(texts), tokens=found.tokens, sample=found.sample, **spelled)
+        for column, known in run[BESIDE].items():
+            values = [known.get(f"{name} {latent}", known.get(f" {latent}")) for latent in latents["component"]]
+            if any(value is not None for value in values):
+                latents[column] = values
+        examples = found.examples.assign(text=[str(texts.pairs[text].id) for text in found.examples["text"]])
+        for part, table in (("latents", latents), ("examples", examples), ("correlations", found.correlations), ("chance", found.chance)):
+            table.insert(0, "dictionary", name)
+            parts[part].append(table)
+    tables = {f"dashboard_{part}": pd.concat(made, ignore_index=True) for part, made in parts.items()}
+    ids = sorted({token for shown in tables["dashboard_examples"]["ids"] for token in shown})
+    return {**tables, "dashboard_tokens": pd.DataFrame({"token": ids, "text": spelling.tokens(ids)})}
+
+
+DASHBOARDS = Stage(
+    name="dashboards",
+    work=_gather,
+    hangs_on=("dashboard", "first", "outlier", "seed"),
+    inputs=(MODELS, TEXTS, DICTIONARIES, BESIDE),
+    alone=True,
+)
+
+
+def _title(names: Mapping[str, str]) -> str:
+    return f"Latents of {names.get('model') or ' and '.join(names.values())}"
+
+
+JOB = Job(
+    name="features-dashboard",
+    help="Write a page per dictionary on which its latents can be looked at: examples of all strengths, histograms, tokens, what goes with them.",
+    panel="features",
+    group="features",
+    example="mechscope features dashboard gpt2 --dictionary runs/features/dictionaries/resid6-4096.safetensors --data articles.jsonl",
+    settings=FeaturesDashboardSettings,
+    arguments=("model",),
+    inputs=(MODELS, TEXTS, DICTIONARIES, BESIDE),
+    stages=(DASHBOARDS,),
+    sections=("dashboards",),
+    title=_title,
+    check=_check,
+)

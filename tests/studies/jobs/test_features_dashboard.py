@@ -1,0 +1,74 @@
+"""`mechscope features dashboard` writes what the function gathers, a page per dictionary, and what another run says of latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechscope.errors import MechscopeError, SettingsError
+from mechscope.features import DashboardSettings, dashboard
+from mechscope.instrument import Execution
+from mechscope.store.run import verify
+from mechscope.store.tables import write_table
+from mechscope.studies.jobs.features_dashboard import JOB
+from tests.causal.pairs import random_pairs
+from tests.report.measured import random_dictionary
+from tests.studies.jobs.running import refuses, run, shown, subject
+
+PAIRS = random_pairs(24)
+QUICK: dict[str, Any] = {"pairs": PAIRS, "drawn": 20, "before": 3, "after": 2}
+
+
+def test_the_tables_are_those_of_the_function_and_the_page_stands_beside_the_report(tmp_path: Path) -> None:
+    file = tmp_path / "random.safetensors"
+    random_dictionary().save(file)
+    result = run(JOB, tmp_path / "run", **QUICK, dictionary=str(file), seed=3)
+    settings = DashboardSettings(drawn=20, before=3, after=2)
+    found = dashboard(subject(), random_dictionary(), PAIRS, settings=settings, execution=Execution(2048, seed=3))
+    tokenizer = subject().tokenizer
+    latents, examples = result.dashboard_latents, result.dashboard_examples
+    pd.testing.assert_frame_equal(latents[["component", "density", "share"]], found.latents[["component", "density", "share"]])
+    assert latents["promotes"][0].tolist() == [tokenizer.decode([token]) for token in found.latents["promotes"][0]]
+    assert (latents["n"] == 24).all()
+    assert examples["text"].tolist() == [PAIRS.pairs[text].id for text in found.examples["text"]]
+    by_id = {pair.id: pair.clean for pair in PAIRS}
+    spelled = dict(zip(result.dashboard_tokens["token"], result.dashboard_tokens["text"], strict=True))
+    for row in examples.to_dict("records"):
+        assert tuple(row["ids"]) == by_id[row["text"]][row["start"] : row["start"] + len(row["ids"])]
+        assert all(spelled[token] == tokenizer.decode([token]) for token in row["ids"])
+    page = shown(result, "dashboards")
+    assert 'href="pages/dashboard-random.html"' in page
+    assert latents["component"][0] in (tmp_path / "run" / "pages" / "dashboard-random.html").read_text(encoding="utf-8")
+    assert set(verify(result.path)["status"]) == {"ok"}
+    again = run(JOB, tmp_path / "again", **QUICK, dictionary=str(file), seed=3)
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(table, again.tables[name])
+
+
+def test_classes_and_effects_come_from_another_run(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        random_dictionary().save(tmp_path / f"{name}.safetensors")
+    both = f"{tmp_path}/one.safetensors,{tmp_path}/other.safetensors"
+    # a table that names its dictionary, and one that does not
+    classes = pd.DataFrame({"dictionary": ["one", "other"], "component": "resid1.f5", "class": ["shared", "tuned only"]})
+    write_table(classes, tmp_path / "beside" / "tables" / "latent_classes.parquet")
+    write_table(pd.DataFrame({"component": ["resid1.f4"], "effect": [-0.5]}), tmp_path / "beside" / "tables" / "effects.parquet")
+    result = run(JOB, None, **QUICK, dictionary=both, beside=str(tmp_path / "beside"))
+    told = result.dashboard_latents.set_index(["dictionary", "component"])
+    assert told.loc[("one", "resid1.f5"), "class"] == "shared"
+    assert told.loc[("other", "resid1.f5"), "class"] == "tuned only"
+    assert told["class"].notna().sum() == 2
+    assert [told.loc[(name, "resid1.f4"), "effect"] for name in ("one", "other")] == [-0.5, -0.5]
+    assert told["effect"].notna().sum() == 2
+
+
+def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    random_dictionary().save(tmp_path / "random.safetensors")
+    given = {"dictionary": str(tmp_path / "random.safetensors")}
+    refuses(JOB, tmp_path / "run", SettingsError, "'beside' is '.*absent': .*no such", **given, beside=str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    refuses(JOB, tmp_path / "run", SettingsError, "no table with the columns component and class", **given, beside=str(tmp_path / "empty"))
+    refuses(JOB, tmp_path / "run", MechscopeError, "no such file", dictionary=str(tmp_path / "absent.safetensors"))
+    refuses(JOB, tmp_path / "run", SettingsError, "'examples' is 0", **given, examples=0)
