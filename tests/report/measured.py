@@ -19,6 +19,7 @@ from mechscope.studies.job import Job
 from mechscope.studies.runner import run_job
 from tests.causal.pairs import random_pairs
 from tests.studies.jobs.running import run, subject
+from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
 # settings of a run that ends within a second or two
 _JOBS: dict[str, dict[str, Any]] = {
@@ -89,6 +90,8 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     positions = _job("positions")
     read = resolve(positions.settings, model="given in memory", offsets=4, components="layers:0-1")
     tables |= run_job(positions, read, None, given={"model": subject()}).tables
+    # its dictionaries' own tables are those of the job above
+    tables = {**compare_by_dictionaries(None).tables, **tables}
     return {
         **tables,
         "calibration": rates_table(_TRUTHS, [{"undecided": 40}, {"inside": 38, "outside": 2, "withheld": 10}, {"supported": 12}]),

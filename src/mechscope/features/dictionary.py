@@ -95,6 +95,10 @@ class Dictionary:
         """Return the inputs side by side, in the units of the tensors."""
         return _mapped(inputs, self.input_maps, self.layout.inputs, self.tensors["encoder_bias"])
 
+    def aim(self, outputs: Sequence[Float[Tensor, "token width"]]) -> Float[Tensor, "token written"]:
+        """Return what stands at the output places side by side, in the units of the tensors: what `decoded` is to be."""
+        return _mapped(outputs, self.output_maps, self.layout.outputs, self.tensors["encoder_bias"])
+
     @torch.no_grad()
     def encode(self, inputs: Sequence[Float[Tensor, "token width"]]) -> Codes:
         """Return the active latents of tokens.

@@ -85,13 +85,22 @@ def top_examples(
 
 
 @torch.no_grad()
-def promoted_tokens(subject: Subject, dictionary: Dictionary, latents: Sequence[int], *, k: int = 8) -> list[tuple[list[int], list[int]]]:
-    """Return of some latents the tokens that their decoder rows promote most, and those that they suppress most, at the first place they write.
+def promoted_tokens(
+    subject: Subject, dictionary: Dictionary, latents: Sequence[int], *, k: int = 8, place: Place | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Return of some latents the tokens that their decoder rows promote most, and those that they suppress most.
+
+    Args:
+        subject: The model.
+        dictionary: The dictionary.
+        latents: Which latents.
+        k: Tokens of each list.
+        place: Where they write; None for the first place.
 
     Raises:
-        SettingsError: The dictionary writes nothing into the residual stream.
+        SettingsError: The dictionary writes nothing into the residual stream there.
     """
-    place = dictionary.layout.outputs[0]
+    place = dictionary.layout.outputs[0] if place is None else place
     if not writes_residual(place):
         raise SettingsError(f"a dictionary that writes {place} adds nothing to the residual stream of which tokens could be read")
     readout = Readout.of(subject)

@@ -105,7 +105,8 @@ class Layout:
     def tensors(self, *, seed: int = 0, threshold: float = 0.001, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return the tensors that training starts with.
 
-        Decoder rows are random and of norm one; what is written back where it was read is read as it is written; biases are zero.
+        Decoder rows are random and of norm one, and the same at places that differ by their model alone, so that every latent begins as one that models share;
+        what is written back where it was read is read as it is written; biases are zero.
 
         Args:
             seed: Of the random rows.
@@ -117,6 +118,8 @@ class Layout:
         for name, shape in self.shapes().items():
             if name.startswith(("encoder.", "decoder.")):
                 rows = torch.randn(shape, generator=generator, dtype=torch.float64)
+                if name.startswith("decoder."):
+                    self._share(rows, self.groups[int(name.removeprefix("decoder."))])
                 made[name] = (rows / rows.norm(dim=1, keepdim=True)).to(dtype)
             else:
                 made[name] = torch.zeros(shape, dtype=dtype)
@@ -126,6 +129,13 @@ class Layout:
         if self.rule.name == "jumprelu":
             made["threshold"] += threshold
         return made
+
+    def _share(self, rows: Tensor, group: Group) -> None:
+        """Give rows the same part at places that differ by their model alone."""
+        writes = slice(*group.writes)
+        parts: dict[tuple[str, int], Tensor] = {}
+        for place, part in zip(self.outputs[writes], rows.split(self.output_widths[writes], dim=1), strict=True):
+            part.copy_(parts.setdefault((place.site, place.layer), part))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controlled(Settings):
-    """What the fine-tuning is compared with."""
+class NamedControls(Settings):
+    """Other trainings that the fine-tuning is compared with."""
 
     panel: ClassVar[str] = "Controls"
 
@@ -37,6 +37,14 @@ class Controlled(Settings):
         "Other fine-tuned versions of the base, joined by commas; what each is (seed, shuffled, other) is read from what mechscope tune --control "
         "wrote, or said before it, as in shuffled:PATH.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controlled(NamedControls):
+    """What the fine-tuning is compared with."""
+
+    panel: ClassVar[str] = "Controls"
+
     noise_draws: Count = setting(8, "Draws of the base with noise of the tuned model's size, matrix by matrix; 0 for none.")
     control_documents: Number = setting(
         48, "Documents on which the tuned model and its controls are compared: the first of those measured."
@@ -48,7 +56,7 @@ class Controlled(Settings):
         return self.noise_draws > 0 or self.controls is not None
 
 
-def named_controls(settings: Controlled) -> tuple[Control, ...]:
+def named_controls(settings: NamedControls) -> tuple[Control, ...]:
     """Return the controls that the settings name, none of them loaded.
 
     Raises:
@@ -67,7 +75,8 @@ def named_controls(settings: Controlled) -> tuple[Control, ...]:
         raise SettingsError(f"setting 'controls' names {twice[0]!r} twice: a training counts once")
     last = [Path(source).name for source in sources]
     # the tuned model and the draws of noise stand beside them by these names
-    taken = {"tuned", *(f"noise {number}" for number in range(settings.noise_draws))}
+    draws = settings.noise_draws if isinstance(settings, Controlled) else 0
+    taken = {"tuned", *(f"noise {number}" for number in range(draws))}
     names = [source if last.count(name) > 1 or name in taken else name for name, source in zip(last, sources, strict=True)]
     controls = []
     for name, (kind, source) in zip(names, parts, strict=True):
@@ -92,7 +101,7 @@ def _parts(text: str) -> tuple[ControlKind | None, str]:
     return (kinds[before], rest) if colon and before in kinds else (None, text)
 
 
-def _load_control(run: JobRun[Any], base: Subject, control: Control) -> Pair:
+def load_control(run: JobRun[Any], base: Subject, control: Control) -> Pair:
     """Load a control beside the base; an adapter is put on a copy of the base of its own.
 
     Raises:
@@ -127,7 +136,7 @@ def check_controls(run: JobRun[Any], base: Subject, tuned: Subject | None = None
     found: dict[str, Any] = {}
     seen = {base.fingerprint: "the base"} | ({} if tuned is None else {tuned.fingerprint: "the tuned model"})
     for control in named_controls(run.settings):
-        fingerprint = _load_control(run, base, control).tuned.fingerprint
+        fingerprint = load_control(run, base, control).tuned.fingerprint
         if fingerprint in seen:
             raise SettingsError(
                 f"setting 'controls' names {control.source!r}, which has the same weights as {seen[fingerprint]}: a training counts once, leave it out"
@@ -183,7 +192,7 @@ def controls_stage(
         called = source.relative_to(run.folder.path).as_posix() if own else pair.tuned.source
         yield Control("tuned", called, "tuned", recorded_training(pair.tuned.source)[1]), pair
         for control in named_controls(settings):
-            yield control, _load_control(run, pair.base, control)
+            yield control, load_control(run, pair.base, control)
         for number, noisy in enumerate(noise_pairs(pair, settings.noise_draws, seed=settings.seed)):
             yield Control(f"noise {number}", noisy.tuned.source, "noise", number), noisy
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -14,7 +14,8 @@ from mechscope.studies.texts import TEXTS
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs
-    from mechscope.features import Dictionary, TokenSettings
+    from mechscope.features import Dictionary, Examples, TokenSettings
+    from mechscope.subject.spelling import Spelling
 
 # tokens from which controls are made: principal components, linear maps, and how many latents are active
 _CONTROL_ROWS = 8192
@@ -144,15 +145,21 @@ def _show(run: JobRun[Any], judged: Judged) -> Tables:
             about = {"dictionary": name, "component": Latent(place, latent).name}
             share = found.energy[latent] / found.energy.sum()
             shown.append({**about, "share": share, "promotes": spelling.tokens(up), "suppresses": spelling.tokens(down)})
-            own = found.table[found.table["latent"] == latent]
-            for number, text, at, value in zip(own["rank"], own["text"], own["position"], own["value"], strict=True):
-                ids = texts.pairs[text].clean
-                around = {
-                    "before": spelling.text(ids[max(0, at - _BEFORE) : at]),
-                    "token": spelling.token(ids[at]),
-                    "after": spelling.text(ids[at + 1 : at + 1 + _AFTER]),
-                }
-                listed.append(
-                    {**about, "place": int(number), "value": value, "text": str(texts.pairs[text].id), "position": int(at), **around}
-                )
+            listed += [{**about, **row} for row in example_rows(found, latent, texts, spelling)]
     return {"latents_shown": pd.DataFrame(shown), "latent_examples": pd.DataFrame(listed)} if shown else {}
+
+
+def example_rows(found: Examples, latent: int, texts: Pairs, spelling: Spelling) -> Iterator[dict[str, Any]]:
+    """Yield where a latent is active most, the largest first: `place`, `value`, `text`, `position`, and the token with what stands around it."""
+    own = found.table[found.table["latent"] == latent]
+    for number, text, at, value in zip(own["rank"], own["text"], own["position"], own["value"], strict=True):
+        ids = texts.pairs[text].clean
+        yield {
+            "place": int(number),
+            "value": value,
+            "text": str(texts.pairs[text].id),
+            "position": int(at),
+            "before": spelling.text(ids[max(0, at - _BEFORE) : at]),
+            "token": spelling.token(ids[at]),
+            "after": spelling.text(ids[at + 1 : at + 1 + _AFTER]),
+        }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from mechscope import features
 from mechscope.features import Dictionary, Rule
+from mechscope.features.diffing import LatentSet, carried, latent_scaling
 from mechscope.instrument import Execution
 from tests import families
 from tests.contract.technique import Case, Result, Technique, columns, numbers
@@ -60,6 +62,23 @@ def dashboard(case: Case, execution: Execution) -> Result:
     return numbers(found)
 
 
+def scaling(case: Case, execution: Execution) -> Result:
+    """Scale the latents of a crosscoder of two models."""
+    given = _dictionary(features.crosscoder("base:resid1,tuned:resid1", (families.WIDTH,) * 2, 50, Rule("topk", 6)))
+    return columns(latent_scaling({"base": case.pair.base, "tuned": case.pair.tuned}, given, case.pairs, execution=execution))
+
+
+def carries(case: Case, execution: Execution) -> Result:
+    """Put latents of a crosscoder into the base and take them out of the tuned model."""
+    given = _dictionary(features.crosscoder("base:resid1,tuned:resid1", (families.WIDTH,) * 2, 50, Rule("topk", 6)))
+    sets = {"some": LatentSet((1, 7)), "all": LatentSet(), "drawn": LatentSet((1, 7), draw=0)}
+    found = carried(case.pair, given, case.pairs, sets, execution=execution)
+    energy = {f"energy {name}": np.array([value]) for name, value in found.energy.items()}
+    into = {f"into {name}": value for name, value in found.into_base.items()}
+    out = {f"out {name}": value for name, value in found.out_of_tuned.items()}
+    return {"base": found.base, "tuned": found.tuned, **energy, **into, **out}
+
+
 TECHNIQUES: dict[str, Technique] = {
     "autoencoder": autoencoder,
     "transcoder": transcoder,
@@ -67,4 +86,6 @@ TECHNIQUES: dict[str, Technique] = {
     "measured together": together,
     "examples": examples,
     "dashboard": dashboard,
+    "latent scaling": scaling,
+    "what latents carry": carries,
 }

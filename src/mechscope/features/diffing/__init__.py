@@ -1,0 +1,37 @@
+"""Comparing two models by dictionaries: what fine-tuning added, beside controls of the same budget, and what of it matters."""
+
+from mechscope.features.diffing.carried import Carried, Contribution, LatentSet, alike, carried
+from mechscope.features.diffing.classes import BY_NORM, JUDGED, classified, found_again
+from mechscope.features.diffing.comparisons import CROSSCODER, Comparison, Judged, comparisons, judge
+from mechscope.features.diffing.planted import Plant
+from mechscope.features.diffing.scaling import Decoders, ScalingSums, latent_scaling, scaled_latents, scaling_sums
+from mechscope.features.diffing.views import Recipe, Views, model_places
+from mechscope.settings.diffing import ExclusiveSettings, PlantSettings
+
+__all__ = [
+    "BY_NORM",
+    "CROSSCODER",
+    "JUDGED",
+    "Carried",
+    "Comparison",
+    "Contribution",
+    "Decoders",
+    "ExclusiveSettings",
+    "Judged",
+    "LatentSet",
+    "Plant",
+    "PlantSettings",
+    "Recipe",
+    "ScalingSums",
+    "Views",
+    "alike",
+    "carried",
+    "classified",
+    "comparisons",
+    "found_again",
+    "judge",
+    "latent_scaling",
+    "model_places",
+    "scaled_latents",
+    "scaling_sums",
+]

@@ -1,0 +1,280 @@
+"""What latents of a comparison carry of what fine-tuning did to the loss: put into the base, and taken out of the tuned model.
+
+    1. both models read a text, and the dictionary reads both: f
+    2. what a set S of latents says of the difference, at every place of the residual stream or of what is added to it
+           c = Σ_{j∈S} f_j (D_tuned,j − D_base,j)            (of a dictionary of differences: Σ f_j D_j)
+    3. the base runs with x_base + c in the place of x_base, and the tuned model with x_tuned − c: all that the dictionary misses stays as it is
+    4. carried alone = loss(base) − loss(base + c);   lost without = loss(tuned − c) − loss(tuned);   both as shares of loss(base) − loss(tuned)
+
+c is that of the undisturbed runs, and x at every place too, so that a latent that writes at several places is not counted again behind the first. Tokens that
+the dictionary never reads (the first ones, outliers) are left alone. Beside a set stand as many other latents whose c is about as large, its own f
+with random vectors as long as its own D_tuned − D_base, all latents together, and the whole of x_tuned − x_base: the most that these places can carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechscope.data.metrics import check_metric, pair_metric
+from mechscope.data.pairs import PairBatch, Pairs
+from mechscope.data.scoring import score
+from mechscope.errors import ModelError, SettingsError
+from mechscope.features.codes import Codes
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.diffing.views import BASE, DIFFERENCE, TUNED, model_places
+from mechscope.features.places import Place
+from mechscope.features.rows import TOKENS_PER_BATCH, Reader
+from mechscope.instrument import Edit, Execution, Walk, intervene, record
+from mechscope.instrument.edits import EditSite
+from mechscope.instrument.texts import over_texts
+from mechscope.settings.features import TokenSettings
+from mechscope.shapes import by_shape
+from mechscope.subject import Pair, Subject
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents that are put in and taken out together.
+
+    Attributes:
+        latents: Which; empty for all of the dictionary.
+        whole: Whether x_tuned − x_base itself is taken, whatever the dictionary says of it.
+        draw: Seed of random vectors in the place of the latents' own; None for their own.
+    """
+
+    latents: tuple[int, ...] = ()
+    whole: bool = False
+    draw: int | None = None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Losses on the targets, in nats per token; one number per text.
+
+    Attributes:
+        base: ``(text)``: of the base.
+        tuned: ``(text)``: of the tuned model.
+        into_base: By set ``(text)``: of the base with the set put in.
+        out_of_tuned: By set ``(text)``: of the tuned model with the set taken out.
+        energy: By set: mean ‖c‖² per token.
+    """
+
+    base: Float[np.ndarray, " text"]
+    tuned: Float[np.ndarray, " text"]
+    into_base: Mapping[str, Float[np.ndarray, " text"]]
+    out_of_tuned: Mapping[str, Float[np.ndarray, " text"]]
+    energy: Mapping[str, float]
+
+    __repr__ = by_shape
+
+
+class Contribution:
+    """What latents say of the difference of two models, in the models' units."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        """Take a crosscoder of `base` and `tuned`, or an autoencoder of `difference`.
+
+        Raises:
+            ModelError: It is neither.
+        """
+        self.dictionary = dictionary
+        models = {place.model for place in dictionary.layout.inputs}
+        self.where = tuple(dict.fromkeys(replace(place, model="") for place in dictionary.layout.inputs))
+        expected = [model_places(self.where, names) for names in ((BASE, TUNED), (DIFFERENCE,))]
+        if dictionary.layout.inputs not in expected or dictionary.layout.outputs != dictionary.layout.inputs:
+            raise ModelError(
+                f"a dictionary that reads {', '.join(map(str, dictionary.layout.inputs))} is no comparison of base and tuned: give a crosscoder of "
+                "base:PLACE,tuned:PLACE or an autoencoder of difference:PLACE"
+            )
+        if wrong := [place.name for place in self.where if place.site == "mlp_input"]:
+            raise ModelError(f"{wrong[0]} is read by an MLP and written by no one: what latents carry is tested where models write")
+        self._of_difference = models == {DIFFERENCE}
+
+    def codes(self, streams: Mapping[Place, Float[Tensor, "token width"]]) -> Codes:
+        """Return the latents of some tokens, of which both models' streams are given."""
+        rows = {place: value.to(self.dictionary.device, self.dictionary.dtype) for place, value in streams.items()}
+        if self._of_difference:
+            rows = {replace(place, model=DIFFERENCE): _difference(rows, place) for place in self.where}
+        return self.dictionary.encode([rows[place] for place in self.dictionary.layout.inputs])
+
+    def directions(self, latents: Sequence[int], place: Place) -> Float[Tensor, "latent width"]:
+        """Return what a value of one of some latents adds to the difference at a place."""
+        at = [replace(place, model=model) for model in ((DIFFERENCE,) if self._of_difference else (BASE, TUNED))]
+        rows = [self.dictionary.directions(latents, each) for each in at]
+        return rows[0] if self._of_difference else rows[1] - rows[0]
+
+
+def _difference(streams: Mapping[Place, Tensor], place: Place) -> Tensor:
+    return streams[replace(place, model=TUNED)] - streams[replace(place, model=BASE)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An undisturbed run of a model: where changed runs begin, what stands at the places, and the loss."""
+
+    walk: Walk
+    start: int
+    before: Tensor
+    streams: dict[Place, Tensor]
+    loss: Tensor
+
+
+def carried(
+    pair: Pair,
+    dictionary: Dictionary,
+    texts: Pairs,
+    sets: Mapping[str, LatentSet],
+    *,
+    tokens: TokenSettings | None = None,
+    limits: Mapping[str, float] | None = None,
+    execution: Execution = Execution(),
+) -> Carried:
+    """Put sets of latents into the base and take them out of the tuned model, and read the loss on the texts' targets.
+
+    Args:
+        pair: The two models.
+        dictionary: A crosscoder of `base` and `tuned`, or an autoencoder of `difference`.
+        texts: Texts with a target, such as a summary.
+        sets: What is put in and taken out, by name.
+        tokens: Which tokens are left alone.
+        limits: Norms above which a token is left alone, by the names of the places, as training had them; None to find them here.
+        execution: Tokens of a batch, progress.
+
+    Raises:
+        MechscopeError: The dictionary or the texts do not fit, or a latent does not exist.
+    """
+    contribution = Contribution(dictionary)
+    if wrong := [latent for chosen in sets.values() for latent in chosen.latents if not 0 <= latent < dictionary.latents]:
+        raise SettingsError(f"latent {wrong[0]} does not exist: the dictionary has {dictionary.latents:,}")
+    models = {BASE: pair.base, TUNED: pair.tuned}
+    reader = Reader(models, model_places(contribution.where, (BASE, TUNED)), tokens or TokenSettings())
+    reader.check(texts)
+    check_metric("loss", texts)
+    if limits is None:
+        reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
+    else:
+        reader.limits = {place: limits[place.name] for place in reader.places if place.name in limits}
+    losses = {side: np.full(len(texts), np.nan) for side in models}
+    changed = {side: {name: np.full(len(texts), np.nan) for name in sets} for side in models}
+    energy, read = dict.fromkeys(sets, 0.0), 0
+    for batch, (own, by_set, long, rows) in over_texts(
+        texts, lambda batch: _of_batch(reader, contribution, sets, batch), execution, tokens=TOKENS_PER_BATCH, label="what latents carry"
+    ):
+        at = list(batch.indices)
+        for side in models:
+            losses[side][at] = own[side]
+            for name in sets:
+                changed[side][name][at] = by_set[side, name]
+        energy = {name: energy[name] + long[name] for name in sets}
+        read += rows
+    return Carried(losses[BASE], losses[TUNED], changed[BASE], changed[TUNED], {name: each / max(read, 1) for name, each in energy.items()})
+
+
+@torch.no_grad()
+def _of_batch(
+    reader: Reader, contribution: Contribution, sets: Mapping[str, LatentSet], batch: PairBatch
+) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray], dict[str, float], int]:
+    """Return a batch's losses: of both models, and of each with every set; and for every set Σ‖c‖² over how many tokens."""
+    runs = {side: _undisturbed(reader, side, batch) for side in (BASE, TUNED)}
+    streams = {place: value for run in runs.values() for place, value in run.streams.items()}
+    kept, _ = reader.kept(batch, streams)
+    rows = {place: value[kept.to(value.device)] for place, value in streams.items()}
+    codes = contribution.codes(rows)
+    losses: dict[tuple[str, str], np.ndarray] = {}
+    energy = {}
+    for name, chosen in sets.items():
+        shifts = {place: _shift(contribution, chosen, codes, rows, place) for place in contribution.where}
+        energy[name] = float(sum(shift.double().square().sum() for shift in shifts.values()))
+        for side, sign in ((BASE, 1), (TUNED, -1)):
+            subject = reader.subjects[side]
+            edits = [_edit(place, runs[side].streams[replace(place, model=side)], sign * shift, kept) for place, shift in shifts.items()]
+            losses[side, name] = _read(subject, batch, runs[side], edits).double().cpu().numpy()
+    return {side: run.loss.double().cpu().numpy() for side, run in runs.items()}, losses, energy, int(kept.sum())
+
+
+def _undisturbed(reader: Reader, side: str, batch: PairBatch) -> _Run:
+    subject = reader.subjects[side]
+    own = [place for place in reader.places if place.model == side]
+    walk = Walk(subject, batch.clean, None if bool(batch.real.all()) else batch.real)
+    hidden, start = walk.hidden, min(place.layer for place in own)
+    for layer in range(start):
+        hidden = walk.step(layer, hidden)
+    before = hidden
+    with record(subject, *dict.fromkeys(place.site for place in own), layers={place.layer for place in own}) as recording:
+        hidden = walk.run(before, start=start)
+    return _Run(walk, start, before, {place: place.of(recording) for place in own}, _loss(subject, batch, hidden))
+
+
+def _loss(subject: Subject, batch: PairBatch, hidden: Tensor) -> Float[Tensor, " batch"]:
+    metric = pair_metric("loss", batch)
+    return score(subject, hidden[metric.where.to(hidden.device)][None], metric)[0]
+
+
+def _shift(
+    contribution: Contribution, chosen: LatentSet, codes: Codes, rows: Mapping[Place, Tensor], place: Place
+) -> Float[Tensor, "token width"]:
+    """Return c of the tokens that are read, at a place."""
+    if chosen.whole:
+        return _difference(rows, place)
+    latents = chosen.latents or tuple(range(contribution.dictionary.latents))
+    directions = contribution.directions(latents, place)
+    if chosen.draw is not None:
+        seed = (chosen.draw * 1_000_003 + place.layer) * 1_000_003 + len(place.site)
+        drawn = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(directions)
+        directions = drawn * (directions.norm(dim=1) / drawn.norm(dim=1))[:, None]
+    if not chosen.latents:
+        return codes.decoded(directions.contiguous())
+    return codes.columns(torch.tensor(latents, device=codes.latents.device)) @ directions
+
+
+def _edit(
+    place: Place, own: Float[Tensor, "batch token width"], shift: Float[Tensor, "token width"], kept: Bool[Tensor, "batch token"]
+) -> Edit:
+    value = own.clone()
+    value[kept.to(own.device)] += shift.to(own)
+
+    def put(current: Tensor) -> Tensor:
+        # heads of z are given apart
+        return value.view_as(current)
+
+    return Edit(cast(EditSite, place.site), place.layer, put, positions=kept)
+
+
+def _read(subject: Subject, batch: PairBatch, run: _Run, edits: Sequence[Edit]) -> Float[Tensor, " batch"]:
+    with ExitStack() as stack:
+        stack.enter_context(intervene(subject, *edits))
+        hidden = run.walk.run(run.before, start=run.start)
+    return _loss(subject, batch, hidden)
+
+
+def alike(latents: Sequence[int], energy: Float[np.ndarray, " latent"], *, seed: int, among: int = 4) -> tuple[int, ...]:
+    """Draw as many other latents that are as active: for each one of the nearest by the logarithm of its energy that are not taken yet.
+
+    Args:
+        latents: The latents.
+        energy: Of every latent; those of none are never drawn.
+        seed: Of the draw.
+        among: From how many of the nearest one is drawn.
+
+    Returns:
+        Other latents; fewer where there are no more.
+    """
+    random = np.random.default_rng(seed)
+    free = np.setdiff1d(np.flatnonzero(energy > 0), np.asarray(latents, dtype=int))
+    drawn = []
+    for latent in random.permutation(np.asarray(latents, dtype=int)):
+        if not len(free):
+            break
+        distance = np.abs(np.log(energy[free]) - np.log(max(float(energy[latent]), np.finfo(float).tiny)))
+        one = random.choice(np.argsort(distance, kind="stable")[:among])
+        drawn.append(int(free[one]))
+        free = np.delete(free, one)
+    return tuple(sorted(drawn))

@@ -1,0 +1,84 @@
+"""Candidates: latents that the tuned model alone has by its decoders, with what they write and the texts in which they are active most."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from mechscope.report.marks.tables import Cell, Shown, Table
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.statements import Caveat
+from mechscope.report.theme import percent
+
+TABLES = {
+    "feature_candidates": table(
+        "One row per latent that is listed: those that the tuned model alone has by its decoders.",
+        component="the latent",
+        density=number("share of tokens in which it is active", "share"),
+        share=number("its share of the energy of all latents", "share"),
+        relative_norm=number("relative norm of its decoders", "share"),
+        nu_error=number("its ν of the error", "ratio"),
+        nu_reconstruction=number("its ν of the reconstruction", "ratio"),
+        judged="new, shrunk, decoupled or unclear",
+        again=number("largest cosine with a new latent of the other half of the documents", "cosine"),
+        beyond="whether it is new beyond control",
+        promotes="tokens whose logits it raises most in the tuned model, by its decoder through the final norm and the unembedding",
+        suppresses="tokens whose logits it lowers most",
+    ),
+    "feature_examples": table(
+        "One row per listed latent and text in which it is active most.",
+        component="the latent",
+        place="the place among its examples, from 1",
+        value=number("its value"),
+        text="the text's id",
+        position="the token's place in the text, from 0",
+        before="what stands before the token",
+        token="the token",
+        after="what stands behind it",
+    ),
+}
+
+
+def _views(tables: Tables) -> list[Shown]:
+    if "feature_candidates" not in tables or "feature_examples" not in tables:
+        return []
+    return [_candidates(tables["feature_candidates"], tables["feature_examples"], tables.get("feature_again"))]
+
+
+def _candidates(listed: pd.DataFrame, examples: pd.DataFrame, again: pd.DataFrame | None) -> Shown:
+    texts = {
+        key: " ⋯ ".join(f"{row.before}⟦{row.token}⟧{row.after}" for row in own.sort_values("place").head(3).itertuples())
+        for key, own in examples.groupby("component", sort=False)
+    }
+    found = {} if again is None else {str(key): own for key, own in again[again["found"].astype(bool)].groupby("component")}
+    controls = [", ".join(found[key]["comparison"]) if key in found else "–" for key in listed["component"]]
+    listed = listed.assign(examples=[texts.get(key, "") for key in listed["component"]], controls=controls)
+    view = Table(listed).words("component", "latent", strong=lambda row: bool(row["beyond"]))
+    view = view.cells("judged", "judged", lambda row: Cell("new beyond control" if row["beyond"] else str(row["judged"])))
+    view = view.numbers("nu_error", "ν error").numbers("nu_reconstruction", "ν reconstruction")
+    if again is not None:
+        view = view.texts("controls", "found again in")
+    view = view.cells("density", "active in", lambda row: Cell(percent(row["density"], digits=2), sort=float(row["density"])))
+    view = view.token_lists("promotes", "promotes", most=6).token_lists("suppresses", "suppresses", most=4)
+    view = view.texts("examples", "most active at ⟦token⟧")
+    words = "Latents that the tuned model alone has by its decoders: what is new beyond control first, then what latent scaling takes back."
+    return Shown("Candidates, and the texts in which they are active most", view.view(), words, table="feature_candidates")
+
+
+def _caveats(tables: Tables) -> list[Caveat]:
+    if "feature_candidates" not in tables:
+        return []
+    said = "The examples are those of the largest values: a latent may mean something else where it is less active."
+    return [Caveat(said, weakens="feature_candidates")]
+
+
+SECTION = Section(
+    id="feature-candidates",
+    heading="Candidates",
+    intro=(
+        "Latents that the tuned model alone has by its decoders: what is new beyond control first, then what latent scaling takes back. What a latent "
+        "promotes is read off its decoder in the tuned model, which the layers behind may change."
+    ),
+    tables=TABLES,
+    views=_views,
+    caveats=_caveats,
+)

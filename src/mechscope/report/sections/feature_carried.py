@@ -1,0 +1,132 @@
+"""What the latents that fine-tuning added carry of its gain: put into the base and taken out of the tuned model, beside as many others."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from mechscope.report.gains import MAIN, beside_said, sets_of, share_said
+from mechscope.report.marks.figure import Figure
+from mechscope.report.marks.intervals import interval_plot
+from mechscope.report.marks.tables import Cell, Row, Shown, Table
+from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.shared import few_texts
+from mechscope.report.statements import Caveat, Finding
+from mechscope.report.theme import number as written
+
+TABLES = {
+    "feature_carried": table(
+        "One row per dictionary, set of latents and change of a model.",
+        comparison="the dictionary: crosscoder or difference",
+        set="the latents: new (beyond control), new by thresholds, lost, strongest, other latents (as many, as active), random vectors (as long), all latents, "
+        "or the whole stream",
+        change="put into base, or taken from tuned",
+        latents=number("how many; 0 for all", "latents"),
+        draws=number("draws that are taken together", "draws"),
+        n="texts",
+        energy=number("mean squared length of what is put in or taken out, per token", "squared activations"),
+        loss=number("loss on the summary of the changed model", "nats per token"),
+        share=number(
+            "its part of the gain of fine-tuning: loss that is gained in the base, or lost in the tuned model", "share", "low", "high"
+        ),
+        least=number("smallest share of a draw", "share"),
+        most=number("largest share of a draw", "share"),
+        withheld="why shares are not given; empty where they are",
+        gain=number("mean loss of the base minus that of the tuned model", "nats per token"),
+        more=number("of the set in question: its share less the mean share of as many other latents", "share", "low", "high"),
+    ),
+}
+
+
+def _figures(tables: Tables) -> list[Figure]:
+    found: list[Figure] = []
+    carried = tables.get("feature_carried")
+    if carried is not None and (drawn := carried[(carried["comparison"] == MAIN) & carried["share"].notna()]).size:
+        rows = drawn.sort_values("change", kind="stable")
+        rows = pd.DataFrame(
+            {
+                "row": [f"{row['set']}, {row['change']}" for row in rows.to_dict("records")],
+                **{
+                    name: rows[column].to_numpy()
+                    for name, column in (("value", "share"), ("low", "share_low"), ("high", "share_high"), ("n", "n"))
+                },
+            }
+        )
+        found.append(
+            interval_plot(
+                rows,
+                name="feature-carried",
+                title="What latents carry of the gain",
+                caption="Share of the loss that fine-tuning gained on summaries: gained by the base when the latents are put in, lost by the tuned model when "
+                "they are taken out. Intervals (95 %) over texts; draws of one kind are averaged.",
+                axis="share of the gain",
+            )
+        )
+    return found
+
+
+def _views(tables: Tables) -> list[Shown]:
+    shown: list[Shown] = []
+    if "feature_carried" in tables:
+        view = (
+            Table(tables["feature_carried"])
+            .words("set", "latents", strong=lambda row: row["set"] == "new")
+            .words("comparison", "dictionary")
+        )
+        view = view.words("change", "change").cells("latents", "how many", _how_many)
+        view = (
+            view.shares("share", "share of the gain", ends=("share_low", "share_high"))
+            .numbers("least", "least draw")
+            .numbers("most", "most")
+        )
+        view = (
+            view.numbers("more", "more than other latents", ends=("more_low", "more_high"))
+            .numbers("energy", "energy")
+            .numbers("n", "texts")
+        )
+        shown.append(Shown("What latents carry of the gain on summaries", view.view(), table="feature_carried"))
+    return shown
+
+
+def _how_many(row: Row) -> Cell:
+    return Cell(written(int(row["latents"])), sort=float(row["latents"])) if row["latents"] else Cell("–")
+
+
+def _findings(tables: Tables) -> list[Finding]:
+    """Say what the tuned model loses without the new latents."""
+    carried = tables.get("feature_carried")
+    own = dict(sets_of(carried, "taken from tuned")) if carried is not None else {}
+    if (new := own.get("new")) is None or new["withheld"]:
+        return []
+    return [
+        Finding(
+            f"Without its {written(int(new['latents']))} new latents the tuned model loses {share_said(new)} of the gain{beside_said(own, 'without')}",
+            n=new["n"],
+            rows=tuple(own.values()),
+            effect=float(new["share"]),
+            table="feature_carried",
+        )
+    ]
+
+
+def _caveats(tables: Tables) -> list[Caveat]:
+    if "feature_carried" not in tables:
+        return []
+    said = "What latents carry is tested with what they say of the undisturbed runs, at these places alone; the layers behind stay those of each model."
+    return [*few_texts(tables, "feature_carried"), Caveat(said, weakens="feature_carried")]
+
+
+SECTION = Section(
+    id="feature-carried",
+    heading="What the new latents carry",
+    intro=(
+        "Both models read a document and its summary, and the dictionary reads both. What a set of latents says of their difference is then put into the "
+        "base, and taken out of the tuned model; all that the dictionary misses stays as it is. Shares are of the loss on the summary that fine-tuning "
+        "gained. Beside a set stand as many other latents that are about as active, its own values with random vectors as long, all latents, and the whole "
+        "difference at these places."
+    ),
+    tables=TABLES,
+    figures=_figures,
+    views=_views,
+    findings=_findings,
+    caveats=_caveats,
+)

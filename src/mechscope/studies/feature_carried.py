@@ -1,0 +1,138 @@
+"""What latents that fine-tuning added carry of its gain: put into the base and taken out of the tuned model, beside as many others and all there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechscope.stats.shares import share_of
+from mechscope.studies.feature_difference import Trained, texts_of, trained_of
+from mechscope.studies.inputs import PAIR
+from mechscope.studies.run import JobRun, Tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechscope.data.pairs import Pairs
+    from mechscope.features.diffing import Carried, LatentSet
+
+_NO_GAIN = "fine-tuning did not lower the loss on these summaries"
+# latents of the dictionary of differences that are put in together, at least
+_STRONGEST = 10
+
+
+def carry_all(run: JobRun[Any]) -> Tables:
+    """Put what is new into the base and take it out of the tuned model, beside as many others and all there is."""
+    import pandas as pd
+
+    from mechscope.features.diffing import CROSSCODER, LatentSet, alike, carried
+
+    settings, both = run.settings, run[PAIR]
+    trained = trained_of(run, {"base": both.base, "tuned": both.tuned})
+    texts = texts_of(run).judged.first(settings.causal_documents)
+    table = run.table("feature_latents")
+    rows = []
+    for name in (CROSSCODER, *(("difference",) if settings.difference else ())):
+        dictionary = trained.dictionaries[name]
+        sets: dict[str, LatentSet] = {"all latents": LatentSet()}
+        if name == CROSSCODER:
+            sets["whole stream"] = LatentSet(whole=True)
+            own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
+            new = np.flatnonzero(own["beyond"].astype(bool))
+            energy = own["energy"].to_numpy()
+            groups = {
+                "new": new,
+                "new by thresholds": np.flatnonzero(own["judged"] == "new"),
+                "lost": np.flatnonzero(own["judged"] == "lost"),
+            }
+            if set(groups["new by thresholds"]) == set(new):
+                del groups["new by thresholds"]
+        else:
+            energy = _energy_of_differences(run, trained, texts)
+            groups = {"strongest": np.argsort(-energy, kind="stable")[: max(_STRONGEST, len(new))]}
+        chosen = {group: tuple(int(latent) for latent in latents) for group, latents in groups.items() if len(latents)}
+        sets |= {group: LatentSet(latents) for group, latents in chosen.items()}
+        first = "new" if name == CROSSCODER else "strongest"
+        if first in chosen:
+            for draw in range(settings.random_draws):
+                sets[f"other latents {draw}"] = LatentSet(alike(chosen[first], energy, seed=settings.seed * 1009 + draw))
+                sets[f"random vectors {draw}"] = LatentSet(chosen[first], draw=settings.seed * 1009 + draw)
+        # where no other latent is active there is none to draw
+        sets = {called: each for called, each in sets.items() if each.whole or each.latents or called == "all latents"}
+        found = carried(
+            both,
+            dictionary,
+            texts,
+            sets,
+            tokens=trained.reader.tokens,
+            limits={place.name: limit for place, limit in trained.reader.limits.items()},
+            execution=run.execution,
+        )
+        rows.append(carried_rows(found, sets, first).assign(comparison=name))
+    whole = pd.concat(rows, ignore_index=True)
+    return {"feature_carried": whole[["comparison", *(column for column in whole if column != "comparison")]]}
+
+
+def _energy_of_differences(run: JobRun[Any], trained: Trained, texts: Pairs) -> np.ndarray:
+    from mechscope.features.diffing import judge
+
+    recipe = replace(trained.recipe, views=("base", "tuned", "difference"))
+    judged = judge(trained.reader, {"difference": trained.dictionaries["difference"]}, recipe, texts, execution=run.execution)
+    found: np.ndarray = judged["difference"].sums.squares.numpy()
+    return found
+
+
+def carried_rows(found: Carried, sets: Mapping[str, LatentSet], first: str) -> pd.DataFrame:
+    """Return which share of the gain every set carries, draws of one kind together.
+
+    Args:
+        found: Losses by set.
+        sets: The sets; names of draws end in their number.
+        first: The set whose share is compared with those of as many other latents and of random vectors.
+
+    Returns:
+        Two rows per set: `set`, `change` (`put into base`, `taken from tuned`), `latents`, `draws`, `n` (texts), `energy` (mean ‖c‖² per token), `loss` (of
+        the changed model), `share` with `share_low` and `share_high` (of the gain, 95 % over texts), `least` and `most` (of the draws' shares),
+        `withheld`; and of the first set how much more it carries than the mean of as many other latents: `more`, `more_low`, `more_high`.
+    """
+    import pandas as pd
+
+    gain = found.base - found.tuned
+    groups: dict[str, list[str]] = {}
+    for name in sets:
+        groups.setdefault(re.sub(r" \d+$", "", name), []).append(name)
+    rows = []
+    for change, losses, parts in (
+        ("put into base", found.into_base, {name: found.base - loss for name, loss in found.into_base.items()}),
+        ("taken from tuned", found.out_of_tuned, {name: loss - found.tuned for name, loss in found.out_of_tuned.items()}),
+    ):
+        for group, names in groups.items():
+            part = np.mean([parts[name] for name in names], axis=0)
+            share = share_of(part, gain, absent=_NO_GAIN, positive=True)
+            each = [share_of(parts[name], gain, absent=_NO_GAIN, positive=True).value for name in names]
+            row = {
+                "set": group,
+                "change": change,
+                "latents": len(sets[names[0]].latents),
+                "draws": len(names),
+                "n": share.n,
+                "energy": float(np.mean([found.energy[name] for name in names])),
+                "loss": float(np.mean([losses[name].mean() for name in names])),
+                "share": share.value,
+                "share_low": share.low,
+                "share_high": share.high,
+                "least": min(each),
+                "most": max(each),
+                "withheld": share.withheld,
+            }
+            if group == first and "other latents" in groups:
+                others = np.mean([parts[name] for name in groups["other latents"]], axis=0)
+                more = share_of(part - others, gain, absent=_NO_GAIN, positive=True)
+                row |= {"more": more.value, "more_low": more.low, "more_high": more.high}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.assign(gain=float(gain.mean()), **{name: np.nan for name in ("more", "more_low", "more_high") if name not in table})

@@ -1,0 +1,209 @@
+"""Latents of every comparison classified by the same thresholds on held-out texts, found again in other dictionaries, and shown with what they write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechscope.studies.dictionaries import example_rows
+from mechscope.studies.feature_difference import Trained, compared, models_of, texts_of, trained_of
+from mechscope.studies.inputs import PAIR
+from mechscope.studies.run import JobRun, Tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechscope.data.pairs import Pairs
+    from mechscope.features import Dictionary
+    from mechscope.features.diffing import Comparison, Judged
+
+
+def judge_all(run: JobRun[Any]) -> Tables:
+    """Classify the latents of every dictionary by the same thresholds, on texts that none has learned from."""
+    import pandas as pd
+
+    from mechscope.features.diffing import CROSSCODER, classified, found_again, judge, scaled_latents
+
+    trained, texts, settings = trained_of(run, models_of(run)), texts_of(run), run.settings.exclusive
+    judged = judge(trained.reader, trained.dictionaries, trained.recipe, texts.judged, execution=run.execution)
+    two = {each.name: each for each in compared(run) if len(each.views) > 1}
+    latents = {name: classified(scaled_latents(trained.dictionaries[name], judged[name].sums), settings) for name in two}
+    own = latents[CROSSCODER]
+    again = {
+        name: found_again(trained.dictionaries[CROSSCODER], own, trained.dictionaries[name], latents[name])
+        for name, comparison in two.items()
+        if comparison.control in ("half", "seed", "shuffled", "other")
+    }
+    half = again["half"].set_index("latent")["cosine"] if "half" in again else None
+    # without another half there is nothing in which a latent could be found again
+    beyond = own["judged"].eq("new") & (True if half is None else own["latent"].map(half).ge(settings.recurs))
+    latents[CROSSCODER] = own.assign(beyond=beyond, again=np.nan if half is None else own["latent"].map(half))
+    tables = {
+        "feature_comparisons": pd.DataFrame(
+            [_comparison_row(run, each, judged[each.name], latents.get(each.name), trained) for each in compared(run)]
+        ),
+        "feature_latents": pd.concat(
+            [
+                _named(table, trained.dictionaries[name]).assign(comparison=name, control=two[name].control)
+                for name, table in latents.items()
+            ],
+            ignore_index=True,
+        )[list(_LATENT_COLUMNS)].astype({"beyond": "boolean"}),
+    }
+    if again:
+        tables["feature_again"] = pd.concat(
+            [_again(run, table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
+        )
+    if "planted" in latents:
+        tables["feature_planted"] = _planted(run, trained, texts.judged, latents["planted"])
+    return tables
+
+
+_LATENT_COLUMNS = (
+    *("comparison", "control", "component", "tokens", "density", "energy", "norm_first", "norm_second", "relative_norm"),
+    *("nu_error", "nu_reconstruction", "by_norm", "judged", "again", "beyond"),
+)
+
+
+def _component(dictionary: Dictionary, latent: int) -> str:
+    from mechscope.features import Latent
+
+    return Latent(dictionary.layout.outputs[0], latent).name
+
+
+def _named(table: pd.DataFrame, dictionary: Dictionary) -> pd.DataFrame:
+    found = table.assign(component=[_component(dictionary, latent) for latent in table["latent"]])
+    return found if "beyond" in found else found.assign(beyond=None, again=np.nan)
+
+
+def _comparison_row(
+    run: JobRun[Any], comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained
+) -> dict[str, Any]:
+    from mechscope.features.diffing import BY_NORM, JUDGED
+    from mechscope.stats.shares import share_of
+
+    row: dict[str, Any] = {
+        "comparison": comparison.name,
+        "control": comparison.control,
+        "first": comparison.views[0] if len(comparison.views) > 1 else "",
+        "second": comparison.views[-1],
+        "n": int((judged.tokens > 0).sum()),
+        "tokens": judged.sums.tokens,
+        "l0": float(judged.active.sum() / judged.tokens.sum()),
+    }
+    kept = [
+        share_of(missed, squares, absent="the activations do not vary")
+        for missed, squares in zip(judged.missed, judged.squares, strict=True)
+    ]
+    for side, share in zip(("first", "second")[-len(kept) :], kept, strict=True):
+        row |= {f"kept_{side}": 1 - share.value, f"kept_{side}_low": 1 - share.high, f"kept_{side}_high": 1 - share.low}
+    for name in BY_NORM:
+        row[name.replace(" ", "_")] = np.nan if latents is None else int((latents["by_norm"] == name).sum())
+    for name in JUDGED:
+        row[name] = np.nan if latents is None else int((latents["judged"] == name).sum())
+    row["beyond"] = int(latents["beyond"].sum()) if latents is not None and "beyond" in latents else np.nan
+    if comparison.name == "difference":
+        (scale,) = {each.scale for each in trained.dictionaries["difference"].output_maps[:1]}
+        row["moved"] = 1 / scale / trained.recipe.rms[trained.recipe.places[0]]
+    return row
+
+
+def _again(run: JobRun[Any], table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
+    import pandas as pd
+
+    from mechscope.features.diffing import CROSSCODER
+
+    one, two = trained.dictionaries[CROSSCODER], trained.dictionaries[comparison.name]
+    return pd.DataFrame(
+        {
+            "component": [_component(one, latent) for latent in table["latent"]],
+            "comparison": comparison.name,
+            "control": comparison.control,
+            "cosine": table["cosine"].astype(float),
+            "match": [_component(two, latent) if latent >= 0 else "" for latent in table["match"]],
+            "found": table["cosine"] >= recurs,
+        }
+    )
+
+
+def _planted(run: JobRun[Any], trained: Trained, texts: Pairs, latents: pd.DataFrame) -> pd.DataFrame:
+    """Look for every planted direction among the latents that were judged new, and for the nearest of all."""
+    import pandas as pd
+    import torch
+
+    from mechscope.features.diffing import Decoders
+    from mechscope.subject.spelling import Spelling
+
+    plant, dictionary, spelling = trained.recipe.plant, trained.dictionaries["planted"], Spelling(run.first.tokenizer)
+    if plant is None:
+        raise RuntimeError("a planted comparison without a planted effect")
+    where, widths = trained.recipe.places, dictionary.layout.output_widths
+    true = torch.nn.functional.normalize(
+        torch.cat([plant.directions(place, width) for place, width in zip(where, widths, strict=False)], dim=1), dim=1
+    )
+    second = torch.nn.functional.normalize(Decoders.of(dictionary).second.double().cpu(), dim=1)
+    cosine = true @ second.T
+    tokens = [token for pair in texts for token in pair.clean[1:]]
+    rows = []
+    for number, (kinds, own) in enumerate(zip(plant.kinds, cosine, strict=True), start=1):
+        best = int(own.argmax())
+        row = latents.iloc[best]
+        rows.append(
+            {
+                "direction": number,
+                "kinds": len(kinds),
+                "tokens": spelling.tokens(list(kinds[:8])),
+                "share": float(np.isin(tokens, kinds).mean()),
+                "strength": plant.strength,
+                "component": _component(dictionary, best),
+                "cosine": float(own[best]),
+                "nu_error": row["nu_error"],
+                "nu_reconstruction": row["nu_reconstruction"],
+                "by_norm": row["by_norm"],
+                "judged": row["judged"],
+                "found": bool(own[best] >= run.settings.exclusive.recurs and row["judged"] == "new"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def show_candidates(run: JobRun[Any]) -> Tables:
+    """List the latents that the tuned model alone has by its decoders, whatever scaling says of them, with what they write and where they are active."""
+    import pandas as pd
+
+    from mechscope.features import promoted_tokens, top_examples
+    from mechscope.features.diffing import CROSSCODER
+    from mechscope.features.examples import writes_residual
+    from mechscope.subject.spelling import Spelling
+
+    settings, both, texts = run.settings.latent, run[PAIR], texts_of(run).judged
+    trained = trained_of(run, {"base": both.base, "tuned": both.tuned})
+    table, dictionary = run.table("feature_latents"), trained.dictionaries[CROSSCODER]
+    own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
+    own = own[own["by_norm"] == "second only"].assign(share=own["energy"] / own["energy"].sum())
+    # what is beyond control first, then what is new, then what scaling takes back
+    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2) - own["beyond"].astype(bool)
+    own = own.assign(rank=rank).sort_values(["rank", "energy"], ascending=[True, False], kind="stable").head(settings.latents_shown)
+    if own.empty:
+        return {}
+    chosen, place = [int(latent) for latent in own.index], dictionary.layout.outputs[-1]
+    read = promoted_tokens(both.tuned, dictionary, chosen, place=place) if writes_residual(place) else [([], [])] * len(chosen)
+    spelling = Spelling(both.tokenizer)
+    columns = ["component", "density", "share", "relative_norm", "nu_error", "nu_reconstruction", "judged", "again", "beyond"]
+    up, down = ([spelling.tokens(side[at]) for side in read] for at in (0, 1))
+    shown = own[columns].assign(promotes=pd.Series(up, index=own.index), suppresses=pd.Series(down, index=own.index))
+    found = top_examples(
+        {"base": both.base, "tuned": both.tuned},
+        dictionary,
+        texts,
+        count=settings.examples,
+        other_model=True,
+        execution=run.execution,
+    )
+    examples = [
+        {"component": name, **row}
+        for name, latent in zip(shown["component"], chosen, strict=True)
+        for row in example_rows(found, latent, texts, spelling)
+    ]
+    return {"feature_candidates": shown.reset_index(drop=True), "feature_examples": pd.DataFrame(examples)}

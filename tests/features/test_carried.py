@@ -1,0 +1,182 @@
+"""What latents carry equals what hooks written by hand give: their part added to the base and taken from the tuned model, all else left as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechscope.errors import MechscopeError, ModelError, SettingsError
+from mechscope.features import crosscoder
+from mechscope.features.affine import Affine
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.diffing import LatentSet, alike, carried
+from mechscope.features.layout import Layout, autoencoder
+from mechscope.features.rules import Rule
+from mechscope.instrument import Execution
+from mechscope.settings.features import TokenSettings
+from mechscope.subject import Pair, Subject
+from tests import families
+from tests.causal.pairs import random_pairs
+from tests.difference.oracle import models
+from tests.features import oracle
+
+W = families.WIDTH
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
+TOKENS = TokenSettings(first=2, outlier=None)
+TEXTS = random_pairs(5)
+SETS = {"some": LatentSet((3, 17, 4)), "all": LatentSet(), "whole": LatentSet(whole=True), "drawn": LatentSet((3, 17, 4), draw=1)}
+
+
+def given(where: str) -> Dictionary:
+    """Return a random comparison whose places have maps of their own."""
+    count = len(where.split(","))
+    layout = crosscoder(where, (W,) * count, 30, Rule("topk", 8))
+    made = oracle.dictionary(layout)
+    maps = tuple(Affine(0.5 + at, torch.linspace(-1, 1 + at, W, dtype=torch.float64)) for at in range(count))
+    return Dictionary(layout, {name: tensor * 0.3 for name, tensor in made.tensors.items()}, maps, maps)
+
+
+@torch.no_grad()
+def run(subject: Subject, ids: list[int], layers: list[int], added: list[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+    """Return the residual streams behind blocks and the losses of all tokens but the first, with something put in place of the streams."""
+    seen: list[Tensor] = []
+
+    def hook(number: int) -> Any:
+        def put(module: Any, args: Any, output: Any) -> Any:
+            stream = output[0] if isinstance(output, tuple) else output
+            seen.append(stream[0].clone())
+            if added is None:
+                return None
+            changed = stream.clone()
+            changed[0, 2:] = added[number][2:]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return put
+
+    handles = [subject.anatomy.blocks[layer].module.register_forward_hook(hook(number)) for number, layer in enumerate(layers)]
+    try:
+        logits = subject.plain(torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses = -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return seen, losses
+
+
+def by_hand(both: Pair, dictionary: Dictionary, layers: list[int], latents: list[int] | None, *, whole: bool = False) -> np.ndarray:
+    """Return the losses on targets of base, tuned, base with latents put in, and tuned with them taken out, by text."""
+    found = []
+    for text in TEXTS:
+        ids, count = list(text.clean), len(layers)
+        (base, own), (tuned, theirs) = (run(subject, ids, layers) for subject in (both.base, both.tuned))
+        differences = [two - one for one, two in zip(base, tuned, strict=True)]
+        values = differences if len(dictionary.layout.inputs) == count else [*base, *tuned]
+        f = oracle.encode(dictionary, values)
+        decoders = [
+            part / each.scale for part, each in zip(dictionary.tensors["decoder.0"].split(W, dim=1), dictionary.output_maps, strict=True)
+        ]
+        rows = decoders if len(decoders) == count else [two - one for one, two in zip(decoders[:count], decoders[count:], strict=True)]
+        chosen = list(range(30)) if latents is None else latents
+        shifts = differences if whole else [f[:, chosen] @ each[chosen] for each in rows]
+        _, into = run(both.base, ids, layers, [x + shift for x, shift in zip(base, shifts, strict=True)])
+        _, out = run(both.tuned, ids, layers, [x - shift for x, shift in zip(tuned, shifts, strict=True)])
+        assert text.target is not None
+        start = text.target[0] - 1
+        found.append([each[start:].mean().item() for each in (own, theirs, into, out)])
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["base:resid1,tuned:resid1", "difference:resid0"])
+def test_sets_are_put_in_and_taken_out_as_by_hooks_written_by_hand(family: str, where: str) -> None:
+    both, dictionary = models(family), given(where)
+    layers = [int(where[-1])]
+    # Hugging Face's Gemma rounds to float32 within its attention
+    tolerance = 1e-6 if family == "gemma2" else 1e-9
+    # one batch of texts that are padded, and one batch each
+    for tokens in (100, 1):
+        found = carried(both, dictionary, TEXTS, SETS, tokens=TOKENS, execution=Execution(tokens))
+        for name, latents in (("some", [3, 17, 4]), ("all", None), ("whole", None)):
+            expected = by_hand(both, dictionary, layers, latents, whole=name == "whole")
+            for value, wanted in zip((found.base, found.tuned, found.into_base[name], found.out_of_tuned[name]), expected, strict=True):
+                np.testing.assert_allclose(value, wanted, rtol=tolerance)
+            assert not np.allclose(expected[2], expected[0], atol=1e-6)
+
+
+def test_latents_of_several_places_stand_in_both_with_the_undisturbed_streams() -> None:
+    both, dictionary = models("llama"), given("base:resid0,base:resid2,tuned:resid0,tuned:resid2")
+    found = carried(both, dictionary, TEXTS, {"some": LatentSet((3, 4))}, tokens=TOKENS)
+    expected = by_hand(both, dictionary, [0, 2], [3, 4])
+    np.testing.assert_allclose(found.into_base["some"], expected[2], rtol=1e-9)
+    np.testing.assert_allclose(found.out_of_tuned["some"], expected[3], rtol=1e-9)
+
+
+def test_random_vectors_are_as_long_as_the_latents_own_and_other_vectors() -> None:
+    both, dictionary = models("gpt2"), given("base:resid1,tuned:resid1")
+    energy = carried(both, dictionary, TEXTS, {str(latent): LatentSet((latent,)) for latent in range(30)}, tokens=TOKENS).energy
+    most = max(energy, key=lambda name: energy[name])
+    sets = {"own": LatentSet((int(most),)), **{str(draw): LatentSet((int(most),), draw=draw) for draw in (5, 6)}}
+    found = carried(both, dictionary, TEXTS, sets, tokens=TOKENS)
+    assert found.energy["5"] == pytest.approx(energy[most], rel=1e-9)
+    assert found.energy["6"] == pytest.approx(energy[most], rel=1e-9)
+    assert len({tuple(found.into_base[name]) for name in sets}) == 3
+
+
+def test_where_heads_and_mlps_write_all_of_the_difference_makes_the_last_block_the_other_models() -> None:
+    # what the last block adds, and what it read: nothing else of the tuned model stands behind them
+    both = models("gpt2")
+    where = "base:resid1,base:a2,base:m2,tuned:resid1,tuned:a2,tuned:m2"
+    whole = {"whole": LatentSet(whole=True)}
+    found = carried(both, given(where), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
+    last = carried(both, given("base:resid2,tuned:resid2"), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
+    np.testing.assert_allclose(found.into_base["whole"], last.into_base["whole"], rtol=1e-9)
+    z = carried(both, given("base:a2.z,tuned:a2.z"), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
+    assert not np.allclose(z.into_base["whole"], z.base)
+
+
+def test_models_that_are_equal_have_nothing_to_carry() -> None:
+    base = models("gpt2").base
+    found = carried(Pair(base, base, 97), given("base:resid1,tuned:resid1"), TEXTS, {"whole": LatentSet(whole=True)}, tokens=TOKENS)
+    assert (found.base == found.tuned).all()
+    np.testing.assert_allclose(found.into_base["whole"], found.base, rtol=1e-12)
+    assert found.energy["whole"] == 0
+
+
+def test_other_latents_are_those_that_are_about_as_active() -> None:
+    energy = np.array([1.0, 1.1, 0.0, 100.0, 90.0, 1.2, 0.9, 110.0, 1e-6])
+    for seed in range(20):
+        drawn = alike([0, 3], energy, seed=seed, among=2)
+        assert len(set(drawn)) == 2
+        assert not {0, 3, 2} & set(drawn)
+        assert sorted(energy[list(drawn)] > 50) == [False, True]
+        assert 8 not in drawn
+    assert len({alike([0, 3], energy, seed=seed) for seed in range(20)}) > 3
+    # of fewer latents than that, all there are
+    assert alike([0, 1, 3, 4], energy, seed=0) == (5, 6, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (autoencoder("resid1", W, 30, Rule("topk", 8)), "is no comparison of base and tuned"),
+        (crosscoder("base:resid1,tuned:resid2", (W, W), 30, Rule("topk", 8)), "is no comparison of base and tuned"),
+        (crosscoder("base:m1.in,tuned:m1.in", (W, W), 30, Rule("topk", 8)), "tested where models write"),
+    ],
+)
+def test_dictionaries_that_say_nothing_of_a_difference_are_refused(layout: Layout, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        carried(models("gpt2"), oracle.dictionary(layout), TEXTS, SETS)
+
+
+def test_latents_and_texts_that_do_not_fit_are_refused() -> None:
+    both, dictionary = models("gpt2"), given("base:resid1,tuned:resid1")
+    with pytest.raises(SettingsError, match="latent 30 does not exist: the dictionary has 30"):
+        carried(both, dictionary, TEXTS, {"wrong": LatentSet((30,))})
+    bare = replace(TEXTS, pairs=tuple(replace(pair, target=None) for pair in TEXTS))
+    with pytest.raises(MechscopeError, match="target"):
+        carried(both, dictionary, bare, SETS)

@@ -1,0 +1,181 @@
+"""Views are what they say of the two models' activations, and dictionaries trained on them find what was planted and nothing between equal models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.errors import DataError
+from mechscope.features import Dictionary, FeatureTraining, Objective, Plan, Rule, train
+from mechscope.features.activations import Block
+from mechscope.features.affine import Affine, moments_of
+from mechscope.features.diffing import Plant, Recipe, Views, classified, comparisons, model_places, scaled_latents, scaling_sums
+from mechscope.features.diffing.comparisons import views_of
+from mechscope.features.diffing.views import TokenIds, shuffled_within
+from mechscope.features.places import Place, places
+from mechscope.features.rows import Rows
+from mechscope.settings.diffing import ExclusiveSettings
+from tests.features.planted import Planted
+
+WHERE = places("resid1")
+(PLACE,) = WHERE
+BASE, TUNED = model_places(WHERE, ["base", "tuned"])
+WIDTH, LENGTH, TEXTS = 24, 40, 100
+DIRECTIONS = Planted.of(WIDTH, 30, 3)
+NEW = torch.nn.functional.normalize(torch.randn(WIDTH, generator=torch.Generator().manual_seed(9)), dim=0)
+
+
+def texts(seed: int = 0) -> Pairs:
+    ids = torch.randint(0, 200, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Pairs(tuple(PromptPair(str(at), tuple(row), tuple(row)) for at, row in enumerate(ids)), "made")
+
+
+class Made:
+    """Two models that hold the same directions; the tuned one writes another on every token below five."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.texts, self.blocks, self.seed = texts(seed), 2, seed
+        self.places: tuple[Place, ...] = (BASE, TUNED)
+        self.identity: dict[str, Any] = {"models": {}, "made": seed}
+        self.limits: dict[str, float] = {}
+
+    def rows(self, number: int) -> Rows:
+        half = TEXTS // 2
+        text = torch.arange(number * half, (number + 1) * half).repeat_interleave(LENGTH - 1)
+        position = torch.arange(1, LENGTH).repeat(half)
+        base = 3 * DIRECTIONS.rows(len(text), 10 * self.seed + number) + 1
+        ids = TokenIds(self.texts)(Rows({}, text, position))
+        tuned = base + 2.0 * (ids < 5)[:, None] * NEW
+        return Rows({BASE: base, TUNED: tuned}, text, position)
+
+    def block(self, number: int) -> Block:
+        return self.rows(number).values
+
+    def affine(self, place: Place) -> Affine:
+        return Affine.fitted(moments_of(torch.cat([self.block(number)[place] for number in range(2)])))
+
+
+def recipe(*views: str, plant: Plant | None = None) -> Recipe:
+    return Recipe(WHERE, ("base", "tuned", *views), plant, {PLACE: 3.0}, 0)
+
+
+def of(block: Block, view: str) -> Tensor:
+    return block[replace(PLACE, model=view)]
+
+
+def test_every_view_is_made_of_the_two_models_activations() -> None:
+    source = Made()
+    plant = Plant(((7, 9), (11,)), 0.5, 3)
+    made = recipe("same", "difference", "planted", "shuffled", plant=plant)
+    block, rows = Views(source, source.texts, made).block(1), source.rows(1)
+    base, tuned = rows.values[BASE], rows.values[TUNED]
+    assert torch.equal(of(block, "same"), base)
+    torch.testing.assert_close(of(block, "difference"), tuned - base)
+    directions = plant.directions(PLACE, WIDTH).float()
+    assert directions.norm(dim=1).tolist() == pytest.approx([1, 1])
+    for row in range(0, len(rows), 7):
+        token = source.texts.pairs[rows.text[row]].clean[rows.position[row]]
+        wanted = base[row] + (1.5 * directions[0] if token in (7, 9) else 1.5 * directions[1] if token == 11 else 0)
+        torch.testing.assert_close(of(block, "planted")[row], wanted)
+    assert not torch.equal(of(block, "shuffled"), tuned)
+    for text in rows.text.unique():
+        own = rows.text == text
+        assert sorted(of(block, "shuffled")[own].sum(1).tolist()) == sorted(tuned[own].sum(1).tolist())
+
+
+def test_the_order_of_shuffled_tokens_does_not_hang_on_the_batch() -> None:
+    rows = Made().rows(0)
+    order = shuffled_within(rows, 4)
+    own = rows.text == 3
+    alone = shuffled_within(Rows({}, rows.text[own], rows.position[own]), 4)
+    assert (order[own] - int(own.nonzero()[0])).tolist() == alone.tolist()
+    assert (order == torch.arange(len(order))).float().mean() < 0.1
+    assert order.tolist() != shuffled_within(rows, 5).tolist()
+
+
+def test_the_other_half_stands_beside_it_with_as_many_rows_and_units_of_its_own() -> None:
+    source, other = Made(), Made(seed=1)
+    views = Views(source, source.texts, recipe("halfbase", "halftuned", "same", "shuffled", "difference"), other=other)
+    block = views.block(0)
+    assert torch.equal(of(block, "halftuned"), other.rows(0).values[TUNED])
+    assert len({len(value) for value in block.values()}) == 1
+    for view, expected in (("halfbase", other.affine(BASE)), ("same", source.affine(BASE)), ("shuffled", source.affine(TUNED))):
+        torch.testing.assert_close(views.affine(replace(PLACE, model=view)).centre, expected.centre)
+    moved = torch.cat([source.rows(number).values[TUNED] - source.rows(number).values[BASE] for number in range(2)])
+    affine = views.affine(replace(PLACE, model="difference"))
+    torch.testing.assert_close(affine.centre, moved.mean(0))
+    assert affine.scale == pytest.approx(float((moved - moved.mean(0)).square().sum(1).mean() ** -0.5), rel=1e-5)
+
+
+def test_planted_kinds_of_tokens_are_rare_and_make_up_their_share() -> None:
+    given = texts()
+    plant = Plant.chosen(given, directions=3, share=0.03, strength=0.5, seed=1)
+    tokens = [token for pair in given for token in pair.clean[1:]]
+    counts = Counter(tokens)
+    assert len({token for kinds in plant.kinds for token in kinds}) == sum(map(len, plant.kinds))
+    for kinds in plant.kinds:
+        share = sum(counts[token] for token in kinds) / len(tokens)
+        assert 0.03 <= share < 0.03 * 1.3
+        assert max(counts[token] for token in kinds) <= 0.25 * 0.03 * len(tokens)
+    assert plant == Plant.chosen(given, directions=3, share=0.03, strength=0.5, seed=1)
+    with pytest.raises(DataError, match="rare tokens for 1 of 2 planted directions"):
+        Plant.chosen(given, directions=2, share=0.6, strength=0.5, seed=1)
+
+
+def test_a_recipe_comes_back_from_plain_values() -> None:
+    made = recipe("planted", plant=Plant(((7, 9), (11,)), 0.5, 3))
+    assert Recipe.from_json(made.to_json()) == made
+
+
+@cache
+def trained() -> dict[str, tuple[Dictionary, pd.DataFrame]]:
+    """Train dictionaries on all views at once, and judge them on activations that they have not seen."""
+    source, several = Made(), comparisons(("same", "planted", "shuffled pairs"), {}, difference=False)
+    plant = Plant.chosen(source.texts, directions=2, share=0.03, strength=0.6, seed=0)
+    made = replace(recipe(plant=plant), views=views_of(several))
+    plans = {
+        each.name: Plan(each.layout(WHERE, [WIDTH], 64, Rule("batchtopk", 4, by_norm=True)), Objective(norms="free")) for each in several
+    }
+    found = train(Views(source, source.texts, made), plans, training=FeatureTraining(steps=400, batch=256, learning_rate=5e-3))
+    judged, unseen = {}, Made(seed=2)
+    block = Views(unseen, unseen.texts, made).block(0)
+    for name, each in found.items():
+        inputs = [block[place] for place in each.dictionary.layout.inputs]
+        judged[name] = (
+            each.dictionary,
+            classified(scaled_latents(each.dictionary, scaling_sums(each.dictionary, inputs)[0]), ExclusiveSettings()),
+        )
+    judged["plant"] = plant  # type: ignore[assignment]
+    return judged
+
+
+def test_what_fine_tuning_added_is_found_and_nothing_between_equal_models() -> None:
+    dictionary, latents = trained()["crosscoder"]
+    new = latents[latents["judged"] == "new"]
+    assert len(new) >= 1
+    decoders = torch.nn.functional.normalize(dictionary.tensors["decoder.0"][torch.tensor(new["latent"].to_numpy())][:, WIDTH:], dim=1)
+    assert (decoders @ NEW).max() > 0.95
+    # what the base holds too is shared, and equal models have nothing of their own
+    assert (latents["by_norm"] == "shared").sum() > 20
+    _, same = trained()["same"]
+    assert not (same["judged"] != "").any()
+    assert (same["by_norm"] == "shared").sum() > 20
+
+
+def test_the_planted_effect_is_found_and_tokens_that_do_not_belong_together_share_little() -> None:
+    dictionary, latents = trained()["planted"]
+    plant: Any = trained()["plant"]
+    new = torch.tensor(latents[latents["judged"] == "new"]["latent"].to_numpy())
+    decoders = torch.nn.functional.normalize(dictionary.tensors["decoder.0"][new][:, WIDTH:].double(), dim=1)
+    assert (plant.directions(PLACE, WIDTH) @ decoders.T).max(dim=1).values.min() > 0.9
+    _, shuffled = trained()["shuffled pairs"]
+    _, together = trained()["crosscoder"]
+    assert (shuffled["by_norm"] == "shared").sum() < 0.2 * (together["by_norm"] == "shared").sum()

@@ -1,0 +1,305 @@
+"""`mechscope features diff` says of both models and of every control what the functions say, and withholds what its tables do not show."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mechscope import features
+from mechscope.data.pairs import Pairs, from_examples
+from mechscope.data.prompt import Encoded
+from mechscope.errors import MechscopeError, ModelError, SettingsError
+from mechscope.features.diffing import LatentSet, carried, classified, latent_scaling
+from mechscope.features.places import places
+from mechscope.instrument import Execution
+from mechscope.report.sections import sections
+from mechscope.settings.diffing import ExclusiveSettings
+from mechscope.settings.features import TokenSettings
+from mechscope.store.run import verify
+from mechscope.studies import feature_difference
+from mechscope.studies.job import Result
+from mechscope.studies.jobs.features_diff import JOB
+from mechscope.studies.pairs import held_out
+from mechscope.studies.runner import run_job
+from mechscope.subject import Pair, pair
+from mechscope.subject.load import load
+from tests import families
+from tests.difference.oracle import examples, perturbed
+from tests.studies.jobs.running import findings
+
+SECTIONS = ("feature-difference", "feature-carried", "feature-candidates")
+# thresholds by which a dictionary of no training has latents of either model
+LOOSE: dict[str, Any] = {"exclusive": 0.501, "shared": 0.5005, "nu_error": 1e6, "nu_reconstruction": 1e6, "least_tokens": 1, "recurs": 0.05}
+QUICK: dict[str, Any] = {
+    "places": "resid1",
+    "latents": 40,
+    "k": 4,
+    "steps": 8,
+    "batch": 16,
+    "rows": 200,
+    "learning_rate": 1e-2,
+    "test_share": 0.4,
+    "causal_documents": 8,
+    "random_draws": 2,
+    "plant_share": 0.1,
+    "plant_directions": 2,
+    "latents_shown": 4,
+    "examples": 2,
+    **LOOSE,
+}
+
+
+@cache
+def both() -> Pair:
+    base = families.build("gpt2")
+    return pair(*(load(model, tokenizer=families.tokenizer()) for model in (base, perturbed(base, size=0.3))))
+
+
+def documents(count: int = 24) -> Encoded:
+    return Encoded(examples(lengths=[12 + at % 7 for at in range(count)]), {})
+
+
+def run(out: Path | None, given: Pair | None = None, **settings: Any) -> Result:
+    given = given or both()
+    named = {"base": "base in memory", "tuned": "tuned in memory", "data": "given in memory"}
+    loaded = {"base": given.base, "tuned": given.tuned, "data": documents()}
+    return run_job(JOB, JOB.resolve(**named, **{**QUICK, **settings}), out, given=loaded)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run(tmp_path_factory.mktemp("diff") / "run")
+
+
+def crosscoder(result: Result) -> features.Dictionary:
+    return features.Dictionary.load(result.path / "dictionaries" / "crosscoder.safetensors")
+
+
+def judged_texts() -> Pairs:
+    return held_out(from_examples(documents(), "given in memory"), 0.4, 0)[1]
+
+
+def test_latents_are_scaled_and_classified_as_by_the_functions(whole: Result) -> None:
+    models = {"base": both().base, "tuned": both().tuned}
+    expected = classified(latent_scaling(models, crosscoder(whole), judged_texts()), ExclusiveSettings(**LOOSE))
+    own = whole.feature_latents.query("comparison == 'crosscoder'").reset_index(drop=True)
+    assert own["component"].tolist() == [f"base:resid1.f{latent}" for latent in range(40)]
+    for name in ("tokens", "energy", "relative_norm", "nu_error", "nu_reconstruction", "by_norm", "judged"):
+        pd.testing.assert_series_equal(own[name], expected[name], check_dtype=False)
+    assert {"new", "lost"} <= set(own["judged"])
+    row = whole.feature_comparisons.set_index("comparison").loc["crosscoder"]
+    assert row["new"] == (own["judged"] == "new").sum()
+    assert row["beyond"] == own["beyond"].sum()
+    beyond = own[own["beyond"].astype(bool)]
+    assert (beyond["judged"] == "new").all()
+    assert (beyond["again"] >= 0.05).all()
+
+
+def test_every_control_is_trained_with_the_same_budget_and_judged_by_the_same_thresholds(whole: Result) -> None:
+    names = ["crosscoder", "difference", "same", "half", "planted", "shuffled pairs"]
+    assert whole.feature_comparisons["comparison"].tolist() == names
+    assert whole.dictionaries["dictionary"].tolist() == names
+    assert whole.dictionaries["tokens"].nunique() == whole.dictionaries["latents"].nunique() == 1
+    judged = whole.feature_comparisons
+    assert judged["tokens"].nunique() == 1
+    latents = whole.feature_latents
+    for row in judged[judged["comparison"] != "difference"].to_dict("records"):
+        own = latents[latents["comparison"] == row["comparison"]]
+        assert row["silent"] == (own["by_norm"] == "silent").sum()
+        assert row["shrunk"] + row["decoupled"] + row["new"] + row["lost"] + row["unclear"] == row["first_only"] + row["second_only"]
+    # equal models have equal decoders from the first step on
+    assert (latents.query("comparison == 'same'")["relative_norm"] - 0.5).abs().max() < 1e-6
+    assert whole.feature_comparisons.set_index("comparison")["new"]["same"] == 0
+    planted = whole.feature_planted
+    assert planted["direction"].tolist() == [1, 2]
+    assert planted["share"].between(0.05, 0.25).all()
+
+
+def test_what_new_latents_carry_is_that_of_the_function(whole: Result) -> None:
+    own = whole.feature_latents.query("comparison == 'crosscoder'").reset_index(drop=True)
+    chosen = tuple(int(latent) for latent in np.flatnonzero(own["beyond"].astype(bool)))
+    found = carried(
+        both(),
+        crosscoder(whole),
+        judged_texts().first(8),
+        {"new": LatentSet(chosen), "whole": LatentSet(whole=True)},
+        tokens=TokenSettings(),
+        limits=crosscoder(whole).about["limits"],
+        execution=Execution(),
+    )
+    table = whole.feature_carried.query("comparison == 'crosscoder'").set_index(["set", "change"])
+    assert table["loss"]["new", "put into base"] == pytest.approx(found.into_base["new"].mean())
+    assert table["loss"]["new", "taken from tuned"] == pytest.approx(found.out_of_tuned["new"].mean())
+    assert table["loss"]["whole stream", "put into base"] == pytest.approx(found.into_base["whole"].mean())
+    assert table["gain"].iloc[0] == pytest.approx((found.base - found.tuned).mean())
+    row: Any = table.loc[("new", "put into base")]
+    assert row["latents"] == len(chosen) > 0
+    assert table["energy"]["random vectors", "put into base"] == pytest.approx(row["energy"], rel=0.5)
+    if not row["withheld"]:
+        assert row["share"] == pytest.approx((found.base - found.into_base["new"]).mean() / (found.base - found.tuned).mean())
+    assert table["draws"]["other latents", "put into base"] == 2
+    assert {"strongest", "all latents"} <= set(whole.feature_carried.query("comparison == 'difference'")["set"])
+
+
+def test_candidates_stand_on_the_page_with_what_they_write(whole: Result) -> None:
+    assert whole.report is not None
+    page = whole.report.read_text(encoding="utf-8")
+    for name in SECTIONS:
+        own = sections()[name]
+        assert f'<section id="{name}">' in page
+        for figure in own.figures(whole.tables):
+            assert f'id="{figure.name}"' in page
+        assert own.views(whole.tables)
+        for table in own.tables:
+            spec = own.tables[table]
+            assert [column for column in whole.tables[table] if not spec.knows(str(column))] == []
+            assert [column for column in spec.required if column not in whole.tables[table]] == []
+            alone = {table: whole.tables[table]}
+            assert all(made is not None for made in (*own.figures(alone), *own.views(alone)))
+            assert all(text.endswith(".") for text in [finding.sentence for finding in own.findings(alone)])
+    candidates, examples_of = whole.feature_candidates, whole.feature_examples
+    assert 0 < len(candidates) <= 4
+    assert candidates["beyond"].astype(bool).tolist() == sorted(candidates["beyond"].astype(bool), reverse=True)
+    assert set(candidates["judged"]) <= {"new", "shrunk", "decoupled", "unclear"}
+    assert all(len(tokens) == 8 for tokens in candidates["promotes"])
+    assert set(examples_of["component"]) <= set(candidates["component"])
+    assert set(verify(whole.path)["status"]) == {"ok"}
+    assert not list(whole.path.rglob("block-*.safetensors"))
+
+
+def test_other_thresholds_judge_again_without_training_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: dict[str, Any] = {"own_controls": "none", "difference": False, "latents_shown": 0}
+    first = run(tmp_path / "run", **quick)
+    assert set(first.feature_comparisons["comparison"]) == {"crosscoder"}
+    monkeypatch.setattr(features, "train", lambda *args, **options: pytest.fail("trained again"))
+    again = run(tmp_path / "run", **quick, nu_error=1e-9)
+    assert first.feature_comparisons["new"].iloc[0] > again.feature_comparisons["new"].iloc[0]
+    # without another half, what is new is all that can be said
+    assert first.feature_comparisons["beyond"].iloc[0] == first.feature_comparisons["new"].iloc[0]
+
+
+def test_several_places_an_l1_penalty_and_no_disk(tmp_path: Path) -> None:
+    result = run(
+        tmp_path / "run",
+        places="resid0,m1",
+        rule="relu",
+        sparsity=0.1,
+        live=True,
+        own_controls="same",
+        difference=False,
+        causal_documents=6,
+    )
+    assert crosscoder(result).layout.inputs == places("base:resid0,base:m1,tuned:resid0,tuned:m1")
+    assert result.feature_latents["component"].iloc[0] == "base:resid0.f0"
+    assert set(result.feature_carried["comparison"]) == {"crosscoder"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"own_controls": "same,other"}, "'own_controls' names 'other': give some of same, half, planted, shuffled, or none"),
+        ({"own_controls": ","}, "'own_controls' names nothing"),
+        ({"places": "base:resid1"}, "names base:resid1: name the place alone"),
+        ({"places": "m1.in"}, "which an MLP reads and no one writes"),
+        ({"places": "resid9"}, "resid9 does not exist"),
+        ({"places": "resid1,resid1"}, "names a place twice"),
+        ({"shared": 0.9, "exclusive": 0.8}, "no latent can be both"),
+        ({"rule": "relu"}, "its weight is 0: give sparsity"),
+        ({"sparsity": 0.1}, "has its sparsity by k=4"),
+        ({"k": 41}, "k=41 of 40 latents"),
+        ({"plant_share": 0.45, "plant_directions": 8}, "rare tokens for"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_models_run(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    passes: list[Any] = []
+    handle = both().base.anatomy.embedding.register_forward_pre_hook(lambda module, args: passes.append(args))
+    try:
+        with pytest.raises((SettingsError, MechscopeError), match=message):
+            run(tmp_path / "run", **settings)
+    finally:
+        handle.remove()
+    assert not passes
+
+
+def test_equal_models_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    base = both().base
+    twin = load(families.build("gpt2"), tokenizer=families.tokenizer())
+    with pytest.raises(ModelError, match=r"have the same weights .*: nothing was added; give the fine-tuned model"):
+        run(tmp_path / "run", pair(base, twin))
+
+
+def comparisons_table(**rows: dict[str, Any]) -> pd.DataFrame:
+    """Return a table of comparisons with some counts."""
+    usual = {
+        "control": "",
+        "first": "base",
+        "second": "tuned",
+        "n": 40,
+        "tokens": 9000,
+        "l0": 16.0,
+        "second_only": 9,
+        "shared": 300,
+        "new": 0,
+    }
+    return pd.DataFrame([{"comparison": name.replace("_", " "), **usual, "beyond": np.nan, **row} for name, row in rows.items()])
+
+
+def carried_table(share: float, withheld: str = "") -> pd.DataFrame:
+    values = {"new": share, "other latents": 0.04, "random vectors": 0.01, "whole stream": 0.8}
+    return pd.DataFrame(
+        {
+            "comparison": "crosscoder",
+            "set": name,
+            "change": "put into base",
+            "latents": 7,
+            "draws": 5,
+            "n": 40,
+            "share": value,
+            "share_low": value - 0.01,
+            "share_high": value + 0.01,
+            "withheld": withheld,
+        }
+        for name, value in values.items()
+    )
+
+
+PLANTED = pd.DataFrame({"direction": [1, 2], "strength": 0.5, "found": [True, True]})
+
+
+def test_the_sentence_gives_the_latents_their_share_and_the_controls() -> None:
+    table = comparisons_table(crosscoder={"new": 8, "beyond": 7}, same={"control": "same"})
+    sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=carried_table(0.23))[0]
+    assert sentence.startswith(
+        "7 latents are new beyond control; base against base has 0; put into the base they carry 23\u202f% [22.0, 24.0] of the gain on summaries, beside "
+        "4\u202f% [3.00, 5.00] for as many other latents and 1\u202f% [0.00, 2.00] for random vectors of their length; all of the difference there carries "
+    )
+    none = carried_table(np.nan, "fine-tuning did not lower the loss on these summaries: 0 (−1 to 1)")
+    sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=none)[0]
+    assert "what they carry of the gain is withheld: fine-tuning did not lower the loss" in sentence
+
+
+def test_nothing_is_said_to_be_new_where_equal_models_have_as_many_and_nothing_is_said_where_nothing_would_be_found() -> None:
+    none = comparisons_table(crosscoder={"new": 2, "beyond": 0}, same={"control": "same"})
+    found = findings("feature-difference", feature_comparisons=none, feature_planted=PLANTED)[0]
+    assert found.startswith(
+        "No latent is new beyond control, of 9 that the tuned model alone has by its decoders and 2 by latent scaling too; base against base"
+    )
+    equal = comparisons_table(crosscoder={"new": 3, "beyond": 3}, same={"control": "same", "new": 3})
+    assert findings("feature-difference", feature_comparisons=equal, feature_planted=PLANTED)[0].startswith(
+        "No latent is new beyond control"
+    )
+    blind = findings("feature-difference", feature_comparisons=none, feature_planted=PLANTED.assign(found=False))[0]
+    assert "withheld, as none is new beyond control, but of the planted directions none was found either" in blind
+
+
+def test_settings_that_name_files_twice_are_refused() -> None:
+    from mechscope.features.diffing import Comparison
+
+    twice = (Comparison("a b", ("base", "other0"), "seed"), Comparison("a-b", ("base", "other1"), "seed"))
+    with pytest.raises(SettingsError, match="would share a file"):
+        feature_difference.file_names(twice)
