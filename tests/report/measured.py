@@ -17,7 +17,7 @@ from mechscope.studies.calibration.rates import rates_table
 from mechscope.studies.calibration.truth import Truth
 from mechscope.studies.job import Job
 from mechscope.studies.runner import run_job
-from tests.causal.pairs import random_pairs
+from tests.causal.pairs import random_pairs, telling_pairs
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
@@ -59,6 +59,13 @@ _JOBS: dict[str, dict[str, Any]] = {
     "suppress": {"bands": 4, "suppressed": "0", "layers": "1", "controls": 2},
     "trace": {"segment": "beginning", "site": "mlp", "samples": 2, "window": 2},
 }
+# jobs that read dictionaries: one of random directions at each of these places
+_OF_DICTIONARIES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "features_circuit": (
+        ("resid0", "m1"),
+        {"pairs": telling_pairs(subject(), 16), "points": 2, "node_threshold": 0.01, "nodes": 10, "check": 2, "draws": 2, "documents": 16},
+    ),
+}
 # jobs that read a file: the setting that names it, and what it holds
 _FILES: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
     ("counterfactual", "runs", {"two": {"m2": "zero"}, "half": {"a2.h0": 0.5}}, {}),
@@ -85,6 +92,13 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         file = Path(folder) / "random.safetensors"
         random_dictionary().save(file)
         tables |= run(_job("features_dashboard"), None, dictionary=str(file), pairs=random_pairs(24), drawn=20, before=3, after=1).tables
+        for name, (places, settings) in _OF_DICTIONARIES.items():
+            files = []
+            for place in places:
+                layout = autoencoder(place, subject().anatomy.d_model, 30, Rule("relu"))
+                files.append(str(Path(folder) / f"{place}.safetensors"))
+                Dictionary.plain(layout, layout.tensors(seed=1)).save(files[-1])
+            tables |= run(_job(name), None, dictionary=",".join(files), **settings).tables
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")

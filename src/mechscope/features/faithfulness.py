@@ -75,10 +75,8 @@ def faithfulness(
     check_fits(subject, pairs)
     chosen = [*dict.fromkeys(size for size in (doubling(len(ranked)) if sizes is None else sizes) if 0 <= size <= len(ranked)), -1]
     random = np.random.default_rng(execution.seed)
-    orders = [
-        {place: random.permutation(np.asarray(latents)).tolist() for place, latents in (active or {}).items()}
-        for _ in range(draws if active else 0)
-    ]
+    drawn_from = {each.place: np.asarray((active or {}).get(each.place, ()), dtype=int) for each in standing}
+    orders = [{place: random.permutation(own).tolist() for place, own in drawn_from.items()} for _ in range(draws if active else 0)]
     plans = [(size, errors) for size in chosen for errors in ERRORS]
     gathered = PerText(pairs)
 

@@ -14,7 +14,7 @@ from mechscope.studies.pairs import split_names
 from mechscope.studies.run import Input, JobRun
 
 if TYPE_CHECKING:
-    from mechscope.features import Dictionary
+    from mechscope.features import Dictionary, Standing
 
 Format = Literal["mechscope", "saelens", "dictionary-learning", "sparsify", "gemma-scope", "circuit-tracer"]
 
@@ -134,3 +134,15 @@ DICTIONARIES: Input[dict[str, Dictionary]] = Input(
     lambda found: {"dictionaries": {name: {"layout": each.layout.to_json(), "about": dict(each.about)} for name, each in found.items()}},
 )
 """The dictionaries that a job names, by the names of their files; none where it names none."""
+
+
+def autoencoders(run: JobRun[Any]) -> tuple[Standing, ...]:
+    """Return the dictionaries of a job whose latents are components of the model, in the order in which a run comes by them; none where it names none.
+
+    Raises:
+        MechscopeError: One is no autoencoder of one place, is another model's, or two stand at one place.
+    """
+    from mechscope.features import Standing, in_order
+
+    found = [Standing.of(each, run.first, other_model=run.settings.other_model) for each in run[DICTIONARIES].values()]
+    return in_order(found) if found else ()
