@@ -215,8 +215,8 @@ def _kept(curve: pd.DataFrame) -> list[Finding]:
         return [Finding(said, n=own["n"], rows=(own,), withheld=str(own["withheld"]), table="feature_faithfulness")]
     beside = f"; random latents, as many at each place, {estimated(own, 'random', share=True)}" if pd.notna(own["random"]) else ""
     text = (
-        f"The first {written(int(own['nodes']))} nodes, {written(int(own['latents']))} of them latents, keep {estimated(own, 'faithfulness', share=True)} of what the "
-        f"model does (faithfulness) with the errors that are among them{beside}. With all errors kept it is {estimated(kept, 'faithfulness', share=True)}, "
+        f"The first {written(int(own['nodes']))} nodes, {written(int(own['latents']))} of them latents, keep "
+        f"{estimated(own, 'faithfulness', share=True)} of what the model does (faithfulness) with the errors that are among them{beside}. With all errors kept it is {estimated(kept, 'faithfulness', share=True)}, "
         f"of which errors alone keep {estimated(bare, 'faithfulness', share=True)}; with all errors removed {estimated(removed, 'faithfulness', share=True)}. "
         f"Without the circuit {estimated(own, 'complement', share=True)} is left"
     )
