@@ -213,12 +213,15 @@ def _kept(curve: pd.DataFrame) -> list[Finding]:
     if own["withheld"]:
         said = f"How much of what the model does its circuit of {written(int(own['nodes']))} nodes keeps"
         return [Finding(said, n=own["n"], rows=(own,), withheld=str(own["withheld"]), table="feature_faithfulness")]
-    beside = f"; random latents, as many at each place, {estimated(own, 'random', share=True)}" if pd.notna(own["random"]) else ""
+
+    def share(row: pd.Series, column: str = "faithfulness") -> str:
+        return estimated(row, column, share=True)
+
+    beside = f"; random latents, as many at each place, {share(own, 'random')}" if pd.notna(own["random"]) else ""
     text = (
-        f"The first {written(int(own['nodes']))} nodes, {written(int(own['latents']))} of them latents, keep "
-        f"{estimated(own, 'faithfulness', share=True)} of what the model does (faithfulness) with the errors that are among them{beside}. With all errors kept it is {estimated(kept, 'faithfulness', share=True)}, "
-        f"of which errors alone keep {estimated(bare, 'faithfulness', share=True)}; with all errors removed {estimated(removed, 'faithfulness', share=True)}. "
-        f"Without the circuit {estimated(own, 'complement', share=True)} is left"
+        f"The first {written(int(own['nodes']))} nodes, {written(int(own['latents']))} of them latents, keep {share(own)} of what the model does "
+        f"(faithfulness) with the errors that are among them{beside}. With all errors kept it is {share(kept)}, of which errors alone keep {share(bare)}; "
+        f"with all errors removed {share(removed)}. Without the circuit {share(own, 'complement')} is left"
     )
     return [
         Finding(
