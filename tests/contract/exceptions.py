@@ -11,6 +11,7 @@ WITHOUT_BATCHES = {
     "attention patterns": "one document, whole",
     "attention edges": "one text, whole",
     "patchscope": "one text read in another",
+    "attribution graph": "one prompt",
 }
 
 # the result depends on what is batched together

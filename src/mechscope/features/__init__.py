@@ -8,6 +8,7 @@ from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.faithfulness import faithfulness
+from mechscope.features.graphs import AttributionGraph, attribution_graph
 from mechscope.features.layout import Group, Layout, autoencoder, cross_layer, crosscoder, transcoder
 from mechscope.features.learner import DivergedError
 from mechscope.features.measures import Measures, difference_of, measure, measure_together
@@ -23,6 +24,7 @@ from mechscope.features.trainer import Plan, TrainedDictionary, train
 from mechscope.settings.features import ConceptSettings, DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
 
 __all__ = [
+    "AttributionGraph",
     "Codes",
     "ConceptSettings",
     "Dashboard",
@@ -50,6 +52,7 @@ __all__ = [
     "TokenSettings",
     "TrainedDictionary",
     "ablated",
+    "attribution_graph",
     "autoencoder",
     "concept_scores",
     "cross_layer",

@@ -27,7 +27,8 @@ class MaybeDictionaries(Settings):
 
     dictionary: str | None = setting(
         None,
-        "Dictionaries whose latents (resid6.f1024) are components here: files that `features train` wrote, or folders of --format; several joined by commas.",
+        "Dictionaries whose latents (resid6.f1024) are components here: files that `features train` wrote, a folder of them, or folders of --format; several "
+        "joined by commas.",
     )
     format: Format = setting("mechscope", "What wrote them.")
     place: str | None = setting(
@@ -45,7 +46,9 @@ class DictionaryFiles(MaybeDictionaries):
 
     panel: ClassVar[str] = "Dictionaries"
 
-    dictionary: str = setting(..., "Dictionaries: files that `features train` wrote, or folders of --format; several joined by commas.")
+    dictionary: str = setting(
+        ..., "Dictionaries: files that `features train` wrote, a folder of them, or folders of --format; several joined by commas."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,13 @@ def _read(settings: MaybeDictionaries, path: str) -> dict[str, Dictionary]:
             f"setting 'output' is for transcoders of saelens and circuit-tracer: format {settings.format} says what it writes"
         )
     match settings.format:
+        case "mechscope" if Path(path).is_dir():
+            files = sorted(Path(path).glob("*.safetensors"))
+            if not files:
+                raise SettingsError(
+                    f"setting 'dictionary' names the folder {path}, which holds no dictionary: give files that `features train` wrote"
+                )
+            return {file.stem: Dictionary.load(file) for file in files}
         case "mechscope":
             return {name: Dictionary.load(path)}
         case "saelens":

@@ -48,8 +48,11 @@ class Clean:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.scales = subject, dict[int, Tensor]()
-        sites = ("pattern", "mlp_input", "mlp_output", "residual", "embedding", "logits")
-        with torch.no_grad(), record(subject, *sites) as self.seen, self._norms(self._note):
+        with (
+            torch.no_grad(),
+            record(subject, "pattern", "mlp_input", "mlp_output", "embedding", "logits") as self.seen,
+            self._norms(self._note),
+        ):
             subject.plain(**inputs(), use_cache=False)
 
     def _note(self, number: int, module: Any, x: Tensor, output: Tensor) -> None:
@@ -93,9 +96,9 @@ class Clean:
 
         edits = [Edit("pattern", layer, seen["pattern", layer]) for layer in layers]
         edits += [] if start is None else [Edit("embedding", 0, start)]
-        with record(self.subject, "mlp_input", "residual", "logits") as now, self._norms(self._fixed):
-            with intervene(self.subject, *edits, *(Edit("mlp_output", layer, partial(value, layer)) for layer in layers)), torch.no_grad():
-                self.subject.plain(**inputs(), use_cache=False)
+        edits += [Edit("mlp_output", layer, partial(value, layer)) for layer in layers]
+        with record(self.subject, "mlp_input", "logits") as now, self._norms(self._fixed), intervene(self.subject, *edits), torch.no_grad():
+            self.subject.plain(**inputs(), use_cache=False)
         return now
 
 

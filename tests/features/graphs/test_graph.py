@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +25,16 @@ from tests.features.test_splice import made
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 either = pytest.mark.parametrize("kind", DICTIONARIES)
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def of(family: str, given: dict[str, Dictionary], **changes: object) -> AttributionGraph:
+def of(family: str, given: dict[str, Dictionary], **changes: Any) -> AttributionGraph:
     return attribution_graph(subject(family), given, IDS, settings=replace(GraphSettings(logits=4, probability=1.0), **changes))
 
 
 def codes(given: dict[str, Dictionary], clean: Clean) -> dict[tuple[str, int], float]:
     """Return the values of all active latents by name and position, by the dense oracle."""
-    found = {}
+    found: dict[tuple[str, int], float] = {}
     for each in given.values():
         dense = oracle.encode(each, [clean.seen["mlp_input", place.layer][0] for place in each.layout.inputs])
         for group, (start, stop) in zip(each.layout.groups, each.layout.spans, strict=True):
@@ -49,7 +50,9 @@ def test_edges_and_constants_add_up_to_the_value_of_every_active_latent_and_logi
     graph = of(family, given)
     latents = graph.nodes[graph.nodes["kind"] == "latent"]
     expected = {at: value for at, value in codes(given, clean).items() if at[1] > 0}
-    assert dict(zip(zip(latents["component"], latents["position"], strict=True), latents["value"], strict=True)) == pytest.approx(expected, abs=1e-9)
+    assert dict(zip(zip(latents["component"], latents["position"], strict=True), latents["value"], strict=True)) == pytest.approx(
+        expected, abs=1e-9
+    )
     logits = clean.seen["logits"][0, -1]
     if (cap := subject(family).anatomy.logit_softcap) is not None:
         logits = torch.atanh(logits / cap) * cap
@@ -88,7 +91,7 @@ def test_a_change_moves_every_target_by_its_edge_while_all_else_is_held(family: 
         np.testing.assert_allclose(moved[own], expected[own], rtol=1e-8, atol=1e-9)
 
 
-def written(given: dict[str, Dictionary], clean: Clean, row: object, layer: int) -> torch.Tensor:
+def written(given: dict[str, Dictionary], clean: Clean, row: Any, layer: int) -> torch.Tensor:
     """Return what a node adds at an MLP."""
     if row["kind"] == "latent":
         for each in given.values():
@@ -108,13 +111,13 @@ def written(given: dict[str, Dictionary], clean: Clean, row: object, layer: int)
     return torch.zeros(W, dtype=torch.float64)
 
 
-def read(graph: AttributionGraph, given: dict[str, Dictionary], run: object) -> np.ndarray:
+def read(graph: AttributionGraph, given: dict[str, Dictionary], run: Any) -> np.ndarray:
     """Return what every latent of the graph reads (before its rule) and every logit less the mean, in a run."""
     found = np.zeros(len(graph.nodes))
     logits = run["logits"][0, -1]
     if (cap := graph.replacement.run.readout.softcap) is not None:
         logits = torch.atanh(logits / cap) * cap
-    for number, row in graph.nodes.iterrows():
+    for number, row in enumerate(graph.nodes.to_dict("records")):
         if row["kind"] == "logit":
             found[number] = logits[row["index"]] - logits.mean()
         if row["kind"] == "latent":
@@ -144,12 +147,17 @@ def test_a_graph_of_errors_alone_reproduces_the_model(family: str) -> None:
     last = graph.edges[graph.where("logit")][:, errors[graph.nodes["layer"][errors] == families.LAYERS - 1]].toarray()
     # the last block's MLPs reach the logits at the last token alone, through the final norm
     assert (last[:, :-1] == 0).all()
-    moved = clean.run({}, {families.LAYERS - 1: -clean.seen["mlp_output", families.LAYERS - 1]})["logits"][0, -1] - clean.run({})["logits"][0, -1]
+    moved = (
+        clean.run({}, {families.LAYERS - 1: -clean.seen["mlp_output", families.LAYERS - 1]})["logits"][0, -1]
+        - clean.run({})["logits"][0, -1]
+    )
     if subject(family).anatomy.logit_softcap is None:
         np.testing.assert_allclose(last[:, -1], -(moved - moved.mean())[logits["index"].tolist()], **CLOSE)
 
 
-def test_where_few_latents_get_edges_they_are_those_that_matter_most_and_what_the_others_bring_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_few_latents_get_edges_they_are_those_that_matter_most_and_what_the_others_bring_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("mechscope.features.graphs.graph._ROUND", 30)
     whole, some = of("llama", transcoders()), of("llama", transcoders(), latents=100)
     assert whole.latents == some.latents > 300
@@ -168,7 +176,9 @@ def test_where_few_latents_get_edges_they_are_those_that_matter_most_and_what_th
         reached = whole.weights @ (np.linalg.inv(np.eye(len(shares)) - shares) - np.eye(len(shares)))
         order = sorted(set(latents.tolist()) - known, key=lambda latent: -reached[latent])
         known |= set(order[: min(30, 100 + len(whole.where("logit")) - len(known))])
-    assert {names[latent] for latent in known} - set(whole.nodes["node"][whole.where("logit")]) == set(some.nodes["node"][some.where("latent")])
+    assert {names[latent] for latent in known} - set(whole.nodes["node"][whole.where("logit")]) == set(
+        some.nodes["node"][some.where("latent")]
+    )
 
 
 def test_the_size_of_blocks_changes_nothing_and_float32_is_close() -> None:
@@ -211,5 +221,5 @@ def test_what_cannot_stand_for_mlps_is_refused_by_name() -> None:
         of("gpt2", {"several": made(several)})
     with pytest.raises(SettingsError, match="the prompt has 14 tokens, and at the first 14"):
         of("gpt2", {}, first=14)
-    with pytest.raises(SettingsError, match="the prompt has 70 tokens: .* reads 1 to 64"):
+    with pytest.raises(SettingsError, match=r"the prompt has 70 tokens: .* reads 1 to 64"):
         attribution_graph(subject("gpt2"), {}, [5] * 70)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +27,10 @@ def test_what_is_measured_is_what_the_model_does_with_the_latent_spliced(family:
     graph = attribution_graph(model, given, IDS, settings=SETTINGS)
     latents, logits = graph.where("latent"), graph.where("logit")
     early = [at for at in latents if graph.nodes["layer"][at] == 0]
-    changes = [LatentChange(graph.nodes["node"][at], (int(at),), factor, "random") for at, factor in zip(early[::9], (0.0, 2.0, -1.0), strict=False)]
+    changes = [
+        LatentChange(graph.nodes["node"][at], (int(at),), factor, "random")
+        for at, factor in zip(early[::9], (0.0, 2.0, -1.0), strict=False)
+    ]
     table = tried(graph, changes, np.concatenate([latents, logits]), execution=Execution(tokens_per_batch=42))
     places = {each.layout.outputs[0].name: each for each in given.values()}
     for change in changes:
@@ -39,16 +44,15 @@ def test_what_is_measured_is_what_the_model_does_with_the_latent_spliced(family:
         own = table[(table["change"] == change.name)].set_index("target")
         before, after = (logits if (cap := model.anatomy.logit_softcap) is None else torch.atanh(logits / cap) * cap for logits, _ in runs)
         moved = (after - after.mean()) - (before - before.mean())
-        for node in graph.nodes.iloc[logits].itertuples():
-            if node.node in own.index:
-                assert own["measured"][node.node] == pytest.approx(float(moved[node.index]), abs=1e-8)
-        inside = graph.nodes.iloc[latents].set_index("node")
+        for node in graph.nodes.iloc[logits].to_dict("records"):
+            assert own["measured"][node["node"]] == pytest.approx(float(moved[node["index"]]), abs=1e-8)
+        inside = graph.nodes.iloc[latents].set_index("node").to_dict("index")
         rows = graph.replacement.encoders(torch.arange(len(graph.replacement)))
         checked = 0
-        for node, target in own[own["kind"] == "latent"].iterrows():
-            at = inside.loc[node]
+        for name, target in own[own["kind"] == "latent"].iterrows():
+            at = inside[name]
             change_of = runs[1][1]["mlp_input", at["layer"]][0, at["position"]] - runs[0][1]["mlp_input", at["layer"]][0, at["position"]]
-            number = graph.rows[graph.nodes["node"].tolist().index(node)]
+            number = graph.rows[graph.nodes["node"].tolist().index(name)]
             assert target["measured"] == pytest.approx(float(change_of @ rows[number]), abs=1e-8)
             checked += 1
         assert checked > 20
@@ -94,10 +98,10 @@ def test_agreement_is_the_mean_over_changes_of_rank_correlations() -> None:
     for number in range(7):
         for at, (total, measured) in enumerate([(1.0, 10.0), (2.0, 30.0), (3.0, 20.0 if number < 3 else 40.0)]):
             direct = 0.0 if at == 0 else total
-            rows.append(
-                {"change": f"c{number}", "chosen": "influence", "target": f"t{at}", "direct": direct, "total": total, "measured": -measured * (number == 0) or measured}
-            )
-    found = agreement(pd.DataFrame(rows), "t2").set_index("measure")
+            size = -measured if number == 0 else measured
+            about = {"change": f"c{number}", "chosen": "influence", "target": f"t{at}"}
+            rows.append({**about, "direct": direct, "total": total, "measured": size})
+    found: Any = agreement(pd.DataFrame(rows), "t2").set_index("measure")
     # one change is turned round (−.5), two have .5, four 1
     assert found.loc["rank correlation, all paths", "value"] == pytest.approx((-0.5 + 0.5 * 2 + 4) / 7)
     assert found.loc["rank correlation, all paths", "low"] < found.loc["rank correlation, all paths", "value"]

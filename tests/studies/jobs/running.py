@@ -30,7 +30,9 @@ def subject() -> Subject:
 def run(job: Job[Any], out: Path | None, *, pairs: Pairs | str = PAIRS, **settings: Any) -> Result:
     """Run a job on the tiny model."""
     given = {"model": subject(), **({"pairs": pairs} if isinstance(pairs, Pairs) else {})}
-    named = {"model": "given in memory", "pairs": pairs if isinstance(pairs, str) else "given in memory"}
+    named = {"model": "given in memory"}
+    if any(leaf.name == "pairs" for leaf in job.options):
+        named["pairs"] = pairs if isinstance(pairs, str) else "given in memory"
     return run_job(job, job.resolve(**named, **settings), out, given=given)
 
 

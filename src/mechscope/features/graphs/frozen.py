@@ -65,13 +65,13 @@ class FrozenRun:
         with observed(subject, tap), record(subject, "residual", "mlp_input", "mlp_output", "attention_output") as seen:
             walk = Walk(subject, torch.tensor([self.ids], device=subject.device))
             walk.run()
-        self.embedding = self._here(walk.hidden)
-        streams = [self.embedding, *(self._here(value) for value in seen.stack("residual"))]
-        self.last = streams[-1][-1]
-        self.mlp_inputs = torch.stack([self._here(value) for value in seen.stack("mlp_input")])
-        self.mlp_outputs = torch.stack([self._here(value) for value in seen.stack("mlp_output")])
-        written = [self._here(value) for value in seen.stack("attention_output")]
         layers = range(subject.anatomy.n_layers)
+        self.embedding = self._here(walk.hidden)
+        streams = [self.embedding, *(self._here(seen["residual", layer]) for layer in layers)]
+        self.last = streams[-1][-1]
+        self.mlp_inputs = torch.stack([self._here(seen["mlp_input", layer]) for layer in layers])
+        self.mlp_outputs = torch.stack([self._here(seen["mlp_output", layer]) for layer in layers])
+        written = [self._here(seen["attention_output", layer]) for layer in layers]
         self._patterns = [pattern(calls[layer])[0].to(self.embedding) for layer in layers]
         self._read_scales = [_scale(self._wiring.attention_norm(layer), streams[layer]) for layer in layers]
         self._written_scales = [self._scale_of_written(layer, calls[layer].z) for layer in layers]

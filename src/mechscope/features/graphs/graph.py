@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,7 +79,7 @@ def attribution_graph(
     dictionaries: Mapping[str, Dictionary],
     ids: Sequence[int],
     *,
-    settings: GraphSettings = GraphSettings(),
+    settings: GraphSettings | None = None,
     other_model: bool = False,
     execution: Execution = Execution(),
 ) -> AttributionGraph:
@@ -88,7 +89,7 @@ def attribution_graph(
         subject: The model.
         dictionaries: Transcoders of layers, or a cross-layer transcoder, by any name. A layer without one has errors alone.
         ids: The prompt.
-        settings: Which logits, how many latents, which tokens count as constants.
+        settings: Which logits, how many latents, which tokens count as constants; None for the defaults.
         other_model: Allow dictionaries of a model with other weights.
         execution: Tokens times targets of a block, progress.
 
@@ -96,6 +97,7 @@ def attribution_graph(
         SettingsError: The prompt or a dictionary does not fit.
         ModelError: The model cannot be taken apart, or a dictionary is another model's.
     """
+    settings = settings or GraphSettings()
     if not settings.first < len(ids):
         raise SettingsError(
             f"the prompt has {len(ids)} tokens, and at the first {settings.first} MLPs count as constants: give a longer prompt, or a smaller 'first'"
@@ -206,7 +208,9 @@ def _assembled(
         {
             "kind": np.repeat(KINDS, [len(known), len(errors), tokens, logits]),
             "component": component,
-            "layer": np.concatenate([layer[known], np.array(errors, dtype=np.int64) // tokens, np.full(tokens, -1), np.full(logits, layers)]),
+            "layer": np.concatenate(
+                [layer[known], np.array(errors, dtype=np.int64) // tokens, np.full(tokens, -1), np.full(logits, layers)]
+            ),
             "position": places,
             "index": np.concatenate([index[known], np.full(len(errors), -1), ids, chosen.cpu().numpy()]),
             "value": of_value,
@@ -215,7 +219,7 @@ def _assembled(
             "rest": rest[own],
         }
     )
-    nodes.insert(0, "node", [_name(row.kind, row.component, row.index, row.position) for row in nodes.itertuples(index=False)])
+    nodes.insert(0, "node", [_name(row) for row in nodes.to_dict("records")])
     inner = edges[own][:, kept].tocoo()
     square = sparse.csr_matrix((inner.data, (inner.row, inner.col)), shape=(len(own), len(own)))
     weights = np.nan_to_num(nodes["probability"].to_numpy())
@@ -224,9 +228,9 @@ def _assembled(
     return AttributionGraph(nodes, square, weights, run.ids, layers, replacement.first, latents, replacement.without, rows, replacement)
 
 
-def _name(kind: str, component: str, index: int, position: int) -> str:
-    part = {"latent": component, "error": f"{component}.error", "token": component, "logit": f"{component}.t{index}"}[kind]
-    return f"{part}@{position}"
+def _name(row: Mapping[Any, Any]) -> str:
+    behind = {"latent": "", "error": ".error", "token": "", "logit": f".t{row['index']}"}[row["kind"]]
+    return f"{row['component']}{behind}@{row['position']}"
 
 
 def sums(graph: AttributionGraph) -> Float[np.ndarray, " node"]:

@@ -146,7 +146,9 @@ def scores(edges: sparse.csr_matrix, weights: Float[np.ndarray, " node"], nodes:
     tokens, errors = reached[kind == "token"].sum(), reached[kind == "error"].sum()
     weighed = reached + weights
     explained = 1 - np.asarray(shares[:, kind == "error"].sum(axis=1)).ravel()
-    return Scores(float(tokens / (tokens + errors)) if tokens + errors else float("nan"), float((explained * weighed).sum() / weighed.sum()))
+    return Scores(
+        float(tokens / (tokens + errors)) if tokens + errors else float("nan"), float((explained * weighed).sum() / weighed.sum())
+    )
 
 
 def predicted_effects(

@@ -8,8 +8,9 @@ neither knows of patterns and scales that move. Ameisen et al. 2025, §5.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,9 @@ def changes_of(
     for name, nodes in groups:
         for node in nodes:
             if node not in number:
-                raise SettingsError(f"group {name!r} names {node!r}, which is no node of this graph: groups belong to the prompt that they were made for")
+                raise SettingsError(
+                    f"group {name!r} names {node!r}, which is no node of this graph: groups belong to the prompt that they were made for"
+                )
         own = tuple(number[node] for node in nodes if number[node] in set(latents.tolist()))
         if not own:
             raise SettingsError(f"group {name!r} holds no latent: errors, tokens and logits cannot be scaled")
@@ -103,7 +106,7 @@ def tried(
         execution: Tokens of a batch, progress.
 
     Returns:
-        One row per change and target that the changed latents reach by some path: `change`, `chosen`, `latents` (how many), `factor`, `target`, `kind`,
+        One row per change and logit, or latent that the changed ones reach by some path: `change`, `chosen`, `latents` (how many), `factor`, `target`, `kind`,
         `value` (of the target in the prompt), `direct`, `total` (predicted), `measured`.
     """
     nodes, values = graph.nodes, graph.nodes["value"].to_numpy()
@@ -117,8 +120,8 @@ def tried(
             share = np.zeros(len(nodes))
             share[list(change.latents)] = change.factor - 1
             direct, total = predicted_effects(graph.edges, values, share)
-            # a path that cancels to the last digit is one that leads nowhere
-            reached = np.flatnonzero(total[targets] != 0)
+            # logits are always told of, as a change may reach them by attention alone
+            reached = np.flatnonzero((total[targets] != 0) | (kinds[targets] == "logit"))
             at = targets[reached]
             parts.append(
                 pd.DataFrame(
@@ -144,11 +147,14 @@ def _measured(graph: AttributionGraph, changes: Sequence[LatentChange], targets:
     """Run the prompt once as it is and once with every change, and return by how much each target moves."""
     run, subject = graph.replacement.run, graph.replacement.run.subject
     deltas = _deltas(graph, changes)
-    edits = [Edit("mlp_output", layer, lambda old, delta=delta: old + delta.to(old)) for layer, delta in deltas.items()]
+    edits = [Edit("mlp_output", layer, partial(_added, delta)) for layer, delta in deltas.items()]
     with intervene(subject, *edits), record(subject, "mlp_input") as seen:
         last = Walk(subject, torch.tensor([graph.ids] * (len(changes) + 1), device=subject.device)).run()[:, -1]
-    read = [value.reshape(len(last), len(graph.ids), -1).to(run.embedding) for value in seen.stack("mlp_input")]
-    latents, logits = targets[graph.nodes["kind"].to_numpy()[targets] == "latent"], targets[graph.nodes["kind"].to_numpy()[targets] == "logit"]
+    read = [seen["mlp_input", layer].reshape(len(last), len(graph.ids), -1).to(run.embedding) for layer in range(graph.layers)]
+    latents, logits = (
+        targets[graph.nodes["kind"].to_numpy()[targets] == "latent"],
+        targets[graph.nodes["kind"].to_numpy()[targets] == "logit"],
+    )
     found = np.zeros((len(changes), len(targets)))
     place = {int(target): at for at, target in enumerate(targets)}
     own = numbers(graph, latents)
@@ -163,6 +169,10 @@ def _measured(graph: AttributionGraph, changes: Sequence[LatentChange], targets:
     centred = every[:, chosen] - every.mean(-1, keepdim=True)
     found[:, [place[int(target)] for target in logits]] = (centred[1:] - centred[:1]).cpu().double().numpy()
     return found
+
+
+def _added(delta: Tensor, old: Tensor) -> Tensor:
+    return old + delta.to(old)
 
 
 def _deltas(graph: AttributionGraph, changes: Sequence[LatentChange]) -> dict[int, Float[Tensor, "row token d_model"]]:
@@ -202,19 +212,25 @@ def agreement(table: pd.DataFrame, likeliest: str) -> pd.DataFrame:
         measures: dict[str, list[float]] = {"rank correlation, direct": [], "rank correlation, all paths": []}
         for _, each in own.groupby("change", sort=False):
             edges = each[each["direct"] != 0]
-            measures["rank correlation, direct"].append(rank_correlation(edges["direct"], edges["measured"]).rho)
-            measures["rank correlation, all paths"].append(rank_correlation(each["total"], each["measured"]).rho)
+            measures["rank correlation, direct"].append(_rank(edges, "direct"))
+            reached = each[each["total"] != 0]
+            measures["rank correlation, all paths"].append(_rank(reached, "total"))
         logit = own[own["target"] == likeliest].groupby("change", sort=False)[["measured", "total"]].first().abs()
         every = own["change"].nunique()
-        # a change that does not reach the logit changes it by nothing the graph knows of
         measures["likeliest logit, measured"] = logit["measured"].tolist()
         measures["likeliest logit, predicted"] = logit["total"].tolist()
         for measure, values in measures.items():
-            rows.append({"chosen": chosen, "measure": measure, "changes": every, **_mean(np.array(values, dtype=float))})
+            most = 1.0 if "correlation" in measure else np.inf
+            rows.append({"chosen": chosen, "measure": measure, "changes": every, **_mean(np.array(values, dtype=float), most=most)})
     return pd.DataFrame(rows)
 
 
-def _mean(values: np.ndarray) -> dict[str, object]:
+def _rank(table: pd.DataFrame, predicted: str) -> float:
+    return rank_correlation(table[predicted].to_numpy(), table["measured"].to_numpy()).rho
+
+
+def _mean(values: np.ndarray, *, most: float) -> dict[str, object]:
+    """Return a mean with its interval, whose ends are not outside of what a value can be."""
     known = values[~np.isnan(values)]
     if len(known) < MIN_TEXTS:
         return {"n": len(known), "value": float(known.mean()) if len(known) else float("nan"), "low": np.nan, "high": np.nan} | {
@@ -222,4 +238,4 @@ def _mean(values: np.ndarray) -> dict[str, object]:
         }
     error = known.std(ddof=1) / len(known) ** 0.5
     low, high = interval(known.mean(), error, len(known), skewness=float(skew(known)) if known.std() else 0.0)
-    return {"n": len(known), "value": float(known.mean()), "low": float(low), "high": float(high), "withheld": ""}
+    return {"n": len(known), "value": float(known.mean()), "low": max(float(low), -most), "high": min(float(high), most), "withheld": ""}

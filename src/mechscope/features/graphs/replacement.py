@@ -101,7 +101,8 @@ class Replacement:
         fitting = {name: checked(each, name, run.subject, other_model=other_model) for name, each in dictionaries.items()}
         require_apart(fitting)
         moved = {name: each.to(run.embedding.device, run.dtype) for name, each in fitting.items()}
-        self._parts, found, decoded = [], [], torch.zeros_like(run.mlp_outputs)
+        self._parts: list[_Part] = []
+        found, decoded = list[tuple[Tensor, Tensor]](), torch.zeros_like(run.mlp_outputs)
         constants, skips = torch.zeros_like(run.mlp_outputs), dict[int, Tensor]()
         for dictionary in moved.values():
             layout = dictionary.layout
@@ -126,7 +127,9 @@ class Replacement:
         self.layer = reads[self.part]
         self._sort()
         self.without = tuple(
-            layer for layer in range(len(decoded)) if not any(layer == place.layer for each in fitting.values() for place in each.layout.outputs)
+            layer
+            for layer in range(len(decoded))
+            if not any(layer == place.layer for each in fitting.values() for place in each.layout.outputs)
         )
         self.errors = run.mlp_outputs - decoded
         self.errors[:, :first] = 0.0
@@ -152,7 +155,9 @@ class Replacement:
     def _sort(self) -> None:
         """Put latents in the order of layer, position and index."""
         width = int(self.index.max()) + 1 if len(self) else 1
-        order = ((self.layer * len(self.run.ids) + self.position) * len(self._parts or [0]) * width + self.part * width + self.index).argsort()
+        order = (
+            (self.layer * len(self.run.ids) + self.position) * len(self._parts or [0]) * width + self.part * width + self.index
+        ).argsort()
         for name in ("part", "layer", "position", "index", "value"):
             setattr(self, name, getattr(self, name)[order])
 
@@ -237,7 +242,9 @@ def checked(dictionary: Dictionary, name: str, subject: Subject, *, other_model:
         )
     for group in layout.groups:
         if group.reads[1] - group.reads[0] != 1 or layout.inputs[group.reads[0]].layer > layout.outputs[group.writes[0]].layer:
-            raise SettingsError(f"latents of dictionary {name!r} read several layers, or one behind that which they write: no graph can be made of them")
+            raise SettingsError(
+                f"latents of dictionary {name!r} read several layers, or one behind that which they write: no graph can be made of them"
+            )
     if layout.skip and len(layout.groups) > 1:
         raise SettingsError(f"dictionary {name!r} has a skip map across layers: that is not supported")
     return dictionary.check(subject, other_model=other_model)
@@ -260,4 +267,3 @@ def shuffled(dictionary: Dictionary, *, seed: int = 0) -> Dictionary:
     for number, group in enumerate(dictionary.layout.groups):
         made[f"decoder.{number}"] = made[f"decoder.{number}"][torch.randperm(group.latents, generator=generator).to(dictionary.device)]
     return replace(dictionary, tensors=made, about={**dictionary.about, "control": "shuffled decoders"})
-
