@@ -10,7 +10,7 @@ from mechscope.report.marks.agreement import agreement_chart
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.graph_picture import graph_picture
 from mechscope.report.marks.tables import Cell, Row, Shown, Table
-from mechscope.report.section import Panel, Section, Tables, number, optional, table
+from mechscope.report.section import Panel, Section, Tables, number, table
 from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, percent
 from mechscope.report.theme import number as written
@@ -56,8 +56,8 @@ TABLES = {
         layer="the block whose MLP it reads or stands for; −1 for tokens, the number of blocks for logits",
         position="the token's place in the prompt, from 0",
         token="the token there; of a logit the next token",
-        value=number("of a latent its value, of a logit the logit less the mean", optional=True),
-        probability=number("of a logit: its probability", "share", optional=True),
+        value=number("of a latent its value, of a logit the logit less the mean; empty for others"),
+        probability=number("of a logit its probability; empty for others", "share"),
         bias=number("what constants add to it", "of the value"),
         rest=number("what active latents without edges into them add to it", "of the value"),
         influence=number("of the logits' inputs, the share that can be followed back to it, by |edges|", "share"),
@@ -115,7 +115,7 @@ TABLES = {
     ),
     "graph_groups": table(
         "One row per group and node.",
-        group=optional("the group's name"),
+        group="the group's name",
         node=_NODE,
     ),
 }
