@@ -11,23 +11,15 @@ from typing import Any, Literal
 
 import pandas as pd
 
-<<<<<<< HEAD
-from mechscope.features import Dictionary, Rule, autoencoder
-=======
-from mechscope import features
->>>>>>> f817514 (features graph: attribution graphs of a prompt, tested in the model; page, tables, circuit-tracer's JSON)
+from mechscope.features import Dictionary, Rule, autoencoder, transcoder
 from mechscope.settings import resolve
 from mechscope.studies.calibration.rates import rates_table
 from mechscope.studies.calibration.truth import Truth
 from mechscope.studies.job import Job
 from mechscope.studies.runner import run_job
-<<<<<<< HEAD
-from tests.causal.pairs import random_pairs, telling_pairs
-=======
 from tests import families
-from tests.causal.pairs import random_pairs
+from tests.causal.pairs import random_pairs, telling_pairs
 from tests.features.oracle import dictionary
->>>>>>> f817514 (features graph: attribution graphs of a prompt, tested in the model; page, tables, circuit-tracer's JSON)
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
@@ -99,7 +91,6 @@ def measured_tables() -> dict[str, pd.DataFrame]:
             file = Path(folder) / f"{name}.json"
             file.write_text(json.dumps(content), encoding="utf-8")
             tables |= run(_job(name), None, **{setting: str(file)}, **settings).tables
-<<<<<<< HEAD
         file = Path(folder) / "random.safetensors"
         random_dictionary().save(file)
         tables |= run(_job("features_dashboard"), None, dictionary=str(file), pairs=random_pairs(24), drawn=20, before=3, after=1).tables
@@ -110,14 +101,12 @@ def measured_tables() -> dict[str, pd.DataFrame]:
                 files.append(str(Path(folder) / f"{place}.safetensors"))
                 Dictionary.plain(layout, layout.tensors(seed=1)).save(files[-1])
             tables |= run(_job(name), None, dictionary=",".join(files), **settings).tables
-=======
         graph = _graph(Path(folder))
         nodes = run(_job("features_graph"), None, **graph).graph_nodes
         latent = nodes["node"][nodes["kept"] & (nodes["kind"] == "latent")].iloc[0]
         file = Path(folder) / "groups.json"
         file.write_text(json.dumps({"groups": [{"name": "a token and a latent", "nodes": ["embed@1", latent]}]}), encoding="utf-8")
         tables |= run(_job("features_graph"), None, groups=str(file), **graph).tables
->>>>>>> f817514 (features graph: attribution graphs of a prompt, tested in the model; page, tables, circuit-tracer's JSON)
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")
@@ -131,16 +120,16 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     }
 
 
-<<<<<<< HEAD
 def random_dictionary(latents: int = 40) -> Dictionary:
     """Return random directions of the tiny model's residual stream."""
     layout = autoencoder("resid1", subject().anatomy.d_model, latents, Rule("topk", 8))
     return Dictionary.plain(layout, layout.tensors(seed=1))
-=======
+
+
 def _graph(folder: Path) -> dict[str, Any]:
     """Write transcoders of the first two layers and texts, and return the settings of a graph through them."""
     for layer in range(2):
-        layout = features.transcoder(layer, families.WIDTH, 30, features.Rule("topk", 5))
+        layout = transcoder(layer, families.WIDTH, 30, Rule("topk", 5))
         dictionary(layout, seed=layer).save(folder / "transcoders" / f"t{layer}.safetensors")
     (folder / "texts.jsonl").write_text('{"document": "w5 w9 w30 w6 w44 w12 w13 w14 w15", "summary": "w7 w8"}\n', encoding="utf-8")
     return {
@@ -153,7 +142,6 @@ def _graph(folder: Path) -> dict[str, Any]:
         "interventions": 7,
         "examples": 2,
     }
->>>>>>> f817514 (features graph: attribution graphs of a prompt, tested in the model; page, tables, circuit-tracer's JSON)
 
 
 def _job(name: str) -> Job[Any]:

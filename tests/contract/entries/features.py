@@ -62,7 +62,6 @@ def dashboard(case: Case, execution: Execution) -> Result:
     return numbers(found)
 
 
-<<<<<<< HEAD
 def scaling(case: Case, execution: Execution) -> Result:
     """Scale the latents of a crosscoder of two models."""
     given = _dictionary(features.crosscoder("base:resid1,tuned:resid1", (families.WIDTH,) * 2, 50, Rule("topk", 6)))
@@ -78,7 +77,8 @@ def carries(case: Case, execution: Execution) -> Result:
     into = {f"into {name}": value for name, value in found.into_base.items()}
     out = {f"out {name}": value for name, value in found.out_of_tuned.items()}
     return {"base": found.base, "tuned": found.tuned, **energy, **into, **out}
-=======
+
+
 def graph(case: Case, execution: Execution) -> Result:
     """Make the attribution graph of a text."""
     rules = (Rule("topk", 6), Rule("relu"), Rule("topk", 6))
@@ -87,7 +87,6 @@ def graph(case: Case, execution: Execution) -> Result:
     }
     found = features.attribution_graph(case.subject, given, case.pairs.pairs[0].clean, execution=execution)
     return columns(found.nodes) | {"edges": found.edges.toarray()}
->>>>>>> f817514 (features graph: attribution graphs of a prompt, tested in the model; page, tables, circuit-tracer's JSON)
 
 
 TECHNIQUES: dict[str, Technique] = {
