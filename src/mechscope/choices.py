@@ -82,3 +82,5 @@ Filling = Literal["corrupt", "zero", "mean"]
 """What stands in the place of nodes outside a circuit of latents: their value on the corrupt text, zero, or their mean."""
 Errors = Literal["kept", "removed", "in circuit"]
 """What becomes of the errors of dictionaries where a circuit of latents is judged."""
+ExplanationScorer = Literal["detection", "fuzzing", "simulation", "intruder"]
+"""By what an explanation of a unit is scored."""

@@ -26,4 +26,6 @@ def test_every_example_of_the_page_on_features_runs(tmp_path: Path) -> None:
     stream = torch.randn(20, names["width"])
     (one,), (two,) = names["dictionary"]([stream]), names["again"]([stream])
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert len(names["board"].latents) == 40
+    assert len(names["told"].explanations) == 7
     assert names["steered"].shape[1] == names["ids"].shape[1] + 5

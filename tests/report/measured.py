@@ -20,6 +20,8 @@ from mechscope.studies.runner import run_job
 from tests import families
 from tests.causal.pairs import random_pairs, telling_pairs
 from tests.features.oracle import dictionary
+from tests.features.test_explain import completion, endpoint
+from tests.features.test_harvest import texts
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
@@ -107,6 +109,15 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         file = Path(folder) / "groups.json"
         file.write_text(json.dumps({"groups": [{"name": "a token and a latent", "nodes": ["embed@1", latent]}]}), encoding="utf-8")
         tables |= run(_job("features_graph"), None, groups=str(file), **graph).tables
+        judge = {
+            "explainer": "endpoint",
+            "explainer_model": "small",
+            "scorers": "detection",
+            "components": "m1.n3,m1.n4",
+            "active_share": 0.05,
+        }
+        with endpoint(lambda body: completion("[1, 0, 1, 0, 1]")) as (url, _):
+            tables |= run(_job("features_explain"), None, pairs=texts((24,) * 80), documents=80, window=6, endpoint=url, **judge).tables
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")

@@ -21,7 +21,15 @@ from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, spl
 from mechscope.features.splitting import splitting
 from mechscope.features.standing import Node, Standing, in_order
 from mechscope.features.trainer import Plan, TrainedDictionary, train
-from mechscope.settings.features import ConceptSettings, DashboardSettings, FeatureTraining, HarvestSettings, Objective, TokenSettings
+from mechscope.settings.features import (
+    ConceptSettings,
+    DashboardSettings,
+    ExplainSettings,
+    FeatureTraining,
+    HarvestSettings,
+    Objective,
+    TokenSettings,
+)
 
 __all__ = [
     "AttributionGraph",
@@ -32,6 +40,7 @@ __all__ = [
     "Dictionary",
     "DivergedError",
     "Examples",
+    "ExplainSettings",
     "FeatureTraining",
     "Group",
     "Harvest",

@@ -197,10 +197,7 @@ class Neurons(_Thresholded):
             MechscopeError: A neuron does not exist, or no token is left.
         """
         self.names = list(neurons)
-        self._places = [_parsed(_NEURON, name, "neuron", "m3.n1024") for name in neurons]
-        for layer, neuron in self._places:
-            if layer >= subject.anatomy.n_layers or neuron >= subject.anatomy.blocks[layer].d_mlp:
-                raise SettingsError(f"neuron m{layer}.n{neuron} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
+        self._places = check_neurons(subject, neurons)
         self._layers = sorted({layer for layer, _ in self._places})
         parts = Mlps(subject).parts
         self._by_size = torch.tensor([parts[layer].gate is not None for layer, _ in self._places])
@@ -229,12 +226,7 @@ class Heads(_Thresholded):
     ) -> None:
         """Get ready; arguments and errors as those of `Neurons`, heads as `a3.h5`."""
         self.names = list(heads)
-        self._places = [_parsed(_HEAD, name, "head", "a3.h5") for name in heads]
-        for layer, head in self._places:
-            if layer >= subject.anatomy.n_layers or head >= subject.anatomy.n_heads:
-                raise SettingsError(
-                    f"head a{layer}.h{head} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1} with heads 0-{subject.anatomy.n_heads - 1}"
-                )
+        self._places = check_heads(subject, heads)
         self._layers = sorted({layer for layer, _ in self._places})
         self._grams = {layer: _gram(subject, layer) for layer in self._layers}
         super().__init__(subject, texts, self._layers, tokens, share, execution)
@@ -244,6 +236,25 @@ class Heads(_Thresholded):
             rows = self.reader.rows(batch)
         norms = {layer: _norms(_of_rows(recording["z", layer], rows, batch), self._grams[layer]) for layer in self._layers}
         return torch.stack([norms[layer][:, head] for layer, head in self._places], dim=1), rows
+
+
+def check_neurons(subject: Subject, neurons: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (layer, neuron) of neurons by their text forms; `SettingsError` where one is not understood or does not exist."""
+    places = [_parsed(_NEURON, name, "neuron", "m3.n1024") for name in neurons]
+    for layer, neuron in places:
+        if layer >= subject.anatomy.n_layers or neuron >= subject.anatomy.blocks[layer].d_mlp:
+            raise SettingsError(f"neuron m{layer}.n{neuron} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
+    return places
+
+
+def check_heads(subject: Subject, heads: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (layer, head) of heads by their text forms; `SettingsError` where one is not understood or does not exist."""
+    places = [_parsed(_HEAD, name, "head", "a3.h5") for name in heads]
+    size = f"layers 0-{subject.anatomy.n_layers - 1} with heads 0-{subject.anatomy.n_heads - 1}"
+    for layer, head in places:
+        if layer >= subject.anatomy.n_layers or head >= subject.anatomy.n_heads:
+            raise SettingsError(f"head a{layer}.h{head} does not exist: the model has {size}")
+    return places
 
 
 def _parsed(form: re.Pattern[str], name: str, what: str, example: str) -> tuple[int, int]:

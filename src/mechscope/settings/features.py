@@ -118,3 +118,20 @@ class ConceptSettings(Settings):
     removed_latents: tuple[int, ...] = field(default=(2, 5, 20))
     judged_share: ShareBelowOne = setting(0.4, "Share of the labelled texts that concepts are judged on and not learned from.")
     tokens_held: Number = setting(20_000, "Tokens of the labelled texts that absorption is measured on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainSettings(Settings):
+    """What units are explained from and judged on."""
+
+    panel: ClassVar[str] = "Explaining"
+
+    examples: Number = setting(
+        20, "Windows in which a unit is active that it is explained from: half of them its largest, the others random."
+    )
+    windows: Number = setting(
+        20, "Held-out windows in which it is active, and as many in which it is silent, that an explanation is judged on."
+    )
+    window: Number = setting(32, "Tokens of a window.")
+    longest: Number = setting(2, "Tokens of an n-gram of the baseline at most.")
+    active_share: ShareBelowOne = setting(0.01, "Share of the tokens, its largest, in which a neuron or a head counts as active.")

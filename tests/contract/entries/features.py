@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 
 from mechscope import features
-from mechscope.features import Dictionary, Rule
+from mechscope.features import Dictionary, Rule, explain
 from mechscope.features.diffing import LatentSet, carried, latent_scaling
+from mechscope.features.observed import Heads, Neurons
 from mechscope.instrument import Execution
 from tests import families
 from tests.contract.technique import Case, Result, Technique, columns, numbers
@@ -89,6 +92,16 @@ def graph(case: Case, execution: Execution) -> Result:
     return columns(found.nodes) | {"edges": found.edges.toarray()}
 
 
+def explained(case: Case, execution: Execution) -> Result:
+    """Explain neurons and heads and score the explanations."""
+    settings = features.ExplainSettings(examples=3, windows=5, window=3)
+    found = []
+    for kind, units in ((Neurons, ["m1.n3"]), (Heads, ["a1.h2", "a0.h1"])):
+        observed = kind(case.subject, units, case.pairs, share=0.3, execution=execution)
+        found += explain.gather(observed, case.pairs, settings=settings, execution=execution)
+    return numbers([asdict(each) for each in found]) | numbers(explain.explain(found, explain.Baseline(), execution=execution), "explained")
+
+
 TECHNIQUES: dict[str, Technique] = {
     "attribution graph": graph,
     "autoencoder": autoencoder,
@@ -99,4 +112,5 @@ TECHNIQUES: dict[str, Technique] = {
     "dashboard": dashboard,
     "latent scaling": scaling,
     "what latents carry": carries,
+    "explained": explained,
 }

@@ -1,0 +1,129 @@
+"""Language models that can be asked: one that runs here, and one behind an endpoint that speaks OpenAI's protocol of chat completions."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from mechscope.errors import ModelError, RunError, SettingsError
+from mechscope.features.explain.chat import Chat, Messages
+from mechscope.subject import Subject
+
+KEY = "OPENAI_API_KEY"
+"""The environment variable whose value, where there is one, is sent to an endpoint as its key; it is kept nowhere."""
+# seconds before an endpoint that is busy is asked again
+_PAUSES = (1.0, 4.0, 10.0)
+_BUSY = {408, 409, 429, 500, 502, 503, 504}
+
+
+class EndpointError(RunError):
+    """An endpoint that does not answer as it should; what was finished before is kept."""
+
+
+class LocalModel(Chat):
+    """A Hugging Face model that runs here, greedily."""
+
+    def __init__(self, model: Subject, tokenizer: Any) -> None:
+        """Take the model that explains, and the tokenizer of the one that is studied.
+
+        Raises:
+            ModelError: It has no tokenizer of its own.
+        """
+        if model.tokenizer is None:
+            raise ModelError(f"model {model.source!r} has no tokenizer, which one that explains needs: load it with one")
+        super().__init__(f"local:{model.source}", tokenizer)
+        self._model = model
+
+    @torch.no_grad()
+    def generate(self, messages: Messages, *, tokens: int) -> str:
+        """Continue a conversation, or where the tokenizer has no template for one, its text."""
+        tokenizer, model = self._model.tokenizer, self._model
+        if getattr(tokenizer, "chat_template", None):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n\nAnswer:")["input_ids"]
+        # the end of the question is what must be there
+        room = max(1, model.anatomy.max_positions - tokens)
+        given = torch.tensor([ids[-room:]], device=model.device)
+        end = tokenizer.eos_token_id
+        made = model.model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=min(tokens, model.anatomy.max_positions - given.shape[1]) or 1,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
+        )
+        return str(tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True)).strip()
+
+
+class Endpoint(Chat):
+    """A model behind an endpoint, `POST {url}/chat/completions`; temperature 0."""
+
+    def __init__(
+        self, url: str, model: str, tokenizer: Any, *, timeout: float = 60.0, seed: int = 0, pause: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Name an endpoint; nothing is sent before something is asked.
+
+        Args:
+            url: Its address, such as http://localhost:8000/v1.
+            model: The model's name there.
+            tokenizer: Of the model that is studied.
+            timeout: Seconds to wait for an answer.
+            seed: Sent along.
+            pause: Waits so many seconds.
+
+        Raises:
+            SettingsError: The address is none of http or https.
+        """
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise SettingsError(f"endpoint {url!r} is no address of http or https: write it as http://localhost:8000/v1")
+        super().__init__(f"endpoint:{model}", tokenizer)
+        self.url, self._model, self._timeout, self._seed, self._pause = url.rstrip("/"), model, timeout, seed, pause
+
+    def generate(self, messages: Messages, *, tokens: int) -> str:
+        """Ask; busy endpoints are asked again, some seconds later.
+
+        Raises:
+            EndpointError: It is not there, refuses, or answers something else than the protocol says.
+        """
+        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": tokens, "seed": self._seed}
+        for pause in (*_PAUSES, None):
+            try:
+                return _content(self._sent(body))
+            except urllib.error.HTTPError as error:
+                reason = f"it says {error.code} {error.reason} {error.read(300).decode('utf-8', 'replace')}"
+                if error.code not in _BUSY:
+                    break
+            except (OSError, TimeoutError) as error:
+                reason = str(getattr(error, "reason", error))
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                reason = f"its answer is no chat completion ({type(error).__name__}: {error})"
+                break
+            if pause is not None:
+                self._pause(pause)
+        said = " ".join(reason.split())[:300]
+        raise EndpointError(f"endpoint {self.url} does not answer: {said}; what was finished is kept, and the same command goes on there")
+
+    def _sent(self, body: dict[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST")
+        with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+            return bytes(answer.read())
+
+
+def _content(answer: bytes) -> str:
+    content = json.loads(answer)["choices"][0]["message"]["content"]
+    if not isinstance(content, str):
+        raise TypeError("no text in it")
+    return content.strip()

@@ -1,0 +1,136 @@
+"""`mechscope features explain` does what the functions do, keeps what was sent, goes on where an endpoint left it, and refuses what does not go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechscope.errors import MechscopeError, SettingsError
+from mechscope.features import ExplainSettings
+from mechscope.features.explain import Baseline, EndpointError, explain, gather
+from mechscope.features.observed import Heads, Latents, Neurons
+from mechscope.instrument import Execution
+from mechscope.store.run import verify
+from mechscope.studies.jobs.features_explain import JOB
+from tests.features.test_explain import completion, endpoint
+from tests.features.test_harvest import texts
+from tests.report.measured import random_dictionary
+from tests.studies.jobs.running import findings, refuses, run, shown, subject
+
+PAIRS = texts((24,) * 80)
+QUICK: dict[str, Any] = {"pairs": PAIRS, "examples": 6, "windows": 6, "window": 6, "active_share": 0.05, "documents": 80}
+UNITS = "m1.n3,m1.n4,a1.h2,a0.h0"
+
+
+def test_tables_are_those_of_the_functions(tmp_path: Path) -> None:
+    random_dictionary().save(tmp_path / "random.safetensors")
+    settings = {**QUICK, "dictionary": str(tmp_path / "random.safetensors"), "components": f"resid1.f22,{UNITS},resid1.f8", "seed": 3}
+    result = run(JOB, tmp_path / "run", **settings)
+    execution, windows = Execution(2048, seed=3), ExplainSettings(examples=6, windows=6, window=6, active_share=0.05)
+    evidence = [
+        each
+        for observed in (
+            Latents(subject(), random_dictionary(), PAIRS, latents=[22, 8]),
+            Neurons(subject(), ["m1.n3", "m1.n4"], PAIRS, share=0.05),
+            Heads(subject(), ["a1.h2", "a0.h0"], PAIRS, share=0.05),
+        )
+        for each in gather(observed, PAIRS, settings=windows, execution=execution)
+    ]
+    found = explain(evidence, Baseline(subject().tokenizer), execution=execution)
+    assert result.explanations["component"].tolist() == ["resid1.f22", "resid1.f8", "m1.n3", "m1.n4", "a1.h2", "a0.h0"]
+    pd.testing.assert_frame_equal(result.explanations.drop(columns="texts"), found.explanations)
+    pd.testing.assert_frame_equal(result.explanation_scores, found.scores)
+    pd.testing.assert_frame_equal(result.explanation_summary, found.summary)
+    assert set(result.explanations["kind"]) == {"latents", "neurons", "heads"}
+    shown(result, "explanations")
+    assert "explanation_questions" not in result.tables
+    assert set(verify(result.path)["status"]) == {"ok"}
+
+
+def test_by_default_the_strongest_latents_are_explained(tmp_path: Path) -> None:
+    random_dictionary().save(tmp_path / "random.safetensors")
+    result = run(JOB, None, **QUICK, dictionary=str(tmp_path / "random.safetensors"), latents_explained=3, scorers="detection")
+    assert len(result.explanations) == 3
+    assert result.explanations["component"].str.startswith("resid1.f").all()
+    assert set(result.explanation_scores["scorer"]) == {"detection"}
+
+
+def test_an_endpoint_that_goes_down_loses_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    answered, asked = 0, list[str]()
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        nonlocal answered
+        answered += 1
+        asked.append(body["messages"][1]["content"])
+        return completion("w3 <b>w4</b> secret answer [1, 0, 1, 0, 1]") if answered <= 6 else (400, b"gone")
+
+    with endpoint(answer) as (url, _):
+        told = {**QUICK, "components": UNITS, "explainer": "endpoint", "explainer_model": "small", "endpoint": url, "scorers": "detection"}
+        with pytest.raises(EndpointError, match="does not answer: it says 400 Bad Request gone; what was finished is kept"):
+            run(JOB, tmp_path / "run", **told)
+        before = list(asked)
+        # all that was sent is in the log, the question without an answer too
+        log = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8")
+        logged = [
+            line["data"]["messages"][1]["content"] for line in map(json.loads, log.splitlines()) if "messages" in line.get("data", {})
+        ]
+        assert logged == before
+        answered = -1000
+        result = run(JOB, tmp_path / "run", **told)
+    # there were explanations of four units, and three questions on the first, the last of them without an answer: it is begun again
+    again = asked[len(before) :]
+    assert not any("have in common" in each for each in again)
+    assert again[:3] == before[4:]
+    questions = result.explanation_questions
+    assert len(questions) == 4 + 2 * 4 * 3
+    assert set(questions["purpose"]) == {"explanation", "detection"}
+    page = shown(result, "explanations")
+    assert "&lt;b&gt;w4&lt;/b&gt;" in page
+    assert "<b>w4" not in page
+    scores = result.explanation_scores
+    # twelve questions in threes of five, five and two: the last list is too long to be read
+    assert scores["unreadable"].tolist() == pytest.approx([2 / 12] * 8)
+    assert any("17\u202f% of the answers unreadable" in sentence for sentence in findings("explanations", **result.tables))
+
+
+def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    random_dictionary().save(tmp_path / "random.safetensors")
+    file = str(tmp_path / "random.safetensors")
+    url = "http://127.0.0.1:9/v1"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "nothing is named to explain"),
+        ({"components": UNITS, "explainer": "endpoint", "explainer_model": "x"}, "'endpoint' is the address"),
+        ({"components": UNITS, "endpoint": url}, "'endpoint' is the address"),
+        ({"components": UNITS, "explainer": "local"}, "'explainer_model' names the model"),
+        ({"components": UNITS, "explainer_model": "x"}, "'explainer_model' names the model"),
+        ({"components": UNITS, "scorers": "guess"}, "scorer 'guess' is not known"),
+        ({"components": "m1"}, "component 'm1' cannot be explained"),
+        ({"components": "m9.n1"}, "neuron m9.n1 does not exist"),
+        ({"components": "a0.h9"}, "head a0.h9 does not exist"),
+        ({"components": "a0.h1,a0.h1"}, "named twice"),
+        ({"components": "resid1.f3"}, "is a latent of 0 of the dictionaries"),
+        ({"components": "resid1.f99", "dictionary": file}, "dictionary random has latents 0-39"),
+        ({"components": UNITS, "pairs": PAIRS.first(1)}, "give at least two"),
+    ]
+    for settings, message in wrong:
+        refuses(JOB, tmp_path / "run", SettingsError, message, **{**QUICK, **settings})
+    refuses(JOB, tmp_path / "run", MechscopeError, "no such file", **QUICK, dictionary=str(tmp_path / "absent.safetensors"))
+
+
+def test_the_sentence_gives_the_score_beside_shuffled_explanations() -> None:
+    row = {"kind": "latents", "explainer": "baseline", "scorer": "detection", "n": 30, "chance": 0.5, "unreadable": 0.0, "withheld": ""}
+    own = {**row, "control": "", "score": 0.81, "low": 0.77, "high": 0.85}
+    shuffled = {**row, "control": "shuffled explanations", "score": 0.52, "low": 0.49, "high": 0.55}
+    summary = pd.DataFrame([own, shuffled])
+    (sentence,) = findings("explanations", explanation_summary=summary)
+    assert sentence == (
+        "Explanations of latents by baseline score 0.810 [0.770, 0.850] in detection on held-out windows (chance 0.500); shuffled among the latents, "
+        "0.520 [0.490, 0.550] (n = 30 latents)."
+    )
+    summary.loc[0, ["score", "low", "high", "withheld", "n"]] = [float("nan")] * 3 + ["too few held-out windows", 0]
+    (sentence,) = findings("explanations", explanation_summary=summary)
+    assert sentence == "How well explanations of latents by baseline do in detection: withheld, as too few held-out windows."
