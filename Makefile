@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-gpu lint format tables notebooks docs picture truth bench bench-peers clean
+.PHONY: demo test test-all test-gpu lint format tables models notebooks docs picture truth bench bench-peers clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mechscope needs Python 3.11 or later")'
@@ -44,6 +44,10 @@ format: .venv/ready
 # docs/tables.md, from the sections of the page
 tables: .venv/ready
 	$(BIN)/python -m mechscope.report.documentation > docs/tables.md
+
+# docs/models.md, from tiny models of every family that transformers knows; some minutes
+models: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix > docs/models.md
 
 # the notebooks of docs/notebooks, executed again; five minutes
 notebooks: .venv/docs

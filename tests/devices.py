@@ -14,7 +14,7 @@ from torch import nn
 
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.data.prompt import Batch, Encoded, Example, collate
-from mechscope.subject.anatomy import discover
+from mechscope.subject.discovery import discover
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import Pair, pair
 from tests import families

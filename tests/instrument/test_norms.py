@@ -59,14 +59,33 @@ def test_a_norm_that_computes_something_else_is_refused_by_name() -> None:
         def forward(self, hidden_states: Tensor) -> Tensor:
             return 0.5 * super().forward(hidden_states)
 
-    for module in (HalfNorm(8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 8)):
+    for module in (HalfNorm(8), nn.Linear(8, 8)):
         with pytest.raises(ModelError, match=f"some family: {type(module).__name__} is neither a LayerNorm nor an RMS norm"):
             recognised("some family", module)
 
 
+class Bare(nn.Module):
+    """A LayerNorm as OLMo has it: no weight, and its eps in the code."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.layer_norm(hidden, (hidden.shape[-1],), None, None, eps=1e-5)
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(8, elementwise_affine=False), Bare()])
+def test_a_norm_without_a_weight_has_a_gain_of_one_and_needs_to_be_told_its_width(module: nn.Module) -> None:
+    like = torch.zeros(8, dtype=torch.float64)
+    norm = recognised("some family", module, like)
+    assert (norm.centred, norm.eps) == (True, 1e-5)
+    assert torch.equal(norm.gain, torch.ones_like(like))
+    small = 1e-2 * torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(norm.normalised(small)[0], module(small), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ModelError, match="has no weight, so its width is not known"):
+        recognised("some family", module)
+
+
 def test_the_gain_of_a_norm_is_read_when_it_is_asked_for() -> None:
     module = nn.LayerNorm(4)
-    norm = Norm(module, centred=True, eps=module.eps, offset=0.0)
+    norm = Norm(module, centred=True, eps=module.eps, offset=0.0, ones=torch.ones(4))
     before = norm.gain.clone()
     module.weight.data *= 2
     assert torch.equal(norm.gain, 2 * before)

@@ -12,10 +12,12 @@ from transformers import (
     BartConfig,
     BitNetConfig,
     CohereConfig,
+    DeepseekV3Config,
     Exaone4Config,
     Glm4Config,
     GPTBigCodeConfig,
     GraniteConfig,
+    HyperCLOVAXConfig,
     NemotronConfig,
     Olmo2Config,
     OlmoConfig,
@@ -59,23 +61,22 @@ SIZES: dict[str, Any] = {
     ("config", "says"),
     [
         (Olmo2Config(**SIZES), "olmo2: the query of a head depends on other heads"),
-        (GraniteConfig(**SIZES, residual_multiplier=0.5), "granite scales what its blocks add"),
-        (OlmoConfig(**SIZES), "olmo: OlmoLayerNorm is neither a LayerNorm nor an RMS norm"),
         (
             BitNetConfig(**SIZES, num_key_value_heads=2),
             r"bitnet: something \(a norm, a gate\) stands between the heads of block 0 and what they write",
         ),
-        (Glm4Config(**SIZES, head_dim=8), "glm4: the MLP of block 0 reads neither the block's input nor that plus what attention wrote"),
+        (
+            DeepseekV3Config(
+                **SIZES, first_k_dense_replace=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12
+            ),
+            r"deepseek_v3: the queries, keys and values of block 0 read different things \(its keys and values come from a latent",
+        ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_families_that_read_or_write_otherwise_are_refused_by_name(config: Any, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         Wiring(load(model_of(config)))
-
-
-def test_granite_without_a_factor_on_what_its_blocks_add_is_accepted() -> None:
-    assert not Wiring(load(model_of(GraniteConfig(**SIZES)))).parallel
 
 
 def test_a_residual_stream_that_is_normalised_itself_is_refused() -> None:
@@ -129,6 +130,10 @@ OTHERS = [
         **SIZES, num_key_value_heads=2, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),  # norms only behind attention and MLP
     SmolLM3Config(**SIZES, num_key_value_heads=2),  # every fourth layer without rotary embedding
+    GraniteConfig(**SIZES, num_key_value_heads=2, residual_multiplier=0.5, logits_scaling=2.0),  # factors on what blocks add
+    OlmoConfig(**SIZES),  # norms without weights, whose eps stands in the code
+    Glm4Config(**SIZES, num_key_value_heads=2, head_dim=8),  # norms in front of and behind attention and MLP
+    HyperCLOVAXConfig(**SIZES, num_key_value_heads=2, residual_multiplier=0.7),  # both
 ]
 
 

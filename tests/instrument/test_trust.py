@@ -11,7 +11,8 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from mechscope.errors import ModelError
-from mechscope.instrument import Check, check_subject, load
+from mechscope.instrument import CachedRun, Check, Edit, check_subject, intervene, load, record
+from mechscope.instrument.mlp import Mlps
 from mechscope.subject.anatomy import Slice
 from mechscope.subject.load import Subject
 from tests import families
@@ -63,7 +64,7 @@ def test_heads_in_the_wrong_order_are_found() -> None:
 
 def test_a_wrong_head_width_is_refused_with_the_sizes_found() -> None:
     for family, width, message in (
-        ("gpt2", 16, r"works with \(heads, width\) \(4, 8\), \(4, 8\), \(4, 8\) .* were read as \(4, 16\), \(1, 16\), \(1, 16\)"),
+        ("gpt2", 16, r"c_proj reads 32 features, 4 heads of width 16 give 64"),
         ("gpt2", 20, r"c_attn holds 4 slices of width 20, which is not 4 queries plus keys and values"),
         ("llama", 4, r"q_proj holds 8 heads of width 4, which does not divide 4 query heads"),
     ):
@@ -133,7 +134,7 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Any) -> None:
         load(tmp_path)
 
 
-def test_a_mixture_of_experts_is_refused_by_name() -> None:
+def test_a_mixture_of_experts_is_measured_but_for_its_neurons() -> None:
     config = MixtralConfig(
         vocab_size=97,
         hidden_size=32,
@@ -143,5 +144,15 @@ def test_a_mixture_of_experts_is_refused_by_name() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
     )
-    with pytest.raises(ModelError, match=r"mixtral is a mixture of experts \(num_local_experts=4\)"):
-        load(MixtralForCausalLM(config))
+    subject = load(MixtralForCausalLM(config).eval())
+    assert failed(check_subject(subject)) == set()
+    ids = families.documents()[0][None]
+    refused = r"the MLP of model\.layers\.0 is a mixture of 4 experts: it has no neurons"
+    with pytest.raises(ModelError, match=refused), record(subject, "neuron"):
+        pass
+    with pytest.raises(ModelError, match=refused), intervene(subject, Edit("neuron", 0, 0.0, features=(1,))):
+        pass
+    with pytest.raises(ModelError, match=refused):
+        CachedRun(subject, ids, sites=("neuron",))
+    with pytest.raises(ModelError, match=refused):
+        Mlps(subject)

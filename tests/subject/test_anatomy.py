@@ -11,7 +11,8 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Model
 
 from mechscope.errors import ModelError
 from mechscope.instrument import AttentionCall, observed
-from mechscope.subject.anatomy import Slice, discover
+from mechscope.subject.anatomy import Slice
+from mechscope.subject.discovery import discover
 from mechscope.subject.linear import is_conv1d, oriented_weight
 from mechscope.subject.load import Subject, load
 from tests import families
@@ -156,7 +157,7 @@ def test_an_architecture_without_known_readers_is_refused_with_the_lists_found()
         layer.self_attn.queries = layer.self_attn.q_proj
         del layer.self_attn.q_proj
     with pytest.raises(
-        ModelError, match=r"llama: expected one list of 3 blocks with an attention module .* found 0 among \['model.layers'\]"
+        ModelError, match=r"llama: of its lists of 3 blocks \(model\.layers\), 0 hold attention modules as known here"
     ):
         discover(model)
 

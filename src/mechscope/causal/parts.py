@@ -97,7 +97,7 @@ def _layer(subject: Subject, layer: int) -> Part:
     block = subject.anatomy.blocks[layer]
     columns = {"component": f"layers:{layer}", "site": "layer", "layer": layer, "head": -1, "feature": -1, "positions": "all"}
     places = (Place("attention_output", layer), Place("mlp_output", layer))
-    return Part(columns, places, _under(subject, block.name), layer)
+    return Part(columns, places, _under(subject, f"{block.name}."), layer)
 
 
 def _place_part(subject: Subject, place: Place) -> Part:
@@ -105,15 +105,14 @@ def _place_part(subject: Subject, place: Place) -> Part:
     if place.head is not None:
         weights = _of_head(block, place.head)
     elif place.site == "attention_output":
-        weights = _under(subject, block.attention_name)
+        weights = _under(subject, f"{block.attention_name}.")
     else:
-        prefixes = {name.rpartition(".")[0] if name.rpartition(".")[0] != block.name else name for name in block.mlp_linears}
-        weights = {name: where for prefix in sorted(prefixes) for name, where in _under(subject, prefix).items()}
+        weights = _under(subject, block.mlp_prefix)
     return Part(place_columns(place), (place,), weights, place.layer)
 
 
 def _under(subject: Subject, prefix: str) -> dict[str, tuple[Index, ...]]:
-    return {name: _WHOLE for name, _ in subject.weights() if name.startswith(f"{prefix}.")}
+    return {name: _WHOLE for name, _ in subject.weights() if name.startswith(prefix)}
 
 
 def _of_head(block: Block, head: int) -> dict[str, tuple[Index, ...]]:

@@ -107,7 +107,7 @@ def path_patch(
     if direction not in ("denoise", "noise"):
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     anatomy = subject.anatomy
-    if getattr(subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
+    if any(block.multiplier != 1.0 for block in anatomy.blocks):
         raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): path patching is not supported")
     if not receivers:
         raise SettingsError("no receiver was given: name at least one, such as 'logits' or 'a5.h1<k>'")

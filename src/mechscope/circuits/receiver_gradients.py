@@ -24,6 +24,7 @@ from mechscope.data.metrics import Metric
 from mechscope.data.scoring import score
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument import AttentionCall, AttentionInputs, Reading, observed
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.parts import PARTS
 from mechscope.instrument.substitutes import fused_activations, only_at
 from mechscope.instrument.walk import Walk
@@ -238,8 +239,11 @@ class ReceiverGradients:
         return hook
 
     def _keep_mlp(self, layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            self.mlp[layer] = output.detach().view(*self._batch, -1)
+        factor = self._anatomy.blocks[layer].multiplier
+
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            added = tensor_of(output).detach().view(*self._batch, -1)
+            self.mlp[layer] = added if factor == 1.0 else added * factor
 
         return hook
 

@@ -26,7 +26,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.shapes import by_shape
 from mechscope.stats.spectra import Spectrum, weight_change
 from mechscope.subject import Pair, Subject
-from mechscope.subject.anatomy import Slice
+from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.linear import is_conv1d
 from mechscope.subject.placement import index_for, sent
 
@@ -151,6 +151,8 @@ def _parts(pair: Pair, name: str, base: Tensor, tuned: Tensor) -> list[tuple[str
     tuned = tuned.to(base.device)
     if key == "weight" and base.ndim == 2 and is_conv1d(pair.base.plain.get_submodule(module_name)):
         base, tuned = base.T, tuned.T
+    if base.ndim == 3:  # experts side by side
+        return [(f"e{expert}", own, other) for expert, (own, other) in enumerate(zip(base, tuned, strict=True))]
     fused = [(part, where) for _, part, where in _readers(pair.base) if where.name == module_name]
     if len(fused) < 2:
         return [("", base, tuned)]
@@ -169,9 +171,16 @@ def _place(subject: Subject, name: str, part: str) -> tuple[int, str]:
         if not name.startswith(f"{block.name}."):
             continue
         reader = next((reader for _, reader, where in _readers(subject) if where.name == module_name), None)
-        kind = part or reader or ("mlp" if module_name in block.mlp_linears else "norm")
-        return layer, kind if key == "weight" else f"{kind}_{key}"
+        kind = part or reader or ("mlp" if module_name in block.mlp_linears else _unnamed(block, name))
+        return layer, kind if key == "weight" or kind == "expert" else f"{kind}_{key}"
     return -1, "position" if "pos" in name or "wpe" in name else "norm"
+
+
+def _unnamed(block: Block, name: str) -> str:
+    """Return the kind of a block's parameter that no linear map holds."""
+    if block.experts is not None and name.startswith(f"{block.experts.name}."):
+        return "expert"
+    return "router" if block.experts is not None and name.startswith(block.mlp_prefix) else "norm"
 
 
 def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.ndarray:

@@ -30,9 +30,10 @@ from mechscope.difference.rows import row_means
 from mechscope.instrument import Walk
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.norms import Norm, recognised
+from mechscope.instrument.outputs import tensor_of
 from mechscope.shapes import by_shape
 from mechscope.subject import Pair, Subject
-from mechscope.subject.linear import is_conv1d
+from mechscope.subject.linear import is_conv1d, oriented_weight
 from mechscope.subject.placement import fetched, index_for
 
 
@@ -100,7 +101,7 @@ class Recorder:
 
     def mlp(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Note what an MLP writes."""
-        self._seen["mlp"] = output
+        self._seen["mlp"] = tensor_of(output)
 
 
 @contextlib.contextmanager
@@ -174,7 +175,9 @@ class Writers:
             block = subject.anatomy.blocks[layer]
             with subject.active():
                 behind = block.attention_write is not block.attention
-                self._norms[side, layer] = recognised(subject.family, block.attention_write) if behind else None
+                self._norms[side, layer] = (
+                    recognised(subject.family, block.attention_write, oriented_weight(block.output.module)[:, 0]) if behind else None
+                )
         return self._norms[side, layer]
 
 

@@ -44,6 +44,7 @@ class AttentionInputs:
         mask: Boolean ``(batch, 1 or head, query, key)``, True where a query may look; None means causal.
         window: Keys that a sliding-window layer can see, None for all.
         softcap: Bound of soft-capped scores (Gemma 2), None for plain scores.
+        sinks: ``(head,)``: a learned score per head that every query sees as if it were one more key, whose value is zero (gpt-oss); None without.
     """
 
     layer: int
@@ -54,6 +55,7 @@ class AttentionInputs:
     mask: Bool[Tensor, "batch some query key"] | None = None
     window: int | None = None
     softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
 
     __repr__ = by_shape
 
@@ -111,6 +113,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     unknown = [name for name, value in options.items() if value is not None and name not in _HARMLESS and isinstance(value, Tensor | float)]
@@ -129,12 +132,13 @@ def _attention(
         mask=attention_mask,
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
     )
     inputs = given
     for watch in watches:
         if watch.rewrite is not None:
             inputs = watch.rewrite(inputs)
-    if inputs is given and softcap is None:
+    if inputs is given and softcap is None and s_aux is None:
         # as the model itself would have called it, so that watching changes no bit
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     else:
@@ -150,8 +154,10 @@ def attend(inputs: AttentionInputs) -> Float[Tensor, "batch query head d"]:
     """Compute what the heads make of their inputs: z, before the output projection."""
     groups = inputs.query.shape[1] // inputs.key.shape[1]
     value = inputs.value.repeat_interleave(inputs.query.shape[1] // inputs.value.shape[1], dim=1)
-    if inputs.softcap is not None:  # no fused kernel on a CPU does this
-        blocks = pattern_blocks(inputs.query, inputs.key, scaling=inputs.scaling, mask=inputs.mask, softcap=inputs.softcap)
+    if inputs.softcap is not None or inputs.sinks is not None:  # no fused kernel on a CPU does this
+        blocks = pattern_blocks(
+            inputs.query, inputs.key, scaling=inputs.scaling, mask=inputs.mask, softcap=inputs.softcap, sinks=inputs.sinks
+        )
         z = torch.cat([block.log_pattern.exp().to(value.dtype) @ value[:, :, : block.log_pattern.shape[-1]] for block in blocks], dim=2)
     else:
         z = torch.nn.functional.scaled_dot_product_attention(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, observed
 from mechscope.instrument.edits import EditSite
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.rerun import Reading
 from mechscope.instrument.substitutes import only_at
@@ -103,12 +104,16 @@ def gradients(
     def by_token(value: Tensor) -> Tensor:
         return value.unflatten(0, (batch, length)) if value.ndim == 2 else value
 
-    def shaped(value: Tensor) -> Tensor:
-        value = value.detach()
+    def shaped(value: Tensor, factor: float = 1.0) -> Tensor:
+        value = value.detach() if factor == 1.0 else value.detach() * factor
         return value.transpose(1, 2) if site in ("query", "key", "value") else by_token(value)
 
-    values = {layer: shaped(graph.values[layer]) for layer in layers}
-    by_layer = [{layer: shaped(g) for layer, g in zip(layers, one[: len(layers)], strict=True)} for one in passes]
+    # of what is added to the residual stream, not of what the module gives
+    factors = [anatomy.blocks[layer].multiplier if site in ("attention_output", "mlp_output") else 1.0 for layer in layers]
+    values = {layer: shaped(graph.values[layer], factor) for layer, factor in zip(layers, factors, strict=True)}
+    by_layer = [
+        {layer: shaped(g, 1 / factor) for layer, g, factor in zip(layers, one[: len(layers)], factors, strict=True)} for one in passes
+    ]
     z = {layer: (graph.z[layer].detach(), [one[len(layers) + at].detach() for one in passes]) for at, layer in enumerate(sorted(graph.z))}
     return Gradients(score.detach(), values, by_layer, z, graph.calls)
 
@@ -167,7 +172,7 @@ class _Graph:
 
     def _catch(self, stack: contextlib.ExitStack, module: nn.Module, layer: int) -> None:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            self.values[layer] = output[0] if isinstance(output, tuple) else output
+            self.values[layer] = tensor_of(output)
 
         stack.callback(module.register_forward_hook(hook).remove)
 
@@ -179,7 +184,7 @@ class _Graph:
 
     def _drop(self, stack: contextlib.ExitStack, module: nn.Module, layer: int) -> None:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            written: Tensor = output[0] if isinstance(output, tuple) else output
+            written = tensor_of(output)
             written.register_hook(lambda gradient: torch.zeros_like(gradient) if self.dropped == layer else gradient)
 
         stack.callback(module.register_forward_hook(hook).remove)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, observed
 from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate, with_patterns
+from mechscope.instrument.outputs import tensor_of, with_tensor
 from mechscope.instrument.patterns import pattern
 from mechscope.subject.load import Subject
 
@@ -69,14 +70,22 @@ def _hook(subject: Subject, layer: int, site: str, edits: list[Edit], stack: con
     block = subject.anatomy.blocks[layer]
     shape: dict[str, Any] = {}
 
+    # what is edited is what is added to the residual stream
+    factor = block.multiplier if site in ("attention_output", "mlp_output") else 1.0
+
     def changed(value: Tensor) -> Tensor:
+        if factor != 1.0:
+            return edited(value * factor) / factor
+        return edited(value)
+
+    def edited(value: Tensor) -> Tensor:
         if value.ndim == 2:  # OPT's MLP sees all tokens of the batch as rows of one matrix
             return apply(edits, value.unflatten(0, shape["tokens"])).flatten(0, 1)
         return apply(edits, value)
 
     def on_output(module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return (changed(output[0]), *output[1:]) if isinstance(output, tuple) else changed(output)
+            return with_tensor(output, changed(tensor_of(output)))
 
         stack.callback(module.register_forward_hook(hook).remove)
 

@@ -29,10 +29,12 @@ class PatternBlock:
         start: First query row of the block.
         log_pattern: ``(batch, head, rows, keys)``: natural logarithm of the pattern, −inf where a key cannot be seen. Only keys
             ``0 … keys−1`` are held; under a causal mask those behind the block's last row are left out.
+        log_sink: ``(batch, head, rows)``: logarithm of the mass on a head's learned sink, with which a row sums to one; None without sinks.
     """
 
     start: int
     log_pattern: Float[Tensor, "batch head rows keys"]
+    log_sink: Float[Tensor, "batch head rows"] | None = None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -110,6 +112,7 @@ def pattern_blocks(
     scaling: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[PatternBlock]:
     """Yield the exact log-pattern, some query rows at a time.
@@ -120,6 +123,7 @@ def pattern_blocks(
         scaling: Factor on the scores.
         mask: Boolean ``(batch, 1, query, key)`` or additive mask; None means causal. A row that may see nothing is all −inf.
         softcap: Bound c of scores ``c·tanh(s/c)``, None for plain scores.
+        sinks: A score per head that every row sees besides its keys.
         dtype: Type to compute in; by default that of `statistics_dtype`.
     """
     batch, heads, length, _ = query.shape
@@ -140,8 +144,13 @@ def pattern_blocks(
             scores = scores.masked_fill(~mask[:, :, start:stop], -torch.inf)
         else:
             scores = scores + mask[:, :, start:stop].to(dtype)
-        log_pattern = torch.log_softmax(scores, dim=-1)
+        if sinks is not None:
+            own = sinks.to(scores)[None, :, None, None].expand(batch, heads, stop - start, 1)
+            scores = torch.cat([scores, own], dim=-1)
+        log_pattern, log_sink = torch.log_softmax(scores, dim=-1), None
+        if sinks is not None:
+            log_pattern, log_sink = log_pattern[..., :-1], log_pattern[..., -1]
         if mask is not None and mask.dtype == torch.bool:
             # a padded query sees nothing: an empty row, as the fused kernels give, where the softmax would be NaN and spread through its value
             log_pattern = log_pattern.masked_fill(~mask[:, :, start:stop].any(-1, keepdim=True), -torch.inf)
-        yield PatternBlock(start, log_pattern)
+        yield PatternBlock(start, log_pattern, log_sink)

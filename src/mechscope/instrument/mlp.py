@@ -104,6 +104,8 @@ class Mlps:
         Raises:
             ModelError: An MLP is not of a known kind; the message says how.
         """
+        for block in subject.anatomy.blocks:
+            _ = block.mlp_down  # a mixture of experts says that it has no neurons
         self.subject, self._wiring = subject, Wiring(subject)
         self.parts = _discovered(subject)
         self.widths = tuple(block.d_mlp for block in subject.anatomy.blocks)
@@ -114,6 +116,8 @@ class Mlps:
         parts, block = self.parts[layer], self.subject.anatomy.blocks[layer]
         down, bias = self._linear(block.mlp_linears[-1])
         gain = None if parts.behind is None else parts.behind.gain
+        if block.multiplier != 1.0:
+            gain = down.new_tensor(block.multiplier) if gain is None else gain * block.multiplier
         return Mlp(
             self._wiring.mlp_norm(layer),
             self._reading(layer, parts.up),
@@ -267,7 +271,7 @@ def _behind(family: str, block: Block, flow: _Flow, where: str) -> Norm | None:
         return None
     # an adapter that trains norms too keeps two of them behind one
     innermost = [module for module in block.mlp_write.modules() if module in flow][-1]
-    norm = recognised(family, innermost) if torch.equal(given, written) else None
+    norm = recognised(family, innermost, given) if torch.equal(given, written) else None
     if norm is None or norm.centred or norm.shift is not None:
         raise ModelError(f"{where} changes what its last map gives before it is added: its neurons are not taken apart here")
     return norm

@@ -16,6 +16,9 @@ from mechscope.errors import ModelError
 from mechscope.subject.linear import acting
 from mechscope.subject.placement import fetched
 
+# what is added to the mean square, of norms that do not say it
+_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -26,19 +29,21 @@ class Norm:
         centred: Whether the mean is taken off.
         eps: What is added to the mean square.
         offset: What is added to the weight to give the gain (1 in Gemma).
+        ones: The gain of a norm that has no weight (NanoChat, OLMo).
     """
 
     module: nn.Module
     centred: bool
     eps: float
     offset: float
+    ones: Float[Tensor, " d"]
 
     @property
     def gain(self) -> Float[Tensor, " d"]:
         """The factor of each dimension."""
         weight = getattr(self.module, "weight", None)
         if weight is None:
-            raise ModelError(f"{type(self.module).__name__} has no weight: norms without a gain are not supported here")
+            return self.ones
         return weight.detach() + self.offset if self.offset else weight.detach()
 
     @property
@@ -63,28 +68,47 @@ class Norm:
         return scale * (g - standard * (standard * g).mean(-1, keepdim=True))
 
 
-def recognised(family: str, module: nn.Module) -> Norm:
+def recognised(family: str, module: nn.Module, like: Tensor | None = None) -> Norm:
     """Find out which norm a module is, and check the formula on random rows; of one that an adapter trains whole, that which is on.
 
+    Args:
+        family: What errors call the model.
+        module: The norm.
+        like: Something of the width, type and device of what it reads: a norm without a weight does not say it.
+
     Raises:
-        ModelError: It is neither a LayerNorm nor an RMS norm with a gain.
+        ModelError: It is neither a LayerNorm nor an RMS norm.
     """
     module = acting(module)
-    eps = next(
-        (float(value) for name in ("eps", "variance_epsilon", "epsilon") if (value := getattr(module, name, None)) is not None), None
-    )
-    if getattr(module, "weight", None) is not None and eps is not None:
-        # a module whose weights are offloaded lets go of them when it has run, so what they should give comes first
-        with fetched(module):
-            weight = module.get_parameter("weight")
-            generator = torch.Generator().manual_seed(0)
-            # of half precision the module rounds at every step, of what it gives the largest decides; RMS norms compute in float32 whatever the type
-            tolerance = 2e-2 if weight.element_size() == 2 else 1e-5
-            rows = (torch.randn(3, weight.shape[-1], generator=generator) + 0.5).to(weight)
-            norms = [Norm(module, centred, eps, offset) for centred in (True, False) for offset in (0.0, 1.0)]
-            all_expected = [norm.normalised(rows.double())[0] * norm.gain + (0.0 if norm.shift is None else norm.shift) for norm in norms]
-        given = module(rows).double()
-        for norm, expected in zip(norms, all_expected, strict=True):
-            if torch.allclose(given, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))):
-                return norm
-    raise ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: it cannot be taken apart")
+    named = [float(value) for name in ("eps", "variance_epsilon", "epsilon") if (value := getattr(module, name, None)) is not None]
+    # a module whose weights are offloaded lets go of them when it has run, so what they should give comes first
+    with fetched(module):
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim != 1:
+            raise _unknown(family, module)
+        like = weight if like is None else like
+        if like is None:
+            raise ModelError(f"{family}: {type(module).__name__} has no weight, so its width is not known: it cannot be taken apart")
+        generator = torch.Generator().manual_seed(0)
+        rows = (torch.randn(3, like.shape[-1], generator=generator) + 0.5).to(like if weight is None else weight)
+        # of half precision the module rounds at every step, of what it gives the largest decides; RMS norms compute in float32 whatever the type
+        tolerance = 2e-2 if rows.element_size() == 2 else 1e-5
+        if not named:  # written into the code of its forward: seen on rows so small that it decides
+            rows = rows * 1e-2
+        ones = torch.ones(like.shape[-1], dtype=rows.dtype, device=rows.device)
+        norms = [
+            Norm(module, centred, eps, offset, ones)
+            for eps in named[:1] or _EPS
+            for centred in (True, False)
+            for offset in ((0.0, 1.0) if weight is not None else (0.0,))
+        ]
+        all_expected = [norm.normalised(rows.double())[0] * norm.gain + (0.0 if norm.shift is None else norm.shift) for norm in norms]
+    given = module(rows).double()
+    for norm, expected in zip(norms, all_expected, strict=True):
+        if torch.allclose(given, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))):
+            return norm
+    raise _unknown(family, module)
+
+
+def _unknown(family: str, module: nn.Module) -> ModelError:
+    return ModelError(f"{family}: {type(module).__name__} is neither a LayerNorm nor an RMS norm as known here: it cannot be taken apart")

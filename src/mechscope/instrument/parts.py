@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.instrument.attention import AttentionInputs, attend, observed
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.substitutes import stubbed
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block, Slice
@@ -126,8 +127,8 @@ def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"])
     block, outputs = walk.subject.anatomy.blocks[layer], []
     hidden = hidden.to(place_of(block.module))
 
-    def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-        outputs.append(output)
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(tensor_of(output))
 
     handle = block.mlp_write.register_forward_hook(hook)
     try:
@@ -135,4 +136,5 @@ def mlp_of(walk: Walk, layer: int, hidden: Float[Tensor, "batch token d_model"])
             walk.step(layer, hidden)
     finally:
         handle.remove()
-    return outputs[0].view_as(hidden)
+    added = outputs[0].view_as(hidden)
+    return added if block.multiplier == 1.0 else added * block.multiplier

@@ -10,6 +10,9 @@ Anything linear in the pattern P is attention with another value matrix. With sc
 
 so no L × L map is ever held (idea 2 of the design). Soft-capped scores, sliding windows shorter than the text and masks that are not padding
 go through the exact block-of-queries path instead. All values are per query row; entropies in nats.
+
+Heads with a learned sink (gpt-oss) put a part s of their attention on no key. Their entropy, distance and Gini coefficient are those over the keys,
+p / (1 − s); masses and divergences count the sink as one more key, so that masses and s sum to one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from mechscope.shapes import by_shape
 from mechscope.subject.placement import sent
 
 Method = Literal["auto", "fused", "exact"]
+# where a mask says whether it is padding alone, once that was looked at
+_SEEN = "_mechscope_only_padding"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class PatternStatistics:
         sink: Mass on the first real token.
         segments: Mass on each named set of keys.
         gini: Gini coefficient of the row over the keys it can see; None unless wanted.
+        learned_sink: Mass s on a head's learned sink; None in families without.
+        entropy_with_sink: Entropy with the learned sink as one more key; None in families without.
     """
 
     entropy: Float[Tensor, "batch head query"]
@@ -50,6 +57,8 @@ class PatternStatistics:
     sink: Float[Tensor, "batch head query"]
     segments: Mapping[str, Float[Tensor, "batch head query"]]
     gini: Float[Tensor, "batch head query"] | None = None
+    learned_sink: Float[Tensor, "batch head query"] | None = None
+    entropy_with_sink: Float[Tensor, "batch head query"] | None = None
 
     __repr__ = by_shape
 
@@ -136,6 +145,13 @@ def pattern(call: AttentionCall, *, dtype: torch.dtype | None = None) -> Float[T
     return torch.cat([torch.nn.functional.pad(block, (0, keys - block.shape[-1])) for block in blocks], dim=2)
 
 
+def learned_sink(call: AttentionCall) -> Float[Tensor, "batch head query"] | None:
+    """Return the mass that each row of one layer puts on its head's learned sink; None in families without."""
+    if call.sinks is None:
+        return None
+    return torch.cat([block.log_sink.exp() for block in _blocks(call) if block.log_sink is not None], dim=2)
+
+
 def _here(
     device: torch.device, real: Tensor | Padding | None, segments: Mapping[str, Tensor] | None
 ) -> tuple[Padding | None, Mapping[str, Tensor]]:
@@ -148,22 +164,39 @@ def _beside(call: AttentionCall, device: torch.device) -> AttentionCall:
     """Bring what a pattern is made of to a device."""
     if call.query.device == device:
         return call
-    mask = None if call.mask is None else call.mask.to(device)
-    return replace(call, query=call.query.to(device), key=call.key.to(device), mask=mask)
+    mask, sinks = (None if x is None else x.to(device) for x in (call.mask, call.sinks))
+    return replace(call, query=call.query.to(device), key=call.key.to(device), mask=mask, sinks=sinks)
 
 
 def _use_fused(call: AttentionCall, padding: Padding | None, method: Method) -> bool:
     length = call.query.shape[2]
     windowed = call.window is not None and call.window < length
-    linear = call.softcap is None and not windowed and call.key.shape[2] == length
+    linear = call.softcap is None and call.sinks is None and not windowed and call.key.shape[2] == length
     # a mask that is only padding leaves each document's real tokens one causal stretch
-    contiguous = call.mask is None if padding is None else padding.contiguous
+    contiguous = call.mask is None if padding is None else padding.contiguous and _only_padding(call.mask, padding)
     possible = linear and contiguous and is_fusable(call.query)
     if method == "fused" and not possible:
         raise ValueError(
             "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, holes in its mask, or float64 on CUDA"
         )
     return method != "exact" and possible
+
+
+def _only_padding(mask: Tensor | None, padding: Padding) -> bool:
+    """Tell whether a mask hides nothing but padding and what follows: some families give windows and chunks by the mask alone."""
+    if mask is None:
+        return True
+    known: bool | None = getattr(mask, _SEEN, None)
+    if known is None:
+        known = mask.dtype == torch.bool
+        if known:
+            # the last real token of a text sees the whole text, or there is more to the mask
+            real = padding.real
+            last = real.shape[1] - 1 - real.flip(1).to(torch.uint8).argmax(1)
+            row = mask.expand(len(real), *mask.shape[1:])[torch.arange(len(real), device=mask.device), :, last]
+            known = bool((row.sum(-1) == real.sum(1, keepdim=True)).all())
+        setattr(mask, _SEEN, known)  # the layers share it, and reading it waits for the device
+    return known
 
 
 @dataclass(frozen=True)
@@ -230,16 +263,29 @@ def _exact(
     first = torch.nn.functional.one_hot(start, keys)
     # position, first token and segments, side by side: (batch, 1, key, 2 + segments)
     marks = torch.stack([positions, first.to(dtype), *(mark.to(dtype) for mark in segments.values())], dim=-1)[:, None]
-    rows: dict[str, list[Tensor]] = {"entropy": [], "support": [], "marked": [], "kl": [], "gini": []}
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("entropy", "support", "marked", "place", "kl", "gini", "learned", "whole")}
     for block, reference in zip(_blocks(call), _blocks(other), strict=True):
         log_p = block.log_pattern
         hidden = log_p == -torch.inf
         p = log_p.exp()
         finite = log_p.masked_fill(hidden, 0.0)
-        rows["entropy"].append(-(p * finite).sum(-1))
-        rows["kl"].append((p * (finite - reference.log_pattern.masked_fill(hidden, 0.0))).sum(-1))
+        entropy, marked = -(p * finite).sum(-1), p @ marks[:, :, : p.shape[-1]]
+        kl = (p * (finite - reference.log_pattern.masked_fill(hidden, 0.0))).sum(-1)
+        place = marked[..., 0]
+        if block.log_sink is not None and reference.log_sink is not None:
+            learned = block.log_sink.exp()
+            whole = entropy - learned * block.log_sink
+            kl = kl + learned * (block.log_sink - reference.log_sink)
+            # −Σ p̂ log p̂ with p̂ = p / (1 − s): what the sink leaves is shared among the keys
+            rest = p.sum(-1)
+            entropy, place, p = entropy / rest + rest.log(), place / rest, p / rest[..., None]
+            rows["learned"].append(learned)
+            rows["whole"].append(whole)
+        rows["entropy"].append(entropy)
+        rows["kl"].append(kl)
         rows["support"].append((~hidden).sum(-1))
-        rows["marked"].append(p @ marks[:, :, : p.shape[-1]])
+        rows["marked"].append(marked)
+        rows["place"].append(place)
         if gini:
             rows["gini"].append(_gini(p, hidden))
     joined = {name: torch.cat(parts, dim=2) for name, parts in rows.items() if parts}
@@ -247,16 +293,18 @@ def _exact(
     statistics = PatternStatistics(
         entropy=joined["entropy"],
         relative_entropy=_relative(joined["entropy"], joined["support"].to(dtype)),
-        distance=positions[:, None, -length:] - marked[..., 0],
+        distance=positions[:, None, -length:] - joined["place"],
         sink=marked[..., 1],
         segments={name: marked[..., index] for index, name in enumerate(segments, start=2)},
         gini=joined.get("gini"),
+        learned_sink=joined.get("learned"),
+        entropy_with_sink=joined.get("whole"),
     )
     return statistics, joined["kl"]
 
 
 def _blocks(call: AttentionCall, dtype: torch.dtype | None = None) -> Iterator[PatternBlock]:
-    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap, dtype=dtype)
+    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap, sinks=call.sinks, dtype=dtype)
 
 
 def _gini(p: Float[Tensor, "batch head rows keys"], hidden: Tensor) -> Float[Tensor, "batch head rows"]:

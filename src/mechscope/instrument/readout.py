@@ -56,7 +56,7 @@ class Readout:
         norm = None
         if anatomy.final_norm is not None:
             with subject.active():
-                norm = recognised(subject.family, anatomy.final_norm)
+                norm = recognised(subject.family, anatomy.final_norm, weight[0])
         return cls(norm, weight, bias, anatomy.logit_multiplier, anatomy.logit_softcap)
 
     def scale(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.patterns import pattern
 from mechscope.shapes import short
 from mechscope.subject.load import Subject
@@ -52,7 +53,8 @@ class Recording:
     Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_input` (what the MLP reads: behind its norm), `mlp_output`
     ``(batch, token, d_model)``; `query` and `z`
     ``(batch, token, head, d_head)``; `key` and `value` ``(batch, token, kv_head, d_head)`` (query and key after rotary embedding);
-    `head_output` (z W_O, without the projection's bias) ``(batch, token, head, d_model)``; `pattern` ``(batch, head, query, key)``, whole;
+    `head_output` (z W_O, times the family's factor, without the projection's bias) ``(batch, token, head, d_model)``; `pattern`
+    ``(batch, head, query, key)``, whole;
     `neuron` (what the MLP's last map reads) ``(batch, token, d_mlp)``; `logits` ``(batch, token, vocab)``. `embedding` and `logits` have
     no layer and are kept under layer 0.
     """
@@ -139,7 +141,9 @@ def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch 
     require_in_memory(subject.source, output.module, "recording head outputs")
     whole, _ = subject.linear(output.module)
     weight = torch.stack([output.take(whole, head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
-    return torch.einsum("bthd,hmd->bthm", call.z, weight)
+    written = torch.einsum("bthd,hmd->bthm", call.z, weight)
+    factor = subject.anatomy.blocks[call.layer].multiplier
+    return written if factor == 1.0 else written * factor
 
 
 def _hook_modules(
@@ -148,10 +152,10 @@ def _hook_modules(
     """Hook the modules whose inputs or outputs are wanted; the hooks leave with the stack."""
     anatomy = subject.anatomy
 
-    def on_output(module: nn.Module, site: str, layer: int) -> None:
+    def on_output(module: nn.Module, site: str, layer: int, factor: float = 1.0) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
-            keep(site, layer, by_token(value))
+            value = by_token(tensor_of(getattr(output, "logits", output)))
+            keep(site, layer, value if factor == 1.0 else value * factor)
 
         handle = module.register_forward_hook(hook)
         stack.callback(handle.remove)
@@ -181,11 +185,11 @@ def _hook_modules(
         if "residual" in sites:
             on_output(block.module, "residual", layer)
         if "attention_output" in sites:
-            on_output(block.attention_write, "attention_output", layer)
+            on_output(block.attention_write, "attention_output", layer, block.multiplier)
         if {"mlp_input", "mlp_output", "neuron"}.intersection(sites):
             on_input(block.module, lambda hidden: tokens.update(shape=hidden.shape[:2]))
         if "mlp_output" in sites:
-            on_output(block.mlp_write, "mlp_output", layer)
+            on_output(block.mlp_write, "mlp_output", layer, block.multiplier)
         if "mlp_input" in sites:
             on_input(block.mlp_read, partial(keep_input, "mlp_input", layer))
         if "neuron" in sites:

@@ -173,6 +173,12 @@ class CachedRun:
         groups: dict[tuple[int, int], list[int]] = {}
         for index, unit in enumerate(units):
             validate(unit, self.subject.anatomy)
+            for change in unit:
+                if change.site in ("neuron", "mlp_output") and not self.subject.adds:
+                    raise ModelError(
+                        f"{self.subject.family}: what attention and MLPs write does not just add up to the residual stream, so a changed {change.site} "
+                        "cannot be rerun from behind its block: change 'residual', or use intervene"
+                    )
             start = min(((change.layer, _STAGE[change.site]) for change in unit), default=(self.subject.anatomy.n_layers, 0))
             groups.setdefault(start, []).append(index)
         at_once = max(1, tokens_per_pass // self.input_ids.numel())
@@ -231,6 +237,7 @@ class CachedRun:
             with stubbed(block.attention, (attention, None)):
                 return walk.step(layer, given), layer + 1
         written = torch.cat([apply(_edits(changes, "attention_output"), self._recorded("attention_output", layer)) for changes in now])
+        written = written if block.multiplier == 1.0 else written / block.multiplier  # what is added, before the block multiplies it
         if block.attention_write is block.attention:
             with stubbed(block.attention, (written, None)):
                 return walk.step(layer, given), layer + 1
@@ -259,15 +266,12 @@ class CachedRun:
         hidden = self.recording["residual", layer]
         neurons, outputs = _edits(changes, "neuron"), _edits(changes, "mlp_output")
         if neurons or outputs:
-            if getattr(self.subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
-                raise ModelError(
-                    f"{self.subject.family} scales what its MLPs add (residual_multiplier): changing MLP outputs is not supported"
-                )
             old = written = self._recorded("mlp_output", layer)
             if neurons:
                 written = block.mlp_down(apply(neurons, self._recorded("neuron", layer)))
-                if _is_norm(block):
-                    written = block.mlp_write(written)
+                if block.mlp_behind is not None:
+                    written = block.mlp_behind(written)
+                written = written if block.multiplier == 1.0 else written * block.multiplier
             hidden = hidden + (apply(outputs, written) - old)
         return apply(_edits(changes, "residual"), hidden)
 
@@ -305,10 +309,5 @@ def _of_heads(inputs: Any, heads: list[int]) -> Any:
     own = index_for(heads, inputs.query)
     mask = inputs.mask if inputs.mask is None or inputs.mask.shape[1] == 1 else inputs.mask[:, own]
     key, value = (getattr(inputs, name)[:, own // group] for name, group in groups.items())
-    return replace(inputs, query=inputs.query[:, own], key=key, value=value, mask=mask)
-
-
-def _is_norm(block: Block) -> bool:
-    """Tell whether a norm stands between the MLP and the residual stream (Gemma 2/3)."""
-    inside = {id(module) for module in block.mlp_write.modules()}
-    return id(block.mlp_down) not in inside
+    sinks = None if inputs.sinks is None else inputs.sinks[own]
+    return replace(inputs, query=inputs.query[:, own], key=key, value=value, mask=mask, sinks=sinks)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mechscope.errors import ModelError
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.norms import Norm, recognised
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.parts import PARTS, attention_inputs
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block
@@ -54,8 +55,6 @@ def discovered(subject: Subject) -> Structure:
         ModelError: A head or MLP reads the residual stream in a way that is not supported; the message names it.
     """
     anatomy = subject.anatomy
-    if getattr(subject.plain.config.get_text_config(), "residual_multiplier", 1.0) != 1.0:
-        raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): it cannot be taken apart")
     tokens = torch.arange(anatomy.vocab_size - 4, anatomy.vocab_size)[None]  # not the first ones: one of them often stands for padding
     layers, parallel, calls = [], [], list[AttentionCall]()
     with observed(subject, calls.append):
@@ -85,7 +84,7 @@ def _seen(walk: Walk, layer: int, hidden: Tensor) -> tuple[Seen, Tensor]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = args[0] if args else kwargs.get("hidden_states")
-        output = output[0] if isinstance(output, tuple) else output
+        output = tensor_of(output)
         if isinstance(given, Tensor) and isinstance(output, Tensor):
             # of a model over several devices, a block may be given what another device computed
             seen[module] = (given.to(output.device).reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1]))
@@ -104,9 +103,16 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
     given = seen[block.module][0]
     read = seen[block.query.module][0]
     if not all(torch.equal(seen[getattr(block, part).module][0], read) for part in PARTS):
-        raise ModelError(f"{family}: the queries, keys and values of block {layer} read different things: it cannot be taken apart")
+        what = (
+            "its keys and values come from a latent, not from the residual stream"
+            if block.key.width != block.query.width
+            else "they differ"
+        )
+        raise ModelError(
+            f"{family}: the queries, keys and values of block {layer} read different things ({what}): it cannot be taken apart"
+        )
     attention_norm = _between(family, layer, "attention", block, seen, given, read)
-    written = seen[block.attention_write][1]
+    written = block.multiplier * seen[block.attention_write][1]
     mlp_in = seen[block.mlp_read][0]
     candidates = [(norm, source) for norm, source in _norms_to(block, seen, mlp_in)]
     sources = [source for _, source in candidates] or [mlp_in]
@@ -117,11 +123,11 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
             "it cannot be taken apart"
         )
     expected = given if parallel else given + written
-    mlp_norm = next((recognised(family, norm) for norm, source in candidates if _close(source, expected)), None)
+    mlp_norm = next((recognised(family, norm, source) for norm, source in candidates if _close(source, expected)), None)
     behind = None
     if block.attention_write is not block.attention:
         # an adapter that trains norms too keeps two of them behind one
-        behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1])
+        behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1], written)
         if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
             raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: it cannot be taken apart")
     return Layer(attention_norm, mlp_norm, behind), parallel if bool(written.any()) else None
@@ -141,7 +147,7 @@ def _between(family: str, layer: int, what: str, block: Block, seen: Seen, given
         return None
     for module, source in _norms_to(block, seen, read):
         if torch.equal(source, given):
-            return recognised(family, module)
+            return recognised(family, module, source)
     raise ModelError(
         f"{family}: the {what} of block {layer} reads the residual stream through more than one norm: it cannot be taken apart"
     )
@@ -161,7 +167,7 @@ def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, z:
         raise ModelError(
             f"{family}: something (a norm, a gate) stands between the heads of block {layer} and what they write: it cannot be taken apart"
         )
-    if not _close(after.flatten(0, 1), seen[block.module][0] + written[1] + seen[block.mlp_write][1]):
+    if not _close(after.flatten(0, 1), seen[block.module][0] + block.multiplier * (written[1] + seen[block.mlp_write][1])):
         raise ModelError(
             f"{family}: block {layer} does more than add what its heads and MLP write to the residual stream (a norm, a factor, another part): "
             "it cannot be taken apart"

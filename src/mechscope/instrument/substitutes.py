@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mechscope.instrument.outputs import tensor_of, with_tensor
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import sent
 
@@ -64,10 +65,12 @@ def only_at(first: nn.Module, last: nn.Module, rows: Int[Tensor, " some"]) -> It
         few = args[0].flatten(0, -2)[sent(rows, args[0].device)]
         return (few if args[0].ndim == 2 else few[None], *args[1:])
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        whole = output.new_zeros(*shape[0][:-1], output.shape[-1])
-        whole.flatten(0, -2)[sent(rows, output.device)] = output.flatten(0, -2)
-        return whole
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        few = tensor_of(output)
+        whole = few.new_zeros(*shape[0][:-1], few.shape[-1])
+        whole.flatten(0, -2)[sent(rows, few.device)] = few.flatten(0, -2)
+        # some mixtures of experts give rows of one matrix whatever they were given
+        return with_tensor(output, whole.flatten(0, -2) if few.ndim == 2 else whole)
 
     handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after, prepend=True)]
     try:

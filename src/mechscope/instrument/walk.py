@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.rotary import by_own_length
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import sent
@@ -60,7 +61,7 @@ class Walk:
         args, kwargs = self._arguments[layer]
         with self.subject.active():
             output = self.subject.anatomy.blocks[layer].module(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return tensor_of(output)
 
     def run(self, hidden: Float[Tensor, "batch token d_model"] | None = None, *, start: int = 0) -> Float[Tensor, "batch token d_model"]:
         """Run the blocks from `start` to the last one."""

@@ -102,12 +102,14 @@ class Wiring:
     def writer(self, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
         """Return each head's slice of W_O, as it turns z into what is written, and the projection's bias, which is no head's.
 
-        Behind a norm (Gemma 2/3) its gain is part of the weights.
+        Behind a norm (Gemma 2/3) its gain is part of the weights, and so is a family's factor on what is added (Granite).
         """
         slices = self.subject.anatomy.blocks[layer].output
         weight, bias = self._linear(slices)
         heads = _cut(weight.T, slices.starts, slices.width)
-        norm = self.written_norm(layer)
+        norm, factor = self.written_norm(layer), self.subject.anatomy.blocks[layer].multiplier
+        if factor != 1.0:
+            heads, bias = heads * factor, None if bias is None else bias * factor
         return (heads if norm is None else heads * norm.gain), bias
 
     def written_scale(self, layer: int, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows 1 1"] | None:

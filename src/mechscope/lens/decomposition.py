@@ -25,6 +25,7 @@ from mechscope.instrument.readout import Readout
 from mechscope.instrument.wiring import Wiring
 from mechscope.lens.question import ROWS, Question
 from mechscope.subject import Subject
+from mechscope.subject.linear import oriented_weight
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Decomposition:
             if self.wiring.writer(layer)[1] is not None:
                 parts.append(Part(f"a{layer} bias", "attention bias", layer))
             parts.append(Part(f"m{layer}", "mlp", layer))
-            if self._down(layer)[1] is not None:
+            if anatomy.blocks[layer].experts is None and self._down(layer)[1] is not None:
                 parts.append(Part(f"m{layer} bias", "mlp bias", layer))
         if self.readout.bias is not None or (norm is not None and norm.shift is not None):
             parts.append(Part("constant", "constant"))
@@ -155,6 +156,8 @@ class Decomposition:
     ) -> tuple[list[Tensor], Float[Tensor, "read neuron"] | None]:
         """Return what an MLP's neurons together and its bias contribute, and with `each` the neurons one by one."""
         whole = self._along(taken, written["mlp_output", layer], direction)
+        if not each and self.subject.anatomy.blocks[layer].experts is not None:
+            return [whole], None
         weight, bias = self._down(layer)
         if bias is None and not each:
             return [whole], None
@@ -170,7 +173,9 @@ class Decomposition:
 
     def _down(self, layer: int) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, " d_model"] | None]:
         """Return the MLP's last map as it acts now."""
-        return self.subject.linear(self.subject.anatomy.blocks[layer].mlp_down)
+        block = self.subject.anatomy.blocks[layer]
+        weight, bias = self.subject.linear(block.mlp_down)
+        return (weight, bias) if block.multiplier == 1.0 else (weight * block.multiplier, None if bias is None else bias * block.multiplier)
 
     def _along(self, taken: Reading, values: Float[Tensor, "batch token d_model"], direction: Tensor) -> Float[Tensor, " read"]:
         """Return ⟨what was written at the rows that are read, direction⟩."""
@@ -214,9 +219,9 @@ def _position_embeddings(subject: Subject) -> list[nn.Module]:
 def norm_behind_mlp(subject: Subject, layer: int) -> Norm | None:
     """Return the norm between an MLP and the residual stream, of families that have one (Gemma 2/3)."""
     block = subject.anatomy.blocks[layer]
-    if any(module is block.mlp_down for module in block.mlp_write.modules()):
+    if block.mlp_behind is None:
         return None
-    norm = recognised(subject.family, block.mlp_write)
+    norm = recognised(subject.family, block.mlp_behind, oriented_weight(block.output.module)[:, 0])
     if norm.centred or norm.shift is not None:
         raise ModelError(f"{subject.family}: a norm with a mean or bias stands behind the MLP of block {layer}: it cannot be taken apart")
     return norm

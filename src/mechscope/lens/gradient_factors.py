@@ -26,6 +26,7 @@ from mechscope.instrument.wiring import Wiring
 from mechscope.lens.decomposition import norm_behind_mlp
 from mechscope.lens.question import ROWS, Question
 from mechscope.subject import Subject
+from mechscope.subject.linear import oriented_weight
 
 MATRICES: tuple[str, ...] = get_args(MatrixKind)
 
@@ -75,13 +76,16 @@ def matrices_of(subject: Subject, kinds: Collection[str], layers: Collection[int
             names: dict[str, list[tuple[str, Norm | None]]] = {
                 "query_key_value": [(name, None) for name in readers],
                 "attention_output": [(block.output.name, wiring.written_norm(layer))],
-                "mlp_up": [(name, None) for name in block.mlp_linears[:-1]],
-                "mlp_down": [(block.mlp_linears[-1], norm_behind_mlp(subject, layer))],
             }
+            if {"mlp_up", "mlp_down"}.intersection(kinds) and block.mlp_down is not None:  # a mixture of experts says that it has none
+                names["mlp_up"] = [(name, None) for name in block.mlp_linears[:-1]]
+                names["mlp_down"] = [(block.mlp_linears[-1], norm_behind_mlp(subject, layer))]
             for kind in (kind for kind in MATRICES if kind in kinds):
                 for name, behind in names[kind]:
                     module = subject.plain.get_submodule(name)
                     gain = None if behind is None else behind.gain
+                    if block.multiplier != 1.0 and kind in ("attention_output", "mlp_down"):
+                        gain = oriented_weight(module).new_tensor(block.multiplier) if gain is None else gain * block.multiplier
                     matrices.append(Matrix(kind, layer, name, module, kind in ("attention_output", "mlp_down"), gain))
     return matrices
 

@@ -262,7 +262,7 @@ def show_model(subject: Subject, checks: tuple[Check, ...]) -> bool:
         "first block": first.name,
         "query, key, value": ", ".join(dict.fromkeys(part.name for part in (first.query, first.key, first.value))),
         "output projection": first.output.name,
-        "MLP": ", ".join(first.mlp_linears),
+        "MLP": ", ".join(first.mlp_linears) if first.experts is None else f"{first.experts.number} experts ({first.experts.name})",
     }
     table = Table(title=escape(subject.source), show_header=False)
     for name, value in facts.items():

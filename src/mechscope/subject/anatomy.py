@@ -1,16 +1,13 @@
-"""What is where in a model: blocks, attention, MLP, norms, and each head's slice of the weights.
+"""What is where in a model: blocks, attention, MLP, experts, norms, and each head's slice of the weights.
 
-The anatomy is discovered, not declared per family: the block list is the one `ModuleList` as long as the model is deep whose members hold an
-attention module; an attention module is one with known reader and writer names. Only the names that libraries use (`q_proj`, `c_attn`, …)
-and the three ways to store q, k and v (apart, side by side, interleaved by head) are listed here. What the discovery concludes is verified on
-a tiny forward pass when the model is loaded (`mechscope.instrument.trust`), so a wrong guess is reported and never used silently.
+How it is found out stands in `discovery`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,16 +15,7 @@ from torch import Tensor, nn
 
 from mechscope.errors import ModelError
 from mechscope.shapes import by_shape
-from mechscope.subject.linear import base_layer, oriented_weight
-
-Layout = Literal["apart", "side_by_side", "interleaved"]
-
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
-_FUSED: dict[str, Layout] = {"c_attn": "side_by_side", "qkv_proj": "side_by_side", "query_key_value": "interleaved"}
-_WRITERS = ("o_proj", "out_proj", "dense", "c_proj")
-_MLPS = ("mlp", "feed_forward", "ffn")
-_FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+from mechscope.subject.linear import oriented_weight
 
 
 @dataclass(frozen=True)
@@ -70,6 +58,23 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of one block.
+
+    Attributes:
+        name: Path of their module in the plain Hugging Face model.
+        module: Called with the tokens, and for each token the experts that were chosen and their weights.
+        number: How many there are.
+    """
+
+    name: str
+    module: nn.Module
+    number: int
+
+    __repr__ = by_shape
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block.
 
@@ -78,8 +83,12 @@ class Block:
         attention_write: Module whose output is what attention adds to the residual stream (a norm after attention where the family has one).
         mlp_write: Module whose output is what the MLP adds (a norm after the MLP where the family has one).
         mlp_read: Module whose input is what the MLP reads.
-        mlp_down: The MLP's last linear map: its input are the neurons.
-        mlp_linears: Paths of the MLP's linear maps.
+        mlp_linears: Paths of the MLP's linear maps; of a mixture of experts those that all tokens pass.
+        mlp_prefix: With what the names of the MLP's weights begin.
+        mlp_behind: The norm between the MLP and the residual stream, in families that have one.
+        last_map: The MLP's last linear map; None for a mixture of experts, which has no single one.
+        experts: The experts, where the MLP is a mixture of them.
+        multiplier: The family's factor on what attention and MLP add (Granite). What is recorded and edited is what is added: with it.
     """
 
     name: str
@@ -93,26 +102,51 @@ class Block:
     attention_write: nn.Module
     mlp_write: nn.Module
     mlp_read: nn.Module
-    mlp_down: nn.Module
     mlp_linears: tuple[str, ...]
+    mlp_prefix: str
+    mlp_behind: nn.Module | None = None
+    last_map: nn.Module | None = None
+    experts: Experts | None = None
+    multiplier: float = 1.0
 
     __repr__ = by_shape
 
     @property
+    def mlp_down(self) -> nn.Module:
+        """The MLP's last linear map: its input are the neurons.
+
+        Raises:
+            ModelError: The MLP is a mixture of experts.
+        """
+        if self.last_map is None:
+            number = f"{self.experts.number} experts" if self.experts is not None else "experts"
+            raise ModelError(
+                f"the MLP of {self.name} is a mixture of {number}: it has no neurons that every token passes; it is measured as a whole, m…"
+            )
+        return self.last_map
+
+    @property
     def d_mlp(self) -> int:
-        """Number of the MLP's neurons."""
+        """Number of the MLP's neurons; raises ModelError for a mixture of experts."""
         return oriented_weight(self.mlp_down).shape[1]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a decoder-only transformer and its sizes; `rotaries` are those modules whose rotary frequencies depend on how long a text is."""
+    """The parts of a decoder-only transformer and its sizes.
+
+    Attributes:
+        d_head: Width of a head's value and output z.
+        d_query: Width of a head's query and key; another one with latent attention.
+        rotaries: Those modules whose rotary frequencies depend on how long a text is.
+    """
 
     n_layers: int
     n_heads: int
     n_kv_heads: int
     d_model: int
     d_head: int
+    d_query: int
     vocab_size: int
     max_positions: int
     blocks: tuple[Block, ...]
@@ -132,164 +166,3 @@ class Anatomy:
         for layer in range(self.n_layers):
             for head in range(self.n_heads):
                 yield layer, head
-
-
-def discover(model: Any) -> Anatomy:
-    """Find the parts of a Hugging Face causal language model.
-
-    Args:
-        model: A `PreTrainedModel` (not wrapped by PEFT; its linear maps may be PEFT layers).
-
-    Raises:
-        ModelError: The structure is not a supported decoder-only transformer; the message names what was found.
-    """
-    config = model.config.get_text_config()
-    family = config.model_type
-    _refuse(config, family)
-    n_layers = int(config.num_hidden_layers)
-    n_heads = int(config.num_attention_heads)
-    d_model = int(config.hidden_size)
-    backbone = model.base_model
-    path, stack = _find_blocks(model, n_layers, family)
-    holder = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
-    d_head = int(getattr(config, "head_dim", None) or d_model // n_heads)
-    blocks = tuple(_read_block(f"{path}.{index}", block, n_heads, d_head, family) for index, block in enumerate(stack))
-    kv_heads = len(set(blocks[0].value.starts))
-    unembedding = model.get_output_embeddings()
-    if unembedding is None:
-        raise ModelError(f"{type(model).__name__} has no output embedding: mechscope studies causal language models (…ForCausalLM)")
-    return Anatomy(
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=kv_heads,
-        d_model=d_model,
-        d_head=d_head,
-        vocab_size=oriented_weight(unembedding).shape[0],
-        max_positions=int(getattr(config, "max_position_embeddings", None) or 2**31),
-        blocks=blocks,
-        backbone=backbone,
-        embedding=model.get_input_embeddings(),
-        final_norm=next((child for name in _FINAL_NORMS if isinstance(child := getattr(holder, name, None), nn.Module)), None),
-        projection_out=getattr(holder, "project_out", None),
-        unembedding=unembedding,
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-        logit_multiplier=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
-        rotaries=tuple(module for module in model.modules() if _depends_on_length(module)),
-    )
-
-
-def _depends_on_length(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    return any("dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [str(kinds)]))
-
-
-def _refuse(config: Any, family: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{family} is an encoder-decoder model: mechscope studies decoder-only models (GPT-2, Llama, GPT-NeoX, …)")
-    if family == "gpt_neo":
-        raise ModelError(
-            "gpt_neo is not supported: its attention does not go through transformers' attention interface, so it cannot be observed "
-            "without rewriting it; GPT-NeoX/Pythia, GPT-2 and OPT are the nearest supported families"
-        )
-    experts = next((name for name in _EXPERTS if (getattr(config, name, None) or 0) > 1), None)
-    if experts:
-        raise ModelError(
-            f"{family} is a mixture of experts ({experts}={getattr(config, experts)}): not supported, its MLP is not one map per layer"
-        )
-
-
-def _find_blocks(model: nn.Module, n_layers: int, family: str) -> tuple[str, nn.ModuleList]:
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and _find_attention(module[0]) is not None
-    ]
-    if len(stacks) != 1:
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        raise ModelError(
-            f"{family}: expected one list of {n_layers} blocks with an attention module (readers {', '.join((*_SEPARATE, *_FUSED))}), "
-            f"found {len(stacks)} among {lists or 'no module lists'}: this architecture is not supported"
-        )
-    return stacks[0]
-
-
-def _find_attention(block: nn.Module) -> tuple[str, nn.Module] | None:
-    for name, child in block.named_children():
-        fused = any(hasattr(child, reader) for reader in _FUSED)
-        if (fused or all(hasattr(child, reader) for reader in _SEPARATE)) and any(hasattr(child, writer) for writer in _WRITERS):
-            return name, child
-    return None
-
-
-def _read_block(path: str, block: nn.Module, n_heads: int, d_head: int, family: str) -> Block:
-    named = _find_attention(block)
-    if named is None:
-        raise ModelError(f"{family}: block {path} has no attention module like its first block; hybrid stacks are not supported")
-    attention_name, attention = f"{path}.{named[0]}", named[1]
-    readers = _readers(attention, attention_name, n_heads, d_head, family)
-    writer = next(name for name in _WRITERS if hasattr(attention, name))
-    output = Slice(f"{attention_name}.{writer}", getattr(attention, writer), "input", tuple(h * d_head for h in range(n_heads)), d_head)
-    attention_write, mlp_write, mlp_read, mlp_prefixes = _writers(block, attention, path, family)
-    linears = tuple(
-        f"{path}.{name}"
-        for name, module in block.named_modules()
-        if name.startswith(mlp_prefixes) and getattr(base_layer(module), "weight", torch.empty(0)).ndim == 2 and ".base_layer" not in name
-        if not any(name.endswith(f".{part}") or f".{part}." in name for part in ("lora_A", "lora_B", "modules_to_save"))
-    )
-    if not linears:
-        raise ModelError(f"{family}: the MLP of block {path} holds no linear map: this architecture is not supported")
-    mlp_down = block.get_submodule(linears[-1].removeprefix(f"{path}."))  # maps stand in the order in which they are applied
-    return Block(path, block, attention, attention_name, *readers, output, attention_write, mlp_write, mlp_read, mlp_down, linears)
-
-
-def _readers(attention: nn.Module, name: str, n_heads: int, d_head: int, family: str) -> tuple[Slice, Slice, Slice]:
-    """Say where query, key and value of each head are stored."""
-    if all(hasattr(attention, reader) for reader in _SEPARATE):
-        slices = []
-        for reader in _SEPARATE:
-            module = getattr(attention, reader)
-            stored = oriented_weight(module).shape[0] // d_head
-            if stored == 0 or n_heads % stored:
-                raise ModelError(
-                    f"{family}: {name}.{reader} holds {stored} heads of width {d_head}, which does not divide {n_heads} query heads"
-                )
-            starts = tuple(head // (n_heads // stored) * d_head for head in range(n_heads))
-            slices.append(Slice(f"{name}.{reader}", module, "output", starts, d_head))
-        return slices[0], slices[1], slices[2]
-    reader = next(key for key in _FUSED if hasattr(attention, key))
-    module = getattr(attention, reader)
-    stored = oriented_weight(module).shape[0] // d_head
-    kv_heads = (stored - n_heads) // 2
-    if kv_heads < 1 or n_heads % kv_heads or n_heads + 2 * kv_heads != stored:
-        raise ModelError(
-            f"{family}: {name}.{reader} holds {stored} slices of width {d_head}, which is not {n_heads} queries plus keys and values"
-        )
-    if _FUSED[reader] == "interleaved":
-        if kv_heads != n_heads:
-            raise ModelError(f"{family}: {name}.{reader} interleaves {kv_heads} key/value heads with {n_heads} query heads: not supported")
-        offsets = [tuple((3 * head + part) * d_head for head in range(n_heads)) for part in range(3)]
-    else:
-        shared = [head // (n_heads // kv_heads) for head in range(n_heads)]
-        offsets = [
-            tuple(head * d_head for head in range(n_heads)),
-            tuple((n_heads + head) * d_head for head in shared),
-            tuple((n_heads + kv_heads + head) * d_head for head in shared),
-        ]
-    query, key, value = (Slice(f"{name}.{reader}", module, "output", starts, d_head) for starts in offsets)
-    return query, key, value
-
-
-def _writers(block: Any, attention: nn.Module, path: str, family: str) -> tuple[nn.Module, nn.Module, nn.Module, tuple[str, ...]]:
-    """Return what attention writes, what the MLP writes and reads, and the prefixes of the MLP's modules."""
-    name = next((name for name in _MLPS if hasattr(block, name)), None)
-    if name is not None:
-        mlp_read = mlp_write = getattr(block, name)
-        prefixes: tuple[str, ...] = (f"{name}.",)
-    elif hasattr(block, "fc1") and hasattr(block, "fc2"):  # OPT keeps the MLP's two maps on the block itself
-        mlp_read, mlp_write, prefixes = block.fc1, block.fc2, ("fc1", "fc2")
-    else:
-        raise ModelError(f"{family}: block {path} has no MLP under a known name ({', '.join(_MLPS)}, fc1/fc2)")
-    # Gemma 2/3 and OLMo 2 normalise what a sublayer computed before adding it: there the norm's output is what is written
-    if hasattr(block, "post_feedforward_layernorm"):
-        return block.post_attention_layernorm, block.post_feedforward_layernorm, mlp_read, prefixes
-    return attention, mlp_write, mlp_read, prefixes

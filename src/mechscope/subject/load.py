@@ -26,8 +26,9 @@ from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_state
 from mechscope.store.paths import check_model_path, located
 from mechscope.subject.adapter import displaced, read_adapter, read_adapter_config, require_studied
-from mechscope.subject.anatomy import Anatomy, discover
+from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.checkpoint import read_model, read_tokenizer
+from mechscope.subject.discovery import discover
 from mechscope.subject.linear import WRAPPERS, base_layer, linear_now, parameters_now
 from mechscope.subject.modes import evaluating
 from mechscope.subject.placement import fetched, place_of, require_in_memory, warn_if_emulated
@@ -48,6 +49,7 @@ class Subject:
         anatomy: What is where in it.
         source: Where it came from, as the caller wrote it.
         adapted: Whether a PEFT adapter is active; False on the view that `without_adapter` returns.
+        adds: Whether what attention and MLPs write adds up to the residual stream, as the check at load found.
         displaced: Weights of the base that putting the adapter on has changed: with it off, the model is not its base.
     """
 
@@ -57,6 +59,7 @@ class Subject:
     source: str
     adapted: bool = False
     displaced: tuple[str, ...] = ()
+    adds: bool = True
 
     @property
     def plain(self) -> PreTrainedModel:

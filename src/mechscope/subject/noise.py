@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechscope.errors import ModelError
 from mechscope.store.hashing import hash_json
-from mechscope.subject.anatomy import discover
+from mechscope.subject.discovery import discover
 from mechscope.subject.linear import is_conv1d
 from mechscope.subject.load import Subject
 from mechscope.subject.pair import Pair

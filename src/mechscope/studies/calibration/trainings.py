@@ -204,7 +204,7 @@ def with_noise(base: Subject, share: float, seed: int) -> Pair:
     import torch
 
     from mechscope.subject import Pair, Subject
-    from mechscope.subject.anatomy import discover
+    from mechscope.subject.discovery import discover
     from mechscope.subject.noise import plain_copy
 
     model = plain_copy(base)
