@@ -156,9 +156,7 @@ def test_an_architecture_without_known_readers_is_refused_with_the_lists_found()
     for layer in model.model.layers:
         layer.self_attn.queries = layer.self_attn.q_proj
         del layer.self_attn.q_proj
-    with pytest.raises(
-        ModelError, match=r"llama: of its lists of 3 blocks \(model\.layers\), 0 hold attention modules as known here"
-    ):
+    with pytest.raises(ModelError, match=r"llama: of its lists of 3 blocks \(model\.layers\), 0 hold attention modules as known here"):
         discover(model)
 
 
