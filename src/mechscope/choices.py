@@ -70,6 +70,9 @@ RuleName = Literal["relu", "gated", "topk", "batchtopk", "jumprelu"]
 """Which latents of a dictionary are active."""
 Penalty = Literal["l1", "l0", "tanh", "target"]
 """What keeps the latents of a dictionary sparse while it is trained."""
+End = Literal["none", "kl", "loss"]
+"""What a dictionary that is trained end to end keeps of a model's predictions."""
+
 Norms = Literal["unit", "free"]
 """Norms of a dictionary's decoders."""
 NodeMethod = Literal["attribution", "integrated-gradients"]

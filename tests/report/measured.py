@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from mechscope.studies.job import Job
 from mechscope.studies.runner import run_job
 from tests import families
 from tests.causal.pairs import random_pairs, telling_pairs
+from tests.features.labelled_files import labelled_file
 from tests.features.oracle import dictionary
 from tests.features.test_explain import completion, endpoint
 from tests.features.test_harvest import texts
@@ -118,6 +120,7 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         }
         with endpoint(lambda body: completion("[1, 0, 1, 0, 1]")) as (url, _):
             tables |= run(_job("features_explain"), None, pairs=texts((24,) * 80), documents=80, window=6, endpoint=url, **judge).tables
+        tables |= _compared(Path(folder))
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")
@@ -153,6 +156,17 @@ def _graph(folder: Path) -> dict[str, Any]:
         "interventions": 7,
         "examples": 2,
     }
+
+
+def _compared(folder: Path) -> Mapping[str, pd.DataFrame]:
+    """Return what is measured of a dictionary against another, and of what its latents stand for."""
+    files = []
+    for width in (40, 48):
+        files.append(str(folder / f"width{width}.safetensors"))
+        random_dictionary(width).save(files[-1])
+    concepts = str(labelled_file(folder))
+    settings = {"dictionary": files[0], "against": files[1], "concepts": concepts, "pairs": random_pairs(24), "latents_shown": 0}
+    return run(_job("features_measure"), None, **settings).tables
 
 
 def _job(name: str) -> Job[Any]:

@@ -6,6 +6,7 @@ from mechscope.features.concepts import concept_scores
 from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
+from mechscope.features.end_to_end import train_end_to_end
 from mechscope.features.examples import Examples, promoted_tokens, top_examples
 from mechscope.features.faithfulness import faithfulness
 from mechscope.features.graphs import AttributionGraph, attribution_graph
@@ -87,5 +88,6 @@ __all__ = [
     "steered",
     "top_examples",
     "train",
+    "train_end_to_end",
     "transcoder",
 ]

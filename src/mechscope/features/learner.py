@@ -21,7 +21,7 @@ from mechscope.features.dictionary import BLOCK
 from mechscope.features.layout import Layout
 from mechscope.features.objective import checked
 from mechscope.features.shared_batch import Batch
-from mechscope.features.step import Step, step
+from mechscope.features.step import Ahead, Step, step
 from mechscope.settings.features import FeatureTraining, Objective
 
 # share of one batch in the threshold, once more batches than its inverse were seen
@@ -62,19 +62,22 @@ class Learner:
         return self.silent >= self.objective.patience(self._training)
 
     @torch.no_grad()
-    def advance(self, u: Float[Tensor, "token read"], v: Float[Tensor, "token written"], *, tokens: int | None = None) -> Step:
+    def advance(
+        self, u: Float[Tensor, "token read"], v: Float[Tensor, "token written"], *, tokens: int | None = None, ahead: Ahead | None = None
+    ) -> Step:
         """Take one step on a batch, in the units of the tensors.
 
         Args:
             u: What is read.
             v: What is to be written.
             tokens: Rows of the whole batch, where ranks hold some each and take the step together; None where these are all.
+            ahead: What the reconstruction leads to further on (`mechscope.features.step`).
 
         Raises:
             DivergedError: The loss is not finite; the weights are as they were before.
         """
         dead = self.dead if self.objective.aux_weight else None
-        done = step(self.layout, self.tensors, u, v, self.objective, dead=dead, cut=self._cut, tokens=tokens)
+        done = step(self.layout, self.tensors, u, v, self.objective, dead=dead, cut=self._cut, tokens=tokens, ahead=ahead)
         gradients = done.gradients
         if self.objective.norms == "unit":
             for number in range(len(self.layout.groups)):

@@ -9,6 +9,9 @@
     revival          AuxK (Gao et al. 2024): latents that were silent for `dead_after` tokens reconstruct, the `aux_k` largest of each token, what is left
                      over, as a share of its variance; nothing of it moves living latents or the bias
 
+    end to end       KL of the model with v̂ in the place of v from its own run (`kl`), or its loss of the next tokens (`loss`), in nats per token (Braun et al.
+                     2024); `reconstruction` is then the weight of the squared error, 0 for predictions alone
+
 All in units in which activations have mean squared norm one.
 """
 
@@ -45,6 +48,14 @@ def checked(objective: Objective, layout: Layout) -> Objective:
         raise SettingsError(
             f"prefixes {objective.prefixes} must rise to all {layout.latents} latents of a dictionary whose latents read and write the same places"
         )
+    if objective.end != "none" and (
+        len(layout.outputs) > 1 or layout.outputs[0].model or any(place.layer > layout.outputs[0].layer for place in layout.inputs)
+    ):
+        raise SettingsError(
+            f"end {objective.end!r} needs a dictionary of one place of one model: this one writes {', '.join(map(str, layout.outputs))}"
+        )
+    if objective.end == "none" and not objective.reconstruction:
+        raise SettingsError("reconstruction=0 leaves nothing to learn: set end to kl or loss too")
     penalty = objective.penalty or (allowed[0] if allowed else None)
     return objective if penalty == objective.penalty else Objective(**{**vars(objective), "penalty": penalty})
 

@@ -8,16 +8,17 @@ No autograd: the gradient of a squared error through a sparse code is known, and
     ∂/∂pre  = ∂/∂f through the rule             penalties added before, thresholds beside
     ∂/∂E_j  = Σ_t (∂/∂pre_tj) u_t               over active entries                        `ByLatent.outer`
 
+What the model makes of the reconstruction (`mechscope.features.end_to_end`) adds its own gradient to G, and all else follows.
+
 What dead latents get from AuxK goes through the same products: their entries are put beside the active ones, with a gradient of their own, so that
 nothing of size latents × width is held twice. Several ranks may each hold some of the batch's rows (`mechscope.features.shared_batch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,13 +30,14 @@ from mechscope.features.codes import ByLatent, Codes
 from mechscope.features.dictionary import decoded, decoder_sizes
 from mechscope.features.layout import Layout
 from mechscope.features.objective import aux_latents
-from mechscope.features.rules import magnitudes
-from mechscope.features.selection import Selected, select
+from mechscope.features.selection import select
 from mechscope.features.shared_batch import Batch
+from mechscope.features.through import Part, Tensors, inner, penalised, through, values_of
 from mechscope.settings.features import Objective
 from mechscope.shapes import by_shape
 
-Tensors = Mapping[str, Tensor]
+# given the reconstruction (token, written), a further loss and its gradient of it
+Ahead = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,6 @@ class Step:
     __repr__ = by_shape
 
 
-class _Through(NamedTuple):
-    """What the rule makes of gradients: of pre-activations at each entry, and of its own tensors."""
-
-    pre: Tensor
-    own: dict[str, Tensor]
-
-
-class _Part(NamedTuple):
-    """Neighbouring latents of one group, and the gradient of what they write."""
-
-    start: int
-    stop: int
-    group: int
-    gradient: Tensor
-
-
 @torch.no_grad()
 def step(
     layout: Layout,
@@ -88,6 +74,7 @@ def step(
     dead: Bool[Tensor, " latent"] | None = None,
     cut: float = 0.0,
     tokens: int | None = None,
+    ahead: Ahead | None = None,
 ) -> Step:
     """Return a batch's loss and gradients.
 
@@ -100,27 +87,34 @@ def step(
         dead: Latents that AuxK revives; None for nobody.
         cut: `batchtopk`: a guess of the smallest score that will be kept, such as the last batch's; only the speed depends on it.
         tokens: Rows of the whole batch, where ranks hold some each; None where these are all.
+        ahead: What the reconstruction leads to further on: given v̂, returns a loss and its gradient.
     """
     batch = Batch.of(len(u), tokens)
     sizes = decoder_sizes(layout, tensors) if objective.norms == "free" else None
     k = 0 if dead is None or not objective.aux_weight else aux_latents(objective, layout, int(dead.sum()))
     picked = select(layout, tensors, u, sizes if layout.rule.by_norm else None, objective.bandwidth, batch, dead=dead, aux_k=k, cut=cut)
-    codes = picked.codes.with_values(_values(layout, tensors, picked.codes))
+    codes = picked.codes.with_values(values_of(layout, tensors, picked.codes))
     parts, error, reconstruction, all_prefixes = _reconstructed(layout, tensors, codes, u, v, objective, batch)
+    beyond: Tensor | float = 0.0
+    if ahead is not None:
+        beyond, towards = ahead(error + v)
+        # parts without prefixes share one gradient
+        for gradient in {id(part.gradient): part.gradient for part in parts}.values():
+            gradient += towards
     written = parts[0].gradient  # of what is added whole: bias and skip
-    df = _inner(layout, tensors, codes, parts)
-    penalty, df, d_sizes = _penalised(layout, picked.codes, codes, df, sizes, objective, batch)
-    through, more = _through(layout, tensors, picked, codes, df, error, sizes, objective, batch)
-    loss = all_prefixes + penalty + more
+    df = inner(layout, tensors, codes, parts)
+    penalty, df, d_sizes = penalised(layout, picked.codes, codes, df, sizes, objective, batch)
+    by_rule, more = through(layout, tensors, picked, codes, df, error, sizes, objective, batch)
+    loss = objective.reconstruction * all_prefixes + beyond + penalty + more
     aux_gradient, aux_pre = None, None
     if picked.aux is not None and (len(picked.aux) or batch.shared):
         auxiliary, aux_gradient, aux_pre = _revival(layout, tensors, picked.aux, error, objective.aux_weight, batch)
         loss += auxiliary
-    gradients = dict(through.own)
-    gradients |= _of_maps(layout, codes, picked.aux, parts, aux_gradient, through.pre, aux_pre, u)
+    gradients = dict(by_rule.own)
+    gradients |= _of_maps(layout, codes, picked.aux, parts, aux_gradient, by_rule.pre, aux_pre, u)
     if d_sizes is not None:
         _add_through_sizes(layout, tensors, gradients, d_sizes)
-    gradients["encoder_bias"] = gradients.get("encoder_bias", 0) + codes.total(through.pre)
+    gradients["encoder_bias"] = gradients.get("encoder_bias", 0) + codes.total(by_rule.pre)
     if aux_pre is not None and picked.aux is not None:
         gradients["encoder_bias"] += picked.aux.total(aux_pre)
     gradients["decoder_bias"] = written.sum(0)
@@ -136,22 +130,11 @@ def step(
     return Step(float(losses[0]), float(losses[1]), gradients, codes, used, picked.cut)
 
 
-def _values(layout: Layout, tensors: Tensors, codes: Codes) -> Tensor:
-    """Return f of entries that hold pre-activations."""
-    match layout.rule.name:
-        case "gated":
-            return magnitudes(codes, tensors)
-        case "jumprelu":
-            # entries within the thresholds' window are held too, and may be below
-            return codes.values * (codes.values > tensors["threshold"][codes.latents])
-    return codes.values
-
-
 def _reconstructed(
     layout: Layout, tensors: Tensors, codes: Codes, u: Tensor, v: Tensor, objective: Objective, batch: Batch
-) -> tuple[list[_Part], Tensor, Tensor, Tensor]:
+) -> tuple[list[Part], Tensor, Tensor, Tensor]:
     """Return the gradients of what latents write, the error v̂ − v of all together, its loss, and the mean loss over prefixes."""
-    factor = 2 / batch.tokens
+    factor = 2 * objective.reconstruction / batch.tokens
     if not objective.prefixes:
         error = decoded(layout, tensors, codes)
         if layout.skip:
@@ -159,7 +142,7 @@ def _reconstructed(
         error -= v
         loss = error.square().sum() / batch.tokens
         gradient = error * factor
-        return [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)], error, loss, loss
+        return [Part(*span, number, gradient) for number, span in enumerate(layout.spans)], error, loss, loss
     ends = (0, *objective.prefixes)
     error = tensors["decoder_bias"] - v
     if layout.skip:
@@ -172,115 +155,8 @@ def _reconstructed(
     # a latent is part of its own prefix and of all longer ones
     for shorter in range(len(gradients) - 2, -1, -1):
         gradients[shorter] += gradients[shorter + 1]
-    parts = [_Part(start, stop, 0, each) for (start, stop), each in zip(pairwise(ends), gradients, strict=True)]
+    parts = [Part(start, stop, 0, each) for (start, stop), each in zip(pairwise(ends), gradients, strict=True)]
     return parts, error, losses[-1], torch.stack(losses).mean()
-
-
-def _rows(layout: Layout, tensors: Tensors, part: _Part) -> tuple[Tensor, Tensor]:
-    """Return a part's gradient in the columns that it writes, and its decoder."""
-    first = layout.spans[part.group][0]
-    decoder = tensors[f"decoder.{part.group}"][part.start - first : part.stop - first]
-    return part.gradient[:, layout.written_columns(layout.groups[part.group])], decoder
-
-
-def _inner(layout: Layout, tensors: Tensors, codes: Codes, parts: list[_Part]) -> Tensor:
-    """Return ⟨G_t, D_j⟩ of every entry."""
-    found = torch.empty_like(codes.values)
-    for part in parts:
-        entries, at = codes.between(part.start, part.stop)
-        found[at] = entries.inner(*_rows(layout, tensors, part))
-    return found
-
-
-def _penalised(
-    layout: Layout, pre: Codes, codes: Codes, df: Tensor, sizes: Tensor | None, objective: Objective, batch: Batch
-) -> tuple[Tensor | float, Tensor, Tensor | None]:
-    """Return the penalty on values, the gradient of values with it, and that of the decoders' norms."""
-    if not objective.sparsity or objective.penalty not in ("l1", "tanh"):
-        return 0.0, df, None
-    factor = objective.sparsity / batch.tokens
-    if layout.rule.name == "gated":
-        # what is penalised are gates, not values: `_through_gates` does it but for the norms
-        return 0.0, df, None if sizes is None else pre.total(factor * pre.values)
-    size = 1.0 if sizes is None else sizes[codes.latents]
-    weighed = codes.values * size
-    if objective.penalty == "l1":
-        # entries are active, so the absolute value is the value
-        slope, penalty = torch.full_like(weighed, factor), factor * weighed.sum()
-    else:
-        height = torch.tanh(objective.steepness * weighed)
-        slope, penalty = factor * objective.steepness * (1 - height.square()), factor * height.sum()
-    d_sizes = None if sizes is None else codes.total(slope * codes.values)
-    return penalty, df + slope * size, d_sizes
-
-
-def _through(
-    layout: Layout,
-    tensors: Tensors,
-    picked: Selected,
-    codes: Codes,
-    df: Tensor,
-    error: Tensor,
-    sizes: Tensor | None,
-    objective: Objective,
-    batch: Batch,
-) -> tuple[_Through, Tensor | float]:
-    """Return what the rule makes of the gradient of values, and the loss terms that are the rule's own."""
-    match layout.rule.name:
-        case "gated":
-            return _through_gates(layout, tensors, picked.codes, codes, df, error, sizes, objective, batch)
-        case "jumprelu":
-            return _through_jumps(tensors, picked.codes, df, objective, batch)
-    return _Through(df, {}), 0.0
-
-
-def _through_jumps(tensors: Tensors, pre: Codes, df: Tensor, objective: Objective, batch: Batch) -> tuple[_Through, Tensor | float]:
-    threshold = tensors["threshold"][pre.latents]
-    above = pre.values > threshold
-    window = ((pre.values - threshold).abs() < objective.bandwidth / 2).to(df) / objective.bandwidth
-    d_threshold = -threshold * window * df
-    penalty: Tensor | float = 0.0
-    active = batch.summed(above.sum().to(df)) / batch.tokens
-    if objective.sparsity and objective.penalty == "l0":
-        penalty = batch.once(objective.sparsity * active)
-        d_threshold = d_threshold - window * objective.sparsity / batch.tokens
-    if objective.sparsity and objective.penalty == "target":
-        off = active / objective.target - 1
-        penalty = batch.once(objective.sparsity * off.square())
-        d_threshold = d_threshold - window * (objective.sparsity * 2 * off / objective.target / batch.tokens)
-    return _Through(df * above, {"threshold": pre.total(d_threshold)}), penalty
-
-
-def _through_gates(
-    layout: Layout,
-    tensors: Tensors,
-    gates: Codes,
-    codes: Codes,
-    df: Tensor,
-    error: Tensor,
-    sizes: Tensor | None,
-    objective: Objective,
-    batch: Batch,
-) -> tuple[_Through, Tensor]:
-    """Magnitudes learn from the reconstruction; gates from the penalty and from reconstructing by themselves, with the decoder held fixed."""
-    at, tokens = gates.latents, batch.tokens
-    plain = gates.values - tensors["encoder_bias"][at]
-    growth = tensors["magnitude_log"][at].exp()
-    d_magnitude = df * (codes.values > 0)
-    # v̂ of the gates is that of the magnitudes with other values
-    by_gates = error + decoded(layout, tensors, gates.with_values(gates.values - codes.values)) - tensors["decoder_bias"]
-    gradient = by_gates * (2 / tokens)
-    d_gate = _inner(layout, tensors, gates, [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)])
-    weighed = gates.values * (1.0 if sizes is None else sizes[at])
-    d_gate = d_gate + objective.sparsity / tokens * (1.0 if sizes is None else sizes[at])
-    loss = by_gates.square().sum() / tokens + objective.sparsity / tokens * weighed.sum()
-    own = {
-        "magnitude_log": gates.total(d_magnitude * growth * plain),
-        "magnitude_bias": gates.total(d_magnitude),
-        # the gate's bias is no part of what magnitudes read: taken off what all entries will be given
-        "encoder_bias": -gates.total(d_magnitude * growth),
-    }
-    return _Through(d_gate + d_magnitude * growth, own), loss
 
 
 def _revival(layout: Layout, tensors: Tensors, aux: Codes, error: Tensor, weight: float, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,15 +166,15 @@ def _revival(layout: Layout, tensors: Tensors, aux: Codes, error: Tensor, weight
     variance = batch.summed((left - mean).square().sum()).clamp(min=torch.finfo(left.dtype).tiny)
     missed = decoded(layout, tensors, aux) - tensors["decoder_bias"] - left
     gradient = missed * (2 * weight / variance)
-    parts = [_Part(*span, number, gradient) for number, span in enumerate(layout.spans)]
-    return weight * missed.square().sum() / variance, gradient, _inner(layout, tensors, aux, parts)
+    parts = [Part(*span, number, gradient) for number, span in enumerate(layout.spans)]
+    return weight * missed.square().sum() / variance, gradient, inner(layout, tensors, aux, parts)
 
 
 def _of_maps(
     layout: Layout,
     codes: Codes,
     aux: Codes | None,
-    parts: list[_Part],
+    parts: list[Part],
     aux_gradient: Tensor | None,
     pre: Tensor,
     aux_pre: Tensor | None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mechscope.features.layout import Layout
 from mechscope.features.learner import DivergedError, Learner, memory_of
 from mechscope.features.objective import checked
 from mechscope.features.places import Place
+from mechscope.features.step import Ahead
 from mechscope.instrument import Execution
 from mechscope.instrument.memory import free_memory
 from mechscope.settings.features import FeatureTraining, Objective
@@ -113,19 +114,15 @@ def train(
         DivergedError: A loss is no number; the last state before is kept.
     """
     training = training or FeatureTraining()
-    run = _Training(source, plans, training, torch.device(device), keep_every, execution)
-    if folder is None:
-        run.go(None)
-        return run.results()
-    folder = Path(folder)
-    with Artifact(folder.parent, run.request, name=folder.name) as artifact:
-        if not artifact.done:
-            run.go(artifact.work)
-            _write(run.results(), artifact.result)
-    return _read(folder, plans, training)
+    run = Training(source, plans, training, torch.device(device), keep_every, execution)
+    if ends := sorted(name for name, plan in plans.items() if plan.objective.end != "none"):
+        raise SettingsError(
+            f"dictionary {ends[0]!r} is trained for the model's predictions, which activations do not give: use train_end_to_end"
+        )
+    return run.kept(folder)
 
 
-class _Training:
+class Training:
     """Dictionaries on their way."""
 
     def __init__(
@@ -158,6 +155,26 @@ class _Training:
             "seed": execution.seed,
         }
 
+    def kept(self, folder: str | Path | None) -> dict[str, TrainedDictionary]:
+        """Train and keep the result in a folder; read it where it is there."""
+        if folder is None:
+            self.go(None)
+            return self.results()
+        folder = Path(folder)
+        with Artifact(folder.parent, self.request, name=folder.name) as artifact:
+            if not artifact.done:
+                self.go(artifact.work)
+                _write(self.results(), artifact.result)
+        return _read(folder, self.plans, self.training)
+
+    def stream(self) -> Iterator[tuple[Position, Block]]:
+        """Yield batches from the position on."""
+        return batches(self.source, self.training.batch, self.execution.seed, self.position)
+
+    def ahead(self, learner: Learner) -> Ahead | None:
+        """Return what the last batch's reconstruction leads to further on."""
+        return None
+
     def go(self, work: Work | None) -> None:
         """Train to the end, from the last state that was kept in the folder."""
         self._require_memory()
@@ -172,7 +189,7 @@ class _Training:
                     )
         self.learners = {name: self._learner(plan) for name, plan in self.plans.items()}
         start = self._resumed(work)
-        stream = batches(self.source, self.training.batch, self.execution.seed, self.position)
+        stream = self.stream()
         began, told = time.monotonic(), start
         for at in range(start, self.training.steps):
             self.position, rows = next(stream)
@@ -211,7 +228,7 @@ class _Training:
             u = _beside(mapped, learner.layout.inputs)
             v = u if learner.layout.outputs == learner.layout.inputs else _beside(mapped, learner.layout.outputs)
             try:
-                done = learner.advance(u, v, tokens=tokens)
+                done = learner.advance(u, v, tokens=tokens, ahead=self.ahead(learner))
             except DivergedError as error:
                 kept = at // self.keep_every * self.keep_every
                 state = f"the state of step {kept} is kept in {work.folder}" if work is not None and kept else "no state was kept yet"

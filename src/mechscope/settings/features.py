@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from mechscope.choices import Norms, Penalty
+from mechscope.choices import End, Norms, Penalty
 from mechscope.settings import Count, Number, Rate, Settings, ShareBelowOne, setting
 
 # the rate that suits 2^14 latents; wider dictionaries want lower ones (Gao et al. 2024, figure 3)
@@ -84,6 +84,12 @@ class Objective(Settings):
     dead_after: Number | None = setting(
         None, "Tokens after which a silent latent counts as dead; by default 10 million, or a tenth of the training's where that is fewer."
     )
+    reconstruction: Annotated[float, Ge(0)] = setting(1.0, "Weight of the squared error of the reconstruction.")
+    end: End = setting(
+        "none",
+        "What is kept of the model's predictions, with the reconstruction in the place of what it holds: nothing, kl (from its own), or loss (of next tokens).",
+    )
+    end_weight: Rate = setting(1.0, "Weight of that, per nat.")
     norms: Norms = setting("unit", "Decoders of norm one, or free ones whose norm stands in penalties and comparisons.")
 
     def patience(self, training: FeatureTraining) -> int:

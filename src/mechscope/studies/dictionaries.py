@@ -36,11 +36,19 @@ class LatentSettings(Settings):
 
 
 class Judged(NamedTuple):
-    """Dictionaries on the model's device, checked to fit it; the texts that they are measured on; and which tokens are left out, None as in training."""
+    """What is measured.
+
+    Attributes:
+        dictionaries: On the model's device, checked to fit it.
+        texts: What they are measured on.
+        tokens: Which tokens are left out; None as in training.
+        against: Which of the dictionaries the others are compared with.
+    """
 
     dictionaries: Mapping[str, Dictionary]
     texts: Pairs
     tokens: TokenSettings | None
+    against: tuple[str, ...] = ()
 
 
 def stages(
@@ -89,31 +97,38 @@ def _measure(run: JobRun[Any], judged: Judged) -> Tables:
     """Measure dictionaries, each beside controls with as many active latents, of which the model's own and ablated runs are made once."""
     import pandas as pd
 
-    from mechscope.features.measures import measure_together
+    from mechscope.features.measures import difference_of, measure_together
 
-    rows, latents = [], []
+    rows, latents, differences = [], [], []
     for name, dictionary in judged.dictionaries.items():
-        measured = measure_together(
-            run.first,
-            {"": dictionary, **_controls(run, dictionary, judged)},
-            judged.texts,
-            tokens=judged.tokens,
-            other_model=True,
-            execution=run.execution,
-        )
-        rows += [found.table.assign(dictionary=name, control=control) for control, found in measured.items()]
+        controls = controls_of(run, dictionary, judged)
+        # once more, on the tokens of this dictionary: what is subtracted was measured on the same
+        others = {other: judged.dictionaries[other] for other in judged.against if name not in judged.against}
+        others = {other: each for other, each in others.items() if same_places(each, dictionary)}
+        together = {"": dictionary, **controls, **{f"against {other}": each for other, each in others.items()}}
+        measured = measure_together(run.first, together, judged.texts, tokens=judged.tokens, other_model=True, execution=run.execution)
+        rows += [measured[control].table.assign(dictionary=name, control=control) for control in ("", *controls)]
         latents.append(measured[""].latents.rename(columns={"latent": "component"}).assign(dictionary=name))
+        for other in others:
+            found = difference_of(measured[""], measured[f"against {other}"])
+            differences.append(found.assign(dictionary=name, against=other)[["dictionary", "against", *found]])
     measures = pd.concat(rows, ignore_index=True)
     first = ["dictionary", "control"]
-    return {
+    tables = {
         "dictionary_measures": measures[[*first, *(name for name in measures if name not in first)]],
         "dictionary_latents": pd.concat(latents, ignore_index=True)[["dictionary", "component", "tokens", "density", "mean"]],
     }
+    return {**tables, **({"dictionary_differences": pd.concat(differences, ignore_index=True)} if differences else {})}
 
 
-def _controls(run: JobRun[Any], dictionary: Dictionary, judged: Judged) -> dict[str, Dictionary]:
+def same_places(one: Dictionary, other: Dictionary) -> bool:
+    """Tell whether dictionaries read and write the same places."""
+    return (one.layout.inputs, one.layout.outputs) == (other.layout.inputs, other.layout.outputs)
+
+
+def controls_of(run: JobRun[Any], dictionary: Dictionary, judged: Judged) -> dict[str, Dictionary]:
     """Return what a dictionary stands beside."""
-    from mechscope.features.controls import controls_of
+    from mechscope.features import controls
     from mechscope.features.rows import blocks, reader_of
 
     texts, layout = judged.texts, dictionary.layout
@@ -121,7 +136,7 @@ def _controls(run: JobRun[Any], dictionary: Dictionary, judged: Judged) -> dict[
     first = next(blocks(texts, range(len(texts)), _CONTROL_ROWS, reader.tokens.first))
     rows = reader.run(texts, first, run.execution, label="controls").values
     inputs, outputs = ([rows[place].to(dictionary.device) for place in where] for where in (layout.inputs, layout.outputs))
-    return controls_of(dictionary, inputs, outputs, seed=run.settings.seed)
+    return controls.controls_of(dictionary, inputs, outputs, seed=run.settings.seed)
 
 
 def _show(run: JobRun[Any], judged: Judged) -> Tables:

@@ -109,18 +109,18 @@ def _read(settings: MaybeDictionaries, path: str) -> dict[str, Dictionary]:
             return {f"{name}-{written}": each for written, each in formats.read_circuit_tracer(path, hooks=hooks).items()}
 
 
-def _load(run: JobRun[Any]) -> dict[str, Dictionary]:
-    settings = run.settings
+def _load(run: JobRun[Any], setting: str = "dictionary") -> dict[str, Dictionary]:
+    settings, named = run.settings, getattr(run.settings, setting)
     found: dict[str, Dictionary] = {}
-    if settings.dictionary is None:
+    if named is None:
         return found
-    for path in split_names(settings.dictionary):
+    for path in split_names(named):
         for name, dictionary in _read(settings, path).items():
             if name in found:
-                raise SettingsError(f"setting 'dictionary' names two dictionaries {name!r}: give their files different names")
+                raise SettingsError(f"setting {setting!r} names two dictionaries {name!r}: give their files different names")
             found[name] = dictionary
     if not found:
-        raise SettingsError("setting 'dictionary' is empty: name at least one file")
+        raise SettingsError(f"setting {setting!r} is empty: name at least one file")
     return found
 
 
@@ -137,12 +137,11 @@ def _fingerprint(found: Mapping[str, Dictionary]) -> dict[str, Any]:
     }
 
 
-DICTIONARIES: Input[dict[str, Dictionary]] = Input(
-    "dictionaries",
-    _load,
-    _fingerprint,
-    lambda found: {"dictionaries": {name: {"layout": each.layout.to_json(), "about": dict(each.about)} for name, each in found.items()}},
-)
+def _described(name: str, found: Mapping[str, Dictionary]) -> dict[str, Any]:
+    return {name: {each: {"layout": own.layout.to_json(), "about": dict(own.about)} for each, own in found.items()}}
+
+
+DICTIONARIES: Input[dict[str, Dictionary]] = Input("dictionaries", _load, _fingerprint, lambda found: _described("dictionaries", found))
 """The dictionaries that a job names, by the names of their files; none where it names none."""
 
 
@@ -156,3 +155,9 @@ def autoencoders(run: JobRun[Any]) -> tuple[Standing, ...]:
 
     found = [Standing.of(each, run.first, other_model=run.settings.other_model) for each in run[DICTIONARIES].values()]
     return in_order(found) if found else ()
+
+
+AGAINST: Input[dict[str, Dictionary]] = Input(
+    "against", lambda run: _load(run, "against"), _fingerprint, lambda found: _described("against", found) if found else {}
+)
+"""The dictionaries that these are compared with (`--against`), likewise."""

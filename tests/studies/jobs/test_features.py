@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from mechscope import features
+from mechscope.data.labels import read_labelled
 from mechscope.errors import DataError, MechscopeError, ModelError, SettingsError
 from mechscope.features.formats import write_saelens
 from mechscope.instrument import Execution
@@ -17,6 +18,7 @@ from mechscope.studies.jobs.features_measure import JOB as MEASURE
 from mechscope.studies.jobs.features_train import JOB as TRAIN
 from mechscope.studies.pairs import held_out
 from tests.causal.pairs import random_pairs
+from tests.features.labelled_files import labelled_file
 from tests.studies.jobs.running import findings, refuses, run, shown, subject
 
 PAIRS = random_pairs(24)
@@ -108,6 +110,19 @@ def test_straight_from_the_model_and_several_widths_with_nested_ones(tmp_path: P
     assert about["plans"]["resid0-48"]["objective"]["prefixes"] == [8, 48]
 
 
+def test_a_dictionary_is_trained_for_what_the_model_predicts(tmp_path: Path) -> None:
+    result = run(TRAIN, tmp_path / "run", **QUICK, end="kl", reconstruction=0.0, latents_shown=0)
+    learned, _ = held_out(PAIRS, 0.4, 0)
+    width = subject().anatomy.d_model
+    plan = features.Plan(
+        features.autoencoder("resid0", width, 40, features.Rule("topk", 4)), features.Objective(end="kl", reconstruction=0.0)
+    )
+    training = features.FeatureTraining(steps=6, batch=8, learning_rate=1e-2)
+    expected = features.train_end_to_end(subject(), learned, {"one": plan}, training=training)["one"]
+    curve = result.dictionary_training.drop(columns="dictionary")
+    pd.testing.assert_frame_equal(curve, expected.curve)
+
+
 def test_of_few_texts_measures_are_withheld_and_controls_have_as_many_latents_all_the_same() -> None:
     result = run(TRAIN, None, **{**QUICK, "pairs": PAIRS.first(8), "batch": 4, "test_share": 0.2}, latents_shown=0)
     measured = result.dictionary_measures
@@ -163,6 +178,43 @@ def test_measuring_reads_what_training_wrote_and_what_others_wrote(tmp_path: Pat
     assert one["explained variance"] == pytest.approx(other["explained variance"], rel=1e-4)
 
 
+def test_dictionaries_are_compared_and_what_their_latents_stand_for_is_measured_beside_controls(tmp_path: Path) -> None:
+    trained = run(TRAIN, tmp_path / "run", **{**QUICK, "latents": "40,48"}, matryoshka="8", rule="batchtopk", latents_shown=0)
+    # widths, and the parts of each nested one
+    pairs = trained.dictionary_splitting[["dictionary", "against"]].drop_duplicates().to_numpy().tolist()
+    assert pairs == [
+        ["resid0-40, latents 0 to 7", "resid0-40, latents 8 to 39"],
+        ["resid0-48, latents 0 to 7", "resid0-48, latents 8 to 47"],
+        ["resid0-40", "resid0-48"],
+    ]
+    files = {width: str(tmp_path / "run" / "dictionaries" / f"resid0-{width}.safetensors") for width in (40, 48)}
+    concepts = str(labelled_file(tmp_path))
+    found = run(MEASURE, tmp_path / "measured", pairs=PAIRS, dictionary=files[40], against=files[48], concepts=concepts, latents_shown=0)
+    narrow, wide = (features.Dictionary.load(file) for file in files.values())
+    expected = features.difference_of(*(features.measure(subject(), each, PAIRS) for each in (narrow, wide)))
+    pd.testing.assert_frame_equal(found.dictionary_differences[list(expected)], expected)
+    again = features.splitting(narrow, wide)
+    between = found.dictionary_splitting.query("dictionary == 'resid0-40' and against == 'resid0-48'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(between[list(again)], again)
+    scores = found.dictionary_concepts
+    assert set(scores["dictionary"]) == {"resid0-40", "resid0-48"}
+    assert set(scores["control"]) == {"", "random directions", "principal components"}
+    labelled = read_labelled(concepts, subject().tokenizer, limit=400, max_tokens=subject().anatomy.max_positions)
+    alone = features.concept_scores(subject(), {"": narrow}, labelled)[""]
+    own = scores[(scores["dictionary"] == "resid0-40") & (scores["control"] == "")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(own[list(alone)], alone)
+    assert found.report is not None
+    page = found.report.read_text(encoding="utf-8")
+    for section in ("concepts", "splitting"):
+        assert f'<section id="{section}">' in page
+    for settings, message in (
+        ({"against": files[40]}, "both name resid0-40"),
+        ({"against": ","}, "'against' is empty"),
+        ({"concepts": str(tmp_path / "absent.jsonl")}, "absent"),
+    ):
+        refuses(MEASURE, tmp_path / "no", MechscopeError, message, dictionary=files[40], **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -174,6 +226,8 @@ def test_measuring_reads_what_training_wrote_and_what_others_wrote(tmp_path: Pat
         ({"rule": "relu"}, SettingsError, "rule relu is sparse by a penalty"),
         ({"transcoders": "7"}, SettingsError, "layers:7 does not exist"),
         ({"skip": True}, SettingsError, "'skip' is for transcoders"),
+        ({"reconstruction": 0.0}, SettingsError, "reconstruction=0 leaves nothing to learn"),
+        ({"cross_layer": "0-1", "end": "kl"}, SettingsError, "end 'kl' needs a dictionary of one place"),
         ({"matryoshka": "50"}, SettingsError, "must rise to all 40 latents"),
         ({"pairs": PAIRS.first(1)}, DataError, "give at least two"),
     ],

@@ -15,6 +15,8 @@ from mechscope.choices import RuleName
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
+from mechscope.studies import concepts
+from mechscope.studies.concepts import LABELLED, Concepts
 from mechscope.studies.dictionaries import Judged, LatentSettings, described, stages
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
@@ -25,12 +27,12 @@ from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
     from mechscope.data.pairs import Pairs
-    from mechscope.features import Plan
+    from mechscope.features import Plan, TrainedDictionary
     from mechscope.features.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesTrainSettings(OneModel, Texts):
+class FeaturesTrainSettings(OneModel, Texts, Concepts):
     """Which dictionaries, of what, and on which texts they are learned and measured."""
 
     panel: ClassVar[str] = "Dictionaries"
@@ -125,21 +127,35 @@ def _check(run: JobRun[FeaturesTrainSettings]) -> None:
     _split(run)
 
 
-def _train(run: JobRun[FeaturesTrainSettings]) -> Tables:
-    import pandas as pd
+def _trained(run: JobRun[FeaturesTrainSettings], texts: Pairs, wanted: Mapping[str, Plan]) -> dict[str, TrainedDictionary]:
+    from mechscope.features import Live, harvest, train, train_end_to_end
 
-    from mechscope.features import Live, harvest, train
-
-    settings, wanted = run.settings, plans(run)
-    texts, _ = _split(run)
+    settings, scratch = run.settings, run.stage.path("features")
+    if settings.objective.end != "none":
+        return train_end_to_end(
+            run.first,
+            texts,
+            wanted,
+            scratch / "training",
+            training=settings.training,
+            tokens=settings.harvest,
+            execution=run.execution,
+        )
     where = tuple(dict.fromkeys(place for plan in wanted.values() for place in plan.layout.places))
-    scratch = run.stage.path("features")
     source = (
         Live(run.first, texts, where, settings=settings.harvest, execution=run.execution)
         if settings.live
         else harvest(run.first, texts, where, scratch / "activations", settings=settings.harvest, execution=run.execution)
     )
-    trained = train(source, wanted, scratch / "training", training=settings.training, device=run.first.device, execution=run.execution)
+    return train(source, wanted, scratch / "training", training=settings.training, device=run.first.device, execution=run.execution)
+
+
+def _train(run: JobRun[FeaturesTrainSettings]) -> Tables:
+    import pandas as pd
+
+    settings, wanted = run.settings, plans(run)
+    texts, _ = _split(run)
+    trained = _trained(run, texts, wanted)
     rows, curves = [], []
     for name, each in trained.items():
         ranks.by_first(partial(each.dictionary.save, _file(run, name)))
@@ -162,6 +178,7 @@ _SPLIT = ("test_share", "seed")
 _PLANS = ("places", "transcoders", "cross_layer", "skip", "latents", "rule", "k", "matryoshka", "live", "objective", "training", "harvest")
 TRAINING = Stage(name="training", work=_train, hangs_on=(*_PLANS, *_SPLIT), inputs=(MODELS, TEXTS))
 MEASURES, LATENTS = stages(_judged, hangs_on=_SPLIT, after=(TRAINING,))
+CONCEPTS, SPLITTING = concepts.stages(_judged, hangs_on=_SPLIT, inputs=(TEXTS,), after=(TRAINING,))
 
 
 def _title(names: Mapping[str, str]) -> str:
@@ -176,9 +193,9 @@ JOB = Job(
     example="mechscope features train gpt2 --data articles.jsonl --places resid6 --latents 4096,16384 --out runs/features",
     settings=FeaturesTrainSettings,
     arguments=("model",),
-    inputs=(MODELS, TEXTS),
-    stages=(TRAINING, MEASURES, LATENTS),
-    sections=("dictionaries",),
+    inputs=(MODELS, TEXTS, LABELLED),
+    stages=(TRAINING, MEASURES, CONCEPTS, SPLITTING, LATENTS),
+    sections=("dictionaries", "concepts", "splitting"),
     title=_title,
     check=_check,
 )
