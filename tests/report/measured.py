@@ -165,8 +165,8 @@ def _compared(folder: Path) -> Mapping[str, pd.DataFrame]:
         files.append(str(folder / f"width{width}.safetensors"))
         random_dictionary(width).save(files[-1])
     concepts = str(labelled_file(folder))
-    settings = {"dictionary": files[0], "against": files[1], "concepts": concepts, "pairs": random_pairs(24), "latents_shown": 0}
-    return run(_job("features_measure"), None, **settings).tables
+    settings: dict[str, Any] = {"dictionary": files[0], "against": files[1], "concepts": concepts, "pairs": random_pairs(24)}
+    return run(_job("features_measure"), None, latents_shown=0, **settings).tables
 
 
 def _job(name: str) -> Job[Any]:

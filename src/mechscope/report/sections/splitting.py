@@ -78,8 +78,7 @@ def _found_again(name: str, other: str, own: pd.DataFrame) -> Finding:
         words = f"how many of the latents of {name} are found again in {other}"
         return Finding(words, n=row["n"], rows=(row,), withheld=str(row["withheld"]), table="dictionary_splitting", unit="latents")
     return Finding(
-        f"{_share(row)} of the latents of {name} are found again in {other}, with a cosine of at least 0.7; in as many random directions "
-        f"{percent(chance['value'])}",
+        f"{_share(row)} of the latents of {name} are found again in {other}; in as many random directions {percent(chance['value'])}",
         n=row["n"],
         rows=(row, chance),
         effect=float(row["value"]),
