@@ -62,6 +62,7 @@ ELSEWHERE = {
     "tune": "trains into a folder: tests/adapt/test_training.py, and shared among ranks in tests/ranks/test_ranks.py",
     "harvest": "writes into a folder, and an order of its own: tests/features/test_harvest.py",
     "train": "trains on activations, not on texts: tests/features/test_trainer.py",
+    "train_end_to_end": "a step of training takes a batch, into a folder: tests/features/test_end_to_end.py",
     "copying_roles": "a part of head_roles",
     "pattern_roles": "a part of head_roles",
     "entity_roles": "makes texts for a tokenizer, then roles_on",
