@@ -52,7 +52,7 @@ ON_ONE_DEVICE = {
     **{
         (family, name): "pretended devices have no compressed rows, with which products at active latents are taken"
         for family in ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3")
-        for name in ("node_effects", "node_edges")
+        for name in ("node_effects", "node_edges", "attribute latents")
     },
 }
 

@@ -13,11 +13,12 @@ from typing import Literal
 import numpy as np
 
 from mechscope.causal.effects import Effects, effects, place_columns
-from mechscope.causal.places import Place, edits_of, places, places_of
+from mechscope.causal.places import Place, chosen_places, edits_of, places_of
 from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
+from mechscope.features import Standing
 from mechscope.instrument import CachedRun
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
@@ -35,6 +36,7 @@ def ablate(
     mode: Mode = "each",
     metric: str = "loss",
     components: Components | str | None = None,
+    standing: Sequence[Standing] = (),
     execution: Execution = Execution(),
 ) -> Effects:
     """Ablate places one at a time, or all but one at a time, on the clean texts.
@@ -42,11 +44,12 @@ def ablate(
     Args:
         subject: The model.
         pairs: The texts; only the clean ones are run, and the corrupt ones where they are the source.
-        sites: Sites whose places are ablated.
+        sites: Sites whose places are ablated; `latent` for those of dictionaries.
         source: `zero`, `resample`, `corrupt`, or a `Mean` from `mean_of`.
         mode: `each` leaves one out, `keep` keeps only one (of the places considered).
         metric: `loss`, `logit-diff`, `probability` or `kl`.
         components: Only these.
+        standing: Dictionaries whose latents are meant.
         execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
@@ -57,7 +60,7 @@ def ablate(
     """
     if mode not in ("each", "keep"):
         raise SettingsError(f"mode {mode!r} is not known: use each (leave one out) or keep (keep only one)")
-    where = ablated_places(subject.anatomy, sites, components)
+    where = ablated_places(subject.anatomy, sites, components, standing)
     sets = [(place,) for place in where] if mode == "each" else [tuple(other for other in where if other != place) for place in where]
     values, unchanged = _ablated(subject, pairs, sets, source, metric, execution)
     return effects([place_columns(place) for place in where], values, unchanged, metric=metric, mode=mode)
@@ -122,7 +125,9 @@ def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int =
     ]
 
 
-def ablated_places(anatomy: Anatomy, sites: Sequence[str], components: Components | str | None) -> list[Place]:
+def ablated_places(
+    anatomy: Anatomy, sites: Sequence[str], components: Components | str | None, standing: Sequence[Standing] = ()
+) -> list[Place]:
     """List the places of all sites; components that one site does not have may belong to another.
 
     Raises:
@@ -132,7 +137,7 @@ def ablated_places(anatomy: Anatomy, sites: Sequence[str], components: Component
     failed: SettingsError | None = None
     for site in sites:
         try:
-            where += places(anatomy, site, components)
+            where += chosen_places(anatomy, site, components, standing)
         except SettingsError as error:
             failed = error
             if components is None or len(sites) == 1:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
-from mechscope.causal.places import Place, places
+from mechscope.causal.places import LatentPlace, Place, chosen_places, edits_of
 from mechscope.causal.sources import source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, differentiable_score, metric_of
 from mechscope.errors import SettingsError
+from mechscope.features import Standing
 from mechscope.instrument import AttentionCall, CachedRun, Gradients, Reading, attend, gradients
 from mechscope.instrument.edits import HEAD_SITES
 from mechscope.instrument.execution import Execution
@@ -48,6 +49,7 @@ def attribution_patch(
     softmax: bool = False,
     grad_drop: bool = False,
     check: int = 0,
+    standing: Sequence[Standing] = (),
     execution: Execution = Execution(),
 ) -> Effects:
     """Estimate the effect of patching every place of a site.
@@ -55,7 +57,7 @@ def attribution_patch(
     Args:
         subject: The model.
         pairs: Clean and corrupt prompts.
-        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual` or `embedding`.
+        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual`, `embedding`, or `latent` of dictionaries.
         direction: `denoise` or `noise`.
         metric: `logit-diff`, `probability` or `loss`; the gradient of `kl` is zero in the clean run, so there it needs `denoise`.
         positions: Tokens that are patched: `all`, `last`, `changed`, a segment's name, a position or several; `each` makes one row per
@@ -64,6 +66,7 @@ def attribution_patch(
         softmax: For sites `query` and `key`: compute attention again instead of linearising the softmax.
         grad_drop: Average absolute effects over backward passes that each leave out one layer; effects are then not signed.
         check: Also patch this many places exactly, drawn at random.
+        standing: Dictionaries whose latents are meant.
         execution: Tokens of a batch (2,048 by default), seed (of the places to check), progress.
 
     Returns:
@@ -73,9 +76,10 @@ def attribution_patch(
     Raises:
         MechscopeError: Pairs, positions, components or options do not fit the model or each other.
     """
-    where = places(subject.anatomy, site, components)
+    where = chosen_places(subject.anatomy, site, components, standing)
     if softmax and where[0].site not in ("query", "key"):
-        raise SettingsError(f"softmax is computed again for sites query and key, not for {where[0].site!r}: leave softmax out")
+        raise SettingsError(f"softmax is computed again for sites query and key, not for {where[0].kind!r}: leave softmax out")
+    sites = list(dict.fromkeys(place.site for place in where))
     if direction not in ("denoise", "noise"):
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     if metric == "kl" and direction == "noise":
@@ -89,24 +93,23 @@ def attribution_patch(
     given, changed = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
 
     def estimated(batch: PairBatch) -> dict[str, np.ndarray]:
-        recorded = {where[0].site} if checked else set()
-        runs = {given: CachedRun(subject, getattr(batch, given), batch.real, sites={where[0].site})}
+        recorded = set(sites) if checked else set()
+        runs = {given: CachedRun(subject, getattr(batch, given), batch.real, sites=set(sites))}
         if metric == "kl" or checked:
             runs.setdefault("clean", CachedRun(subject, batch.clean, batch.real, sites=recorded))
         judged = metric_of(metric, batch, runs.get("clean", runs[given]))
         ids, real = getattr(batch, changed).to(subject.device), batch.real.to(subject.device)
-        backward = gradients(
-            subject,
-            ids,
-            real,
-            where[0].site,
-            Reading.of(judged.where),
-            partial(differentiable_score, subject, metric=judged),
-            drop=grad_drop,
-        )
-        unchanged = backward.score.double().cpu().numpy()
+        scored = partial(differentiable_score, subject, metric=judged)
         sets = list(position_masks(positions, batch, pairs))
-        estimate = _estimates(backward, runs[given], where, [mask for _, mask, _ in sets], softmax=softmax)
+        masks, reading = [mask for _, mask, _ in sets], Reading.of(judged.where)
+        parts = []
+        for at in sites:  # several only of latents, whose dictionaries stand at different ones
+            backward = gradients(subject, ids, real, at, reading, scored, drop=grad_drop)
+            own = [place for place in where if place.site == at]
+            parts.append(_estimates(backward, runs[given], own, masks, softmax=softmax))
+        unchanged = backward.score.double().cpu().numpy()
+        order = np.argsort(np.concatenate([[number for number, place in enumerate(where) if place.site == at] for at in sites]))
+        estimate = np.concatenate([part.reshape(-1, len(sets), len(batch)) for part in parts])[order].reshape(-1, len(batch))
         values = estimate + unchanged
         values[np.stack([absent for _, _, absent in sets] * len(where))] = np.nan
         measured = {changed: unchanged, given: Runs(runs[given], judged).unchanged(), "estimate": values}
@@ -114,14 +117,14 @@ def attribution_patch(
             value = source_named(given).bind(subject, batch, recorded, runs)
             base = runs[changed] if changed in runs else CachedRun(subject, getattr(batch, changed), batch.real, sites=recorded)
             changes = [(where[at // len(sets)], sets[at % len(sets)][1]) for at in checked]
-            units = [(place.edit(value(place.site, place.layer), mask),) for place, mask in changes]
+            units = [edits_of((place,), value, mask) for place, mask in changes]
             whole = Runs(base, judged)  # its own unchanged run: the differentiated one may round differently
             exact = whole.of(units) - whole.unchanged()
             exact[np.stack([sets[at % len(sets)][2] for at in checked])] = np.nan  # no such position: nothing was patched
             measured["exact"] = exact
         return measured
 
-    gathered.run(estimated, execution, tokens=2048, label=f"attributing {where[0].site}")
+    gathered.run(estimated, execution, tokens=2048, label=f"attributing {where[0].kind}")
     rows = [place_columns(place, label) for place in where for label in labels]
     estimate, unchanged, clean, corrupt = (gathered[name] for name in ("estimate", changed, "clean", "corrupt"))
     method = "attribution" + (" with softmax" if softmax else "") + (" with grad_drop" if grad_drop else "")
@@ -138,6 +141,8 @@ def _drawn(n: int, check: int, seed: int) -> list[int]:
 
 def _estimates(backward: Gradients, source: CachedRun, where: Sequence[Place], masks: Sequence[Tensor], *, softmax: bool) -> np.ndarray:
     """Return (place × set of positions, batch), places outermost."""
+    if isinstance(where[0], LatentPlace):
+        return _of_latents(backward, source, [place for place in where if isinstance(place, LatentPlace)], masks)
     site = where[0].site
     rows: dict[int, Tensor] = {}  # (mask, batch, component) by layer
     for layer in sorted({place.layer for place in where}):
@@ -150,6 +155,30 @@ def _estimates(backward: Gradients, source: CachedRun, where: Sequence[Place], m
     columns = [place.head if place.head is not None else place.feature or 0 for place in where]
     estimates = [rows[place.layer][:, :, column] for place, column in zip(where, columns, strict=True)]
     return torch.cat([one.to(estimates[0].device) for one in estimates]).double().cpu().numpy()
+
+
+def _of_latents(backward: Gradients, source: CachedRun, where: Sequence[LatentPlace], masks: Sequence[Tensor]) -> np.ndarray:
+    """Return (f' − f) · ⟨∂metric/∂x, D⟩ of latents of one site, pooled: only active latents are held, token by token."""
+    found: dict[Standing, Tensor] = {}  # (mask, batch, latent)
+    for each in dict.fromkeys(place.standing for place in where):
+        layer, site = each.place.layer, each.place.site
+        value, given = (x.flatten(2) if site == "z" else x for x in (backward.values[layer], source.recording[site, layer]))
+        batch, length = value.shape[:2]
+        weights = sent(torch.stack(list(masks)), each.decoders.device).flatten(1).to(each.decoders)
+        passes = []
+        for one in backward.gradients:
+            gradient = torch.where(weights.any(0)[:, None], one[layer].to(each.decoders).flatten(2).flatten(0, 1), 0.0)
+            total = torch.zeros(len(masks), batch * each.dictionary.latents, dtype=torch.float64, device=gradient.device)
+            for sign, x in ((1.0, given), (-1.0, value)):
+                codes = each.codes(torch.where(weights.any(0).view(batch, length)[..., None], x.to(each.decoders), 0.0))
+                product = sign * codes.values * codes.inner(gradient, each.decoders)
+                cell = codes.rows // length * codes.width + codes.latents
+                total.index_add_(1, cell, (weights[:, codes.rows] * product).double())
+            passes.append(total.view(len(masks), batch, -1))
+        pooled = torch.stack(passes)
+        found[each] = pooled[0] if len(pooled) == 1 else _averaged(pooled, site)
+    chosen = [found[place.standing][:, :, place.latent] for place in where]
+    return torch.cat([one.to(chosen[0].device) for one in chosen]).cpu().numpy()
 
 
 def _by_token(source: CachedRun, site: str, layer: int, value: Tensor, gradient: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Effects:
 def place_columns(place: Place, positions: str = "all") -> dict[str, Any]:
     """Return the columns that name a row's place."""
     head, feature = (-1 if index is None else index for index in (place.head, place.feature))
-    where = {"component": str(place), "site": place.site, "layer": place.layer}
+    where = {"component": str(place), "site": place.kind, "layer": place.layer}
     return {**where, "head": head, "feature": feature, "positions": positions}
 
 

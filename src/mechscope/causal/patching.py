@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects, place_columns
-from mechscope.causal.places import places
+from mechscope.causal.places import chosen_places, edits_of
 from mechscope.causal.sources import Source, source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
+from mechscope.features import Standing
 from mechscope.instrument import CachedRun
 from mechscope.instrument.execution import Execution
 from mechscope.subject import Components, Subject
@@ -37,6 +38,7 @@ def patch(
     positions: Positions = "all",
     components: Components | str | None = None,
     source: str | Source | None = None,
+    standing: Sequence[Standing] = (),
     execution: Execution = Execution(),
 ) -> Effects:
     """Patch every place of a site, one at a time.
@@ -44,13 +46,14 @@ def patch(
     Args:
         subject: The model.
         pairs: Clean and corrupt prompts, equally long.
-        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual` or `embedding`.
+        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual`, `embedding`, or `latent` of dictionaries.
         direction: `denoise` (clean values into the corrupt run) or `noise` (corrupt values into the clean run).
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         positions: Tokens that are patched: `all`, `last`, `changed`, a segment's name, a position or several; `each` makes one row per position, a list
             of names one row per name.
-        components: Only these heads, MLPs or layers.
+        components: Only these heads, MLPs, layers or latents.
         source: Where the values come from, if not from the other text.
+        standing: Dictionaries whose latents are meant.
         execution: Tokens of a batch (1,024 by default), progress.
 
     Returns:
@@ -62,8 +65,8 @@ def patch(
     if direction not in ("denoise", "noise"):
         raise SettingsError(f"direction {direction!r} is not known: use denoise (clean into corrupt) or noise (corrupt into clean)")
     check_fits(subject, pairs)
-    where = places(subject.anatomy, site, components)
-    recorded = {where[0].site}
+    where = chosen_places(subject.anatomy, site, components, standing)
+    recorded = {place.site for place in where}
     origin = source_named(source if source is not None else ("clean" if direction == "denoise" else "corrupt"))
     labels = position_labels(positions, pairs)
     gathered = PerText(pairs)
@@ -77,13 +80,13 @@ def patch(
         units, missing = [], []
         for place in where:
             for _, mask, absent in position_masks(positions, batch, pairs):
-                units.append((place.edit(value(place.site, place.layer), mask),))
+                units.append(edits_of((place,), value, mask))
                 missing.append(absent)
         values = base.of(units, progress=gathered.step)
         values[np.stack(missing)] = np.nan
         return {**unchanged, "patched": values}
 
-    gathered.run(patched, execution, tokens=1024, label=f"patching {where[0].site}", units=len(where) * len(labels))
+    gathered.run(patched, execution, tokens=1024, label=f"patching {where[0].kind}", units=len(where) * len(labels))
     rows = [place_columns(place, label) for place in where for label in labels]
     values, clean, corrupt = gathered["patched"], gathered["clean"], gathered["corrupt"]
     base = corrupt if direction == "denoise" else clean

@@ -2,24 +2,28 @@
 
 embed      embedding            resid3  residual stream behind block 3      a3      attention output of layer 3
 a3.h5      head (its z)         a3.h5<q>, <k>, <v>   its query, key, value   a3.h5<p>   its attention pattern
-m3         MLP output           m3.n17  neuron 17 of its MLP
+m3         MLP output           m3.n17  neuron 17 of its MLP                   resid3.f17  latent 17 of the dictionary that stands there
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
 
+from mechscope.causal.sources import Bound
 from mechscope.errors import SettingsError
+from mechscope.features import Standing
 from mechscope.instrument.edits import EDIT_SITES, HEAD_SITES, Edit, EditSite, Value
 from mechscope.subject import Components
 from mechscope.subject.anatomy import Anatomy
 
 # what a person may call a site
 ALIASES = {"head": "z", "q": "query", "k": "key", "v": "value", "attention": "attention_output", "mlp": "mlp_output", "embed": "embedding"}
+# what a table calls the site of a latent, and a person the site of all of them
+LATENT = "latent"
 _MARKS = {"query": "<q>", "key": "<k>", "value": "<v>", "pattern": "<p>", "z": ""}
 
 
@@ -47,11 +51,84 @@ class Place:
         prefix = {"attention_output": "a", "mlp_output": "m", "residual": "resid"}.get(self.site)
         return f"{prefix}{self.layer}" if prefix else "embed"
 
+    @property
+    def kind(self) -> str:
+        """What a table calls its site."""
+        return self.site
+
     def edit(self, value: Value, positions: Tensor | None = None) -> Edit:
         """Return the edit that puts a value here."""
         heads = None if self.head is None else (self.head,)
         features = None if self.feature is None else (self.feature,)
         return Edit(self.site, self.layer, value, heads=heads, features=features, positions=positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPlace(Place):
+    """A latent of a dictionary that stands at a site; `feature` is which.
+
+    Attributes:
+        standing: The dictionary.
+    """
+
+    standing: Standing
+
+    def __str__(self) -> str:
+        return f"{self.standing.place.name}.f{self.latent}"
+
+    @property
+    def kind(self) -> str:
+        """What a table calls its site."""
+        return LATENT
+
+    @property
+    def latent(self) -> int:
+        """Which latent."""
+        return self.feature or 0
+
+
+def latent_places(standing: Sequence[Standing], components: Components | str | None = None) -> tuple[LatentPlace, ...]:
+    """List latents of dictionaries, dictionary by dictionary.
+
+    Args:
+        standing: The dictionaries.
+        components: Only these latents; None for all.
+
+    Raises:
+        SettingsError: There is no dictionary at a latent's place, it lacks the latent, or none of the components is a latent.
+    """
+    components = Components.parse(components) if isinstance(components, str) else components
+    by_place = {each.place.name: each for each in standing}
+    if components is None:
+        chosen = [(name, latent) for name, each in by_place.items() for latent in range(each.dictionary.latents)]
+    else:
+        chosen = list(components.latents)
+    if not chosen:
+        named = f"components {str(components)!r} name no latent" if by_place else "there is no dictionary"
+        raise SettingsError(f"{named}: latents are written resid6.f1024, and their dictionaries given with them (--dictionary)")
+    found = []
+    for name, latent in chosen:
+        if name not in by_place:
+            known = f"dictionaries stand at {', '.join(by_place)}" if by_place else "there is no dictionary"
+            raise SettingsError(
+                f"component {name}.f{latent} is a latent of a dictionary at {name}, and {known}: give its file (--dictionary)"
+            )
+        each = by_place[name]
+        each.check([latent])
+        found.append(LatentPlace(cast(EditSite, each.place.site), each.place.layer, feature=latent, standing=each))
+    return tuple(found)
+
+
+def chosen_places(anatomy: Anatomy, site: str, components: Components | str | None, standing: Sequence[Standing]) -> tuple[Place, ...]:
+    """List the places of a site as `places` does, or latents of dictionaries for the site `latent`; each takes its own of the components.
+
+    Raises:
+        SettingsError: As of these two.
+    """
+    components = Components.parse(components) if isinstance(components, str) else components
+    if site == LATENT:
+        return latent_places(standing, components)
+    return places(anatomy, site, components if components is None or not components.latents else components.without_latents)
 
 
 def site_named(name: str) -> EditSite:
@@ -62,7 +139,7 @@ def site_named(name: str) -> EditSite:
     """
     site = ALIASES.get(name, name)
     if site not in EDIT_SITES:
-        raise SettingsError(f"site {name!r} is not known: use one of {', '.join(sorted({*ALIASES, *EDIT_SITES}))}")
+        raise SettingsError(f"site {name!r} is not known: use one of {', '.join(sorted({*ALIASES, *EDIT_SITES, LATENT}))}")
     return cast(EditSite, site)
 
 
@@ -116,14 +193,22 @@ def places_of(components: Components, anatomy: Anatomy) -> tuple[Place, ...]:
     return (*(Place("z", layer, head=head) for layer, head in each.heads), *(Place("mlp_output", layer) for layer in each.mlps))
 
 
-def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value], positions: Tensor | None = None) -> list[Edit]:
-    """Return the edits that change places together: one per site and layer, so that hundreds of heads stay cheap."""
+def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value] | Bound, positions: Tensor | None = None) -> list[Edit]:
+    """Return the edits that change places together: one per site and layer, or dictionary, so that hundreds of heads or latents stay cheap."""
     together: dict[tuple[EditSite, int], list[Place]] = {}
+    latents: dict[Standing, list[int]] = {}
     for place in changed:
-        together.setdefault((place.site, place.layer), []).append(place)
+        if isinstance(place, LatentPlace):
+            latents.setdefault(place.standing, []).append(place.latent)
+        else:
+            together.setdefault((place.site, place.layer), []).append(place)
     edits = []
     for (site, layer), members in together.items():
         heads = None if members[0].head is None else tuple(place.head for place in members if place.head is not None)
         features = None if members[0].feature is None else tuple(place.feature for place in members if place.feature is not None)
         edits.append(Edit(site, layer, value(site, layer), heads=heads, features=features, positions=positions))
+    for standing, chosen in latents.items():
+        if not isinstance(value, Bound):
+            raise SettingsError("latents take their values from a source: a text, zero, a mean")
+        edits.append(standing.latents_edit(chosen, value.latents(standing, chosen), positions))
     return edits

@@ -13,8 +13,8 @@ A source is bound to a batch once; it then gives the value of any site of any la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
+from mechscope.features import Standing
 from mechscope.instrument import CachedRun, model_inputs, record
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.record import Site
@@ -31,7 +32,32 @@ from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
 Which = Literal["clean", "corrupt"]
-Bound = Callable[[str, int], Tensor | float]
+
+
+class Bound:
+    """What a source gives for one batch: the value of any site of any layer, and of latents of a dictionary that stands there."""
+
+    def __init__(
+        self,
+        value: Callable[[str, int], Tensor | float],
+        latents: Callable[[Standing, Sequence[int]], Tensor | float] | None = None,
+    ) -> None:
+        """Take a function of site and layer, and one of latents where theirs do not follow from what it gives."""
+        self._value = value
+        self._latents = latents
+
+    def __call__(self, site: str, layer: int) -> Tensor | float:
+        """Return the value of a site of a layer."""
+        return self._value(site, layer)
+
+    def latents(self, standing: Standing, latents: Sequence[int]) -> Tensor | float:
+        """Return what some latents become: those of the value at their place, ``(batch, token, chosen)``, or what broadcasts to it."""
+        if self._latents is not None:
+            return self._latents(standing, latents)
+        given = self(standing.place.site, standing.place.layer)
+        if not isinstance(given, Tensor):
+            return given
+        return standing.values(given.flatten(2) if standing.place.site == "z" else given, latents)
 
 
 class Source(ABC):
@@ -69,7 +95,7 @@ class Text(Source):
             if self.which not in runs:
                 runs[self.which] = CachedRun(subject, getattr(batch, self.which), batch.real, sites=sites)
             run = runs[self.which]
-        return lambda site, layer: run.recording[site, layer]
+        return Bound(lambda site, layer: run.recording[site, layer])
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,7 @@ class Vector(Source):
 
     def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Return the same value for every site and layer."""
-        return lambda site, layer: self.value
+        return Bound(lambda site, layer: self.value, lambda standing, latents: self.value)
 
 
 @dataclass(frozen=True)
@@ -122,7 +148,7 @@ class Resample(Source):
                 raise SettingsError("attention patterns cannot be resampled: texts differ in their tokens; resample 'z' instead")
             return given[sent(other, given.device)[:, None], sent(token, given.device)]
 
-        return value
+        return Bound(value)
 
 
 @dataclass(frozen=True)
@@ -132,10 +158,12 @@ class Mean(Source):
     Attributes:
         values: By site and layer: ``(features)`` or ``(head, d_head)``, with a token axis in front if per position.
         tokens: Length of the reference texts, if per position.
+        latents: By place of a dictionary: ``(latent)``, the mean of every latent.
     """
 
     values: dict[tuple[str, int], Tensor]
     tokens: int | None = None
+    latents: dict[str, Tensor] = field(default_factory=dict)
 
     __repr__ = by_shape
 
@@ -158,20 +186,32 @@ class Mean(Source):
                     f"the mean reference holds {held}, not {site!r} of layer {layer}: compute it with mean_of(…, sites=…)"
                 ) from None
 
-        return value
+        return Bound(value, self._of_latents)
+
+    def _of_latents(self, standing: Standing, latents: Sequence[int]) -> Tensor:
+        if standing.place.name not in self.latents:
+            raise SettingsError(f"the mean reference holds no latents of {standing.place}: compute it with mean_of(…, standing=…)")
+        return self.latents[standing.place.name][list(latents)]
 
 
 @torch.no_grad()
 def mean_of(
-    subject: Subject, reference: Pairs, sites: Collection[str], *, per_position: bool = False, execution: Execution = Execution()
+    subject: Subject,
+    reference: Pairs,
+    sites: Collection[str],
+    *,
+    per_position: bool = False,
+    standing: Sequence[Standing] = (),
+    execution: Execution = Execution(),
 ) -> Mean:
-    """Average sites over a reference set's clean texts.
+    """Average sites, and latents of dictionaries, over a reference set's clean texts.
 
     Args:
         subject: The model.
         reference: The texts.
         sites: What to average.
-        per_position: Keep a mean per position; the texts must then be equally long.
+        per_position: Keep a mean per position; the texts must then be equally long. Of latents there is one mean.
+        standing: Dictionaries whose latents are averaged too, over all tokens.
         execution: Tokens of a batch (4,096 by default).
 
     Raises:
@@ -187,22 +227,31 @@ def mean_of(
     sums: dict[tuple[str, int], Tensor] = {}
     count = 0
     wanted = cast("Collection[Site]", sites)  # `record` refuses others
+    needed = [site for site in dict.fromkeys(each.place.site for each in standing) if site not in sites]
 
     def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor]]:
-        with record(subject, *wanted) as recording, subject.active():
+        with record(subject, *wanted, *needed) as recording, subject.active():
             subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
         totals: dict[tuple[str, int], Tensor] = {}
         for key, value in recording.values.items():
+            if key[0] not in wanted:
+                continue
             real = value.double()[batch.real.to(value.device)]
             totals[key] = real.unflatten(0, (len(batch), -1)).sum(0) if per_position else real.sum(0)
+        for each in standing:
+            codes = each.dictionary.encode([each.read(recording)[sent(batch.real, each.decoders.device)]])
+            totals[each.place.name, -1] = codes.total(codes.values.double())
         return len(batch) if per_position else int(batch.real.sum()), totals
 
-    for _, (number, totals) in over_texts(reference, summed, execution, tokens=4096):
+    tokens = 0
+    for batch, (number, totals) in over_texts(reference, summed, execution, tokens=4096):
         count += number
+        tokens += int(batch.real.sum())
         for key, total in totals.items():
             sums[key] = sums[key] + total if key in sums else total
+    latents = {each.place.name: (sums.pop((each.place.name, -1)) / tokens).to(each.decoders) for each in standing}
     means = {key: (total / count).to(subject.dtype) for key, total in sums.items()}
-    return Mean(means, lengths.pop() if per_position else None)
+    return Mean(means, lengths.pop() if per_position else None, latents)
 
 
 NAMED: dict[str, Source] = {"clean": Text("clean"), "corrupt": Text("corrupt"), "zero": Vector(0.0), "resample": Resample()}

@@ -71,6 +71,7 @@ class Standing:
     dictionary: Dictionary
     place: Place
     _parts: dict[tuple[int, ...], Dictionary] = field(default_factory=dict, repr=False)
+    _seen: list[tuple[Tensor, Codes]] = field(default_factory=list, repr=False)
 
     __repr__ = by_shape
 
@@ -139,9 +140,18 @@ class Standing:
         if not latents:
             return x.new_zeros(*x.shape[:2], 0).to(self.decoders)
         if self.dictionary.layout.rule.name == "topk":
-            chosen = torch.tensor(latents, device=x.device)
-            return self.codes(x).columns(chosen).unflatten(0, x.shape[:2])
+            codes = self._remembered(x)
+            return codes.columns(torch.tensor(latents, device=codes.latents.device)).unflatten(0, x.shape[:2])
         return self._part(tuple(latents)).encode([x.flatten(0, 1)]).dense().unflatten(0, x.shape[:2])
+
+    def _remembered(self, x: Stream) -> Codes:
+        """Return the codes of what a sweep asks for again and again: the stream that it changes, and the one that it takes values from."""
+        for seen, codes in self._seen:
+            if seen is x:
+                return codes
+        del self._seen[:-1]
+        self._seen.append((x, self.codes(x)))
+        return self._seen[-1][1]
 
     def _part(self, latents: tuple[int, ...]) -> Dictionary:
         """Return some of the latents as an autoencoder of their own; of rules that decide for each latent alone."""

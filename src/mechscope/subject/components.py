@@ -2,14 +2,15 @@
 
 One immutable type says which heads, MLPs and whole layers are meant. The same value is what a table names, an intervention changes, a figure
 outlines and LoRA adapts. Its text form follows the circuit literature: `a3.h5` is head 5 of layer 3, `m3` the MLP of layer 3, `layers:2,3`
-whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection.
+whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection. `resid6.f1024` is latent 1024 of the dictionary
+that stands at a place; what takes latents is given their dictionaries with them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mechscope.errors import SettingsError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)")
 _MLP = re.compile(r"m(\d+)")
+_LATENT = re.compile(r"((?:resid|a|m)\d+(?:\.z)?)\.f(\d+)")
 _LAYERS = re.compile(r"layers:(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
 _PART = re.compile(r"layers:\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*(?=,|$)|[^,]+")
 
@@ -31,14 +33,16 @@ class Components:
         heads: (layer, head) pairs, counted from zero.
         mlps: Layers whose MLP is meant.
         layers: Layers meant as a whole.
+        latents: (place, latent) of dictionaries: `("resid6", 1024)`.
     """
 
     heads: tuple[tuple[int, int], ...] = ()
     mlps: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
+    latents: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("heads", "mlps", "layers"):
+        for name in ("heads", "mlps", "layers", "latents"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
 
     @classmethod
@@ -56,11 +60,12 @@ class Components:
         """Read the text form; the inverse of `str`.
 
             selection  = "none" | part { "," part }               blanks are ignored, an empty text is "none"
-            part       = head | mlp | layers
+            part       = head | mlp | layers | latent
             head       = "a" number ".h" number                   a3.h5: head 5 of layer 3
             mlp        = "m" number                               m3
             layers     = "layers:" span { "," span }              layers:0-3,5: whole layers, heads and MLP; further parts may follow
             span       = number [ "-" number ]                    both ends belong to it
+            latent     = place ".f" number                        resid6.f1024, a6.f3, m6.f3, a6.z.f3: of the dictionary that stands there
 
         Tables and edges also name what no selection can hold: `embed`, `resid3`, `a3` (what attention adds), `m3.n1024`, `logits`.
 
@@ -73,6 +78,7 @@ class Components:
         heads: list[tuple[int, int]] = []
         mlps: list[int] = []
         layers: list[int] = []
+        latents: list[tuple[str, int]] = []
         text = re.sub(r"\s+", "", text)
         if text in ("", "none"):
             return cls()
@@ -81,6 +87,8 @@ class Components:
                 heads.append((int(match[1]), int(match[2])))
             elif match := _MLP.fullmatch(part):
                 mlps.append(int(match[1]))
+            elif match := _LATENT.fullmatch(part):
+                latents.append((match[1], int(match[2])))
             elif match := _LAYERS.fullmatch(part):
                 for span in match[1].split(","):
                     first, _, last = span.partition("-")
@@ -91,19 +99,20 @@ class Components:
                 raise SettingsError(
                     f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers as 'layers:2,3,5', joined by commas"
                 )
-        return cls(tuple(heads), tuple(mlps), tuple(layers))
+        return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents))
 
     def __str__(self) -> str:
         parts = [f"a{layer}.h{head}" for layer, head in self.heads] + [f"m{layer}" for layer in self.mlps]
         if self.layers:
             parts.append("layers:" + ",".join(map(str, self.layers)))
+        parts += [f"{place}.f{latent}" for place, latent in self.latents]
         return ",".join(parts) or "none"
 
     def __len__(self) -> int:
-        return len(self.heads) + len(self.mlps) + len(self.layers)
+        return len(self.heads) + len(self.mlps) + len(self.layers) + len(self.latents)
 
     def __or__(self, other: Components) -> Components:
-        return Components(self.heads + other.heads, self.mlps + other.mlps, self.layers + other.layers)
+        return Components(self.heads + other.heads, self.mlps + other.mlps, self.layers + other.layers, self.latents + other.latents)
 
     def __and__(self, other: Components) -> Components:
         return self._keep(other, present=True)
@@ -116,19 +125,30 @@ class Components:
             tuple(x for x in self.heads if (x in other.heads) is present),
             tuple(x for x in self.mlps if (x in other.mlps) is present),
             tuple(x for x in self.layers if (x in other.layers) is present),
+            tuple(x for x in self.latents if (x in other.latents) is present),
         )
 
     def expand(self, n_heads: int) -> Components:
         """Return the same parts with every whole layer written as its heads and its MLP."""
         heads = self.heads + tuple((layer, head) for layer in self.layers for head in range(n_heads))
-        return Components(heads, self.mlps + self.layers)
+        return Components(heads, self.mlps + self.layers, latents=self.latents)
+
+    @property
+    def without_latents(self) -> Components:
+        """The parts of the model itself."""
+        return replace(self, latents=())
 
     def validate(self, anatomy: Anatomy) -> Components:
         """Return itself if every part exists in the model.
 
         Raises:
-            SettingsError: A part lies outside the model; the message names it and the model's size.
+            SettingsError: A part lies outside the model; the message names it and the model's size. Or one is a latent, which no model has by itself.
         """
+        for place, latent in self.latents:
+            raise SettingsError(
+                f"component {place}.f{latent} is a latent of a dictionary, and heads, MLPs or layers are needed here: ablate, patch and steer take latents, "
+                "with --dictionary"
+            )
         size = f"the model has layers 0-{anatomy.n_layers - 1} with heads 0-{anatomy.n_heads - 1}"
         for layer, head in self.heads:
             if layer >= anatomy.n_layers or head >= anatomy.n_heads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mechscope import features
+from mechscope.causal import ablate, attribution_patch, mean_of, patch
 from mechscope.features import Dictionary, Rule
 from mechscope.instrument import Execution
 from tests import families
@@ -59,10 +60,39 @@ def feature_faithfulness(case: Case, execution: Execution) -> Result:
     return columns(found)
 
 
+LATENTS = "a1.f2,a1.f9,m1.f3,resid0.f1"
+
+
+def ablate_latents(case: Case, execution: Execution) -> Result:
+    """Ablate latents to their means."""
+    means = mean_of(case.subject, case.pairs, [], standing=_standing(case), execution=execution)
+    found = ablate(
+        case.subject, case.pairs, sites=["latent"], source=means, components=LATENTS, standing=_standing(case), execution=execution
+    )
+    return columns(found.table) | {"values": found.values}
+
+
+def patch_latents(case: Case, execution: Execution) -> Result:
+    """Patch latents at some tokens."""
+    found = patch(
+        case.subject, case.pairs, site="latent", positions=[2, 4], components=LATENTS, standing=_standing(case), execution=execution
+    )
+    return columns(found.table) | {"values": found.values}
+
+
+def attribute_latents(case: Case, execution: Execution) -> Result:
+    """Estimate what patching latents does."""
+    found = attribution_patch(case.subject, case.pairs, site="latent", standing=_standing(case), execution=execution)
+    return columns(found.table)
+
+
 TECHNIQUES: dict[str, Technique] = {
     "node_effects": node_effects,
     "node_edges": node_edges,
     "node_means": node_means,
     "patch_nodes": patch_nodes,
     "feature_faithfulness": feature_faithfulness,
+    "ablate latents": ablate_latents,
+    "patch latents": patch_latents,
+    "attribute latents": attribute_latents,
 }

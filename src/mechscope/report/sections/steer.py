@@ -15,7 +15,7 @@ from mechscope.report.theme import number as written
 
 STEER = table(
     "One row per direction, strength and set of texts.",
-    direction="what the direction is the difference of; random: one of equal length",
+    direction="what the direction is the difference of, or the latent that writes it; random: one of equal length",
     draw="which random direction, −1 for the direction itself",
     strength="how many times it was added, at every token",
     texts="pairs, or neutral: texts that steering should leave alone",
@@ -26,7 +26,7 @@ STEER = table(
 )
 STEER_TEXTS = table(
     "One row per direction and strength.",
-    direction="what the direction is the difference of; random: one of equal length",
+    direction="what the direction is the difference of, or the latent that writes it; random: one of equal length",
     draw="0 for the random direction, −1 for the direction itself",
     strength="how many times it was added, at every token; 0 is the model itself",
     text="the text that was continued",
@@ -146,7 +146,8 @@ SECTION = Section(
     id="steer",
     heading="Steering",
     intro=(
-        "A direction, the difference of the mean activations on two sets of texts (Marks & Tegmark 2023; Panickssery et al. 2023), is added to the activations "
+        "A direction, the difference of the mean activations on two sets of texts (Marks & Tegmark 2023; Panickssery et al. 2023), or what a "
+        "latent of a dictionary writes, is added to the activations "
         "at every token (Turner et al. 2023). What it does is measured on texts that it was not taken from, what it costs by the loss of neutral text. "
         "Random directions of equal length are the control: a push of that size moves much of anything. Each change is the steered run minus the unsteered "
         "one on the same text, the mean over texts with a 95\u202f% interval."

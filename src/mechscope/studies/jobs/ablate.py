@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from mechscope.choices import AblationSource, MetricName
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, Settings, setting
+from mechscope.studies.dictionary_files import DICTIONARIES, MaybeDictionaries, autoencoders
 from mechscope.studies.groups import PAIRS, DocumentFormat, OneModel, PairFormat
 from mechscope.studies.inputs import MODELS, prompt_pairs, read_documents, record_pairs
 from mechscope.studies.job import Job, Stage
@@ -42,13 +43,15 @@ class InsteadOfPairs(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateSettings(OneModel, InsteadOfPairs, MaybePairs):
+class AblateSettings(OneModel, MaybeDictionaries, InsteadOfPairs, MaybePairs):
     """What is ablated and how it is judged."""
 
     panel: ClassVar[str] = "Ablation"
 
-    sites: str = setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, ….")
-    components: str | None = setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
+    sites: str = setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, …, or latent: all latents of --dictionary.")
+    components: str | None = setting(
+        None, 'Only these, e.g. "a3.h5,m3", "layers:2,3" or, with --dictionary, latents such as "resid6.f1024"; by default all.'
+    )
     source: AblationSource = setting("mean", "What an ablated component's value is replaced by.")
     mode: Literal["each", "keep"] = setting("each", "Leave one out, or keep only one.")
     metric: MetricName | None = setting(None, "Metric; by default loss with --data and logit-diff with --pairs.")
@@ -83,11 +86,21 @@ def _texts(run: JobRun[AblateSettings]) -> Pairs:
 TEXTS: Input[Pairs] = Input("texts", _texts, lambda texts: texts.hash, record_pairs)
 
 
+def _sites(settings: AblateSettings) -> list[str]:
+    """Return the sites; where latents are named they are among them, and alone where nothing else is."""
+    from mechscope.subject import Components
+
+    sites, chosen = split_names(settings.sites), Components.parse(settings.components or "")
+    if chosen.latents:
+        return list(dict.fromkeys([*(sites if chosen.without_latents else ()), "latent"]))
+    return sites
+
+
 def _check(run: JobRun[AblateSettings]) -> None:
     from mechscope.causal.ablation import ablated_places
 
     settings = run.settings
-    ablated_places(run.first.anatomy, split_names(settings.sites), settings.components)
+    ablated_places(run.first.anatomy, _sites(settings), settings.components, autoencoders(run))
     check_pairs(run.first, run[TEXTS], metric=settings.judged_by)
 
 
@@ -96,15 +109,17 @@ def _effects(run: JobRun[AblateSettings]) -> Tables:
     from mechscope.causal.places import site_named
 
     settings, subject, texts = run.settings, run.first, run[TEXTS]
-    sites = split_names(settings.sites)
+    sites, standing = _sites(settings), autoencoders(run)
+    averaged = [site_named(site) for site in sites if site != "latent"]
     effects = ablate(
         subject,
         texts,
         sites=sites,
-        source=mean_of(subject, texts, [site_named(site) for site in sites]) if settings.source == "mean" else settings.source,
+        source=mean_of(subject, texts, averaged, standing=standing) if settings.source == "mean" else settings.source,
         mode=settings.mode,
         metric=settings.judged_by,
         components=settings.components,
+        standing=standing,
         execution=run.execution,
     )
     run.folder.record("notes", effects.notes)
@@ -117,7 +132,7 @@ def _hangs_on(settings: AblateSettings) -> tuple[str, ...]:
     return (*names, "tokens_per_batch") if settings.source == "resample" else names
 
 
-EFFECTS = Stage(name="effects", work=_effects, hangs_on=_hangs_on, inputs=(MODELS, TEXTS))
+EFFECTS = Stage(name="effects", work=_effects, hangs_on=_hangs_on, inputs=(MODELS, TEXTS, DICTIONARIES))
 
 
 def _title(names: Mapping[str, str]) -> str:
@@ -126,12 +141,12 @@ def _title(names: Mapping[str, str]) -> str:
 
 JOB = Job(
     name="ablate",
-    help="Ablation: take heads and MLPs out, one at a time, and see what it costs.",
+    help="Ablation: take heads, MLPs or latents of dictionaries out, one at a time, and see what it costs.",
     panel="intervene",
     example="mechscope ablate gpt2 --pairs ioi --source mean --out runs/ablate-ioi",
     settings=AblateSettings,
     arguments=("model",),
-    inputs=(MODELS, TEXTS),
+    inputs=(MODELS, TEXTS, DICTIONARIES),
     stages=(EFFECTS,),
     sections=("effects",),
     title=_title,

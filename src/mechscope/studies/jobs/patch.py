@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from mechscope.choices import MetricName, PatchSite
 from mechscope.settings import Count, Number, setting
+from mechscope.studies.dictionary_files import DICTIONARIES, MaybeDictionaries, autoencoders
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
 from mechscope.studies.job import Job, Stage
@@ -16,13 +17,15 @@ from mechscope.studies.run import JobRun, Tables
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchSettings(OneModel, PromptPairs):
+class PatchSettings(OneModel, MaybeDictionaries, PromptPairs):
     """What is patched and how it is judged."""
 
     panel: ClassVar[str] = "Patching"
 
-    site: PatchSite = setting("head", "What is patched.")
-    components: str | None = setting(None, 'Only these, e.g. "a3.h5,m3" or "layers:2,3"; by default all.')
+    site: PatchSite = setting("head", "What is patched; latent: the latents of --dictionary.")
+    components: str | None = setting(
+        None, 'Only these, e.g. "a3.h5,m3", "layers:2,3" or, with --dictionary, latents such as "resid6.f1024"; by default all.'
+    )
     metric: MetricName = setting("logit-diff", "What is measured; loss is of a target span, kl compares with the clean run.")
     direction: Literal["denoise", "noise"] = setting("denoise", "Clean values into the corrupt run (denoise) or the reverse (noise).")
     positions: str = setting("all", "Tokens: all, last, changed, each, a segment, or several segments or numbers joined by commas.")
@@ -31,11 +34,19 @@ class PatchSettings(OneModel, PromptPairs):
     tokens_per_batch: Number | None = setting(1024, "Most tokens of a batch of texts, padding included; decides the memory.")
 
 
+def _site(settings: PatchSettings) -> str:
+    """Return the site: that of latents where only such are named."""
+    from mechscope.subject import Components
+
+    chosen = Components.parse(settings.components or "")
+    return "latent" if chosen.latents and not chosen.without_latents else settings.site
+
+
 def _check(run: JobRun[PatchSettings]) -> None:
-    from mechscope.causal.places import places
+    from mechscope.causal.places import chosen_places
 
     parse_positions(run.settings.positions)
-    places(run.first.anatomy, run.settings.site, run.settings.components)
+    chosen_places(run.first.anatomy, _site(run.settings), run.settings.components, autoencoders(run))
 
 
 def _effects(run: JobRun[PatchSettings]) -> Tables:
@@ -43,7 +54,8 @@ def _effects(run: JobRun[PatchSettings]) -> Tables:
 
     settings = run.settings
     options: dict[str, Any] = {
-        "site": settings.site,
+        "site": _site(settings),
+        "standing": autoencoders(run),
         "metric": settings.metric,
         "direction": settings.direction,
         "components": settings.components,
@@ -63,7 +75,7 @@ EFFECTS = Stage(
     name="effects",
     work=_effects,
     hangs_on=("site", "components", "metric", "direction", "positions", "method", "check", "seed"),
-    inputs=(MODELS, PAIRS),
+    inputs=(MODELS, PAIRS, DICTIONARIES),
 )
 
 
@@ -78,7 +90,7 @@ JOB = Job(
     example="mechscope patch gpt2 --pairs ioi --site head --out runs/patch-ioi",
     settings=PatchSettings,
     arguments=("model",),
-    inputs=(MODELS, PAIRS),
+    inputs=(MODELS, PAIRS, DICTIONARIES),
     stages=(EFFECTS,),
     sections=("effects",),
     title=_title,

@@ -11,6 +11,7 @@ from annotated_types import Gt, Lt
 from mechscope.choices import MetricName, VectorSite
 from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Count, Number, setting
+from mechscope.studies.dictionary_files import DICTIONARIES, MaybeDictionaries, autoencoders
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
 from mechscope.studies.job import Job, Stage
@@ -18,16 +19,21 @@ from mechscope.studies.pairs import check_pairs, held_out, one_position, split_n
 from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
+    from mechscope.causal import Direction
     from mechscope.data.pairs import Pairs, PromptPair
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerSettings(OneModel, PromptPairs):
+class SteerSettings(OneModel, MaybeDictionaries, PromptPairs):
     """Where the direction comes from, where and how strongly it is added, and what is measured."""
 
     panel: ClassVar[str] = "Steering"
 
-    layer: Count = setting(..., "The layer whose activations are read and changed.")
+    layer: Count | None = setting(None, "The layer whose activations are read and changed.")
+    latent: str | None = setting(
+        None,
+        "Instead of --layer: the direction that a latent of --dictionary writes, such as resid6.f1024; strengths are then values of the latent.",
+    )
     site: VectorSite = setting("residual", "Where in the layer.")
     head: Count | None = setting(None, "Which head, with --site head.")
     contrast: Literal["texts", "answers"] = setting(
@@ -58,6 +64,10 @@ class SteerSettings(OneModel, PromptPairs):
         super().__post_init__()
         if (self.positive is None) != (self.negative is None):
             raise SettingsError("--positive and --negative belong together: a direction is the difference of two sets of texts")
+        if (self.layer is None) == (self.latent is None):
+            raise SettingsError("give either --layer (a direction from texts) or --latent (the one that a latent writes)")
+        if self.latent is not None and (self.positive is not None or self.head is not None):
+            raise SettingsError("--latent says what the direction is: leave --positive, --negative and --head out")
         self.numbers()
 
     def numbers(self) -> tuple[float, ...]:
@@ -91,9 +101,11 @@ NEUTRAL: Input[Pairs] = Input(
 """Texts whose loss says what steering breaks."""
 
 
-def _sets(run: JobRun[SteerSettings]) -> tuple[Pairs, Pairs]:
-    """Return the texts that the direction points to and those it points away from."""
+def _sets(run: JobRun[SteerSettings]) -> tuple[Pairs, ...]:
+    """Return the texts that the direction points to and those it points away from; none where it is a latent's."""
     settings = run.settings
+    if settings.latent is not None:
+        return ()
     if settings.positive is not None and settings.negative is not None:
         return _texts(run, settings.positive, None), _texts(run, settings.negative, None)
     read, _ = held_out(run[PAIRS], settings.test_share, settings.seed)
@@ -114,14 +126,18 @@ def _answered(pair: PromptPair, *, right: bool) -> PromptPair:
     return replace(pair, clean=ids, corrupt=ids)
 
 
-SETS: Input[tuple[Pairs, Pairs]] = Input("sets", _sets, lambda sets: [texts.hash for texts in sets])
+SETS: Input[tuple[Pairs, ...]] = Input("sets", _sets, lambda sets: [texts.hash for texts in sets])
 """The texts that the direction points to, and those it points away from."""
 
 
 def _measured(run: JobRun[SteerSettings]) -> Pairs:
     """Return the pairs that the direction was not taken from."""
     pairs = run[PAIRS]
-    return pairs if run.settings.positive is not None else held_out(pairs, run.settings.test_share, run.settings.seed)[1]
+    return (
+        pairs
+        if run.settings.positive is not None or run.settings.latent is not None
+        else held_out(pairs, run.settings.test_share, run.settings.seed)[1]
+    )
 
 
 def _prompt(run: JobRun[SteerSettings]) -> tuple[int, ...]:
@@ -143,7 +159,10 @@ def _check(run: JobRun[SteerSettings]) -> None:
     from mechscope.causal.steering import check_vector_place
 
     settings = run.settings
-    check_vector_place(run.first, settings.site, settings.layer, settings.head)
+    if settings.layer is None:
+        _of_latent(run)
+    else:
+        check_vector_place(run.first, settings.site, settings.layer, settings.head)
     check_pairs(run.first, _measured(run), metric=settings.metric)
     for texts in run[SETS]:
         check_pairs(run.first, texts, metric=None, positions=(settings.positions,))
@@ -151,21 +170,35 @@ def _check(run: JobRun[SteerSettings]) -> None:
     _prompt(run)
 
 
+def _of_latent(run: JobRun[SteerSettings]) -> Direction:
+    """Return what a latent writes, per unit of its value."""
+    from mechscope.causal import Direction
+    from mechscope.causal.places import latent_places
+
+    (place, *others) = latent_places(autoencoders(run), run.settings.latent)
+    if others:
+        raise SettingsError(f"--latent is {run.settings.latent!r}: give one latent")
+    return Direction.from_vector(place.standing.decoders[place.latent], site=place.site, layer=place.layer, head=None, name=str(place))
+
+
 def _steered(run: JobRun[SteerSettings]) -> Tables:
     from mechscope.causal import difference_of_means, sweep_strength
 
     settings = run.settings
-    positive, negative = run[SETS]
-    direction = difference_of_means(
-        run.first,
-        positive,
-        negative,
-        site=settings.site,
-        layer=settings.layer,
-        positions=one_position(settings.positions),
-        head=settings.head,
-        execution=run.execution,
-    )
+    if settings.layer is None:
+        direction = _of_latent(run)
+    else:
+        positive, negative = run[SETS]
+        direction = difference_of_means(
+            run.first,
+            positive,
+            negative,
+            site=settings.site,
+            layer=settings.layer,
+            positions=one_position(settings.positions),
+            head=settings.head,
+            execution=run.execution,
+        )
     place = {"site": direction.site, "layer": direction.layer, "head": direction.head, "name": direction.name}
     run.stage.write_tensors("direction", {"direction": direction.vector}, meta=place)
     run.folder.record("notes", {"direction": direction.name, "length": float(direction.vector.double().norm())})
@@ -213,8 +246,8 @@ def _title(names: Mapping[str, str]) -> str:
 SWEEP = Stage(
     name="steer",
     work=_steered,
-    hangs_on=("site", "layer", "head", "contrast", "positions", "strengths", "controls", "metric", "test_share", "seed"),
-    inputs=(MODELS, PAIRS, SETS, NEUTRAL),
+    hangs_on=("site", "layer", "latent", "head", "contrast", "positions", "strengths", "controls", "metric", "test_share", "seed"),
+    inputs=(MODELS, PAIRS, SETS, NEUTRAL, DICTIONARIES),
 )
 CONTINUATIONS = Stage(
     name="steer_texts",
@@ -233,7 +266,7 @@ JOB = Job(
     example='mechscope steer gpt2 --pairs pairs.jsonl --layer 6 --strengths -4,-2,0,2,4 --prompt "I think that" --out runs/steer',
     settings=SteerSettings,
     arguments=("model",),
-    inputs=(MODELS, PAIRS, SETS, NEUTRAL),
+    inputs=(MODELS, PAIRS, SETS, NEUTRAL, DICTIONARIES),
     stages=(SWEEP, CONTINUATIONS),
     sections=("steer",),
     title=_title,
