@@ -180,7 +180,11 @@ def test_steering_by_a_latent_adds_what_it_writes(tmp_path: Path, dictionary: st
 
 def test_latents_without_their_dictionary_or_where_none_are_taken_are_refused(tmp_path: Path, dictionary: str) -> None:
     refuses(
-        ABLATE, out, SettingsError, r"resid1\.f3 is a latent of a dictionary at resid1, and there is no dictionary", components="resid1.f3"
+        ABLATE,
+        tmp_path / "ablate",
+        SettingsError,
+        r"resid1\.f3 is a latent of a dictionary at resid1, and there is no dictionary",
+        components="resid1.f3",
     )
     refuses(
         PATCH,

@@ -69,7 +69,8 @@ def ablate_latents(case: Case, execution: Execution) -> Result:
     found = ablate(
         case.subject, case.pairs, sites=["latent"], source=means, components=LATENTS, standing=_standing(case), execution=execution
     )
-    return columns(found.table) | {"values": found.values}
+    # of a latent that is silent at these tokens rounding decides the p
+    return {"values": found.values}
 
 
 def patch_latents(case: Case, execution: Execution) -> Result:
@@ -77,7 +78,8 @@ def patch_latents(case: Case, execution: Execution) -> Result:
     found = patch(
         case.subject, case.pairs, site="latent", positions=[2, 4], components=LATENTS, standing=_standing(case), execution=execution
     )
-    return columns(found.table) | {"values": found.values}
+    # of a latent that is silent at these tokens rounding decides the p
+    return {"values": found.values}
 
 
 def attribute_latents(case: Case, execution: Execution) -> Result:
