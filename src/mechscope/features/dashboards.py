@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from mechscope.data.pairs import Pairs
@@ -43,7 +44,7 @@ class Dashboard:
     Attributes:
         latents: One row per latent, those that carry most of what the dictionary writes first: `component`, `active` (tokens), `density`, `share` (of Σ f²),
             `largest`, `bar` (the first of its histogram, `mechscope.features.windows`), `counts` (a list: tokens of each bar from there on), `promotes` and
-            `suppresses` (lists of tokens), `sampled` (tokens of the sample in which it is active).
+            `suppresses` (lists of tokens, by its decoder at the place where that is longest), `sampled` (tokens of the sample in which it is active).
         examples: One row per example: `component`, `decile` (0 for the largest activations, 1 for the strongest tenth of random ones, 10 for the weakest),
             `place` (from 1), `value`, `text` (its place among the texts), `position`, `start` (of the tokens shown), `ids` (a list), `values` (a list).
         correlations: One row per latent and what goes with it: `component`, `other` (a latent or a head), `kind` ("latent", "head"), `correlation`.
@@ -102,10 +103,7 @@ def dashboard(
         label="dashboard",
     )
     shown = seen.strongest(settings.latents)
-    place = dictionary.layout.outputs[0]
-    written = subject_of(models, place)
-    # where decoder rows are no part of the residual stream there are no tokens to be read off them
-    promoted = promoted_tokens(written, dictionary, shown) if shown and writes_residual(place) else [([], [])] * len(shown)
+    promoted = _promoted(models, dictionary, shown)
     correlations, chance, active = _correlations(seen, shown, latents.head_names, settings.related, execution.seed)
     return Dashboard(
         _listed(seen, shown, promoted, active),
@@ -115,6 +113,23 @@ def dashboard(
         seen.tokens,
         len(seen.sample),
     )
+
+
+def _promoted(models: Models, dictionary: Dictionary, shown: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens that latents promote and suppress where their decoders are longest; none where nothing is written into a residual stream."""
+    found: list[tuple[list[int], list[int]]] = [([], [])] * len(shown)
+    places = [place for place in dictionary.layout.outputs if writes_residual(place)]
+    if not places or not shown:
+        return found
+    # of a crosscoder of two models: in the one that holds it
+    sizes = torch.stack([torch.linalg.vector_norm(dictionary.directions(shown, place).float(), dim=1) for place in places])
+    longest = sizes.argmax(0).tolist()
+    for number, place in enumerate(places):
+        own = [at for at, where in enumerate(longest) if where == number]
+        listed = promoted_tokens(subject_of(models, place), dictionary, [shown[at] for at in own], place=place) if own else []
+        for at, tokens in zip(own, listed, strict=True):
+            found[at] = tokens
+    return found
 
 
 def _listed(seen: Watched, shown: Sequence[int], promoted: Sequence[tuple[list[int], list[int]]], active: Sequence[int]) -> pd.DataFrame:

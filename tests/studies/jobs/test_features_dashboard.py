@@ -8,11 +8,14 @@ from typing import Any
 import pandas as pd
 
 from mechscope.errors import MechscopeError, SettingsError
-from mechscope.features import DashboardSettings, dashboard
+from mechscope.features import DashboardSettings, Dictionary, Rule, crosscoder, dashboard, promoted_tokens
 from mechscope.instrument import Execution
 from mechscope.store.run import verify
 from mechscope.store.tables import write_table
 from mechscope.studies.jobs.features_dashboard import JOB
+from mechscope.studies.runner import run_job
+from mechscope.subject.load import load
+from tests import families
 from tests.causal.pairs import random_pairs
 from tests.report.measured import random_dictionary
 from tests.studies.jobs.running import refuses, run, shown, subject
@@ -62,6 +65,46 @@ def test_classes_and_effects_come_from_another_run(tmp_path: Path) -> None:
     assert told["class"].notna().sum() == 2
     assert [told.loc[(name, "resid1.f4"), "effect"] for name in ("one", "other")] == [-0.5, -0.5]
     assert told["effect"].notna().sum() == 2
+
+
+def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_tokens_of_the_model_that_has_a_latent(tmp_path: Path) -> None:
+    width = subject().anatomy.d_model
+    layout = crosscoder("base:resid1,tuned:resid1", (width, width), 40, Rule("topk", 8))
+    tensors = layout.tensors(seed=1)
+    tensors["decoder.0"][4, :width] = 0
+    tensors["decoder.0"][5, width:] = 0
+    Dictionary.plain(layout, tensors).save(tmp_path / "crosscoder.safetensors")
+    judged = {
+        "comparison": ["crosscoder"] * 4,
+        "component": [f"base:resid1.f{latent}" for latent in (4, 5, 7, 38)],
+        "by_norm": ["second only", "first only", "shared", "second only"],
+        "judged": ["new", "", "", "new"],
+        "beyond": pd.array([True, None, None, False], dtype="object"),
+    }
+    write_table(pd.DataFrame(judged), tmp_path / "diff" / "tables" / "feature_latents.parquet")
+    other = load(families.build("gpt2", seed=5), tokenizer=families.tokenizer())
+    given = {"model": subject(), "tuned": other, "pairs": PAIRS}
+    settings = JOB.resolve(
+        model="one",
+        tuned="other",
+        pairs="given in memory",
+        dictionary=f"{tmp_path}/crosscoder.safetensors",
+        beside=f"{tmp_path}/diff",
+        drawn=20,
+    )
+    result = run_job(JOB, settings, None, given=given)
+    told = result.dashboard_latents.set_index("component")
+    promotes = dict(zip(result.dashboard_latents["component"], result.dashboard_latents["promotes"], strict=True))
+    assert told["class"].dropna().to_dict() == {
+        "base:resid1.f4": "new beyond control",
+        "base:resid1.f5": "first only",
+        "base:resid1.f7": "shared",
+        "base:resid1.f38": "new",
+    }
+    dictionary = Dictionary.plain(layout, tensors)
+    for latent, model, place in ((4, other, layout.outputs[1]), (5, subject(), layout.outputs[0])):
+        ((up, _),) = promoted_tokens(model, dictionary, [latent], place=place)
+        assert promotes[f"base:resid1.f{latent}"].tolist() == [subject().tokenizer.decode([token]) for token in up]
 
 
 def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path) -> None:

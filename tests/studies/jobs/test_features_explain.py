@@ -42,7 +42,11 @@ def test_tables_are_those_of_the_functions(tmp_path: Path) -> None:
     ]
     found = explain(evidence, Baseline(subject().tokenizer), execution=execution)
     assert result.explanations["component"].tolist() == ["resid1.f22", "resid1.f8", "m1.n3", "m1.n4", "a1.h2", "a0.h0"]
-    pd.testing.assert_frame_equal(result.explanations.drop(columns="texts"), found.explanations)
+    pd.testing.assert_frame_equal(result.explanations.drop(columns=["texts", "strongest"]), found.explanations.drop(columns="strongest"))
+    for spelled, tokens, each in zip(result.explanations["strongest"], found.explanations["strongest"], evidence, strict=True):
+        assert list(spelled) == [subject().tokenizer.decode([token]) for token in tokens]
+        # the first is the token of the largest activation of all that explain it
+        assert any(window.ids[at] == tokens[0] and value == each.largest for window in each.train for at, value in enumerate(window.values))
     pd.testing.assert_frame_equal(result.explanation_scores, found.scores)
     pd.testing.assert_frame_equal(result.explanation_summary, found.summary)
     assert set(result.explanations["kind"]) == {"latents", "neurons", "heads"}

@@ -40,6 +40,11 @@ class Window:
     values: tuple[float, ...]
 
     @property
+    def peak(self) -> int:
+        """The token in which the unit is active most."""
+        return self.ids[int(np.argmax(self.values))]
+
+    @property
     def active(self) -> tuple[int, ...]:
         """The places of the tokens in which the unit is active."""
         return tuple(at for at, value in enumerate(self.values) if value > 0)

@@ -23,6 +23,8 @@ from mechscope.stats.skewness import ThirdMoments
 
 CONTROL = "shuffled explanations"
 """The control: each unit's windows are judged by the explanation of another one."""
+# tokens of a unit's largest activations that are listed
+_STRONGEST = 8
 # of a unit's name what kind of unit it is
 _KINDS = {"n": "neurons", "h": "heads", "f": "latents"}
 
@@ -33,7 +35,7 @@ class Explained:
 
     Attributes:
         explanations: One row per unit: `component`, `kind` ("latents", "neurons", "heads"), `explainer`, `explanation`, `active` (tokens), `density`, `train`
-            and `test` (windows in which it is active).
+            and `test` (windows in which it is active), `strongest` (a list: the tokens of its largest activations in the windows that explain it, each once).
         scores: One row per unit, scorer and control: `component`, `kind`, `explainer`, `scorer`, `control` (empty, or "shuffled explanations"), `n` (answers
             asked for), `score` with `low`, `high`, `chance`, `unreadable` (share of the answers), `withheld`.
         summary: One row per kind, scorer and control: `kind`, `explainer`, `scorer`, `control`, `n` (units), `score` (mean over units) with `low` and `high`,
@@ -163,6 +165,7 @@ def _told(each: Evidence, explainer: Explainer, explanation: Explanation) -> dic
         "density": each.active / each.tokens,
         "train": len(each.train),
         "test": len(each.test),
+        "strongest": list(dict.fromkeys(window.peak for window in sorted(each.train, key=lambda window: -max(window.values))))[:_STRONGEST],
     }
 
 

@@ -33,6 +33,7 @@ TABLES = {
         density=number("the same as a share of all that were read", "share"),
         train="windows in which it is active that it was explained from",
         test="held-out windows in which it is active that the explanation was judged on",
+        strongest="the tokens of its largest activations in the windows that explain it, a list, each once",
         texts="texts, of which one half explains and the other judges",
     ),
     "explanation_scores": table(
@@ -115,7 +116,13 @@ def _views(tables: Tables) -> list[Shown]:
         if scores is not None:
             own = scores[scores["control"] == ""].pivot(index="component", columns="scorer", values="score")
             listed = explained.merge(own, left_on="component", right_index=True, how="left")
-        view = Table(listed).words("component", "unit").texts("explanation", "stands for").numbers("density", "density")
+        view = (
+            Table(listed)
+            .words("component", "unit")
+            .texts("explanation", "stands for")
+            .token_lists("strongest", "strongest at")
+            .numbers("density", "density")
+        )
         for scorer in ("detection", "fuzzing", "simulation", "intruder"):
             view = view.numbers(scorer, scorer)
         shown.append(Shown("What they stand for", view.view(), table="explanations"))
@@ -188,6 +195,14 @@ def _caveats(tables: Tables) -> list[Caveat]:
                 )
             )
     explained = tables.get("explanations")
+    summary = tables.get("explanation_summary")
+    if summary is not None and (summary["control"] != "").any():
+        found.append(
+            Caveat(
+                "Where units are alike, the explanation of another one tells where they are active too, and shuffled ones score above chance.",
+                "explanation_summary",
+            )
+        )
     if explained is not None:
         found.append(
             Caveat(

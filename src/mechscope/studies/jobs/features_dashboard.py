@@ -53,7 +53,11 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
         table = read_table(file)
         if "component" not in table:
             continue
-        named = table["dictionary"] if "dictionary" in table else [""] * len(table)
+        if {"by_norm", "judged"} <= set(table):
+            # what `features diff` says of a latent: how it was judged, and of those that were not by which model has it
+            said = table["judged"].where(table["judged"].fillna("") != "", table["by_norm"])
+            table = table.assign(**{"class": said.where(~table["beyond"].eq(True), "new beyond control")})
+        named = next((table[name] for name in ("dictionary", "comparison") if name in table), [""] * len(table))
         for column in _BESIDE:
             if column in table:
                 known = found.setdefault(column, {})

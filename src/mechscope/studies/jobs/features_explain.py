@@ -189,6 +189,7 @@ def _explainer(run: JobRun[FeaturesExplainSettings]) -> Explainer:
 
 def _explain(run: JobRun[FeaturesExplainSettings]) -> Tables:
     from mechscope.features.explain import explain, gather, scorers_of
+    from mechscope.subject.spelling import Spelling
 
     settings = run.settings
     evidence = [
@@ -199,13 +200,15 @@ def _explain(run: JobRun[FeaturesExplainSettings]) -> Tables:
     found = explain(
         evidence, _explainer(run), scorers=scorers_of(settings.scorers), kept=_Finished(run.stage.path("finished")), execution=run.execution
     )
+    spelling = Spelling(run.first.tokenizer)
+    told = found.explanations.assign(texts=len(run[TEXTS]), strongest=found.explanations["strongest"].map(spelling.tokens))
     tables = {
-        "explanations": found.explanations,
+        "explanations": told,
         "explanation_scores": found.scores,
         "explanation_summary": found.summary,
         "explanation_questions": found.sent,
     }
-    return {name: table.assign(texts=len(run[TEXTS])) if name == "explanations" else table for name, table in tables.items() if len(table)}
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 EXPLANATIONS = Stage(
