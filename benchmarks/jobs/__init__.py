@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Job
-from benchmarks.jobs import adapters, attention, circuits, documents, features, heads, interventions, lenses, walks, weights
+from benchmarks.jobs import adapters, attention, circuits, documents, features, graphs, heads, interventions, lenses, walks, weights
 
 TOPICS: dict[str, tuple[Job, ...]] = {
     "attention": attention.JOBS,
@@ -14,6 +14,7 @@ TOPICS: dict[str, tuple[Job, ...]] = {
     "heads": heads.JOBS,
     "weights": weights.JOBS,
     "features": features.JOBS,
+    "graphs": graphs.JOBS,
     "adapters": adapters.JOBS,
     "documents": documents.JOBS,
 }

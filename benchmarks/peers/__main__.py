@@ -13,20 +13,20 @@ def look(package: str) -> dict[str, str]:
     """Say whether a package is here."""
     if importlib.util.find_spec(package) is None:
         return {"absent": "not installed"}
-    if package == "eap":
-        return _eap()
+    if package in ("eap", "circuit_tracer"):
+        return _on_older_lens(package)
     return {"version": importlib.metadata.version(package)}
 
 
-def _eap() -> dict[str, str]:
-    """EAP-IG's code is often a folder on the path, without a version, and needs an older TransformerLens."""
+def _on_older_lens(package: str) -> dict[str, str]:
+    """The code of EAP-IG and circuit-tracer are often folders on the path, without a version, and need an older TransformerLens."""
     if importlib.util.find_spec("transformer_lens") is None:
         return {"absent": "it needs transformer_lens before 4.0, which is not installed beside it"}
     beneath = importlib.metadata.version("transformer_lens")
     if int(beneath.partition(".")[0]) >= 4:
         return {"absent": f"it needs transformer_lens before 4.0, beside it is {beneath}"}
     try:
-        return {"version": importlib.metadata.version("eap")}
+        return {"version": importlib.metadata.version(package)}
     except importlib.metadata.PackageNotFoundError:
         return {"version": f"on transformer_lens {beneath}"}
 

@@ -67,6 +67,7 @@ def test_the_authors_code_needs_the_older_transformer_lens(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.3.0")
     assert "before 4.0" in look("eap")["absent"]
+    assert "before 4.0" in look("circuit_tracer")["absent"]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.16.1")
     assert look("eap") == {"version": "2.16.1"}
 
