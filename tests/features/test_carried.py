@@ -29,7 +29,13 @@ W = families.WIDTH
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
 TOKENS = TokenSettings(first=2, outlier=None)
 TEXTS = random_pairs(5)
-SETS = {"some": LatentSet((3, 17, 4)), "all": LatentSet(), "whole": LatentSet(whole=True), "drawn": LatentSet((3, 17, 4), draw=1)}
+SETS = {
+    "some": LatentSet((3, 17, 4)),
+    "all": LatentSet(),
+    "whole": LatentSet(whole=True),
+    "drawn": LatentSet((3, 17, 4), draw=1),
+    "mean": LatentSet(mean=True),
+}
 
 
 def given(where: str) -> Dictionary:
@@ -68,7 +74,7 @@ def run(subject: Subject, ids: list[int], layers: list[int], added: list[Tensor]
     return seen, losses
 
 
-def by_hand(both: Pair, dictionary: Dictionary, layers: list[int], latents: list[int] | None, *, whole: bool = False) -> np.ndarray:
+def by_hand(both: Pair, dictionary: Dictionary, layers: list[int], latents: list[int] | None, *, how: str = "") -> np.ndarray:
     """Return the losses on targets of base, tuned, base with latents put in, and tuned with them taken out, by text."""
     found = []
     for text in TEXTS:
@@ -82,7 +88,10 @@ def by_hand(both: Pair, dictionary: Dictionary, layers: list[int], latents: list
         ]
         rows = decoders if len(decoders) == count else [two - one for one, two in zip(decoders[:count], decoders[count:], strict=True)]
         chosen = list(range(30)) if latents is None else latents
-        shifts = differences if whole else [f[:, chosen] @ each[chosen] for each in rows]
+        shifts = differences if how == "whole" else [f[:, chosen] @ each[chosen] for each in rows]
+        if how == "mean":
+            centres = [each.centre for each in dictionary.output_maps]
+            shifts = centres if len(decoders) == count else [two - one for one, two in zip(centres[:count], centres[count:], strict=True)]
         _, into = run(both.base, ids, layers, [x + shift for x, shift in zip(base, shifts, strict=True)])
         _, out = run(both.tuned, ids, layers, [x - shift for x, shift in zip(tuned, shifts, strict=True)])
         assert text.target is not None
@@ -101,8 +110,8 @@ def test_sets_are_put_in_and_taken_out_as_by_hooks_written_by_hand(family: str, 
     # one batch of texts that are padded, and one batch each
     for tokens in (100, 1):
         found = carried(both, dictionary, TEXTS, SETS, tokens=TOKENS, execution=Execution(tokens))
-        for name, latents in (("some", [3, 17, 4]), ("all", None), ("whole", None)):
-            expected = by_hand(both, dictionary, layers, latents, whole=name == "whole")
+        for name, latents in (("some", [3, 17, 4]), ("all", None), ("whole", None), ("mean", None)):
+            expected = by_hand(both, dictionary, layers, latents, how=name)
             for value, wanted in zip((found.base, found.tuned, found.into_base[name], found.out_of_tuned[name]), expected, strict=True):
                 np.testing.assert_allclose(value, wanted, rtol=tolerance)
             assert not np.allclose(expected[2], expected[0], atol=1e-6)

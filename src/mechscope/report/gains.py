@@ -14,12 +14,14 @@ MAIN = "crosscoder"
 BESIDE = (("other latents", "as many other latents"), ("random vectors", "random vectors of their length"))
 
 
-def sets_of(carried: pd.DataFrame, change: str) -> list[tuple[str, Any]]:
-    rows = carried[(carried["comparison"] == MAIN) & (carried["change"] == change)]
+def sets_of(carried: pd.DataFrame, change: str, comparison: str = MAIN) -> list[tuple[str, Any]]:
+    """Return the rows of a dictionary's sets for one change of a model, by the names of the sets."""
+    rows = carried[(carried["comparison"] == comparison) & (carried["change"] == change)]
     return [(str(row["set"]), row) for _, row in rows.iterrows()]
 
 
 def share_said(row: Any) -> str:
+    """Write a share as a percentage with its interval."""
     return f"{percent(row['share'])} {interval(100 * row['share_low'], 100 * row['share_high'])}".strip()
 
 

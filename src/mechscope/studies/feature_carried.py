@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mechscope.stats.shares import share_of
-from mechscope.studies.feature_difference import Trained, texts_of, trained_of
-from mechscope.studies.inputs import PAIR
-from mechscope.studies.run import JobRun, Tables
+from mechscope.studies.feature_difference import Request, Trained, trained_of
+from mechscope.studies.run import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,44 +24,31 @@ _NO_GAIN = "fine-tuning did not lower the loss on these summaries"
 _STRONGEST = 10
 
 
-def carry_all(run: JobRun[Any]) -> Tables:
+def carry_all(request: Request) -> Tables:
     """Put what is new into the base and take it out of the tuned model, beside as many others and all there is."""
     import pandas as pd
 
-    from mechscope.features.diffing import CROSSCODER, LatentSet, alike, carried
+    from mechscope.features.diffing import CROSSCODER, LatentSet, carried
 
-    settings, both = run.settings, run[PAIR]
-    trained = trained_of(run, {"base": both.base, "tuned": both.tuned})
-    texts = texts_of(run).judged.first(settings.causal_documents)
-    table = run.table("feature_latents")
+    settings, both = request.settings, request.pair
+    trained = trained_of(request, {"base": both.base, "tuned": both.tuned})
+    texts = request.texts.judged.first(settings.causal_documents)
+    table = request.run.table("feature_latents")
+    own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
+    new, judged = np.flatnonzero(own["beyond"].astype(bool)), own["judged"]
+    groups = {"new": new, "new by thresholds": np.flatnonzero(judged == "new"), "lost": np.flatnonzero(judged == "lost")}
+    if set(groups["new by thresholds"]) == set(new):
+        del groups["new by thresholds"]
     rows = []
     for name in (CROSSCODER, *(("difference",) if settings.difference else ())):
-        dictionary = trained.dictionaries[name]
-        sets: dict[str, LatentSet] = {"all latents": LatentSet()}
-        if name == CROSSCODER:
-            sets["whole stream"] = LatentSet(whole=True)
-            own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
-            new = np.flatnonzero(own["beyond"].astype(bool))
-            energy = own["energy"].to_numpy()
-            groups = {
-                "new": new,
-                "new by thresholds": np.flatnonzero(own["judged"] == "new"),
-                "lost": np.flatnonzero(own["judged"] == "lost"),
-            }
-            if set(groups["new by thresholds"]) == set(new):
-                del groups["new by thresholds"]
-        else:
-            energy = _energy_of_differences(run, trained, texts)
+        dictionary, energy = trained.dictionaries[name], own["energy"].to_numpy()
+        if name != CROSSCODER:
+            energy = _energy_of_differences(request, trained, texts)
             groups = {"strongest": np.argsort(-energy, kind="stable")[: max(_STRONGEST, len(new))]}
-        chosen = {group: tuple(int(latent) for latent in latents) for group, latents in groups.items() if len(latents)}
-        sets |= {group: LatentSet(latents) for group, latents in chosen.items()}
-        first = "new" if name == CROSSCODER else "strongest"
-        if first in chosen:
-            for draw in range(settings.random_draws):
-                sets[f"other latents {draw}"] = LatentSet(alike(chosen[first], energy, seed=settings.seed * 1009 + draw))
-                sets[f"random vectors {draw}"] = LatentSet(chosen[first], draw=settings.seed * 1009 + draw)
-        # where no other latent is active there is none to draw
-        sets = {called: each for called, each in sets.items() if each.whole or each.latents or called == "all latents"}
+        sets = _sets(groups, energy, draws=settings.random_draws, seed=request.run.settings.seed)
+        first = next(iter(groups))
+        if name == CROSSCODER:
+            sets |= {"mean difference": LatentSet(mean=True), "whole difference": LatentSet(whole=True)}
         found = carried(
             both,
             dictionary,
@@ -70,18 +56,34 @@ def carry_all(run: JobRun[Any]) -> Tables:
             sets,
             tokens=trained.reader.tokens,
             limits={place.name: limit for place, limit in trained.reader.limits.items()},
-            execution=run.execution,
+            execution=request.run.execution,
         )
         rows.append(carried_rows(found, sets, first).assign(comparison=name))
     whole = pd.concat(rows, ignore_index=True)
     return {"feature_carried": whole[["comparison", *(column for column in whole if column != "comparison")]]}
 
 
-def _energy_of_differences(run: JobRun[Any], trained: Trained, texts: Pairs) -> np.ndarray:
+def _sets(groups: Mapping[str, np.ndarray], energy: np.ndarray, *, draws: int, seed: int) -> dict[str, LatentSet]:
+    """Return sets of latents by name: those of each group, beside the first one draws of as many others and of random vectors; then all latents."""
+    from mechscope.features.diffing import LatentSet, alike
+
+    chosen = {group: tuple(int(latent) for latent in latents) for group, latents in groups.items() if len(latents)}
+    first, *others = groups
+    sets = {first: LatentSet(chosen[first])} if first in chosen else {}
+    for draw in range(draws if first in chosen else 0):
+        # where no other latent is active there is none to draw
+        if like := alike(chosen[first], energy, seed=seed * 1009 + draw):
+            sets[f"other latents {draw}"] = LatentSet(like)
+        sets[f"random vectors {draw}"] = LatentSet(chosen[first], draw=seed * 1009 + draw)
+    sets |= {group: LatentSet(chosen[group]) for group in others if group in chosen}
+    return sets | {"all latents": LatentSet()}
+
+
+def _energy_of_differences(request: Request, trained: Trained, texts: Pairs) -> np.ndarray:
     from mechscope.features.diffing import judge
 
     recipe = replace(trained.recipe, views=("base", "tuned", "difference"))
-    judged = judge(trained.reader, {"difference": trained.dictionaries["difference"]}, recipe, texts, execution=run.execution)
+    judged = judge(trained.reader, {"difference": trained.dictionaries["difference"]}, recipe, texts, execution=request.run.execution)
     found: np.ndarray = judged["difference"].sums.squares.numpy()
     return found
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from mechscope.errors import ModelError, SettingsError
 from mechscope.studies.controls import load_control, named_controls
 from mechscope.studies.dictionaries import described
-from mechscope.studies.inputs import CORPUS, PAIR
 from mechscope.studies.pairs import held_out, split_names
 from mechscope.studies.run import JobRun, Tables
 
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
     from mechscope.features.diffing import Comparison, Plant, Recipe
     from mechscope.features.places import Place
     from mechscope.features.rows import Reader
-    from mechscope.subject import Subject
+    from mechscope.studies.control_tables import Control
+    from mechscope.studies.feature_settings import DictionaryComparison
+    from mechscope.subject import Pair, Subject
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,48 @@ OWN_CONTROLS = ("same", "half", "planted", "shuffled")
 _LONG = 600.0
 
 
-def own_controls(settings: Any) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Texts:
+    """Texts that are learned from, those of the other half (None where they are not apart), and those that are judged on."""
+
+    learned: Pairs
+    other: Pairs | None
+    judged: Pairs
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is compared, by which dictionaries, and in which run.
+
+    Attributes:
+        run: The run: its folder, stages, seed.
+        settings: Which dictionaries, and what they are judged by.
+        pair: The two models.
+        learned: Texts to learn from; half of them where the other half is a control.
+        judged: Texts to judge on, with a target.
+    """
+
+    run: JobRun[Any]
+    settings: DictionaryComparison
+    pair: Pair
+    learned: Pairs
+    judged: Pairs
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """Other trainings."""
+        return named_controls(self.run.settings)
+
+    @property
+    def texts(self) -> Texts:
+        """The texts, those of the other half apart where it is a control."""
+        if "half" not in own_controls(self.settings):
+            return Texts(self.learned, None, self.judged)
+        first, other = held_out(self.learned, 0.5, self.run.settings.seed + 1)
+        return Texts(first, other, self.judged)
+
+
+def own_controls(settings: DictionaryComparison) -> tuple[str, ...]:
     """Return the controls that are made of the two models themselves.
 
     Raises:
@@ -46,12 +88,12 @@ def own_controls(settings: Any) -> tuple[str, ...]:
     return tuple("shuffled pairs" if name == "shuffled" else name for name in OWN_CONTROLS if name in named)
 
 
-def places_of(run: JobRun[Any]) -> tuple[Place, ...]:
+def places_of(request: Request) -> tuple[Place, ...]:
     """Return where the models are compared; `SettingsError` where a place does not exist, is one model's, or is written by no one."""
     from mechscope.features.places import places
 
-    anatomy = run[PAIR].base.anatomy
-    where = places(run.settings.places or f"resid{max(0, anatomy.n_layers // 2 - 1)}")
+    anatomy = request.pair.base.anatomy
+    where = places(request.settings.places or f"resid{max(0, anatomy.n_layers // 2 - 1)}")
     for place in where:
         if place.model:
             raise SettingsError(f"setting 'places' names {place}: name the place alone, it is read in both models")
@@ -59,18 +101,18 @@ def places_of(run: JobRun[Any]) -> tuple[Place, ...]:
             raise SettingsError(
                 f"setting 'places' names {place}, which an MLP reads and no one writes: name what is written, such as m{place.layer}"
             )
-        place.check(run[PAIR].base)
+        place.check(request.pair.base)
     if len(set(where)) < len(where):
-        raise SettingsError(f"setting 'places' names a place twice: {run.settings.places}")
+        raise SettingsError(f"setting 'places' names a place twice: {request.settings.places}")
     return where
 
 
-def compared(run: JobRun[Any]) -> tuple[Comparison, ...]:
+def compared(request: Request) -> tuple[Comparison, ...]:
     """Return the dictionaries that are trained."""
     from mechscope.features.diffing import comparisons
 
-    others = {f"other{number}": (control.name, control.kind) for number, control in enumerate(named_controls(run.settings))}
-    return comparisons(own_controls(run.settings), others, difference=run.settings.difference)
+    others = {f"other{number}": (control.name, control.kind) for number, control in enumerate(request.controls)}
+    return comparisons(own_controls(request.settings), others, difference=request.settings.difference)
 
 
 def file_names(several: tuple[Comparison, ...]) -> dict[str, Comparison]:
@@ -87,7 +129,7 @@ def file_names(several: tuple[Comparison, ...]) -> dict[str, Comparison]:
     return named
 
 
-def plans(run: JobRun[Any]) -> dict[str, Plan]:
+def plans(request: Request) -> dict[str, Plan]:
     """Return the plans of the dictionaries, by the names of their files.
 
     Raises:
@@ -96,9 +138,9 @@ def plans(run: JobRun[Any]) -> dict[str, Plan]:
     from mechscope.features import Plan, Rule
     from mechscope.features.objective import checked
 
-    settings, where, base = run.settings, places_of(run), run[PAIR].base
+    settings, where, base = request.settings, places_of(request), request.pair.base
     widths, found = [place.width(base) for place in where], dict[str, Plan]()
-    for name, comparison in file_names(compared(run)).items():
+    for name, comparison in file_names(compared(request)).items():
         # of differences there is one decoder, whose norm says nothing
         two = len(comparison.views) > 1
         rule = Rule("batchtopk", settings.k, by_norm=two) if settings.rule == "batchtopk" else Rule(settings.rule)
@@ -107,25 +149,7 @@ def plans(run: JobRun[Any]) -> dict[str, Plan]:
     return found
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Texts that are learned from, those of the other half (None where they are not apart), and those that are judged on."""
-
-    learned: Pairs
-    other: Pairs | None
-    judged: Pairs
-
-
-def texts_of(run: JobRun[Any]) -> _Texts:
-    """Return the documents, split."""
-    learned, judged = held_out(run[CORPUS].pairs, run.settings.test_share, run.settings.seed)
-    if "half" not in own_controls(run.settings):
-        return _Texts(learned, None, judged)
-    other, first = held_out(learned, 0.5, run.settings.seed + 1)
-    return _Texts(first, other, judged)
-
-
-def check(run: JobRun[Any]) -> None:
+def check(request: Request) -> None:
     """Refuse what does not fit, before anything expensive.
 
     Raises:
@@ -134,62 +158,64 @@ def check(run: JobRun[Any]) -> None:
     from mechscope.data.scoring import check_fits
     from mechscope.features.diffing.classes import check_thresholds
 
-    both = run[PAIR]
+    both = request.pair
     if both.base.fingerprint == both.tuned.fingerprint:
         raise ModelError(
             f"base and tuned model have the same weights ({both.tuned.source!r}): nothing was added; give the fine-tuned model"
         )
-    check_thresholds(run.settings.exclusive)
-    plans(run)
+    check_thresholds(request.settings.exclusive)
+    plans(request)
     for subject in (both.base, both.tuned):
-        check_fits(subject, run[CORPUS].pairs)
-    _plant(run, texts_of(run).learned)
+        for texts in (request.learned, request.judged):
+            check_fits(subject, texts)
+    _plant(request, request.texts.learned)
 
 
-def models_of(run: JobRun[Any]) -> dict[str, Subject]:
+def models_of(request: Request) -> dict[str, Subject]:
     """Return the two models and further trainings, by the names that places have."""
-    both = run[PAIR]
-    others = {f"other{number}": load_control(run, both.base, control).tuned for number, control in enumerate(named_controls(run.settings))}
+    both = request.pair
+    others = {f"other{number}": load_control(request.run, both.base, control).tuned for number, control in enumerate(request.controls)}
     return {"base": both.base, "tuned": both.tuned, **others}
 
 
-def _file(run: JobRun[Any], name: str) -> Path:
-    return run.folder.path / "dictionaries" / f"{name}.safetensors"
+def _file(request: Request, name: str) -> Path:
+    return request.run.folder.path / "dictionaries" / f"{name}.safetensors"
 
 
-def train_all(run: JobRun[Any]) -> Tables:
+def train_all(request: Request) -> Tables:
     """Harvest once, train every dictionary on it at once, and keep them in the run folder."""
     import pandas as pd
+    import torch
 
     from mechscope.features import Live, harvest, train
     from mechscope.features.diffing import Views, model_places
     from mechscope.features.diffing.cost import cost_of
 
-    settings, wanted, where, texts, models = run.settings, plans(run), places_of(run), texts_of(run), models_of(run)
-    scratch = run.stage.path("features")
+    settings, wanted, where, texts, models = request.settings, plans(request), places_of(request), request.texts, models_of(request)
+    scratch = request.run.stage.path("features")
 
     def source(name: str, some: Pairs, names: list[str]) -> Any:
         given = {each: models[each] for each in names}
-        options: dict[str, Any] = {"settings": settings.harvest, "execution": run.execution}
+        options: dict[str, Any] = {"settings": settings.harvest, "execution": request.run.execution}
         if settings.live:
             return Live(given, some, model_places(where, names), **options)
         return harvest(given, some, model_places(where, names), scratch / name, **options)
 
     def views(first: Any, other: Any) -> Views:
-        return Views(first, texts.learned, _recipe(run, first, texts.learned), other=other)
+        return Views(first, texts.learned, _recipe(request, first, texts.learned), other=other)
 
-    probe = Live(models, texts.learned, model_places(where, list(models)), settings=settings.harvest, execution=run.execution)
+    probe = Live(models, texts.learned, model_places(where, list(models)), settings=settings.harvest, execution=request.run.execution)
     everything = texts.learned if texts.other is None else replace(texts.learned, pairs=(*texts.learned.pairs, *texts.other.pairs))
     cost = cost_of(
         probe.reader,
         everything,
         list(wanted.values()),
         settings.training,
-        sum(len(comparison.views) for comparison in compared(run)),
+        sum(len(comparison.views) for comparison in compared(request)),
         rows=settings.harvest.rows,
         bytes_each=4 if settings.harvest.precision == "float32" else 2,
         live=settings.live,
-        execution=run.execution,
+        execution=request.run.execution,
     )
     log.log(
         logging.WARNING if cost.reading + cost.training > _LONG else logging.INFO,
@@ -198,16 +224,29 @@ def train_all(run: JobRun[Any]) -> Tables:
         f"{settings.latents:,}",
         cost,
     )
+    base = request.pair.base
+    if base.dtype.itemsize < 4:
+        log.warning(
+            "the models were read in %s, so differences below about %.1g %% of an activation are rounding",
+            str(base.dtype).removeprefix("torch."),
+            100 * torch.finfo(base.dtype).eps / 2,
+            extra={"weakens": "feature_comparisons"},
+        )
     first = source("activations", texts.learned, list(models))
     other = None if texts.other is None else source("other-half", texts.other, ["base", "tuned"])
     trained = train(
-        views(first, other), wanted, scratch / "training", training=settings.training, device=run.first.device, execution=run.execution
+        views(first, other),
+        wanted,
+        scratch / "training",
+        training=settings.training,
+        device=request.pair.base.device,
+        execution=request.run.execution,
     )
-    rows, curves, named = [], [], file_names(compared(run))
+    rows, curves, named = [], [], file_names(compared(request))
     for file, each in trained.items():
-        _file(run, file).parent.mkdir(parents=True, exist_ok=True)
-        each.dictionary.save(_file(run, file))
-        run.stage.add(_file(run, file))
+        _file(request, file).parent.mkdir(parents=True, exist_ok=True)
+        each.dictionary.save(_file(request, file))
+        request.run.stage.add(_file(request, file))
         taken = {"steps": settings.training.steps, "tokens": settings.training.steps * settings.training.batch}
         name = named[file].name
         rows.append({**described(name, each.dictionary), **taken, **each.convergence.columns, "unconverged": each.convergence.reason})
@@ -216,22 +255,22 @@ def train_all(run: JobRun[Any]) -> Tables:
     return {"dictionaries": pd.DataFrame(rows), "dictionary_training": curve[["dictionary", *(c for c in curve if c != "dictionary")]]}
 
 
-def _plant(run: JobRun[Any], texts: Pairs) -> Plant | None:
+def _plant(request: Request, texts: Pairs) -> Plant | None:
     from mechscope.features.diffing import Plant
 
-    if "planted" not in own_controls(run.settings):
+    if "planted" not in own_controls(request.settings):
         return None
-    given = run.settings.plant
-    return Plant.chosen(texts, directions=given.directions, share=given.share, strength=given.strength, seed=run.settings.seed)
+    given = request.settings.plant
+    return Plant.chosen(texts, directions=given.directions, share=given.share, strength=given.strength, seed=request.run.settings.seed)
 
 
-def _recipe(run: JobRun[Any], source: Any, texts: Pairs) -> Recipe:
+def _recipe(request: Request, source: Any, texts: Pairs) -> Recipe:
     from mechscope.features.diffing import Recipe
     from mechscope.features.diffing.comparisons import views_of
 
-    settings, where = run.settings, places_of(run)
+    where = places_of(request)
     rms = {place: 1 / source.affine(replace(place, model="base")).scale for place in where}
-    return Recipe(where, views_of(compared(run)), _plant(run, texts), rms, settings.seed)
+    return Recipe(where, views_of(compared(request)), _plant(request, texts), rms, request.run.settings.seed)
 
 
 @dataclass(frozen=True)
@@ -243,15 +282,15 @@ class Trained:
     reader: Reader
 
 
-def trained_of(run: JobRun[Any], models: Mapping[str, Subject]) -> Trained:
+def trained_of(request: Request, models: Mapping[str, Subject]) -> Trained:
     from mechscope.features import Dictionary, TokenSettings
     from mechscope.features.diffing import Recipe, model_places
     from mechscope.features.rows import Reader
 
-    named = file_names(compared(run))
-    found = {each.name: Dictionary.load(_file(run, file)).to(run.first.device) for file, each in named.items()}
+    named = file_names(compared(request))
+    found = {each.name: Dictionary.load(_file(request, file)).to(request.pair.base.device) for file, each in named.items()}
     about = next(iter(found.values())).about
-    recipe, harvest = Recipe.from_json(about["source"]["recipe"]), run.settings.harvest
+    recipe, harvest = Recipe.from_json(about["source"]["recipe"]), request.settings.harvest
     reader = Reader(models, model_places(recipe.places, list(models)), TokenSettings(first=harvest.first, outlier=harvest.outlier))
     reader.limits = {place: about["limits"][place.name] for place in reader.places if place.name in about["limits"]}
     return Trained(found, recipe, reader)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechscope.studies.dictionaries import example_rows
-from mechscope.studies.feature_difference import Trained, compared, models_of, texts_of, trained_of
-from mechscope.studies.inputs import PAIR
-from mechscope.studies.run import JobRun, Tables
+from mechscope.studies.feature_difference import Request, Trained, compared, models_of, trained_of
+from mechscope.studies.run import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,15 +18,15 @@ if TYPE_CHECKING:
     from mechscope.features.diffing import Comparison, Judged
 
 
-def judge_all(run: JobRun[Any]) -> Tables:
+def judge_all(request: Request) -> Tables:
     """Classify the latents of every dictionary by the same thresholds, on texts that none has learned from."""
     import pandas as pd
 
     from mechscope.features.diffing import CROSSCODER, classified, found_again, judge, scaled_latents
 
-    trained, texts, settings = trained_of(run, models_of(run)), texts_of(run), run.settings.exclusive
-    judged = judge(trained.reader, trained.dictionaries, trained.recipe, texts.judged, execution=run.execution)
-    two = {each.name: each for each in compared(run) if len(each.views) > 1}
+    trained, texts, settings = trained_of(request, models_of(request)), request.texts, request.settings.exclusive
+    judged = judge(trained.reader, trained.dictionaries, trained.recipe, texts.judged, execution=request.run.execution)
+    two = {each.name: each for each in compared(request) if len(each.views) > 1}
     latents = {name: classified(scaled_latents(trained.dictionaries[name], judged[name].sums), settings) for name in two}
     own = latents[CROSSCODER]
     again = {
@@ -41,7 +40,7 @@ def judge_all(run: JobRun[Any]) -> Tables:
     latents[CROSSCODER] = own.assign(beyond=beyond, again=np.nan if half is None else own["latent"].map(half))
     tables = {
         "feature_comparisons": pd.DataFrame(
-            [_comparison_row(run, each, judged[each.name], latents.get(each.name), trained) for each in compared(run)]
+            [_comparison_row(request, each, judged[each.name], latents.get(each.name), trained) for each in compared(request)]
         ),
         "feature_latents": pd.concat(
             [
@@ -53,10 +52,10 @@ def judge_all(run: JobRun[Any]) -> Tables:
     }
     if again:
         tables["feature_again"] = pd.concat(
-            [_again(run, table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
+            [_again(request, table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
         )
     if "planted" in latents:
-        tables["feature_planted"] = _planted(run, trained, texts.judged, latents["planted"])
+        tables["feature_planted"] = _planted(request, trained, texts.judged, latents["planted"])
     return tables
 
 
@@ -78,7 +77,7 @@ def _named(table: pd.DataFrame, dictionary: Dictionary) -> pd.DataFrame:
 
 
 def _comparison_row(
-    run: JobRun[Any], comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained
+    request: Request, comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained
 ) -> dict[str, Any]:
     from mechscope.features.diffing import BY_NORM, JUDGED
     from mechscope.stats.shares import share_of
@@ -109,7 +108,7 @@ def _comparison_row(
     return row
 
 
-def _again(run: JobRun[Any], table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
+def _again(request: Request, table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
     import pandas as pd
 
     from mechscope.features.diffing import CROSSCODER
@@ -127,7 +126,7 @@ def _again(run: JobRun[Any], table: pd.DataFrame, comparison: Comparison, traine
     )
 
 
-def _planted(run: JobRun[Any], trained: Trained, texts: Pairs, latents: pd.DataFrame) -> pd.DataFrame:
+def _planted(request: Request, trained: Trained, texts: Pairs, latents: pd.DataFrame) -> pd.DataFrame:
     """Look for every planted direction among the latents that were judged new, and for the nearest of all."""
     import pandas as pd
     import torch
@@ -135,7 +134,7 @@ def _planted(run: JobRun[Any], trained: Trained, texts: Pairs, latents: pd.DataF
     from mechscope.features.diffing import Decoders
     from mechscope.subject.spelling import Spelling
 
-    plant, dictionary, spelling = trained.recipe.plant, trained.dictionaries["planted"], Spelling(run.first.tokenizer)
+    plant, dictionary, spelling = trained.recipe.plant, trained.dictionaries["planted"], Spelling(request.pair.tokenizer)
     if plant is None:
         raise RuntimeError("a planted comparison without a planted effect")
     where, widths = trained.recipe.places, dictionary.layout.output_widths
@@ -162,14 +161,14 @@ def _planted(run: JobRun[Any], trained: Trained, texts: Pairs, latents: pd.DataF
                 "nu_reconstruction": row["nu_reconstruction"],
                 "by_norm": row["by_norm"],
                 "judged": row["judged"],
-                "found": bool(own[best] >= run.settings.exclusive.recurs and row["judged"] == "new"),
+                "found": bool(own[best] >= request.settings.exclusive.recurs and row["judged"] == "new"),
             }
         )
     return pd.DataFrame(rows)
 
 
-def show_candidates(run: JobRun[Any]) -> Tables:
-    """List the latents that the tuned model alone has by its decoders, whatever scaling says of them, with what they write and where they are active."""
+def show_candidates(request: Request) -> Tables:
+    """List the latents that the tuned model alone has by its decoders, and those that come nearest, with what they write and where they are active."""
     import pandas as pd
 
     from mechscope.features import promoted_tokens, top_examples
@@ -177,20 +176,24 @@ def show_candidates(run: JobRun[Any]) -> Tables:
     from mechscope.features.examples import writes_residual
     from mechscope.subject.spelling import Spelling
 
-    settings, both, texts = run.settings.latent, run[PAIR], texts_of(run).judged
-    trained = trained_of(run, {"base": both.base, "tuned": both.tuned})
-    table, dictionary = run.table("feature_latents"), trained.dictionaries[CROSSCODER]
+    settings, both, texts = request.settings.latent, request.pair, request.texts.judged
+    trained = trained_of(request, {"base": both.base, "tuned": both.tuned})
+    table, dictionary = request.run.table("feature_latents"), trained.dictionaries[CROSSCODER]
     own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
-    own = own[own["by_norm"] == "second only"].assign(share=own["energy"] / own["energy"].sum())
-    # what is beyond control first, then what is new, then what scaling takes back
-    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2) - own["beyond"].astype(bool)
-    own = own.assign(rank=rank).sort_values(["rank", "energy"], ascending=[True, False], kind="stable").head(settings.latents_shown)
+    own = own.assign(share=own["energy"] / own["energy"].sum())
+    alone = own["by_norm"] == "second only"
+    nearly = (own["by_norm"] == "between") & (own["relative_norm"] > 0.5)
+    # what is beyond control first, then what is new, then what scaling takes back; behind them the nearest that both models have
+    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2).where(alone, 4) - own["beyond"].astype(bool)
+    within = own["energy"].where(alone, own["relative_norm"])
+    own = own.assign(rank=rank, within=within)[alone | nearly]
+    own = own.sort_values(["rank", "within"], ascending=[True, False], kind="stable").head(settings.latents_shown)
     if own.empty:
         return {}
     chosen, place = [int(latent) for latent in own.index], dictionary.layout.outputs[-1]
     read = promoted_tokens(both.tuned, dictionary, chosen, place=place) if writes_residual(place) else [([], [])] * len(chosen)
     spelling = Spelling(both.tokenizer)
-    columns = ["component", "density", "share", "relative_norm", "nu_error", "nu_reconstruction", "judged", "again", "beyond"]
+    columns = ["component", "density", "share", "relative_norm", "nu_error", "nu_reconstruction", "by_norm", "judged", "again", "beyond"]
     up, down = ([spelling.tokens(side[at]) for side in read] for at in (0, 1))
     shown = own[columns].assign(promotes=pd.Series(up, index=own.index), suppresses=pd.Series(down, index=own.index))
     found = top_examples(
@@ -199,7 +202,7 @@ def show_candidates(run: JobRun[Any]) -> Tables:
         texts,
         count=settings.examples,
         other_model=True,
-        execution=run.execution,
+        execution=request.run.execution,
     )
     examples = [
         {"component": name, **row}

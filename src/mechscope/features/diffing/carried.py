@@ -8,12 +8,13 @@
 
 c is that of the undisturbed runs, and x at every place too, so that a latent that writes at several places is not counted again behind the first. Tokens that
 the dictionary never reads (the first ones, outliers) are left alone. Beside a set stand as many other latents whose c is about as large, its own f
-with random vectors as long as its own D_tuned − D_base, all latents together, and the whole of x_tuned − x_base: the most that these places can carry.
+with random vectors as long as its own D_tuned − D_base, all latents together, the mean of x_tuned − x_base, which no latent has to say, and the whole of it:
+the most that these places can carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
@@ -47,11 +48,13 @@ class LatentSet:
     Attributes:
         latents: Which; empty for all of the dictionary.
         whole: Whether x_tuned − x_base itself is taken, whatever the dictionary says of it.
+        mean: Whether its mean over the tokens of the training is taken, everywhere the same.
         draw: Seed of random vectors in the place of the latents' own; None for their own.
     """
 
     latents: tuple[int, ...] = ()
     whole: bool = False
+    mean: bool = False
     draw: int | None = None
 
 
@@ -107,9 +110,18 @@ class Contribution:
 
     def directions(self, latents: Sequence[int], place: Place) -> Float[Tensor, "latent width"]:
         """Return what a value of one of some latents adds to the difference at a place."""
-        at = [replace(place, model=model) for model in ((DIFFERENCE,) if self._of_difference else (BASE, TUNED))]
-        rows = [self.dictionary.directions(latents, each) for each in at]
-        return rows[0] if self._of_difference else rows[1] - rows[0]
+        return self._apart(place, lambda at: self.dictionary.directions(latents, at))
+
+    def mean(self, place: Place) -> Float[Tensor, " width"]:
+        """Return the mean difference at a place, over the tokens that the dictionary was trained on."""
+        layout, maps = self.dictionary.layout, self.dictionary.output_maps
+        return self._apart(place, lambda at: maps[layout.outputs.index(at)].centre.to(self.dictionary.device, self.dictionary.dtype))
+
+    def _apart(self, place: Place, of: Callable[[Place], Tensor]) -> Tensor:
+        """Return what is said of the difference, or of the tuned model less what is said of the base."""
+        if self._of_difference:
+            return of(replace(place, model=DIFFERENCE))
+        return of(replace(place, model=TUNED)) - of(replace(place, model=BASE))
 
 
 def _difference(streams: Mapping[Place, Tensor], place: Place) -> Tensor:
@@ -224,6 +236,8 @@ def _shift(
     """Return c of the tokens that are read, at a place."""
     if chosen.whole:
         return _difference(rows, place)
+    if chosen.mean:
+        return contribution.mean(place).expand(codes.tokens, -1)
     latents = chosen.latents or tuple(range(contribution.dictionary.latents))
     directions = contribution.directions(latents, place)
     if chosen.draw is not None:

@@ -1,24 +1,26 @@
-"""Candidates: latents that the tuned model alone has by its decoders, with what they write and the texts in which they are active most."""
+"""Candidates: latents that the tuned model alone has, by its decoders, and the nearest, with what they write and where they are active most."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from mechscope.report.marks.tables import Cell, Shown, Table
+from mechscope.report.marks.tables import Cell, Row, Shown, Table
 from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.statements import Caveat
+from mechscope.report.theme import number as written
 from mechscope.report.theme import percent
 
 TABLES = {
     "feature_candidates": table(
-        "One row per latent that is listed: those that the tuned model alone has by its decoders.",
+        "One row per latent that is listed: those that the tuned model alone has by its decoders, then those that come nearest.",
         component="the latent",
         density=number("share of tokens in which it is active", "share"),
         share=number("its share of the energy of all latents", "share"),
         relative_norm=number("relative norm of its decoders", "share"),
         nu_error=number("its ν of the error", "ratio"),
         nu_reconstruction=number("its ν of the reconstruction", "ratio"),
-        judged="new, shrunk, decoupled or unclear",
+        by_norm="second only, or between",
+        judged="new, shrunk, decoupled or unclear; empty for those that both models have",
         again=number("largest cosine with a new latent of the other half of the documents", "cosine"),
         beyond="whether it is new beyond control",
         promotes="tokens whose logits it raises most in the tuned model, by its decoder through the final norm and the unembedding",
@@ -53,15 +55,18 @@ def _candidates(listed: pd.DataFrame, examples: pd.DataFrame, again: pd.DataFram
     controls = [", ".join(found[key]["comparison"]) if key in found else "–" for key in listed["component"]]
     listed = listed.assign(examples=[texts.get(key, "") for key in listed["component"]], controls=controls)
     view = Table(listed).words("component", "latent", strong=lambda row: bool(row["beyond"]))
-    view = view.cells("judged", "judged", lambda row: Cell("new beyond control" if row["beyond"] else str(row["judged"])))
-    view = view.numbers("nu_error", "ν error").numbers("nu_reconstruction", "ν reconstruction")
+    view = view.cells("judged", "judged", lambda row: Cell("new beyond control" if row["beyond"] else str(row["judged"] or "in both")))
+    view = view.numbers("relative_norm", "relative norm").cells("nu_error", "ν: error, reconstruction", _nu)
     if again is not None:
         view = view.texts("controls", "found again in")
     view = view.cells("density", "active in", lambda row: Cell(percent(row["density"], digits=2), sort=float(row["density"])))
     view = view.token_lists("promotes", "promotes", most=6).token_lists("suppresses", "suppresses", most=4)
     view = view.texts("examples", "most active at ⟦token⟧")
-    words = "Latents that the tuned model alone has by its decoders: what is new beyond control first, then what latent scaling takes back."
-    return Shown("Candidates, and the texts in which they are active most", view.view(), words, table="feature_candidates")
+    return Shown("Candidates, and the texts in which they are active most", view.view(), table="feature_candidates")
+
+
+def _nu(row: Row) -> Cell:
+    return Cell(f"{written(row['nu_error'], digits=2)}, {written(row['nu_reconstruction'], digits=2)}")
 
 
 def _caveats(tables: Tables) -> list[Caveat]:
@@ -75,8 +80,8 @@ SECTION = Section(
     id="feature-candidates",
     heading="Candidates",
     intro=(
-        "Latents that the tuned model alone has by its decoders: what is new beyond control first, then what latent scaling takes back. What a latent "
-        "promotes is read off its decoder in the tuned model, which the layers behind may change."
+        "Latents that the tuned model alone has by its decoders: what is new beyond control first, then what latent scaling takes back; behind them those "
+        "of both models that come nearest. What a latent promotes is read off its decoder in the tuned model, which the layers behind may change."
     ),
     tables=TABLES,
     views=_views,

@@ -12,13 +12,14 @@ from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import few_texts
 from mechscope.report.statements import Caveat, Finding
 from mechscope.report.theme import number as written
+from mechscope.report.theme import percent
 
 TABLES = {
     "feature_carried": table(
         "One row per dictionary, set of latents and change of a model.",
         comparison="the dictionary: crosscoder or difference",
         set="the latents: new (beyond control), new by thresholds, lost, strongest, other latents (as many, as active), random vectors (as long), all latents, "
-        "or the whole stream",
+        "the mean difference, or the whole difference",
         change="put into base, or taken from tuned",
         latents=number("how many; 0 for all", "latents"),
         draws=number("draws that are taken together", "draws"),
@@ -40,20 +41,17 @@ TABLES = {
 def _figures(tables: Tables) -> list[Figure]:
     found: list[Figure] = []
     carried = tables.get("feature_carried")
-    if carried is not None and (drawn := carried[(carried["comparison"] == MAIN) & carried["share"].notna()]).size:
-        rows = drawn.sort_values("change", kind="stable")
-        rows = pd.DataFrame(
-            {
-                "row": [f"{row['set']}, {row['change']}" for row in rows.to_dict("records")],
-                **{
-                    name: rows[column].to_numpy()
-                    for name, column in (("value", "share"), ("low", "share_low"), ("high", "share_high"), ("n", "n"))
-                },
-            }
-        )
+    if carried is not None and (drawn := carried[carried["share"].notna()]).size:
+        rows = drawn.sort_values(["change", "comparison"], kind="stable")
+        names = [
+            f"{row['set']}{'' if row['comparison'] == MAIN else ' of differences'}, {row['change']}" for row in rows.to_dict("records")
+        ]
+        values = {
+            name: rows[column].to_numpy() for name, column in (("value", "share"), ("low", "share_low"), ("high", "share_high"), ("n", "n"))
+        }
         found.append(
             interval_plot(
-                rows,
+                pd.DataFrame({"row": names, **values}),
                 name="feature-carried",
                 title="What latents carry of the gain",
                 caption="Share of the loss that fine-tuning gained on summaries: gained by the base when the latents are put in, lost by the tuned model when "
@@ -73,11 +71,7 @@ def _views(tables: Tables) -> list[Shown]:
             .words("comparison", "dictionary")
         )
         view = view.words("change", "change").cells("latents", "how many", _how_many)
-        view = (
-            view.shares("share", "share of the gain", ends=("share_low", "share_high"))
-            .numbers("least", "least draw")
-            .numbers("most", "most")
-        )
+        view = view.shares("share", "share of the gain", ends=("share_low", "share_high")).cells("draws", "draws, least to most", _draws)
         view = (
             view.numbers("more", "more than other latents", ends=("more_low", "more_high"))
             .numbers("energy", "energy")
@@ -91,21 +85,39 @@ def _how_many(row: Row) -> Cell:
     return Cell(written(int(row["latents"])), sort=float(row["latents"])) if row["latents"] else Cell("–")
 
 
+def _draws(row: Row) -> Cell:
+    if row["draws"] == 1 or pd.isna(row["least"]):
+        return Cell("–")
+    return Cell(f"{written(int(row['draws']))}: {percent(row['least'])} to {percent(row['most'])}")
+
+
 def _findings(tables: Tables) -> list[Finding]:
-    """Say what the tuned model loses without the new latents."""
+    """Say what the tuned model loses without the new latents, and what the strongest of the dictionary of differences carry."""
     carried = tables.get("feature_carried")
-    own = dict(sets_of(carried, "taken from tuned")) if carried is not None else {}
-    if (new := own.get("new")) is None or new["withheld"]:
+    if carried is None:
         return []
-    return [
-        Finding(
-            f"Without its {written(int(new['latents']))} new latents the tuned model loses {share_said(new)} of the gain{beside_said(own, 'without')}",
-            n=new["n"],
-            rows=tuple(own.values()),
-            effect=float(new["share"]),
-            table="feature_carried",
+    found = []
+    out = dict(sets_of(carried, "taken from tuned"))
+    if (new := out.get("new")) is not None and not new["withheld"]:
+        said = f"Without its {written(int(new['latents']))} new latents the tuned model loses {share_said(new)} of the gain{beside_said(out, 'without')}"
+        found.append(Finding(said, n=new["n"], rows=tuple(out.values()), effect=float(new["share"]), table="feature_carried"))
+    both = dict(sets_of(carried, "put into base")) | dict(sets_of(carried, "put into base", "difference"))
+    if (strongest := both.get("strongest")) is not None:
+        what = f"the {written(int(strongest['latents']))} strongest latents of the dictionary of differences"
+        rows = tuple(both.values())
+        if strongest["withheld"]:
+            return [
+                *found,
+                Finding(
+                    f"what {what} carry of the gain", n=strongest["n"], rows=rows, withheld=strongest["withheld"], table="feature_carried"
+                ),
+            ]
+        most = "".join(
+            f"; the {name} there carries {share_said(both[name])}" for name in ("mean difference", "whole difference") if name in both
         )
-    ]
+        said = f"Put into the base, {what} carry {share_said(strongest)} of the gain{beside_said(both, 'for')}{most}"
+        found.append(Finding(said, n=strongest["n"], rows=rows, effect=float(strongest["share"]), table="feature_carried"))
+    return found
 
 
 def _caveats(tables: Tables) -> list[Caveat]:

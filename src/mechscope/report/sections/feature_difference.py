@@ -150,8 +150,7 @@ def _figures(tables: Tables) -> list[Figure]:
 def _views(tables: Tables) -> list[Shown]:
     shown = []
     if "feature_comparisons" in tables:
-        view = Table(tables["feature_comparisons"]).words("comparison", "dictionary", strong=lambda row: not row["control"])
-        view = view.cells("control", "compares", _compares)
+        view = Table(tables["feature_comparisons"]).cells("comparison", "dictionary", _compares)
         for column, heading in _CLASSES:
             view = view.cells(column, heading, _counted(column))
         view = view.numbers("kept_first", "variance kept, first", ends=("kept_first_low", "kept_first_high"))
@@ -197,7 +196,8 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _compares(row: Row) -> Cell:
-    return Cell(_SAID.get(str(row["control"] or row["comparison"]), str(row["comparison"])))
+    said = _SAID.get(str(row["control"] or row["comparison"]), "")
+    return Cell(str(row["comparison"]), said, strong=not row["control"])
 
 
 def _counted(column: str) -> Callable[[Row], Cell]:
@@ -230,7 +230,6 @@ def _findings(tables: Tables) -> list[Finding]:
                 n=main["n"],
                 rows=(planted.iloc[0], *([rows["difference"]] if "difference" in rows else [])),
                 derived=(every, number_found),
-                effect=number_found.of(tables) / max(every.of(tables), 1),
                 table="feature_planted",
             )
         )
@@ -277,7 +276,7 @@ def _added(tables: Tables, main: Any, same: Any) -> Finding:
         return Finding(said, rows=quoted, card=card, effect=float(beyond), **options)
     if new["withheld"]:
         return Finding(f"{said}; what they carry of the gain is withheld: {new['withheld']}", rows=(*quoted, new), card=card, **options)
-    whole = own.get("whole stream")
+    whole = own.get("whole difference")
     most = "" if whole is None else f"; all of the difference there carries {share_said(whole)}"
     return Finding(
         f"{said}; put into the base they carry {share_said(new)} of the gain on summaries{beside_said(own, 'for')}{most}",
@@ -301,12 +300,11 @@ def _others(tables: Tables) -> list[Finding]:
         said = {"seed": "the same training with another seed", "shuffled": "a training on shuffled summaries"}.get(kind, "another training")
         found.append(
             Finding(
-                f"Of {every.written(tables)} new latents {hits.written(tables)} are found again in {said} ({name})",
+                f"In {said} ({name}) {hits.written(tables)} of {every.written(tables)} new latents {'is' if hits.of(tables) == 1 else 'are'} found again",
                 n=1,
                 unit="trainings",
                 rows=(own.iloc[0],),
                 derived=(every, hits),
-                effect=hits.of(tables) / max(every.of(tables), 1),
                 table="feature_again",
             )
         )

@@ -36,6 +36,12 @@ def demo_settings() -> StudySettings:
         circuit_documents=16,
         role_documents=12,
         lens_documents=6,
+        dictionaries=True,
+        dictionary_latents=256,
+        dictionary_k=16,
+        dictionary_steps=700,
+        dictionary_batch=256,
+        dictionary_rate=1e-2,
     )
 
 

@@ -7,17 +7,20 @@
 5. reading: the roles of heads before and after, cards of the selected heads, what each layer already says of a summary
 6. interventions: do these layers and heads carry what fine-tuning brought?
 7. circuits: which edges bring salient content into the summary, before and after, and what changed
-8. bake-off: LoRA there, in the circuit, everywhere, at random places, …, over seeds and at matched budgets
-9. summaries of held-out documents, side by side
-10. claims: the paper's, each with what was measured and a verdict
+8. dictionaries, if wanted: what fine-tuning added, and what that carries
+9. bake-off: LoRA there, in the circuit, everywhere, at random places, …, over seeds and at matched budgets
+10. summaries of held-out documents, side by side
+11. claims: the paper's, each with what was measured and a verdict
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mechscope.studies.contest import bakeoff_stage, summaries_stage
 from mechscope.studies.controls import controls_input, controls_stage
+from mechscope.studies.feature_settings import stages as dictionary_stages
 from mechscope.studies.groups import MEASURED_BY
 from mechscope.studies.inputs import HELD_OUT, SPLITS, TRAINING
 from mechscope.studies.job import Job, Stage
@@ -37,6 +40,9 @@ from mechscope.studies.paper_2505_17073.inputs import (
 from mechscope.studies.paper_2505_17073.settings import StudySettings
 from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.selection import CHOSEN, control_selection_stage, selection_stage
+
+if TYPE_CHECKING:
+    from mechscope.studies.feature_difference import Request
 
 # generated texts per role: the roles of a study are one section of many
 _PROBES = 16
@@ -140,6 +146,14 @@ def _circuit_change(run: JobRun[StudySettings]) -> Tables:
     return compare_circuits(run[PAIRS_OF_MODELS][""], read_circuits(run.folder, ["base", "tuned"]), request, execution=execution)
 
 
+def _comparison(run: JobRun[StudySettings]) -> Request:
+    from mechscope.data.pairs import from_examples
+    from mechscope.studies.feature_difference import Request
+
+    learned = from_examples(run[TRAINING].encoded["train"], run[TRAINING].corpora["train"].source)
+    return Request(run, run.settings.comparison, run[PAIRS_OF_MODELS][""], learned, run[HELD_OUT].pairs)
+
+
 def _causal_hangs_on(settings: StudySettings) -> tuple[str, ...]:
     # values are resampled among the texts of a batch
     batch = ("tokens_per_batch",) if settings.ablation == "resample" else ()
@@ -148,6 +162,10 @@ def _causal_hangs_on(settings: StudySettings) -> tuple[str, ...]:
 
 def _reads_roles(settings: StudySettings) -> bool:
     return settings.roles
+
+
+def _by_dictionaries(settings: StudySettings) -> bool:
+    return settings.dictionaries
 
 
 def _finds_circuit(settings: StudySettings) -> bool:
@@ -187,6 +205,12 @@ CHANGE = Stage(
     after=(SCORES, CIRCUIT),
     when=_finds_circuit,
 )
+DICTIONARIES = dictionary_stages(
+    _comparison,
+    inputs=(PAIRS_OF_MODELS, HELD_OUT, TRAINING),
+    settings=("dictionary_latents", "dictionary_k", "dictionary_steps", "dictionary_batch", "dictionary_rate"),
+    when=_by_dictionaries,
+)
 BAKEOFF = bakeoff_stage(PLAIN_BASE, PLACES, when=lambda settings: settings.bakeoff)
 SUMMARIES = summaries_stage(STUDY_MODELS, BAKEOFF)
 CLAIMS = claims_stage(DIFFERENCE, SELECTION, CONTROLS, CAUSAL, CIRCUIT, CHANGE, BAKEOFF)
@@ -215,6 +239,7 @@ JOB = Job(
         OTHER_SEED,
         CIRCUIT,
         CHANGE,
+        *DICTIONARIES,
         BAKEOFF,
         SUMMARIES,
         CLAIMS,
@@ -222,6 +247,7 @@ JOB = Job(
     sections=(
         *("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters"),
         *("circuit", "circuit-components", "circuit-change", "lens", "attribution", "roles", "token-attention"),
+        *("feature-difference", "feature-carried", "feature-candidates", "dictionaries"),
         *("bakeoff", "samples"),
     ),
     title=lambda names: f"What fine-tuning changed in {names['base']}",

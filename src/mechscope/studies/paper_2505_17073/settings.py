@@ -9,10 +9,12 @@ from annotated_types import Gt, Le
 
 from mechscope.choices import DiscoveryMethod
 from mechscope.errors import SettingsError
-from mechscope.settings import Number, Settings, setting
+from mechscope.settings import Number, Rate, Settings, setting
 from mechscope.settings.discovery import DiscoverySettings
+from mechscope.settings.features import FeatureTraining
 from mechscope.studies.contest import Contested
 from mechscope.studies.controls import Controlled
+from mechscope.studies.feature_settings import DictionaryComparison
 from mechscope.studies.groups import Loading, Measuring, Selecting
 
 # random circuits of each size in a whole study
@@ -69,7 +71,29 @@ class Reading(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings(Loading, Contested, Measuring, Selecting, Controlled, Interventions, CircuitOfSummaries, Reading):
+class ByDictionaries(Settings):
+    """Whether the models are compared by dictionaries too, and by how large ones."""
+
+    panel: ClassVar[str] = "Dictionaries"
+
+    dictionaries: bool = setting(
+        False, "Also find what fine-tuning added by dictionaries, beside controls, as `mechscope features diff` does."
+    )
+    dictionary_latents: Number = setting(4096, "Latents of a dictionary.")
+    dictionary_k: Number = setting(32, "Active latents of a token.")
+    dictionary_steps: Number = setting(10_000, "Steps of their training.")
+    dictionary_batch: Number = setting(2048, "Tokens of a step.")
+    dictionary_rate: Rate | None = setting(None, "Their peak learning rate; by default 2e-4 / √(latents / 16,384).")
+
+    @property
+    def comparison(self) -> DictionaryComparison:
+        """The comparison by dictionaries; what is not set here is as `mechscope features diff` has it."""
+        training = FeatureTraining(steps=self.dictionary_steps, batch=self.dictionary_batch, learning_rate=self.dictionary_rate)
+        return DictionaryComparison(latents=self.dictionary_latents, k=self.dictionary_k, training=training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Loading, Contested, Measuring, Selecting, Controlled, Interventions, CircuitOfSummaries, Reading, ByDictionaries):
     """Which models, and which parts of the study."""
 
     panel: ClassVar[str] = "Study"
@@ -90,6 +114,10 @@ class StudySettings(Loading, Contested, Measuring, Selecting, Controlled, Interv
             _ = self.discovery  # making it raises what is wrong with it
         if self.bakeoff or self.tuned is None:
             self.training.check_ranks()
+        if self.dictionaries and self.dictionary_k > self.dictionary_latents:
+            raise SettingsError(
+                f"dictionary_k={self.dictionary_k} of {self.dictionary_latents} latents cannot be active: give more latents"
+            )
         for strategy in ("circuit", "random_circuit"):
             if self.bakeoff and strategy in self.contest.named_strategies and not self.circuit and self.contest.target_circuit is None:
                 raise SettingsError(
