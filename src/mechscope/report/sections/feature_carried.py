@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from mechscope.report.gains import MAIN, beside_said, sets_of, share_said
@@ -86,7 +88,7 @@ def _how_many(row: Row) -> Cell:
 
 
 def _draws(row: Row) -> Cell:
-    if row["draws"] == 1 or pd.isna(row["least"]):
+    if int(row["draws"]) == 1 or math.isnan(float(row["least"])):
         return Cell("–")
     return Cell(f"{written(int(row['draws']))}: {percent(row['least'])} to {percent(row['most'])}")
 

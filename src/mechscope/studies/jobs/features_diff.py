@@ -9,7 +9,8 @@ from annotated_types import Gt, Lt
 
 from mechscope.settings import Number, setting
 from mechscope.studies.controls import NamedControls, controls_input
-from mechscope.studies.feature_settings import DictionaryComparison, stages
+from mechscope.studies.feature_settings import DictionaryComparison
+from mechscope.studies.feature_stages import stages
 from mechscope.studies.groups import OneCorpus, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from mechscope.studies.contest import bakeoff_stage, summaries_stage
 from mechscope.studies.controls import controls_input, controls_stage
-from mechscope.studies.feature_settings import stages as dictionary_stages
+from mechscope.studies.feature_stages import stages as dictionary_stages
 from mechscope.studies.groups import MEASURED_BY
 from mechscope.studies.inputs import HELD_OUT, SPLITS, TRAINING
 from mechscope.studies.job import Job, Stage
