@@ -171,6 +171,13 @@ def test_text_in_utf16_is_named_as_that(tmp_path: Path, encoding: str, suffix: s
         load_documents(path)
 
 
+def test_lines_that_end_in_lone_carriage_returns_are_named_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\r".join(json.dumps(row).encode() for row in ROWS))
+    with pytest.raises(DataError, match=r"rows\.jsonl: its lines end in lone carriage returns: save it with line feeds"):
+        load_documents(path)
+
+
 def test_a_slip_in_a_corpus_is_said_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "load_dataset", lambda *asked, **named: pytest.fail("the hub was asked"))
     with pytest.raises(DataError, match="'newsrom' is neither a file here nor a known corpus: did you mean newsroom"):

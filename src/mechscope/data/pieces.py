@@ -35,17 +35,31 @@ class Pieces:
         self._ids: dict[int, int] = {}
 
     @cached_property
+    def _probe(self) -> str:
+        """A text that the tokenizer can spell: a letter, or of a tokenizer of words one of its own."""
+        try:
+            self._tokenise([PROBE])
+        except DataError:
+            special = set(self.tokenizer.all_special_tokens)
+            return next((word for word in self.tokenizer.get_vocab() if word not in special), PROBE)
+        return PROBE
+
+    @cached_property
     def start_ids(self) -> tuple[int, ...]:
         """The tokens that the tokenizer sets before a text by itself (a BOS token, or none)."""
-        plain = self._tokenise([PROBE])[0]
-        special = list(self.tokenizer(PROBE, add_special_tokens=True)["input_ids"])
+        probe = self._probe
+        plain = self._tokenise([probe])[0]
+        special = list(self.tokenizer(probe, add_special_tokens=True)["input_ids"])
         starts = [at for at in range(len(special) - len(plain) + 1) if special[at : at + len(plain)] == plain]
         return tuple(special[: starts[0]]) if starts else ()
 
     @cached_property
     def anchor_ids(self) -> list[int]:
         """The anchor's tokens, or none where a piece can be tokenised alone."""
-        alone, anchor, both = self._tokenise([PROBE, ANCHOR, ANCHOR + PROBE])
+        try:
+            alone, anchor, both = self._tokenise([self._probe, ANCHOR, ANCHOR + self._probe])
+        except DataError:  # a tokenizer of words that knows no line feed
+            return []
         return anchor if both == anchor + both[len(anchor) :] and both[len(anchor) :] != alone else []
 
     def ids(self, texts: Sequence[str], *, first: bool = False, control: bool = False) -> list[list[int]]:
@@ -64,6 +78,20 @@ class Pieces:
         merged = [at for at, ids in enumerate(anchored) if ids[: len(anchor)] != anchor]
         alone = dict(zip(merged, self._tokenise([texts[at] for at in merged], control=control), strict=True)) if merged else {}
         return [alone[at] if at in alone else ids[len(anchor) :] for at, ids in enumerate(anchored)]
+
+    def single(self, words: Sequence[str]) -> list[int | None]:
+        """Return the token of each word behind a space; None where it is several, unknown, or cannot be spelled."""
+        try:
+            spelled = self.ids([f" {word}" for word in words])
+        except DataError:  # one of them: each by itself
+            spelled = [self._alone(f" {word}") for word in words]
+        return [ids[0] if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else None for ids in spelled]
+
+    def _alone(self, text: str) -> list[int]:
+        try:
+            return self.ids([text])[0]
+        except DataError:
+            return []
 
     def opened(self, text: str) -> tuple[int, ...]:
         """Tokenise what a user writes as the start of a text: behind the start token, once, and with the special tokens that are written out in it."""
@@ -120,4 +148,12 @@ class Pieces:
 
     def _call(self, texts: Sequence[str], *, control: bool, **options: bool) -> dict[str, list]:
         # split_special_tokens: "<|endoftext|>" written in an article is text and must not end the prompt
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not control, verbose=False, **options)
+        try:
+            return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not control, verbose=False, **options)
+        except Exception as error:  # tokenizers raises no other kind
+            if type(error) is not Exception:
+                raise
+            raise DataError(
+                f"{type(self.tokenizer).__name__} cannot spell {texts[0][:40]!r}{' or a text beside it' if len(texts) > 1 else ''}: it has no token for some "
+                f"of its words and none for unknown ones ({error})"
+            ) from error

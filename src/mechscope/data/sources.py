@@ -120,6 +120,8 @@ def _object(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
+        if "}\r" in text.rstrip():
+            raise DataError(f"{path}: its lines end in lone carriage returns: save it with line feeds (tr '\\r' '\\n')") from error
         raise DataError(f"{path}: line {number:,} is not valid JSON ({error}): one object per line is needed") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: line {number:,} holds a JSON {type(value).__name__}, not an object with named columns")

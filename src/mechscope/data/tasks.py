@@ -259,6 +259,10 @@ class _Line:
         return tuple((self.slots[slot], self.slots[slot] + 1) for slot in slots)
 
 
+# words that a message names
+_NAMED = 8
+
+
 class _Words:
     """A tokenizer's single-token words, and texts with slots for them."""
 
@@ -268,13 +272,13 @@ class _Words:
 
     def choose(self, what: str, words: Sequence[str], least: int) -> list[str]:
         """Return the words that are one token of their own behind a space; `DataError` where they are fewer than needed."""
-        unknown = self.pieces.tokenizer.unk_token_id
         single: dict[int, str] = {}
-        for word, ids in zip(words, self.pieces.ids([f" {word}" for word in words]), strict=True):
-            if len(ids) == 1 and ids[0] != unknown:
-                single.setdefault(ids[0], word)
+        for word, token in zip(words, self.pieces.single(words), strict=True):
+            if token is not None:
+                single.setdefault(token, word)
         if len(single) < least:
-            cut = ", ".join(word for word in words if word not in single.values())
+            lacking = [word for word in words if word not in single.values()]
+            cut = ", ".join(lacking[:_NAMED]) + (f", … {len(lacking)} in all" if len(lacking) > _NAMED else "")
             raise DataError(
                 f"{type(self.pieces.tokenizer).__name__} has {len(single)} of {len(words)} {what} as single tokens, at least {least} are needed "
                 f"(not single: {cut}): choose another task for this model"

@@ -124,9 +124,7 @@ def successions(subject: Subject) -> tuple[_Step, ...]:
         return ()
     pieces, steps = Pieces(subject.tokenizer), []
     for words in map(str.split, ORDERS):
-        ids = [
-            ids[0] if len(ids) == 1 and ids[0] < subject.anatomy.vocab_size else None for ids in pieces.ids([f" {word}" for word in words])
-        ]
+        ids = [None if one is None or one >= subject.anatomy.vocab_size else one for one in pieces.single(words)]
         known = [one for one in ids if one is not None]
         if len(set(known)) < _FEWEST or len(set(known)) < len(known):
             continue

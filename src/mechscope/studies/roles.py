@@ -17,6 +17,7 @@ from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Example
 from mechscope.errors import DataError
 from mechscope.heads import document_roles, entity_roles, head_roles, lead_spans, role_changes, roles_table, task_roles
+from mechscope.heads.pattern_roles import repeated_texts
 from mechscope.heads.roles import RoleScores
 from mechscope.heads.shown import attention_edges
 from mechscope.instrument.execution import Execution
@@ -64,11 +65,11 @@ def score_roles(
 ) -> tuple[RoleScores, ...]:
     """Score all roles that a model's tokenizer and the documents allow; arguments as for `role_tables`."""
     scores = list(head_roles(subject, probes=probes, execution=execution))
-    for roles in (task_roles, entity_roles):
+    for roles, texts in ((task_roles, "sentences about two names"), (entity_roles, "news articles")):
         try:
             scores += roles(subject, n=probes, execution=execution)
         except DataError as error:
-            log.warning("some head roles are left out: %s", error, extra={"weakens": "head_roles"})
+            log.warning("the head roles on %s are left out: %s", texts, str(error).split(" (")[0], extra={"weakens": "head_roles"})
     if documents is not None:
         try:
             lead = lead_spans(documents.corpus, documents.encoded, subject.tokenizer, template=documents.template)
@@ -173,6 +174,18 @@ def attention_tables(
         "attention_tokens": pd.concat([tokens_table(first, example) for example in examples], ignore_index=True),
         "attention_edges": pd.concat(edges, ignore_index=True)[["model", "text", "component", "query", "key", "weight"]],
     }
+
+
+def repeated_tokens(subject: Subject, n: int, *, seed: int = 0) -> tuple[Example, ...]:
+    """Return random texts whose second half repeats the first, for models that can read no other; none where not even these fit."""
+    try:
+        texts = repeated_texts(subject, n, seed=seed)
+    except DataError as error:
+        log.warning("attention is not shown token by token: %s", error)
+        return ()
+    return tuple(
+        Example(pair.id, pair.clean, (0, pair.segments["second"][0][0]), pair.segments["second"][0], truncated=False) for pair in texts
+    )
 
 
 def tokens_table(subject: Subject, example: Example, most: int = SHOWN_TOKENS) -> pd.DataFrame:

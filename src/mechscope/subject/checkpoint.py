@@ -68,9 +68,11 @@ def read_model(
 
 
 def read_tokenizer(tokenizer: Any, sources: list[str]) -> Any:
-    """Load the tokenizer given by name, or the first one found beside the adapter or its base."""
+    """Load the tokenizer given by name, or the first one found beside the adapter or its base; None where the name is `none`."""
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
+    if str(tokenizer) == "none":
+        return None
     candidates = [str(tokenizer)] if tokenizer is not None else sources
     error: Exception | None = None
     for candidate in candidates:
@@ -86,7 +88,7 @@ def read_tokenizer(tokenizer: Any, sources: list[str]) -> Any:
         except (OSError, ValueError, KeyError) as caught:
             error = caught
     if error is None:
-        raise ModelError(f"model {sources[0]!r} has no tokenizer beside it: name one with tokenizer=…")
+        raise ModelError(f"model {sources[0]!r} has no tokenizer beside it: name one with tokenizer=…, or 'none' for what needs no text")
     raise ModelError(f"no tokenizer can be loaded from {candidates[-1]!r}: {first_lines(error)}") from error
 
 

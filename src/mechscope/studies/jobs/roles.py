@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +16,8 @@ from mechscope.studies.run import Input, JobRun, Tables
 if TYPE_CHECKING:
     from mechscope.data.prompt import Example
     from mechscope.subject import Components
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,17 @@ class RolesSettings(ModelAndTuned, MaybeCorpus):
 
 
 def _shown(run: JobRun[RolesSettings]) -> Sequence[Example]:
-    """Return the texts that attention is shown on: the first documents, else generated ones; none without a tokenizer."""
+    """Return the texts that attention is shown on: the first documents, else generated articles, else random tokens that are repeated."""
+    from mechscope.errors import DataError
+    from mechscope.studies.roles import repeated_tokens
+
     documents, number = run[DOCUMENTS], run.settings.show_texts
-    if documents is None:
-        if run.first.tokenizer is None:
-            return ()
-        documents = read_documents(run.settings, "newsroom", number, run.first)
-    return documents.encoded.examples[:number]
+    if documents is None and run.first.tokenizer is not None:
+        try:
+            documents = read_documents(run.settings, "newsroom", number, run.first)
+        except DataError as error:
+            log.info("attention is shown on repeated random tokens, as no generated article can be read: %s", error)
+    return repeated_tokens(run.first, number, seed=run.settings.seed) if documents is None else documents.encoded.examples[:number]
 
 
 SHOWN: Input[Sequence[Example]] = Input("shown", _shown, lambda examples: [[one.id, list(one.input_ids)] for one in examples])
