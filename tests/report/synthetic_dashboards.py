@@ -25,6 +25,7 @@ def tables(
                 "share": 0.5 / (1 + latent) / 9, "largest": largest[latent], "bar": 60, "counts": counts.tolist(),
                 "promotes": random.choice(words, 8).tolist(), "suppresses": random.choice(words, 8).tolist(), "sampled": 99, "sample": 16_384,
                 "effect": float(random.normal()), "class": str(random.choice(["shared", "tuned_only", ""])),
+                "explanation": f"what number {latent} stands for" if latent % 2 else None,
             }
         )  # fmt: skip
         for decile in range(DECILES + 1):

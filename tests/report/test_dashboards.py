@@ -71,7 +71,7 @@ def hostile() -> dict[str, pd.DataFrame]:
     made["dashboard_correlations"]["other"] = nasty[1]
     latents = made["dashboard_latents"]
     latents["promotes"] = latents["suppresses"] = [nasty] * 3
-    latents["class"] = nasty[0]
+    latents["class"] = latents["explanation"] = nasty[0]
     for table in made.values():
         if "dictionary" in table:
             table["dictionary"] = nasty[0]
@@ -123,10 +123,13 @@ def test_a_reader_can_search_sort_and_step_in_both_schemes(made: dict[str, pd.Da
         found = {row["component"] for row in peaks.to_dict("records") if f" word{row['peak']}" in wanted}
         found |= {row["component"] for row in made["dashboard_latents"].to_dict("records") if wanted & set(row["promotes"])}
         assert set(page.evaluate(links)) == found
+        page.get_by_label("Search").fill("number 41 stands")
+        assert page.evaluate(links) == ["resid6.f41"]
         page.get_by_label("Search").fill("resid6.f37")
         page.keyboard.press("Tab")
         page.get_by_role("link", name="resid6.f37", exact=False).first.press("Enter")
         assert page.locator("main h2").text_content() == "resid6.f37"
+        assert page.locator(".stands-for").text_content() == "Stands for what number 37 stands for"
         examples = made["dashboard_examples"].query("component == 'resid6.f37'")
         assert page.locator(".examples li").count() == len(examples)
         shown = page.locator(".examples .window").first.text_content()

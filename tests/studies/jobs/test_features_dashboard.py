@@ -58,13 +58,19 @@ def test_classes_and_effects_come_from_another_run(tmp_path: Path) -> None:
     classes = pd.DataFrame({"dictionary": ["one", "other"], "component": "resid1.f5", "class": ["shared", "tuned only"]})
     write_table(classes, tmp_path / "beside" / "tables" / "latent_classes.parquet")
     write_table(pd.DataFrame({"component": ["resid1.f4"], "effect": [-0.5]}), tmp_path / "beside" / "tables" / "effects.parquet")
-    result = run(JOB, None, **QUICK, dictionary=both, beside=str(tmp_path / "beside"))
+    said = pd.DataFrame({"component": ["resid1.f7"], "explanation": ["<b>the token</b> “w3”"]})
+    write_table(said, tmp_path / "said" / "tables" / "explanations.parquet")
+    result = run(JOB, tmp_path / "run", **QUICK, dictionary=both, beside=f"{tmp_path}/beside,{tmp_path}/said")
+    page = (tmp_path / "run" / "pages" / "dashboard-one.html").read_text(encoding="utf-8")
+    assert "\\u003cb\\u003ethe token" in page
+    assert "<b>the" not in page + shown(result, "dashboards")
     told = result.dashboard_latents.set_index(["dictionary", "component"])
     assert told.loc[("one", "resid1.f5"), "class"] == "shared"
     assert told.loc[("other", "resid1.f5"), "class"] == "tuned only"
     assert told["class"].notna().sum() == 2
     assert [told.loc[(name, "resid1.f4"), "effect"] for name in ("one", "other")] == [-0.5, -0.5]
     assert told["effect"].notna().sum() == 2
+    assert told["explanation"].dropna().tolist() == ["<b>the token</b> “w3”"] * 2
 
 
 def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_tokens_of_the_model_that_has_a_latent(tmp_path: Path) -> None:
@@ -110,8 +116,15 @@ def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_toke
 def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     random_dictionary().save(tmp_path / "random.safetensors")
     given = {"dictionary": str(tmp_path / "random.safetensors")}
-    refuses(JOB, tmp_path / "run", SettingsError, "'beside' is '.*absent': .*no such", **given, beside=str(tmp_path / "absent"))
+    refuses(JOB, tmp_path / "run", SettingsError, "'beside' names '.*absent': .*no such", **given, beside=str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    refuses(JOB, tmp_path / "run", SettingsError, "no table with the columns component and class", **given, beside=str(tmp_path / "empty"))
+    refuses(
+        JOB,
+        tmp_path / "run",
+        SettingsError,
+        "no table with a column component and one of class, effect, explanation",
+        **given,
+        beside=str(tmp_path / "empty"),
+    )
     refuses(JOB, tmp_path / "run", MechscopeError, "no such file", dictionary=str(tmp_path / "absent.safetensors"))
     refuses(JOB, tmp_path / "run", SettingsError, "'examples' is 0", **given, examples=0)

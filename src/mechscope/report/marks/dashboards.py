@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mechscope.report.marks.packed import Tokens, whole
+from mechscope.report.marks.tables import line
 from mechscope.report.theme import label, name_of
 
 # the darkest shade, that of a latent's largest activation
@@ -39,6 +40,8 @@ def dashboard(name: str, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     }
     if "class" in latents:
         columns["class"] = [name_of(each) if isinstance(each, str) and each else "" for each in latents["class"]]
+    if "explanation" in latents:
+        columns["explanation"] = [line(each) if isinstance(each, str) else "" for each in latents["explanation"]]
     return {
         "dictionary": label(name),
         "tokens_read": int(first["tokens"]),

@@ -121,7 +121,7 @@ class Table:
 
     def texts(self, column: str, heading: str) -> Self:
         """Add a column of text that may be long."""
-        return self.cells(column, heading, lambda row: Cell("" if _none(row[column]) else _line(row[column])))
+        return self.cells(column, heading, lambda row: Cell("" if _none(row[column]) else line(row[column])))
 
     def numbers(
         self, column: str, heading: str, *, ends: tuple[str, str] = ("", ""), digits: int = 3, sign: bool = False, bold: str | None = None
@@ -179,7 +179,8 @@ def _none(text: object) -> bool:
     return text is None or text is pd.NA or (isinstance(text, float) and pd.isna(text))
 
 
-def _line(text: object) -> str:
+def line(text: object) -> str:
+    """Return text as a table shows it: on one line, without control or direction characters, shortened where it is endless."""
     # long enough for a context of some twenty tokens on both sides
     line = "".join(character if character.isprintable() else "↵" if character == "\n" else " " for character in str(text))
     return line if len(line) <= 600 else f"{line[:600]}…"

@@ -37,6 +37,7 @@ TABLES = {
         sampled=number("tokens of the random sample in which it is active", "tokens"),
         sample=number("tokens of that sample, on which it is correlated with others", "tokens"),
         effect=optional("its effect, from the run that was named beside", "of that run's metric"),
+        explanation=optional("what it stands for, from the run that was named beside"),
         **{"class": optional("its class, from the run that was named beside: what fine-tuning did to it")},
     ),
     "dashboard_examples": table(
@@ -130,7 +131,7 @@ def _views(tables: Tables) -> list[Shown]:
         .numbers("density", "density")
         .numbers("largest", "largest")
     )
-    view = view.mapped("class", "class").numbers("effect", "effect", sign=True)
+    view = view.texts("explanation", "stands for").mapped("class", "class").numbers("effect", "effect", sign=True)
     view = view.token_lists("promotes", "promotes", most=6).words("with latent", "goes with latent").words("with head", "goes with head")
     words = "Those that carry most of what their dictionary writes; the page of a dictionary has them all, with examples."
     return [Shown("The strongest latents", view.view(), words, table="dashboard_latents", terminal=True)]

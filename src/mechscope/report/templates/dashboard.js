@@ -24,13 +24,13 @@
     return [...seen].sort((a, b) => b[1] - a[1]).map(([id]) => id);
   }
 
-  // latents with the token where they are active most, or that they promote, or with the name
+  // latents with the token where they are active most, or that they promote, or with the name, or that stand for it
   function matches(query) {
     const wanted = query.toLowerCase(), spelled = new Uint8Array(tokens.length);
     tokens.forEach((text, id) => { if (text.toLowerCase().includes(wanted)) spelled[id] = 1; });
     const promoted = listed.promotes;
     return (at) => {
-      if (columns.name[at].toLowerCase().includes(wanted)) return true;
+      if (columns.name[at].toLowerCase().includes(wanted) || columns.explanation?.[at].toLowerCase().includes(wanted)) return true;
       for (let each = promoted.from[at]; each < promoted.from[at + 1]; each += 1) if (spelled[promoted.tokens[each]]) return true;
       for (let each = firsts[at]; each < firsts[at + 1] && packed.decile[each] === 0; each += 1) if (spelled[packed.tokens[letters[each] + packed.peak[each]]]) return true;
       return false;
@@ -135,6 +135,7 @@
     main.replaceChildren(
       make("div", { className: "steps" }, step("Previous"), step("Next")),
       make("h2", { textContent: columns.name[at] }),
+      ...(columns.explanation?.[at] ? [make("p", { className: "stands-for", dir: "auto", textContent: `Stands for ${columns.explanation[at]}` })] : []),
       make("dl", { className: "facts" }, ...facts),
       make("div", { className: "beside" }, make("section", {}, make("h3", { textContent: "Activations" }), ...histogram(at)), make("section", {}, ...writes), make("section", {}, make("h3", { textContent: "Goes with" }), ...relations(at))),
       make("section", { className: "examples" }, make("h3", { textContent: "Examples" }), make("p", { className: "note", textContent: "The stronger the colour behind a token, the larger the activation there, as a share of the latent's largest; the underlined token is the example's own. Tenths are those of random activations." }), ...groups(at)),

@@ -14,6 +14,7 @@ from mechscope.studies.dictionary_files import DICTIONARIES, DictionaryFiles, Le
 from mechscope.studies.groups import ModelAndTuned
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
+from mechscope.studies.pairs import split_names
 from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mechscope.features.rows import Models
 
 # columns that another run may have for latents
-_BESIDE = ("class", "effect")
+_BESIDE = ("class", "effect", "explanation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,13 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
     from mechscope.store.paths import absent
     from mechscope.store.tables import read_table
 
-    if run.settings.beside is None:
-        return {}
-    folder = Path(run.settings.beside)
-    if not folder.is_dir():
-        raise SettingsError(f"setting 'beside' is {str(folder)!r}: {absent(str(folder)) or 'no such folder'}")
     found: dict[str, dict[str, Any]] = {}
-    for file in sorted((folder / "tables").glob("*.parquet")):
+    files = []
+    for folder in map(Path, split_names(run.settings.beside or "")):
+        if not folder.is_dir():
+            raise SettingsError(f"setting 'beside' names {str(folder)!r}: {absent(str(folder)) or 'no such folder'}")
+        files += sorted((folder / "tables").glob("*.parquet"))
+    for file in files:
         table = read_table(file)
         if "component" not in table:
             continue
@@ -63,9 +64,9 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
                 known = found.setdefault(column, {})
                 for dictionary, component, value in zip(named, table["component"], table[column], strict=True):
                     known.setdefault(f"{dictionary} {component}", value)
-    if not found:
+    if run.settings.beside is not None and not found:
         raise SettingsError(
-            f"setting 'beside' is {str(folder)!r}: it has no table with the columns component and class, or component and effect"
+            f"setting 'beside' is {run.settings.beside!r}: there is no table with a column component and one of {', '.join(_BESIDE)}"
         )
     return found
 
