@@ -16,6 +16,7 @@ from mechscope.features.observed import Heads, Latents, Neurons
 from mechscope.instrument import Execution
 from mechscope.store.run import verify
 from mechscope.studies.jobs.features_explain import JOB
+from tests import families
 from tests.features.test_explain import completion, endpoint
 from tests.features.test_harvest import texts
 from tests.report.measured import random_dictionary
@@ -101,6 +102,19 @@ def test_an_endpoint_that_goes_down_loses_nothing_and_the_same_command_goes_on(t
     assert any("17\u202f% of the answers unreadable" in sentence for sentence in findings("explanations", **result.tables))
 
 
+def test_a_local_model_is_asked_and_its_questions_are_kept(tmp_path: Path) -> None:
+    families.build("llama").save_pretrained(tmp_path / "judge")
+    families.tokenizer().save_pretrained(tmp_path / "judge")
+    local = {"explainer": "local", "explainer_model": str(tmp_path / "judge"), "scorers": "detection"}
+    result = run(JOB, tmp_path / "run", **QUICK, components="m1.n3,m1.n4", **local)
+    assert result.explanations["explainer"].tolist() == [f"local:{tmp_path / 'judge'}"] * 2
+    # random weights write no lists: nothing can be read, and all of it counts as wrong
+    assert (result.explanation_scores["unreadable"] == 1).all()
+    assert (result.explanation_scores["score"] == 0).all()
+    assert len(result.explanation_questions) == 2 + 2 * 2 * 3
+    assert result.manifest["explainer"]["source"] == str(tmp_path / "judge")
+
+
 def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     random_dictionary().save(tmp_path / "random.safetensors")
     file = str(tmp_path / "random.safetensors")
@@ -122,6 +136,16 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
     ]
     for settings, message in wrong:
         refuses(JOB, tmp_path / "run", SettingsError, message, **{**QUICK, **settings})
+    refuses(
+        JOB,
+        tmp_path / "run",
+        MechscopeError,
+        "absent",
+        **QUICK,
+        components=UNITS,
+        explainer="local",
+        explainer_model=str(tmp_path / "absent"),
+    )
     refuses(JOB, tmp_path / "run", MechscopeError, "no such file", **QUICK, dictionary=str(tmp_path / "absent.safetensors"))
 
 

@@ -14,15 +14,16 @@ from mechscope.settings import Number, Rate, nested, setting
 from mechscope.settings.features import ExplainSettings
 from mechscope.studies.dictionary_files import DICTIONARIES, LeftOutTokens, MaybeDictionaries, left_out
 from mechscope.studies.groups import OneModel
-from mechscope.studies.inputs import MODELS
+from mechscope.studies.inputs import MODELS, fingerprints, loading
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.pairs import split_names
-from mechscope.studies.run import JobRun, Tables
+from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
     from mechscope.features.explain import Explainer
     from mechscope.features.observed import Observed
+    from mechscope.subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -172,16 +173,32 @@ def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[Observed]:
             yield observed(subject, named[kind], texts, tokens=tokens, share=settings.explain.active_share, execution=run.execution)
 
 
+def _local(run: JobRun[FeaturesExplainSettings]) -> Subject | None:
+    """Load the model that explains where it runs here; None for another explainer."""
+    from mechscope.instrument import load
+
+    if run.settings.explainer != "local" or run.settings.explainer_model is None:
+        return None
+    return load(run.settings.explainer_model, **loading(run.settings))
+
+
+EXPLAINER: Input[Subject | None] = Input(
+    "explainer",
+    _local,
+    lambda model: None if model is None else fingerprints({"explainer": model}),
+    lambda model: {} if model is None else {"explainer": {"source": model.source, "fingerprint": model.fingerprint}},
+)
+
+
 def _explainer(run: JobRun[FeaturesExplainSettings]) -> Explainer:
     from mechscope.features.explain import Baseline, Endpoint, LocalModel
-    from mechscope.instrument import load
-    from mechscope.studies.inputs import loading
 
     settings, tokenizer = run.settings, run.first.tokenizer
     if settings.explainer_model is None:
         return Baseline(tokenizer, longest=settings.explain.longest)
-    if settings.endpoint is None:
-        return LocalModel(load(settings.explainer_model, **loading(settings)), tokenizer)
+    if (local := run[EXPLAINER]) is not None:
+        return LocalModel(local, tokenizer)
+    assert settings.endpoint is not None
     # said where everyone sees it, not only in the log
     logger.warning("texts are sent to %s; all that is sent is in log.jsonl of the run folder", settings.endpoint)
     return Endpoint(settings.endpoint, settings.explainer_model, tokenizer, timeout=settings.timeout, seed=settings.seed)
@@ -226,7 +243,7 @@ EXPLANATIONS = Stage(
         "outlier",
         "seed",
     ),
-    inputs=(MODELS, TEXTS, DICTIONARIES),
+    inputs=(MODELS, TEXTS, DICTIONARIES, EXPLAINER),
     alone=True,
 )
 
@@ -243,7 +260,7 @@ JOB = Job(
     example="mechscope features explain gpt2 --dictionary runs/features/dictionaries/resid6-4096.safetensors --data articles.jsonl",
     settings=FeaturesExplainSettings,
     arguments=("model",),
-    inputs=(MODELS, TEXTS, DICTIONARIES),
+    inputs=(MODELS, TEXTS, DICTIONARIES, EXPLAINER),
     stages=(EXPLANATIONS,),
     sections=("explanations",),
     title=_title,
