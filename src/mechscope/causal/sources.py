@@ -23,10 +23,11 @@ from torch import Tensor
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features import Standing
-from mechscope.instrument import CachedRun, model_inputs, record
+from mechscope.instrument import CachedRun, record
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.record import Site
 from mechscope.instrument.texts import over_texts
+from mechscope.instrument.walk import run_backbone
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
@@ -230,8 +231,8 @@ def mean_of(
     needed = [site for site in dict.fromkeys(each.place.site for each in standing) if site not in sites]
 
     def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor]]:
-        with record(subject, *wanted, *needed) as recording, subject.active():
-            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+        with record(subject, *wanted, *needed) as recording:
+            run_backbone(subject, batch.clean, batch.real)
         totals: dict[tuple[str, int], Tensor] = {}
         for key, value in recording.values.items():
             if key[0] not in wanted:

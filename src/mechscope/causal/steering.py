@@ -24,10 +24,11 @@ from mechscope.causal.places import Place, site_named
 from mechscope.data.pairs import PairBatch, Pairs, Where
 from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.errors import SettingsError
-from mechscope.instrument import CachedRun, Edit, intervene, model_inputs, record
+from mechscope.instrument import CachedRun, Edit, intervene, record
 from mechscope.instrument.edits import EditSite, Value, validate
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
+from mechscope.instrument.walk import run_backbone
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
@@ -179,8 +180,8 @@ def difference_of_means(
     edit_site = check_vector_place(subject, site, layer, head).site
 
     def summed(batch: PairBatch) -> Float[Tensor, " features"]:
-        with subject.active(), record(subject, cast(Any, edit_site), layers=[layer]) as recording:
-            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+        with record(subject, cast(Any, edit_site), layers=[layer]) as recording:
+            run_backbone(subject, batch.clean, batch.real)
         value = recording[edit_site, layer].to(subject.device, torch.float64)
         value = value if head is None else value[:, :, head]
         weight = batch.positions(positions).to(value)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechscope.data.prompt import Example
 from mechscope.instrument import AttentionCall, observed, pattern
-from mechscope.instrument.walk import model_inputs
+from mechscope.instrument.walk import run_backbone
 from mechscope.subject import Pair
 
 
@@ -26,7 +26,7 @@ def attention_patterns(pair: Pair, example: Example) -> dict[str, Tensor]:
         def keep(call: AttentionCall, layers: list[Tensor] = layers) -> None:
             layers.append(pattern(call)[0].half().cpu())
 
-        with subject.active(), observed(subject, keep):
-            subject.anatomy.backbone(**model_inputs(ids.to(subject.device), None), use_cache=False)
+        with observed(subject, keep):
+            run_backbone(subject, ids, None)
         patterns[name] = torch.stack(layers)
     return patterns

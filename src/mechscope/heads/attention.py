@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText
-from mechscope.instrument import AttentionCall, model_inputs, observed
+from mechscope.instrument import AttentionCall, observed
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.kernels import PatternBlock, averages, is_fusable, pattern_blocks, statistics_dtype
+from mechscope.instrument.walk import run_backbone
 from mechscope.subject import Subject
 
 Reduce = Callable[[AttentionCall, PairBatch], Tensor]
@@ -43,7 +44,9 @@ def masses_at(
     """Return the attention of every query row to each of some keys (columns, −1 for none); 0 for keys it cannot see and in rows of padding."""
     length, columns = call.query.shape[2], call.key.shape[2]
     windowed = call.window is not None and call.window < columns
-    plain = call.mask is None and call.softcap is None and not windowed and length == columns and is_fusable(call.query)
+    plain = (
+        call.mask is None and call.softcap is None and call.sinks is None and not windowed and length == columns and is_fusable(call.query)
+    )
     masses = _fused(call, keys) if plain else _exact(call, keys)
     rows = real[:, columns - length :, None]
     there = real.gather(1, keys.clamp(min=0).flatten(1)).view(keys.shape)
@@ -86,7 +89,7 @@ def strongest(call: AttentionCall, real: Bool[Tensor, "batch key"]) -> Int[Tenso
 
 
 def _blocks(call: AttentionCall) -> Iterator[PatternBlock]:
-    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap)
+    return pattern_blocks(call.query, call.key, scaling=call.scaling, mask=call.mask, softcap=call.softcap, sinks=call.sinks)
 
 
 @torch.no_grad()
@@ -115,7 +118,7 @@ def run_probes(
             layers[call.layer] = reduce(call, batch).double()
 
         with observed(subject, tap):
-            subject.anatomy.backbone(**model_inputs(batch.clean.to(subject.device), batch.real), use_cache=False)
+            run_backbone(subject, batch.clean, batch.real)
         # fetched when all layers are on their way: no device is waited for in between
         values = torch.stack([layers[layer].cpu() for layer in range(subject.anatomy.n_layers)])
         return {"values": values.movedim(1, -1).numpy()}

@@ -18,10 +18,16 @@ from mechscope.instrument import AttentionCall, describe
 
 
 def uniform(call: AttentionCall) -> AttentionCall:
-    """Return a call with one head that looks at all keys it can see alike."""
+    """Return a call with one head that looks at all keys it can see alike, and at no learned sink."""
     mask = call.mask if call.mask is None else call.mask[:, :1]
     return replace(
-        call, query=torch.zeros_like(call.query[:, :1]), key=call.key[:, :1], value=call.value[:, :1], z=call.z[:, :, :1], mask=mask
+        call,
+        query=torch.zeros_like(call.query[:, :1]),
+        key=call.key[:, :1],
+        value=call.value[:, :1],
+        z=call.z[:, :, :1],
+        mask=mask,
+        sinks=None,
     )
 
 

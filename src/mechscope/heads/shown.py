@@ -71,7 +71,12 @@ def _edges(call: AttentionCall, head: int, strongest: int, least: float) -> pd.D
     mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, head : head + 1]
     key_head = head // group
     blocks = pattern_blocks(
-        call.query[:, head : head + 1], call.key[:, key_head : key_head + 1], scaling=call.scaling, mask=mask, softcap=call.softcap
+        call.query[:, head : head + 1],
+        call.key[:, key_head : key_head + 1],
+        scaling=call.scaling,
+        mask=mask,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks[head : head + 1],
     )
     queries, keys, weights = [], [], []
     for block in blocks:

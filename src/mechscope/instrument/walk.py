@@ -41,13 +41,8 @@ class Walk:
         """Run the embedding and note every block's arguments; `real` is False where a token is padding, None if there is no padding."""
         self.subject = subject
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if real is None else real.sum(1)
-        with (
-            subject.active(),
-            by_own_length(subject, lengths),
-            _substituted([block.module for block in subject.anatomy.blocks], self._note),
-        ):
-            subject.anatomy.backbone(**model_inputs(sent(input_ids, subject.device), real), use_cache=False)
+        with _substituted([block.module for block in subject.anatomy.blocks], self._note):
+            run_backbone(subject, input_ids, real)
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -73,6 +68,13 @@ class Walk:
     def logits(self, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Turn the last residual stream, or any rows of it, into logits: final norm, unembedding, and the family's scaling and cap."""
         return unembed(self.subject, hidden)
+
+
+def run_backbone(subject: Subject, input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batch token"] | None) -> None:
+    """Run the embedding and the blocks over padded texts, for what is observed or recorded on the way; rotary frequencies are of each text's own length."""
+    lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if real is None else real.sum(1)
+    with subject.active(), by_own_length(subject, lengths):
+        subject.anatomy.backbone(**model_inputs(sent(input_ids, subject.device), real), use_cache=False)
 
 
 def unembed(subject: Subject, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:

@@ -165,7 +165,8 @@ def _pattern_rows(call: AttentionCall, row: int, queries: Tensor, heads: list[in
         mask = mask if mask.shape[1] == 1 else mask[:, heads]
     group = call.query.shape[1] // call.key.shape[1]
     query, key = call.query[row : row + 1, heads][:, :, queries], call.key[row : row + 1, [head // group for head in heads]]
-    blocks = pattern_blocks(query, key, scaling=call.scaling, mask=mask, softcap=call.softcap, dtype=dtype)
+    sinks = None if call.sinks is None else call.sinks[heads]
+    blocks = pattern_blocks(query, key, scaling=call.scaling, mask=mask, softcap=call.softcap, sinks=sinks, dtype=dtype)
     return torch.cat([block.log_pattern.exp() for block in blocks], dim=2)[0].transpose(0, 1)
 
 
