@@ -113,12 +113,14 @@ def frozen_direction(run: FrozenRun, tokens: Int[Tensor, " token"]) -> tuple[Flo
 
     A shift of all logits changes no probability, so it is taken out of every target. Logits are those before a soft cap (Gemma 2).
     """
-    readout = run.readout
-    every = torch.arange(readout.weight.shape[0], device=readout.weight.device)
-    mean = readout.weight.to(run.dtype).mean(0) * readout.multiplier
-    if readout.norm is not None:
-        mean = mean * readout.norm.gain.to(mean)
-        mean = mean - mean.mean() if readout.norm.centred else mean
-    directions = (readout.directions(tokens).to(run.dtype) - mean).to(run.embedding)
-    constant = (readout.constant(tokens) - readout.constant(every).mean()).to(run.embedding)
+    readout, norm = run.readout, run.readout.norm
+    row = readout.weight.mean(0, dtype=run.dtype) * readout.multiplier
+    common = row.new_zeros(()) if norm is None or norm.shift is None else row @ norm.shift.to(row)
+    if readout.bias is not None:
+        common = common + readout.bias.mean(dtype=run.dtype) * readout.multiplier
+    if norm is not None:
+        row = row * norm.gain.to(row)
+        row = row - row.mean() if norm.centred else row
+    directions = (readout.directions(tokens).to(run.dtype) - row).to(run.embedding)
+    constant = (readout.constant(tokens).to(run.dtype) - common).to(run.embedding)
     return directions * readout.scale(run.last[None])[0].to(directions), constant

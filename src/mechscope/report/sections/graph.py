@@ -12,7 +12,7 @@ from mechscope.report.marks.graph_picture import graph_picture
 from mechscope.report.marks.tables import Cell, Row, Shown, Table
 from mechscope.report.section import Panel, Section, Tables, number, table
 from mechscope.report.statements import Card, Caveat, Derived, Finding
-from mechscope.report.theme import interval, percent
+from mechscope.report.theme import interval, label, percent
 from mechscope.report.theme import number as written
 
 _CHOSEN = {"influence": "of most influence", "random": "at random, outside the pruned graph", "group": "the groups"}
@@ -251,15 +251,13 @@ def _of_scores(tables: Tables) -> list[Finding]:
 
 def _of_interventions(tables: Tables) -> list[Finding]:
     agreement = tables.get("graph_agreement")
+    found = _of_groups(tables)
     if agreement is None:
-        return []
-    found = []
-    for chosen in agreement["chosen"].unique():
+        return found
+    for chosen in [each for each in agreement["chosen"].unique() if each != "group"]:
         rows = {str(row["measure"]): row for _, row in agreement[agreement["chosen"] == chosen].iterrows()}
         row, logit, predicted = rows[_ALL], rows[_MEASURED], rows[_PREDICTED]
-        who = {"influence": "the latents of most influence", "random": "latents at random outside the pruned graph", "group": "the groups"}[
-            str(chosen)
-        ]
+        who = "the latents of most influence" if chosen == "influence" else "latents at random outside the pruned graph"
         if row["withheld"]:
             said = f"how well the graph predicts what changes of {who} do"
             found.append(
@@ -280,6 +278,27 @@ def _of_interventions(tables: Tables) -> list[Finding]:
             )
         )
     return found
+
+
+def _of_groups(tables: Tables) -> list[Finding]:
+    """Say of every group what changing it does to the likeliest logit."""
+    table = tables.get("graph_interventions")
+    if table is None:
+        return []
+    own = table[(table["chosen"] == "group") & (table["kind"] == "logit")].drop_duplicates("change")
+    return [
+        Finding(
+            f"Group “{label(row['change'])}” ({written(int(row['latents']))} latents), what it writes times {written(row['factor'])}, moves the likeliest "
+            f"logit by {written(row['measured'], sign=True)}; predicted is {written(row['total'], sign=True)} by all paths, "
+            f"{written(row['direct'], sign=True)} directly",
+            n=1,
+            unit="interventions",
+            rows=(row,),
+            effect=abs(float(row["measured"])),
+            table="graph_interventions",
+        )
+        for _, row in own.iterrows()
+    ]
 
 
 def _mean(row: Any) -> str:

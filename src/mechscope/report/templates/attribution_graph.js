@@ -162,5 +162,6 @@ reading.each("attribution_graph", "[data-attribution-graph]", (card, graph) => {
     choose(place ? Number(place.dataset.at) : null);
   });
   show();
+  stage.scrollLeft = stage.scrollWidth; // the next tokens stand on the right
   document.documentElement.dataset.graph = "drawn";
 });
