@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from mechscope.features.explain.evidence import Evidence, Explanation, Window
@@ -148,18 +149,16 @@ class Chat(ABC):
 
     def _text(self, window: Window, marked: Sequence[int]) -> str:
         """Write a window on one line, neighbouring marks as one."""
-        parts, chosen = list[str](), set(marked)
-        runs: list[tuple[bool, list[int]]] = []
-        for place, token in enumerate(window.ids):
-            inside = place in chosen
-            if not runs or runs[-1][0] != inside:
-                runs.append((inside, []))
-            runs[-1][1].append(token)
-        for inside, ids in runs:
-            text = _line(self._spelling.text(ids))
-            parts.append(f"«{text}»" if inside else text)
-        # without a tokenizer tokens are numbers, which spaces keep apart
-        return "".join(parts) if chosen or not parts else parts[0]
+        chosen, parts, begin = set(marked), list[str](), 0
+        whole = self._spelling.text(window.ids)
+        for inside, run in groupby(range(len(window.ids)), key=lambda place: place in chosen):
+            # what a text gains by some tokens: alone they may be spelled without the space before them
+            end = len(self._spelling.text(window.ids[: list(run)[-1] + 1]))
+            text = whole[begin:end]
+            space = text[: len(text) - len(text.lstrip(" "))] if inside else ""
+            parts.append(f"{space}«{text[len(space) :]}»" if inside else text)
+            begin = end
+        return _line("".join(parts))
 
 
 def listed(answer: str, count: int, most: int) -> list[int] | None:
