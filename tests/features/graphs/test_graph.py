@@ -16,12 +16,14 @@ from mechscope.features.graphs.graph import AttributionGraph
 from mechscope.features.layout import Group, Layout, autoencoder, transcoder
 from mechscope.features.places import places
 from mechscope.features.rules import Rule
-from mechscope.instrument import Execution
+from mechscope.instrument import Execution, load
 from mechscope.settings.graph import GraphSettings
 from tests import families
 from tests.features import oracle
 from tests.features.graphs.made import DICTIONARIES, FAMILIES, IDS, Clean, W, subject, transcoders
 from tests.features.test_splice import made
+from tests.lens.residual_oracle import in_float64
+from tests.matrix.plain import build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 either = pytest.mark.parametrize("kind", DICTIONARIES)
@@ -153,6 +155,17 @@ def test_a_graph_of_errors_alone_reproduces_the_model(family: str) -> None:
     )
     if subject(family).anatomy.logit_softcap is None:
         np.testing.assert_allclose(last[:, -1], -(moved - moved.mean())[logits["index"].tolist()], **CLOSE)
+
+
+def test_a_learned_sink_takes_its_part_of_what_values_biases_add() -> None:
+    # gpt-oss: rows of its patterns do not sum to one, and its values have biases
+    model = load(in_float64(build("gpt_oss", 0, torch.float64)))
+    graph = attribution_graph(model, {}, IDS, settings=GraphSettings(logits=3, probability=1.0))
+    logits = graph.nodes.iloc[graph.where("logit")]
+    with torch.no_grad():
+        expected = model.plain(torch.tensor([IDS]), use_cache=False).logits[0, -1]
+    np.testing.assert_allclose(logits["value"], (expected - expected.mean())[logits["index"].tolist()], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sums(graph)[graph.where("logit")], logits["value"], rtol=1e-6, atol=1e-6)
 
 
 def test_where_few_latents_get_edges_they_are_those_that_matter_most_and_what_the_others_bring_is_kept(

@@ -98,13 +98,14 @@ class FrozenRun:
         return writer, self._wiring.folded(layer, "value").to(self.embedding)
 
     def _constant(self, layer: int) -> Float[Tensor, "token d_model"]:
-        """Return what a layer's attention adds whatever it reads: its biases and the shift of its norm, which every row of a pattern sums to one."""
+        """Return what a layer's attention adds whatever it reads: biases and the shift of its norm, as far as a row of a pattern sums to one."""
         writer, bias = self._wiring.writer(layer)
         value = self._wiring.constant(layer, "value")
         total = self.embedding.new_zeros(len(self.ids), self.embedding.shape[1])
         if value is not None:
             of_heads = value.to(self.embedding).repeat_interleave(self._wiring.group, dim=0)
-            whole = torch.einsum("he,hed->d", of_heads, writer.to(self.embedding))
+            # learned sinks take a part of a row
+            whole = torch.einsum("ht,he,hed->td", self._patterns[layer].sum(-1), of_heads, writer.to(self.embedding))
             scale = self._written_scales[layer]
             total = total + (whole if scale is None else whole * scale)
         return total if bias is None else total + bias.to(total)
