@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from mechscope.errors import MechscopeError, ModelError, SettingsError
 from mechscope.features import crosscoder
 from mechscope.features.affine import Affine
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.diffing import LatentSet, alike, carried
+from mechscope.features.diffing import LatentSet, alike, carried, latent_scaling
 from mechscope.features.layout import Layout, autoencoder
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution
 from mechscope.settings.features import TokenSettings
-from mechscope.subject import Pair, Subject
+from mechscope.subject import Pair, Subject, pair
+from mechscope.subject.load import load
 from tests import families
 from tests.causal.pairs import random_pairs
 from tests.difference.oracle import models
@@ -146,6 +149,28 @@ def test_where_heads_and_mlps_write_all_of_the_difference_makes_the_last_block_t
     np.testing.assert_allclose(found.into_base["whole"], last.into_base["whole"], rtol=1e-9)
     z = carried(both, given("base:a2.z,tuned:a2.z"), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
     assert not np.allclose(z.into_base["whole"], z.base)
+
+
+def test_an_adapter_is_compared_with_its_base_as_its_merged_model_is() -> None:
+    config = LoraConfig(r=3, lora_alpha=30, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = load(get_peft_model(families.build("llama", torch.float64), config).to(torch.float64))
+    merged = load(copy.deepcopy(adapted.model).merge_and_unload())
+    dictionary, sets = given("base:resid1,tuned:resid1"), {"some": LatentSet((3, 17, 4)), "whole": LatentSet(whole=True)}
+    base = load(families.build("llama", torch.float64))
+    pairs = [pair(adapted.without_adapter(), adapted), pair(base, merged)]
+    one, two = (carried(both, dictionary, TEXTS, sets, tokens=TOKENS) for both in pairs)
+    assert not np.allclose(two.base, two.tuned, atol=1e-3)
+    for name in ("base", "tuned"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-9)
+    for name in sets:
+        np.testing.assert_allclose(one.into_base[name], two.into_base[name], rtol=1e-9)
+        np.testing.assert_allclose(one.out_of_tuned[name], two.out_of_tuned[name], rtol=1e-9)
+    scaled = [
+        latent_scaling({"base": both.base, "tuned": both.tuned}, dictionary, TEXTS, tokens=TOKENS, other_model=True)["nu_error"]
+        for both in pairs
+    ]
+    np.testing.assert_allclose(scaled[0], scaled[1], rtol=1e-9)
 
 
 def test_models_that_are_equal_have_nothing_to_carry() -> None:

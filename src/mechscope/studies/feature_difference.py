@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OWN_CONTROLS = ("same", "half", "planted", "shuffled")
+# steps between two states: with a dictionary for every control a step takes seconds
+_KEPT_EVERY = 100
 # what takes longer than this is said without being asked
 _LONG = 600.0
 
@@ -239,6 +241,7 @@ def train_all(request: Request) -> Tables:
         wanted,
         scratch / "training",
         training=settings.training,
+        keep_every=_KEPT_EVERY,
         device=request.pair.base.device,
         execution=request.run.execution,
     )

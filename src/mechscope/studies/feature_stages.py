@@ -17,6 +17,8 @@ def stages(
     *,
     inputs: tuple[Input[Any], ...],
     settings: tuple[str, ...] | None = None,
+    split: tuple[str, ...] = (),
+    name: str = "training",
     after: tuple[Stage, ...] = (),
     when: Callable[[Any], bool] = lambda settings: True,
 ) -> tuple[Stage, Stage, Stage, Stage]:
@@ -26,6 +28,8 @@ def stages(
         request: Returns what is compared.
         inputs: What is loaded and decides the result.
         settings: Settings that decide which dictionaries there are; by default the fields of `DictionaryComparison`, each for the stages that it is for.
+        split: Settings that decide which texts are judged on.
+        name: What the stage that trains is called.
         after: Stages that make the models.
         when: Whether any of it is done.
     """
@@ -52,8 +56,8 @@ def stages(
 
     plans = ("places", "latents", "rule", "k", "difference", "own_controls", "live", "objective", "training", "harvest", "plant")
     own = (plans, ("exclusive",), ("causal_documents", "random_draws"), ("latent",))
-    first, second, third, fourth = ((*(settings or names), "seed") for names in own)
-    training = Stage(name="dictionaries", work=trained, hangs_on=first, inputs=inputs, after=after, when=when, alone=True)
+    first, second, third, fourth = ((*(settings or names), *split, "seed") for names in own)
+    training = Stage(name=name, work=trained, hangs_on=first, inputs=inputs, after=after, when=when, alone=True)
     judgement = Stage(name="judgement", work=judged, hangs_on=second, inputs=inputs, after=(training,), when=when, alone=True)
     behind = (training, judgement)
     return (

@@ -15,7 +15,7 @@ from mechscope.studies.groups import OneCorpus, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job
 from mechscope.studies.pairs import held_out
-from mechscope.studies.run import Input, JobRun
+from mechscope.studies.run import JobRun
 
 if TYPE_CHECKING:
     from mechscope.studies.feature_difference import Request
@@ -45,8 +45,6 @@ def _check(run: JobRun[Any]) -> None:
 
 
 OTHERS = controls_input(PAIR)
-# which documents are learned from and which are judged on
-SPLIT: Input[Any] = Input("split", lambda run: run.settings.test_share, lambda share: share)
 
 JOB = Job(
     name="features-diff",
@@ -57,7 +55,7 @@ JOB = Job(
     settings=FeaturesDiffSettings,
     arguments=("base", "tuned"),
     inputs=(MODELS, PAIR, CORPUS, OTHERS),
-    stages=stages(_request, inputs=(PAIR, CORPUS, OTHERS, SPLIT)),
+    stages=stages(_request, inputs=(PAIR, CORPUS, OTHERS), split=("test_share",)),
     sections=("feature-difference", "feature-carried", "feature-candidates", "dictionaries"),
     title=lambda names: f"What fine-tuning added to {names['base']}",
     check=_check,

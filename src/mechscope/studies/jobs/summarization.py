@@ -209,6 +209,7 @@ DICTIONARIES = dictionary_stages(
     _comparison,
     inputs=(PAIRS_OF_MODELS, HELD_OUT, TRAINING),
     settings=("dictionary_latents", "dictionary_k", "dictionary_steps", "dictionary_batch", "dictionary_rate"),
+    name="dictionaries",
     when=_by_dictionaries,
 )
 BAKEOFF = bakeoff_stage(PLAIN_BASE, PLACES, when=lambda settings: settings.bakeoff)
