@@ -12,7 +12,7 @@ from mechscope.studies.paper_2505_17073.settings import StudySettings
 
 
 def demo_settings() -> StudySettings:
-    """Return settings sized so that everything, bake-off included, ends in about six minutes on two cores."""
+    """Return settings sized so that everything, bake-off included, ends in about seven minutes on two cores."""
     from mechscope.data.newsroom import newsroom_model_path
 
     return StudySettings(
@@ -39,7 +39,7 @@ def demo_settings() -> StudySettings:
         dictionaries=True,
         dictionary_latents=256,
         dictionary_k=16,
-        dictionary_steps=700,
+        dictionary_steps=1100,
         dictionary_batch=256,
         dictionary_rate=1e-2,
     )
