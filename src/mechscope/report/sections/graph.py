@@ -168,14 +168,8 @@ def _views(tables: Tables) -> list[Shown]:
     if "graph_logits" in tables:
         view = Table(tables["graph_logits"]).tokens("token", "next token").cells("probability", "probability", _probability)
         view = view.numbers("value", "logit − mean")
-        for part, heading in (
-            ("latents", "latents"),
-            ("errors", "errors"),
-            ("tokens", "tokens"),
-            ("constants", "constants"),
-            ("others", "other latents"),
-        ):
-            view = view.numbers(f"of_{part}", heading, sign=True)
+        for part in ("latents", "errors", "tokens", "constants", "others"):
+            view = view.numbers(f"of_{part}", "other latents" if part == "others" else part, sign=True)
         words = "What is added to each logit directly; what latents add they have from others, which the graph follows."
         shown.append(Shown("What the likeliest next tokens are made of", view.view(), words, terminal=True, table="graph_logits"))
     if "graph_scores" in tables:
@@ -260,11 +254,8 @@ def _of_interventions(tables: Tables) -> list[Finding]:
         who = "the latents of most influence" if chosen == "influence" else "latents at random outside the pruned graph"
         if row["withheld"]:
             said = f"how well the graph predicts what changes of {who} do"
-            found.append(
-                Finding(
-                    said, n=row["n"], unit="interventions", rows=(row,), withheld=str(row["withheld"]), table="graph_agreement", folded=True
-                )
-            )
+            known = {"n": row["n"], "unit": "interventions", "rows": (row,), "table": "graph_agreement"}
+            found.append(Finding(said, **known, withheld=str(row["withheld"]), folded=True))
             continue
         found.append(
             Finding(
