@@ -52,7 +52,7 @@ ON_ONE_DEVICE = {
     **{
         (family, name): "pretended devices have no compressed rows, with which products at active latents are taken"
         for family in ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3")
-        for name in ("node_effects", "node_edges", "attribute latents")
+        for name in ("node_effects", "node_edges", "attribute latents", "shift effects")
     },
 }
 
@@ -63,6 +63,7 @@ ELSEWHERE = {
     "harvest": "writes into a folder, and an order of its own: tests/features/test_harvest.py",
     "train": "trains on activations, not on texts: tests/features/test_trainer.py",
     "train_end_to_end": "a step of training takes a batch, into a folder: tests/features/test_end_to_end.py",
+    "shift": "fits probes on labelled texts: tests/features/test_shift.py; what it reads of the model stands in an entry",
     "copying_roles": "a part of head_roles",
     "pattern_roles": "a part of head_roles",
     "entity_roles": "makes texts for a tokenizer, then roles_on",

@@ -24,6 +24,7 @@ from tests.features.labelled_files import labelled_file
 from tests.features.oracle import dictionary
 from tests.features.test_explain import completion, endpoint
 from tests.features.test_harvest import texts
+from tests.features.test_shift import labelled_rows
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
@@ -121,6 +122,16 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         with endpoint(lambda body: completion("[1, 0, 1, 0, 1]")) as (url, _):
             tables |= run(_job("features_explain"), None, pairs=texts((24,) * 80), documents=80, window=6, endpoint=url, **judge).tables
         tables |= _compared(Path(folder))
+        labelled = Path(folder) / "labelled.jsonl"
+        labelled.write_text("\n".join(json.dumps(row) for row in labelled_rows(160)), encoding="utf-8")
+        shifted: dict[str, Any] = {
+            "data": str(labelled),
+            "dictionary": str(Path(folder) / "resid0.safetensors"),
+            "texts": 160,
+            "latents": 8,
+            "draws": 2,
+        }
+        tables |= run(_job("features_shift"), None, **shifted).tables
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
     positions = _job("positions")

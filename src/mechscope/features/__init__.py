@@ -18,6 +18,7 @@ from mechscope.features.node_effects import NodeEffects, node_effects
 from mechscope.features.node_patching import node_means, patch_nodes, patch_places
 from mechscope.features.places import Latent, Place
 from mechscope.features.rules import Rule
+from mechscope.features.shift import Shift, shift
 from mechscope.features.spliced import LatentEdit, Spliced, ablated, scaled, splice, steered
 from mechscope.features.splitting import splitting
 from mechscope.features.standing import Node, Standing, in_order
@@ -57,6 +58,7 @@ __all__ = [
     "Place",
     "Plan",
     "Rule",
+    "Shift",
     "Spliced",
     "Standing",
     "TokenSettings",
@@ -83,6 +85,7 @@ __all__ = [
     "promoted_tokens",
     "random_control",
     "scaled",
+    "shift",
     "splice",
     "splitting",
     "steered",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 
 from mechscope import features
 from mechscope.causal import ablate, attribution_patch, mean_of, patch
+from mechscope.data.labelled import Labelled
 from mechscope.features import Dictionary, Rule
+from mechscope.features.shift import _Pooled
 from mechscope.instrument import Execution
 from tests import families
 from tests.contract.technique import Case, Result, Technique, columns
@@ -88,12 +94,30 @@ def attribute_latents(case: Case, execution: Execution) -> Result:
     return columns(found.table)
 
 
+@dataclass(frozen=True)
+class _Direction:
+    """A probe that was not fitted: fits of so few texts are no claim of the contract."""
+
+    direction: np.ndarray
+
+
+def shift_effects(case: Case, execution: Execution) -> Result:
+    """Average activations with latents ablated, and estimate what latents do to a probe of them."""
+    pooled = _Pooled(case.subject, _standing(case), features.Place.parse("resid1"), execution)
+    labels = np.arange(len(case.pairs)) % 2 == 0
+    probe: Any = _Direction(np.linspace(-1, 1, families.WIDTH))
+    effects = pooled.effects(Labelled(case.pairs, labels, labels), labels, probe)
+    nodes = [features.Node.parse(name) for name in ("resid0.f1", "a1.f2")]
+    return {"x": pooled(case.pairs, nodes)} | {place.name: values for place, values in effects.items()}
+
+
 TECHNIQUES: dict[str, Technique] = {
     "node_effects": node_effects,
     "node_edges": node_edges,
     "node_means": node_means,
     "patch_nodes": patch_nodes,
     "feature_faithfulness": feature_faithfulness,
+    "shift effects": shift_effects,
     "ablate latents": ablate_latents,
     "patch latents": patch_latents,
     "attribute latents": attribute_latents,

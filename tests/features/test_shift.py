@@ -1,0 +1,180 @@
+"""SHIFT finds latents that carry a planted bias, and without them a biased classifier tells the worst group; erasures leave no linear trace."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from mechscope.data.labelled import GROUPS, BiasedSplit, Labelled, biased_split
+from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.errors import DataError, SettingsError
+from mechscope.features import Dictionary, Node, Place, Rule, Standing, autoencoder, in_order, shift
+from mechscope.features.erasure import leace, mean_difference
+from mechscope.features.probes import Probe
+from mechscope.features.shift import _Pooled
+from mechscope.instrument import Execution, record
+from tests import families
+from tests.features.test_node_effects import every_family, exact
+
+PLACE = Place("residual", 1)
+# the unintended label is a word in three, the intended one a word in six
+UNINTENDED, INTENDED = (10, 11), (20, 21)
+
+
+@cache
+def labelled(texts: int = 240) -> Labelled:
+    random = np.random.default_rng(0)
+    pairs, labels = [], []
+    for number in range(texts):
+        one, two = GROUPS[number % 4]
+        ids = random.integers(30, families.VOCABULARY, 18)
+        ids[[2, 5, 8, 11, 14, 17]] = UNINTENDED[two]
+        ids[[4, 7, 13]] = INTENDED[one]
+        pairs.append(PromptPair(str(number), tuple(map(int, ids)), tuple(map(int, ids)), target=(1, 18)))
+        labels.append((one, two))
+    return Labelled(Pairs(tuple(pairs), "planted"), *(np.array(column) for column in zip(*labels, strict=True)))
+
+
+def labelled_rows(texts: int) -> list[dict[str, object]]:
+    """Return such texts as rows of a file, for the tokenizer of single words."""
+    found = labelled().rows(range(texts))
+    return [
+        {"text": " ".join(f"w{token}" for token in pair.clean), "intended": ("no", "yes")[int(one)], "unintended": int(two)}
+        for pair, one, two in zip(found.texts, found.intended, found.unintended, strict=True)
+    ]
+
+
+def activations(family: str, texts: Pairs) -> np.ndarray:
+    """Return the mean activation of each text at the probe's place, over all tokens but the first."""
+    subject = exact(family)
+    with torch.no_grad(), record(subject, "residual") as recording:
+        subject.plain(torch.tensor([pair.clean for pair in texts]), use_cache=False)
+    return recording["residual", PLACE.layer][:, 1:].double().mean(1).numpy()
+
+
+def planted(family: str, place: Place = PLACE) -> tuple[Standing, ...]:
+    """Return an autoencoder without error: both directions of an orthonormal basis, of which the first is where the unintended classes differ."""
+    split = biased_split(labelled())
+    subject = exact(family)
+    with torch.no_grad(), record(subject, "residual") as recording:
+        subject.plain(torch.tensor([pair.clean for pair in split.development.texts]), use_cache=False)
+    x = recording["residual", place.layer][:, 1:].double().mean(1).numpy()
+    difference = x[split.development.unintended].mean(0) - x[~split.development.unintended].mean(0)
+    basis = np.linalg.qr(np.column_stack([difference, np.random.default_rng(1).standard_normal((len(difference), len(difference) - 1))]))[
+        0
+    ].T
+    rows = torch.from_numpy(np.concatenate([basis, -basis]))
+    layout = autoencoder(place, rows.shape[1], len(rows), Rule("relu"))
+    tensors = layout.tensors(dtype=torch.float64) | {"encoder.0": rows, "decoder.0": rows.clone()}
+    return in_order([Standing.of(Dictionary.plain(layout, tensors), subject)])
+
+
+@every_family
+def test_without_the_latents_of_a_planted_bias_the_worst_group_is_told(family: str) -> None:
+    found = shift(exact(family), planted(family), biased_split(labelled()), PLACE, filling="zero", draws=3)
+    rows = found.methods.set_index("method").to_dict("index")
+    assert rows["original"]["worst"] < 0.4
+    assert rows["latents ablated, retrained"]["worst"] > rows["original"]["worst"] + 0.2
+    assert rows["latents ablated, retrained"]["gain_low"] > 0
+    assert rows["random latents, retrained"]["worst"] < rows["latents ablated, retrained"]["worst"] - 0.1
+    assert rows["LEACE"]["worst"] > rows["original"]["worst"] + 0.2
+    assert {"resid1.f0", f"resid1.f{families.WIDTH}"} <= set(found.latents.loc[found.latents["judged"], "component"])
+    for name, row in rows.items():
+        own = found.groups[found.groups["method"] == name]
+        assert own.groupby("draw")["accuracy"].min().mean() == pytest.approx(row["worst"])
+
+
+def test_judged_by_hand_those_latents_are_ablated_and_no_others() -> None:
+    split, others = biased_split(labelled()), planted("gpt2")
+    nodes = [Node(PLACE, 0), Node(PLACE, families.WIDTH)]
+    found = shift(exact("gpt2"), others, split, PLACE, unintended=nodes, filling="zero", draws=1)
+    assert found.latents.loc[found.latents["judged"], "component"].tolist() == ["resid1.f0", f"resid1.f{families.WIDTH}"]
+    # both directions at zero: what is there is projected out, as by the difference of means but for the texts that it is of
+    row = others[0].decoders[0].numpy()
+    train, test = (activations("gpt2", part.texts) for part in (split.train, split.test))
+    by_hand = Probe(train - np.outer(train @ row, row), split.train.intended).says(test - np.outer(test @ row, row))
+    right = by_hand == split.test.intended
+    rows = found.methods.set_index("method").to_dict("index")
+    worst = min(right[split.test.group(number)].mean() for number in range(4))
+    assert rows["latents ablated, retrained"]["worst"] == pytest.approx(worst, abs=1e-9)
+    assert rows["mean difference erased"]["worst"] == pytest.approx(worst, abs=1e-9)
+
+
+@every_family
+def test_effects_are_the_derivative_of_the_margin(family: str) -> None:
+    part = biased_split(labelled()).development
+    subject = exact(family)
+    layouts = [autoencoder("resid0", families.WIDTH, 30, Rule("relu")), autoencoder("m1", families.WIDTH, 30, Rule("relu"))]
+    others = in_order([Standing.of(Dictionary.plain(each, each.tensors(seed=2, dtype=torch.float64)), subject) for each in layouts])
+    pooled = _Pooled(subject, others, PLACE, Execution(tokens_per_batch=100))
+    probe = Probe(pooled(part.texts), part.intended)
+    np.testing.assert_allclose(pooled(part.texts), activations(family, part.texts), rtol=1e-9, atol=1e-9)
+    effects = pooled.effects(part, part.intended, probe)
+    signs = np.where(part.intended, 1.0, -1.0)
+
+    def margin(each: Standing, latent: int, share: float) -> float:
+        """Return the mean margin with a latent changed by a share of its value, everywhere but at the first token."""
+
+        def change(x: torch.Tensor) -> torch.Tensor:
+            value = each.values(x, [latent])
+            value[:, 0] = 0
+            return x + share * value @ each.decoders[[latent]]
+
+        block = subject.anatomy.blocks[each.place.layer]
+        module = block.module if each.place.site == "residual" else block.mlp_write
+        handle = module.register_forward_hook(lambda _, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out))
+        try:
+            return float((signs * (activations(family, part.texts) @ probe.direction)).mean())
+        finally:
+            handle.remove()
+
+    checked = 0
+    for each in others:
+        for latent in (1, 4, 7):
+            slope = (margin(each, latent, -1e-5) - margin(each, latent, 1e-5)) / 2e-5
+            assert effects[each.place][latent] == pytest.approx(slope, rel=1e-4, abs=1e-8)
+            checked += abs(slope) > 1e-6
+    assert checked >= 3
+
+
+def test_erasures_leave_no_linear_trace_and_leace_changes_least() -> None:
+    random = np.random.default_rng(0)
+    y = random.random(400) < 0.4
+    x = random.standard_normal((400, 12)) @ random.standard_normal((12, 12)) + np.outer(y, random.standard_normal(12))
+    plain, least = mean_difference(x, y)(x), leace(x, y)(x)
+    for erased in (plain, least):
+        np.testing.assert_allclose(erased[y].mean(0), erased[~y].mean(0), atol=1e-9)
+    # in the metric of the covariance, in which LEACE is the smallest change that does it
+    inverse = np.linalg.inv(np.cov(x.T))
+    sizes = [np.einsum("ni,ij,nj->n", x - erased, inverse, x - erased).mean() for erased in (plain, least)]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(DataError, match="do not differ"):
+        leace(x, np.zeros(400, dtype=bool))
+
+
+def test_a_split_is_biased_where_it_trains_and_balanced_where_it_tests() -> None:
+    split = biased_split(labelled(), test_share=0.5)
+    assert (split.train.intended == split.train.unintended).all()
+    for part, each in ((split.development, 15), (split.test, 30)):
+        assert [int(part.group(number).sum()) for number in range(4)] == [each] * 4
+    ids = [{pair.id for pair in part.texts} for part in (split.train, split.development, split.test)]
+    assert not ids[0] & ids[1] | ids[0] & ids[2] | ids[1] & ids[2]
+    with pytest.raises(DataError, match="the smallest of the four groups of labels has 1 texts"):
+        biased_split(labelled().rows(range(4)))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    split: BiasedSplit = biased_split(labelled())
+    with pytest.raises(SettingsError, match="behind the probe at resid0"):
+        shift(exact("gpt2"), planted("gpt2"), split, Place("residual", 0))
+    with pytest.raises(SettingsError, match="the probe reads the residual stream, not m1: write resid1"):
+        shift(exact("gpt2"), planted("gpt2"), split, Place("mlp_output", 1))
+    with pytest.raises(SettingsError, match="filling 'corrupt' needs pairs"):
+        shift(exact("gpt2"), planted("gpt2"), split, PLACE, filling="corrupt")
+    with pytest.raises(SettingsError, match="errors are no latents that can be judged"):
+        shift(exact("gpt2"), planted("gpt2"), split, PLACE, unintended=[Node(PLACE)])
+    with pytest.raises(SettingsError, match=r"latent m0\.f1 belongs to no dictionary"):
+        shift(exact("gpt2"), planted("gpt2"), split, PLACE, unintended=[Node.parse("m0.f1")])
