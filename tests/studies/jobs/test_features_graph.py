@@ -122,6 +122,21 @@ def test_latents_are_looked_up_in_texts(tmp_path: Path, folder: Path) -> None:
     assert [list(row["promotes"]), list(row["suppresses"])] == [subject().spelling.tokens(ids) for ids in expected[0]]
 
 
+def test_latents_of_a_cross_layer_transcoder_promote_by_all_that_they_write(tmp_path: Path) -> None:
+    given = dictionary(features.cross_layer(range(families.LAYERS), families.WIDTH, 12, features.Rule("topk", 6)), seed=4)
+    given.save(tmp_path / "clt.safetensors")
+    result = run(JOB, None, dictionary=str(tmp_path / "clt.safetensors"), **{**QUICK, "interventions": 1, "control": False})
+    nodes = result.graph_nodes
+    assert set(result.graph_latents["component"]) == set(nodes["component"][nodes["kept"] & (nodes["kind"] == "latent")])
+    norm, unembedding = subject().plain.transformer.ln_f, subject().plain.lm_head.weight.double()
+    for component, promotes in zip(result.graph_latents["component"], result.graph_latents["promotes"], strict=True):
+        layer, latent = (int(part) for part in component[1:].split(".f"))
+        rows = given.tensors[f"decoder.{layer}"][latent].view(-1, families.WIDTH)
+        written = sum(row / each.scale for row, each in zip(rows, given.output_maps[layer:], strict=True))
+        logits = ((written - written.mean()) * norm.weight.double()) @ unembedding.T
+        assert list(promotes) == subject().spelling.tokens(logits.topk(8).indices.tolist())
+
+
 def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path, folder: Path) -> None:
     dictionary(features.autoencoder("resid1", families.WIDTH, 30, features.Rule("relu"))).save(tmp_path / "sae.safetensors")
     (tmp_path / "empty").mkdir()
