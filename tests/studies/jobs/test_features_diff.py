@@ -205,7 +205,7 @@ def test_what_rounding_hides_is_said(tmp_path: Path) -> None:
         *(load(model, tokenizer=families.tokenizer(), dtype="bfloat16") for model in (base.bfloat16(), perturbed(base, size=0.3)))
     )
     result = run(tmp_path / "run", narrow, own_controls="none", difference=False, latents_shown=0)
-    assert "read in bfloat16, so differences below about 0.4 % of an activation are rounding" in " ".join(result.caveats["caveat"])
+    assert "read in bfloat16, whose rounding adds up over the layers" in " ".join(result.caveats["caveat"])
 
 
 @pytest.mark.parametrize(
