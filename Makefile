@@ -78,6 +78,8 @@ bench: .venv/ready
 bench-peers:
 	$(PYTHON) -m venv .venv-bench
 	$(PYTHON) -m benchmarks.install .venv-bench/bin/python
+	$(PYTHON) -m venv .venv-bench-older
+	$(PYTHON) -m benchmarks.install .venv-bench-older/bin/python bench-older
 
 clean:
-	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-bench-older build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from benchmarks.harness import Job
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-_BENCH_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+# of the extras `bench` and `bench-older`
+_BENCH_PYTHONS = tuple(ROOT / name / "bin" / "python" for name in (".venv-bench", ".venv-bench-older"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,12 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=int, default=defaults.threads)
     run.add_argument("--repeats", type=int, help="timed rounds of every job (default: 5, fewer for slow jobs)")
     run.add_argument("--out", type=Path, help="JSON file for the results, written after every job")
-    run.add_argument("--peers", nargs="+", metavar="PYTHON", help="interpreters that have peers (default: .venv-bench's, if it is there)")
+    run.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="PYTHON",
+        help="interpreters that have peers (default: those of .venv-bench and .venv-bench-older, if they are there)",
+    )
     run.add_argument("--no-peers", action="store_true", help="measure mechscope alone")
     run.add_argument(
         "--alone", action="store_true", help="run each job once, with nothing beside it: for what takes long or fills the memory"
@@ -207,7 +213,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
 def _pythons(given: Sequence[str] | None) -> list[str]:
     """Return the interpreters to ask for peers: this one first, as its libraries are those mechscope runs on."""
     if given is None:
-        given = [str(_BENCH_PYTHON)] if _BENCH_PYTHON.exists() else []
+        given = [str(python) for python in _BENCH_PYTHONS if python.exists()]
     return [sys.executable, *given]
 
 

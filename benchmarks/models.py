@@ -15,6 +15,8 @@ from benchmarks.shapes import Shape, Size
 
 # right and wrong answer of every prompt pair
 ANSWER, WRONG = 1, 2
+# a dictionary: times as wide as the model, active latents of a token
+WIDER, ACTIVE = 32, 32
 # spread of the weights: queries times keys then vary by about ± 1.2
 _SPREAD = 0.04
 
@@ -61,3 +63,17 @@ def half_of(senders: int, receivers: int) -> Tensor:
 def logit_difference(logits: Tensor) -> Tensor:
     """Return right answer minus wrong answer at the last token, ``(text)``."""
     return logits[:, -1, ANSWER] - logits[:, -1, WRONG]
+
+
+def make_dictionary(width: int, latents: int) -> Tensor:
+    """Draw decoder rows of norm one, ``(latent, width)``, those with which mechscope starts; encoders are the same."""
+    generator = torch.Generator().manual_seed(0)
+    # mechscope draws its encoder first, which an autoencoder then takes from the decoder
+    torch.randn(latents, width, generator=generator, dtype=torch.float64)
+    rows = torch.randn(latents, width, generator=generator, dtype=torch.float64)
+    return (rows / rows.norm(dim=1, keepdim=True)).float()
+
+
+def make_rows(size: Size, width: int) -> Tensor:
+    """Draw activations of mean squared norm one, ``(token, width)``."""
+    return torch.randn(size.texts * size.tokens, width, generator=torch.Generator().manual_seed(0)) / width**0.5

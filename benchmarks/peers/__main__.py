@@ -8,18 +8,21 @@ import json
 
 from benchmarks.peers import NAMES
 
+# packages that an index has under another name
+_DISTRIBUTIONS = {"sparsify": "eai-sparsify"}
+
 
 def look(package: str) -> dict[str, str]:
     """Say whether a package is here."""
     if importlib.util.find_spec(package) is None:
         return {"absent": "not installed"}
-    if package in ("eap", "circuit_tracer"):
+    if package in ("eap", "circuit_tracer", "sae_lens"):
         return _on_older_lens(package)
-    return {"version": importlib.metadata.version(package)}
+    return {"version": importlib.metadata.version(_DISTRIBUTIONS.get(package, package))}
 
 
 def _on_older_lens(package: str) -> dict[str, str]:
-    """The code of EAP-IG and circuit-tracer are often folders on the path, without a version, and need an older TransformerLens."""
+    """EAP-IG's code, circuit-tracer and SAELens need an older TransformerLens; the first two are often folders on the path, without a version."""
     if importlib.util.find_spec("transformer_lens") is None:
         return {"absent": "it needs transformer_lens before 4.0, which is not installed beside it"}
     beneath = importlib.metadata.version("transformer_lens")

@@ -23,4 +23,5 @@ def test_what_cannot_be_installed_is_named_and_the_rest_installed() -> None:
 
 def test_the_extra_names_the_peers_that_are_packages() -> None:
     names = [requirement.partition(">=")[0] for requirement in wanted(ROOT / "pyproject.toml")]
-    assert {"nnsight", "transformer-lens", "psutil"} <= set(names)
+    assert {"nnsight", "transformer-lens", "psutil", "eai-sparsify"} <= set(names)
+    assert {each.partition(">=")[0] for each in wanted(ROOT / "pyproject.toml", "bench-older")} == {"psutil", "sae-lens"}

@@ -42,6 +42,8 @@ TARGETS = {
     "difference": (2.2, None, None),
     "features_step": (2.5, 0.23, None),
     "features_dashboard": (1.3, None, None),
+    "features_scaling": (1.3, None, None),
+    "features_loader": (0.02, None, None),
     "harvest": (1.1, None, None),
     "harvest_half": (0.55, None, None),
 }

@@ -144,7 +144,8 @@ class ByLatent:
     def of(cls, latents: Int[Tensor, " entry"], width: int) -> ByLatent:
         """Sort entries by latent."""
         counts = torch.bincount(latents, minlength=width)
-        return cls(latents.argsort(stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+        # half as wide, half as long
+        return cls(latents.int().argsort(stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
     def outer(
         self, rows: Int[Tensor, " entry"], weights: Float[Tensor, " entry"], table: Float[Tensor, "row d"]

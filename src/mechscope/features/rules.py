@@ -89,10 +89,12 @@ def top_codes(pre: Float[Tensor, "token latent"], scores: Float[Tensor, "token l
     """Return each token's k largest by score; those that are not positive only if `signed`."""
     latents = scores.topk(k, dim=1, sorted=False).indices
     values = pre.gather(1, latents)
-    rows = torch.arange(len(pre), device=pre.device)[:, None].expand_as(latents)
-    if signed:
-        return Codes.of(rows.flatten(), latents.flatten(), values.flatten(), *pre.shape)
     keep = values > 0
+    if signed or bool(keep.all()):
+        # as nearly always: nothing is to be left out, and every token has as many
+        offsets = torch.arange(0, values.numel() + 1, max(k, 1), device=pre.device)
+        return Codes(latents.flatten(), values.flatten(), offsets, pre.shape[1])
+    rows = torch.arange(len(pre), device=pre.device)[:, None].expand_as(latents)
     return Codes.of(rows[keep], latents[keep], values[keep], *pre.shape)
 
 
