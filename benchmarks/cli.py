@@ -75,7 +75,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="+",
         metavar="PYTHON",
-        help="interpreters that have peers (default: those of .venv-bench and .venv-bench-older, if they are there)",
+        help="interpreters that have peers (default: those of .venv-bench, .venv-bench-older)",
     )
     run.add_argument("--no-peers", action="store_true", help="measure mechscope alone")
     run.add_argument(

@@ -264,7 +264,16 @@ def test_a_process_that_was_killed_is_said_to_be(tiny: Settings, tmp_path: Path)
 def test_peers_are_looked_for_and_the_absent_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = processes.find_peers([sys.executable])
     assert found.pythons["transformers"] == sys.executable
-    assert set(found.versions) | set(found.absent) == {"transformers", "peft", "transformer_lens", "nnsight", "eap", "sae_lens", "sparsify"}
+    assert set(found.versions) | set(found.absent) == {
+        "transformers",
+        "peft",
+        "transformer_lens",
+        "nnsight",
+        "eap",
+        "circuit_tracer",
+        "sae_lens",
+        "sparsify",
+    }
     answers = {"one": {"eap": {"absent": "no"}, "peft": {"version": "1"}}, "two": {"eap": {"version": "2"}, "peft": {"version": "3"}}}
 
     def asked(command: Sequence[str], **_: Any) -> Any:
