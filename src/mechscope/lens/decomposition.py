@@ -22,6 +22,7 @@ from mechscope.instrument import Reading, Recording, Walk, observed, record, une
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.norms import Norm, recognised
 from mechscope.instrument.readout import Readout
+from mechscope.instrument.record import Site
 from mechscope.instrument.wiring import Wiring
 from mechscope.lens.question import ROWS, Question
 from mechscope.subject import Subject
@@ -121,7 +122,9 @@ class Decomposition:
                 columns = [columns[0] - of_position, of_position]
             hidden = walk.hidden
             for layer in range(self.subject.anatomy.n_layers):
-                with record(self.subject, "z", "neuron", "mlp_output", layers=[layer]) as written:
+                # a mixture of experts has no neurons: its MLP is one part
+                inside: tuple[Site, ...] = () if self.subject.anatomy.blocks[layer].last_map is None else ("neuron",)
+                with record(self.subject, "z", *inside, "mlp_output", layers=[layer]) as written:
                     hidden = walk.step(layer, hidden)
                 columns.append(self.heads(layer, taken.take(written["z", layer][None])[0], direction))
                 columns += self._bias(self.wiring.writer(layer)[1], direction)
