@@ -32,6 +32,7 @@ from mechscope.data.pairs import collate_pairs
 from mechscope.errors import ModelError
 from mechscope.instrument.wiring import Wiring
 from mechscope.subject.load import load
+from mechscope.weights import position_turn
 from tests import families
 from tests.causal.pairs import random_pairs
 
@@ -163,3 +164,12 @@ def test_a_layer_whose_heads_write_nothing_does_not_hide_how_blocks_are_built(fa
     for parameter in load(model).anatomy.blocks[1].output.module.parameters():
         parameter.zero_()
     assert Wiring(load(model)).parallel == Wiring(families.subject(family)).parallel == (family == "gpt_neox")
+
+
+def test_heads_behind_a_latent_are_not_run_from_projections_of_their_own() -> None:
+    config = DeepseekV3Config(
+        **SIZES, first_k_dense_replace=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12
+    )
+    subject = load(model_of(config))
+    with pytest.raises(ModelError, match="deepseek_v3: keys and values of block 1 come from a latent"):
+        position_turn(subject, 1)

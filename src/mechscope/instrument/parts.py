@@ -40,8 +40,16 @@ def attention_inputs(
         query: Each head's projection of what it read, bias included.
         key: Each head's projection, bias included, one for every query head, also where key weights are shared.
         value: Each head's projection, one for every query head.
+
+    Raises:
+        ModelError: Keys and values come from a latent (DeepSeek), or the block does not call its attention.
     """
     block = walk.subject.anatomy.blocks[layer]
+    if block.key.width != block.query.width:
+        raise ModelError(
+            f"{walk.subject.family}: keys and values of block {layer} come from a latent, so heads cannot be run from projections of their own; patterns, "
+            "recording, patching and ablation work"
+        )
     group = walk.subject.anatomy.n_heads // walk.subject.anatomy.n_kv_heads
     # of a model over several devices: substitutes for modules do not move what they are given, as accelerate's hooks do
     place = place_of(block.module)
