@@ -107,6 +107,10 @@ def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_toke
         "base:resid1.f7": "shared",
         "base:resid1.f38": "new",
     }
+    # without controls nothing is said to be beyond them
+    write_table(pd.DataFrame(judged).drop(columns="beyond"), tmp_path / "diff" / "tables" / "feature_latents.parquet")
+    classes = run_job(JOB, settings, None, given=given).dashboard_latents.set_index("component")["class"]
+    assert classes["base:resid1.f4"] == "new"
     dictionary = Dictionary.plain(layout, tensors)
     for latent, model, place in ((4, other, layout.outputs[1]), (5, subject(), layout.outputs[0])):
         ((up, _),) = promoted_tokens(model, dictionary, [latent], place=place)

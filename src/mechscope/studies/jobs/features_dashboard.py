@@ -57,7 +57,10 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
         if {"by_norm", "judged"} <= set(table):
             # what `features diff` says of a latent: how it was judged, and of those that were not by which model has it
             said = table["judged"].where(table["judged"].fillna("") != "", table["by_norm"])
-            table = table.assign(**{"class": said.where(~table["beyond"].eq(True), "new beyond control")})
+            # whether it is new beyond control is not said where there was no control
+            if "beyond" in table:
+                said = said.where(~table["beyond"].eq(True), "new beyond control")
+            table = table.assign(**{"class": said})
         named = next((table[name] for name in ("dictionary", "comparison") if name in table), [""] * len(table))
         for column in _BESIDE:
             if column in table:
