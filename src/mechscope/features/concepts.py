@@ -292,4 +292,8 @@ def _by_text(text: np.ndarray, values: np.ndarray) -> Share:
 
 
 def _row(score: str, concept: str, count: float, share: Share, *, note: str = "") -> tuple[Any, ...]:
-    return (score, concept, count, share.n, share.value, share.low, share.high, share.withheld, note)
+    low, high = share.low, share.high
+    if score not in ("SCR", "TPP"):
+        # accuracies and shares of tokens lie between none and all
+        low, high = (float(end) for end in np.clip([low, high], 0.0, 1.0))
+    return (score, concept, count, share.n, share.value, low, high, share.withheld, note)
