@@ -260,7 +260,8 @@ def _added(tables: Tables, main: Any, same: Any) -> Finding:
     beyond, planted = int(main["beyond"]), tables.get("feature_planted")
     beside = "" if same is None else f"; base against base has {written(int(same['new']))}"
     quoted = (main,) if same is None else (main, same)
-    options: dict[str, Any] = {"n": main["n"], "table": "feature_comparisons"}
+    # the answer to the section's question comes first, whatever else is larger
+    options: dict[str, Any] = {"n": main["n"], "table": "feature_comparisons", "effect": float("inf")}
     if not beyond or (same is not None and int(same["new"]) >= beyond):
         if planted is not None and not planted["found"].any():
             return Finding("whether fine-tuning added latents", rows=quoted, withheld=_TOO_SMALL, **options)
@@ -273,7 +274,7 @@ def _added(tables: Tables, main: Any, same: Any) -> Finding:
     said = f"{written(beyond)} {plural} new beyond control{beside}"
     own = dict(sets_of(tables["feature_carried"], "put into base")) if "feature_carried" in tables else {}
     if (new := own.get("new")) is None:
-        return Finding(said, rows=quoted, card=card, effect=float(beyond), **options)
+        return Finding(said, rows=quoted, card=card, **options)
     if new["withheld"]:
         return Finding(f"{said}; what they carry of the gain is withheld: {new['withheld']}", rows=(*quoted, new), card=card, **options)
     whole = own.get("whole difference")
@@ -282,7 +283,7 @@ def _added(tables: Tables, main: Any, same: Any) -> Finding:
         f"{said}; put into the base they carry {share_said(new)} of the gain on summaries{beside_said(own, 'for')}{most}",
         n=new["n"],
         rows=(*quoted, *own.values()),
-        effect=float(new["share"]),
+        effect=float("inf"),
         card=card,
         table="feature_carried",
     )
