@@ -187,6 +187,8 @@ def _brief(measured: pd.DataFrame) -> View:
     for measure in ("l0", *_SHARES, "dead"):
         own = every[every["measure"] == measure]
         rows = rows.merge(own[[*keys, *ends]].rename(columns={end: f"{measure} {end}" for end in ends}), how="left")
+    # a count, not a measurement
+    rows["dead value"] = pd.Series([None if pd.isna(dead) else int(dead) for dead in rows["dead value"]], dtype=object)
     view = Table(rows).words("dictionary", "dictionary", strong=lambda row: not row["control"]).cells("control", "which is", _which)
     view = view.numbers("l0 value", "L0").numbers("dead value", "silent latents")
     for measure, heading in zip(_SHARES, ("variance kept", "loss recovered, mean"), strict=True):
