@@ -15,6 +15,7 @@ from mechscope.errors import SettingsError
 from mechscope.instrument.execution import Execution
 from mechscope.settings.decoding import Decoding
 from mechscope.subject.components import Components
+from tests import families
 
 PROMPTS = [[3, *range(4, 4 + n), 2] for n in (9, 2, 5, 13, 3, 7)]
 
@@ -50,6 +51,39 @@ def test_padded_batches_write_what_single_prompts_write(make_subject, tokenizer,
     expected = [tokenizer.decode(slow_greedy(model, prompt, 12), skip_special_tokens=True) for prompt in PROMPTS]
     assert written == expected
     assert len(set(written)) > 1
+
+
+ROPE = {"rope_theta": 1e4, "factor": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}, "max_position_embeddings": 10}),
+        (
+            "phi3",
+            {
+                "rope_parameters": {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [64.0, 32.0, 16.0, 8.0]},
+                "original_max_position_embeddings": 10,
+                "sliding_window": None,
+            },
+        ),
+    ],
+)
+def test_frequencies_by_length_are_each_prompts_own(tokenizer, family, changes):
+    def fresh():
+        model = families.build(family, vocab_size=len(tokenizer), tie_word_embeddings=False, **changes)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8 if parameter.ndim == 2 else 1)
+        return model
+
+    decoding, model = Decoding(max_new_tokens=12), fresh()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    together = summarize(model, tokenizer, PROMPTS, decoding=decoding)
+    assert together == [summarize(fresh(), tokenizer, [prompt], decoding=decoding)[0] for prompt in PROMPTS]
+    assert together == summarize(model, tokenizer, PROMPTS[::-1], decoding=decoding)[::-1]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers()), "the model keeps its own state"
 
 
 def test_beams_do_not_depend_on_the_batch(make_subject, tokenizer):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechscope.instrument import Walk, observed, record
+from mechscope.instrument import Walk, load, observed, record
 from mechscope.instrument.walk import model_inputs, next_token_losses, unembed
 from tests import families
 from tests.instrument import attention_oracle as oracle
@@ -106,6 +106,22 @@ def test_the_blocks_own_forward_comes_back_after_an_exception_in_the_dry_pass(mo
     assert [block.module.forward for block in subject.anatomy.blocks] == original
     assert not any("forward" in vars(block.module) for block in subject.anatomy.blocks)
     assert torch.equal(Walk(subject, ids).run(), before)
+
+
+@torch.no_grad()
+def test_a_step_sets_the_mode_of_its_own_block_only() -> None:
+    model = families.build("gpt2", resid_pdrop=0.5)
+    walk = Walk(load(model), families.documents()[0][None])
+    expected = walk.step(1, walk.hidden)
+    model.train()
+    seen = []
+    hook = walk.subject.anatomy.blocks[1].attention.register_forward_hook(
+        lambda *_: seen.append([block.training for block in model.transformer.h])
+    )
+    assert torch.equal(walk.step(1, walk.hidden), expected)
+    hook.remove()
+    assert seen == [[True, False, True]]
+    assert all(module.training for module in model.modules())
 
 
 def test_a_forward_that_a_library_put_on_a_block_is_kept() -> None:

@@ -18,6 +18,7 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from mechscope.causal.cross import swapped
 from mechscope.errors import ModelError
@@ -134,6 +135,43 @@ def test_embeddings_saved_with_an_adapter_are_not_the_bases(tmp_path: Path) -> N
     pair = load_pair(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(pair.tuned), raw(model))
     assert torch.equal(logits(pair.base), logits(load(base)))
+
+
+@torch.no_grad()
+def test_weights_of_the_base_are_compared_value_by_value_in_their_order(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", "gpt2")
+    model = load(base).model
+    adapted = get_peft_model(model, LoraConfig(**GPT2))
+    model.transformer.wte.weight.copy_(model.transformer.wte.weight.flip(0))  # the same values in another order
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert load(tmp_path / "adapter").displaced == ("transformer.wte.weight", "lm_head.weight")
+
+
+@torch.no_grad()
+def test_lora_on_experts_is_read_as_it_acts() -> None:
+    sizes = {"vocab_size": families.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+    widths = {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**sizes, **widths, num_experts_per_tok=2))
+    families.randomize(model)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    base = {name: value.clone() for name, value in load(model).weights()}
+    adapted = get_peft_model(
+        model, LoraConfig(**LORA, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    ).eval()
+    subject = load(adapted)
+    assert subject.anatomy.blocks[1].experts is not None
+    assert subject.anatomy.blocks[1].experts.number == 4
+    assert all(check.passed for check in check_subject(subject))
+    beneath = dict(subject.without_adapter().weights())
+    assert beneath.keys() == base.keys()
+    assert all(torch.equal(beneath[name], value) for name, value in base.items())
+    found, tuned = dict(subject.weights()), logits(subject)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(raw(merged), tuned, rtol=1e-4, atol=1e-5)
+    assert found.keys() == base.keys()
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(found[name], value)
+        assert torch.equal(found[name], base[name]) is not name.endswith(("q_proj.weight", "experts.gate_up_proj", "experts.down_proj"))
 
 
 @pytest.mark.parametrize("kind", ["PiSSA", "biases", "biases of LoRA's maps"])

@@ -57,6 +57,18 @@ def test_the_base_view_nests_in_the_adapters_state_and_gives_it_back_after_an_ex
         assert torch.equal(found(), expected)
 
 
+def test_what_is_trained_stays_what_is_trained(adapter: tuple[Path, Path]) -> None:
+    tuned = load(adapter[1])
+    parameters = dict(tuned.model.named_parameters())
+    for number, name in enumerate(name for name in parameters if "lora_" in name):
+        parameters[name].requires_grad = number % 2 == 0
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    logits(tuned.without_adapter())
+    with tuned.without_adapter().active(), tuned.active():
+        assert {name: parameter.requires_grad for name, parameter in parameters.items()} == before
+    assert {name: parameter.requires_grad for name, parameter in parameters.items()} == before
+
+
 def test_an_adapters_weights_are_those_of_the_merged_model(adapter: tuple[Path, Path]) -> None:
     found = dict(load(adapter[1]).weights())
     merged = dict(load(adapter[1]).model.merge_and_unload().named_parameters())

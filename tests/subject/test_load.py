@@ -89,6 +89,13 @@ def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"[]", "holds a list")])
+def test_a_damaged_configuration_of_an_adapter_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=rf"adapter_config\.json {message}.*: download or save it again"):
+        load(tmp_path)
+
+
 def test_truncated_safetensors_are_refused_with_what_to_do(tmp_path: Path) -> None:
     save(tmp_path)
     truncate(tmp_path / "model.safetensors")

@@ -1,8 +1,9 @@
 """Summaries written by a model.
 
 Prompts are sorted by length, padded on the left and continued by transformers' own `generate`, deterministically: greedy or by beams, never by
-sampling, whatever defaults the model's generation file brings along. Padding does not change what is written. The paper's decoding is two
-beams, no repeated bigram and at most 150 new tokens.
+sampling, whatever defaults the model's generation file brings along. Padding does not change what is written. Models whose rotary frequencies depend
+on the length (LongRoPE, dynamic NTK) have one set of them for a whole batch: they write one summary at a time. The paper's decoding is two beams, no
+repeated bigram and at most 150 new tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mechscope import ranks
 from mechscope.data.prompt import Batch, Example, Examples, encode_prompt, pad_id
 from mechscope.data.template import Template
 from mechscope.instrument.execution import Execution
+from mechscope.instrument.rotary import as_if_fresh
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.decoding import Decoding
+from mechscope.subject.discovery import depends_on_length
 from mechscope.subject.modes import evaluating
 
 PAPER = Decoding(beams=2, no_repeat_ngram=2, max_new_tokens=150)
@@ -70,16 +73,20 @@ def summarize(
     # the prompts' places travel through the length-sorted batches as their ids
     waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
     texts = Examples(waiting, pad_id(tokenizer), padding="left")
-    per_beam = replace(execution, tokens_per_batch=max(execution.tokens(16384) // decoding.beams, 1))
+    rotaries = [module for module in model.modules() if depends_on_length(module)]
+    tokens = 1 if rotaries else max(execution.tokens(16384) // decoding.beams, 1)
 
     def answered(batch: Batch) -> dict[int, str]:
         ids = batch.input_ids.to(device)
-        answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
+        with as_if_fresh(rotaries):
+            answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
         decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return {int(example.id): text.strip() for example, text in zip(batch.examples, decoded, strict=True)}
 
     with _plain_decoding(model, tokenizer, decoding), evaluating(model.modules()):
-        for _, summaries in over_texts(texts, answered, per_beam, tokens=1, label="summaries", dealt=True):
+        for _, summaries in over_texts(
+            texts, answered, replace(execution, tokens_per_batch=tokens), tokens=1, label="summaries", dealt=True
+        ):
             written |= summaries
     everyone = {place: text for part in ranks.exchange(written) for place, text in part.items()}
     return [everyone[place] for place in range(len(prompts))]

@@ -7,7 +7,7 @@ numbers would depend on its neighbours. Here every row gets what it would get al
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,16 @@ def by_own_length(subject: Subject, lengths: Int[Tensor, " batch"] | None = None
             stack.enter_context(_kept(module))
             own: Any = module.forward
             stack.enter_context(acting_as(module, partial(_by_rows, module, own, lengths)))
+        yield
+
+
+@contextlib.contextmanager
+def as_if_fresh(rotaries: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules with frequencies that depend on the length begin as in a fresh model, whatever text came before; what they held is put back."""
+    with contextlib.ExitStack() as stack:
+        for module in rotaries:
+            stack.enter_context(_kept(module))
+            _reset(module)
         yield
 
 

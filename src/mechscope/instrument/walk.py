@@ -54,7 +54,7 @@ class Walk:
     def step(self, layer: int, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         """Run one block on a residual stream and return the residual stream after it."""
         args, kwargs = self._arguments[layer]
-        with self.subject.active():
+        with self.subject.active(layer):
             output = self.subject.anatomy.blocks[layer].module(hidden, *args, **kwargs)
         return tensor_of(output)
 

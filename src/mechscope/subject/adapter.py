@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import find_adapter_config_file
 
 from mechscope.errors import ModelError
+from mechscope.store.hashing import hash_state
 from mechscope.subject.checkpoint import first_lines, read_model, unreadable
 from mechscope.subject.linear import WRAPPERS, base_layer
 
@@ -32,7 +32,11 @@ _TAKEN = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter_config(source: str) -> dict[str, Any] | None:
-    """Return an adapter's configuration, or None where the source is no adapter."""
+    """Return an adapter's configuration, or None where the source is no adapter.
+
+    Raises:
+        ModelError: The configuration is damaged.
+    """
     if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
         return None
     try:
@@ -41,7 +45,13 @@ def read_adapter_config(source: str) -> dict[str, Any] | None:
         return None  # not there at all: the model loader says so in its own words
     if file is None:
         return None
-    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"adapter {source!r}: {file} cannot be read ({first_lines(error)}): download or save it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"adapter {source!r}: {file} holds a {type(config).__name__}, not settings by name: download or save it again")
+    return config
 
 
 def read_adapter(source: str, base: str, config: Mapping[str, Any], **options: Any) -> tuple[PeftModel, tuple[str, ...]]:
@@ -122,13 +132,13 @@ def _own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if not name.startswith(inside)]
 
 
-def _fingerprints(model: nn.Module) -> dict[str, int]:
-    """Return a number for each of the base's parameters in which every bit counts, by its name without what PEFT puts around it."""
-    found: dict[str, int] = {}
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """Return the hash of each of the base's parameters, by its name without what PEFT puts around it."""
+    found: dict[str, str] = {}
     for name, module in _own_modules(model):
         for key, parameter in base_layer(module).named_parameters(recurse=isinstance(module, WRAPPERS)):
             if not parameter.is_meta:
-                found[f"{name}.{key}"] = int(torch.hash_tensor(parameter.detach()).view(torch.int64))
+                found[f"{name}.{key}"] = hash_state({key: parameter})
     return found
 
 

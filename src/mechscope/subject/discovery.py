@@ -73,7 +73,7 @@ def discover(model: Any) -> Anatomy:
         unembedding=unembedding,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         logit_multiplier=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
-        rotaries=tuple(module for module in model.modules() if _depends_on_length(module)),
+        rotaries=tuple(module for module in model.modules() if depends_on_length(module)),
     )
 
 
@@ -89,7 +89,8 @@ def _head_width(config: Any, family: str) -> int:
         raise ModelError(f"{family}: its layers have heads of different width (head_dim by layer): not supported") from error
 
 
-def _depends_on_length(module: nn.Module) -> bool:
+def depends_on_length(module: nn.Module) -> bool:
+    """Tell whether a module makes rotary frequencies that depend on how long a text is (dynamic NTK, LongRoPE)."""
     kinds = getattr(module, "rope_type", None)
     return any("dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [str(kinds)]))
 
@@ -208,7 +209,7 @@ def _is_map(module: nn.Module) -> bool:
 def _find_experts(block: nn.Module, path: str, prefix: str) -> Experts | None:
     for name, module in block.named_modules():
         if name.startswith(prefix) and name.rpartition(".")[2] == "experts":
-            stored = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+            stored = [parameter for parameter in base_layer(module).parameters(recurse=False) if parameter.ndim == 3]
             if stored:
                 return Experts(f"{path}.{name}", module, len(stored[0]))
             if isinstance(module, nn.ModuleList | nn.ModuleDict):

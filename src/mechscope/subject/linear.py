@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -70,17 +70,19 @@ def parameters_now(module: nn.Module, *, adapted: bool) -> dict[str, Tensor]:
     layer: Any = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
     if not isinstance(layer, WRAPPERS):
         return _parameters(layer)
-    stored = parameters_now(layer.get_base_layer(), adapted=adapted)
+    # wrappers of several parameters stand around each other
+    stored = parameters_now(layer.base_layer if isinstance(layer, ParamWrapper) else layer.get_base_layer(), adapted=adapted)
     names = acting_adapters(layer) if adapted else []
     if not names:
         return stored
     if isinstance(layer, TrainableTokensLayer):
         return {**stored, "weight": layer.get_merged_weights(names).detach()}
     if adds(layer):
-        weight = stored["weight"]
+        key = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        weight = stored[key]
         for name in names:  # rounded to the map's type after every sum, as merging does
             weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)
-        return {**stored, "weight": weight}
+        return {**stored, key: weight}
     try:
         merged = copy.deepcopy(layer)
         merged.merge(adapter_names=names)

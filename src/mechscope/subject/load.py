@@ -110,25 +110,31 @@ class Subject:
         return replace(self, adapted=False, source=f"{self.source} (adapter disabled)")
 
     @cached_property
-    def _modules(self) -> tuple[nn.Module, ...]:
-        return tuple(self.model.modules())
+    def _modules(self) -> dict[int | None, tuple[nn.Module, ...]]:
+        """The modules of the model (None) and of each block."""
+        parts = {None: self.model, **{layer: block.module for layer, block in enumerate(self.anatomy.blocks)}}
+        return {part: tuple(module.modules()) for part, module in parts.items()}
 
     @cached_property
-    def _tuner_layers(self) -> tuple[Any, ...]:
-        return tuple(module for module in self.plain.modules() if isinstance(module, WRAPPERS))
+    def _tuner_layers(self) -> dict[int | None, tuple[Any, ...]]:
+        return {part: tuple(module for module in modules if isinstance(module, WRAPPERS)) for part, modules in self._modules.items()}
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Hold the model in evaluation mode and its adapter in this subject's state (on or off) for the duration; both are put back."""
-        changed = [layer for layer in self._tuner_layers if _enabled(layer) is not self.adapted] if self.is_adapter else []
-        for layer in changed:
-            layer.enable_adapters(self.adapted)
+    def active(self, layer: int | None = None) -> Iterator[None]:
+        """Hold the model in evaluation mode and its adapter in this subject's state (on or off) for the duration; both are put back.
+
+        Args:
+            layer: The one block that runs meanwhile, the others are left alone: going over all modules for each block costs time. None: all of the model.
+        """
+        changed = [wrapper for wrapper in self._tuner_layers[layer] if wrapper.disable_adapters is self.adapted] if self.is_adapter else []
+        for wrapper in changed:
+            wrapper._disable_adapters = not self.adapted  # PEFT's enable_adapters would also set requires_grad
         try:
-            with evaluating(self._modules):
+            with evaluating(self._modules[layer]):
                 yield
         finally:
-            for layer in changed:
-                layer.enable_adapters(not self.adapted)
+            for wrapper in changed:
+                wrapper._disable_adapters = self.adapted
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter by its name in the plain model, with the active adapter's change added in; offloaded ones are fetched module by module."""
@@ -175,10 +181,6 @@ class Subject:
     def __repr__(self) -> str:
         size = self.anatomy
         return f"Subject({self.source!r}, {self.family}, {size.n_layers} layers × {size.n_heads} heads, width {size.d_model}, {self.dtype})"
-
-
-def _enabled(layer: Any) -> bool:
-    return not layer.disable_adapters
 
 
 def load(
