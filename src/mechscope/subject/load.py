@@ -112,7 +112,7 @@ class Subject:
     @cached_property
     def _modules(self) -> dict[int | None, tuple[nn.Module, ...]]:
         """The modules of the model (None) and of each block."""
-        parts = {None: self.model, **{layer: block.module for layer, block in enumerate(self.anatomy.blocks)}}
+        parts: dict[int | None, Any] = {None: self.model, **{layer: block.module for layer, block in enumerate(self.anatomy.blocks)}}
         return {part: tuple(module.modules()) for part, module in parts.items()}
 
     @cached_property
