@@ -255,7 +255,10 @@ def endpoint(answer: Answer) -> Iterator[tuple[str, list[tuple[str, dict[str, st
             received.append((self.path, dict(self.headers), body))
             code, content = answer(body)
             self.send_response(code)
-            self.send_header("Content-Length", str(len(content)))
+            if code == 302:
+                self.send_header("Location", content.decode())
+            # more than there is, where the connection is to break off
+            self.send_header("Content-Length", str(len(content) + (9 if content.endswith(b"CUT") else 0)))
             self.end_headers()
             self.wfile.write(content)
 
@@ -309,6 +312,35 @@ def test_an_endpoint_that_does_not_answer_gives_one_clear_line(answers: list[tup
     # nobody is there any more
     with pytest.raises(EndpointError, match="refused"):
         judge.generate([], tokens=1)
+
+
+def test_the_key_and_the_texts_stay_with_the_endpoint_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    with endpoint(lambda body: completion("yes")) as (elsewhere, gone), endpoint(lambda body: (302, elsewhere.encode())) as (url, received):
+        with pytest.raises(EndpointError, match="it says 302"):
+            Endpoint(url, "small", None).generate([], tokens=1)
+    assert len(received) == 1
+    assert gone == []
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(SettingsError, match="^the key in the environment variable OPENAI_API_KEY has characters [a-z: ]+$"):
+        Endpoint(url, "small", None)
+
+
+@pytest.mark.parametrize("code", [200, 400])
+def test_an_answer_that_breaks_off_gives_one_clear_line(code: int) -> None:
+    with endpoint(lambda body: (code, b"CUT")) as (url, _), pytest.raises(EndpointError, match="does not answer: .*(Incomplete|400)"):
+        Endpoint(url, "small", None, pause=lambda seconds: None).generate([], tokens=1)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://h:x/v1", "http://h:0/v1", "http://h:99999/v1", "http://h/v1?a=b", "http://h/v 1", "http://[h/v1"]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="is no address of http"):
+        Endpoint(url, "small", None)
+    with pytest.raises(SettingsError, match="holds a user's name or password") as error:
+        Endpoint("http://me:hidden@h/v1", "small", None)
+    assert "hidden" not in str(error.value)
 
 
 def test_a_busy_endpoint_is_asked_again() -> None:

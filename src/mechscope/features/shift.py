@@ -91,8 +91,7 @@ def shift(
     """
     check_shift(subject, standing, place, filling)
     check_fits(subject, split.test.texts)
-    if unintended is not None and any(node.latent is None for node in unintended):
-        raise SettingsError("errors are no latents that can be judged: name latents such as resid6.f10")
+    check_judged(standing, unintended or ())
     pooled = _Pooled(subject, standing, place, execution)
     plain = {name: pooled(getattr(split, name).texts) for name in ("train", "development", "test")}
     train, develop, test = split.train, split.development, split.test
@@ -133,6 +132,17 @@ def check_shift(subject: Subject, standing: Sequence[Standing], place: Place, fi
             raise SettingsError(f"a dictionary stands at {each.place}, behind the probe at {place}: what it holds does not reach the probe")
     if filling == "corrupt":
         raise SettingsError("filling 'corrupt' needs pairs of texts, and these are single ones: use mean or zero")
+
+
+def check_judged(standing: Sequence[Standing], unintended: Sequence[Node]) -> None:
+    """Refuse nodes that are no latents of the dictionaries, so that no one can have judged them; `SettingsError`."""
+    known = {each.place: each for each in standing}
+    for node in unintended:
+        if node.latent is None:
+            raise SettingsError(f"{node.name} is an error, and errors are no latents that can be judged: name latents such as resid6.f10")
+        if node.place not in known:
+            raise SettingsError(f"latent {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
+        known[node.place].check([node.latent])
 
 
 class _Pooled:
@@ -248,11 +258,6 @@ def _ranked(
     order = order[np.abs(whole[order]) > 0]
     by_hand = None if unintended is None else set(unintended)
     if by_hand is not None:
-        known = {each.place: each for each in standing}
-        for node in by_hand:
-            if node.place not in known:
-                raise SettingsError(f"latent {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
-            known[node.place].check([node.latent or 0])
         at = {node: number for number, node in enumerate(names)}
         order = np.array(list(dict.fromkeys([*(at[node] for node in unintended or ()), *order.tolist()])), dtype=int)
     judged = [bool(shares["unintended"][at] > shares["intended"][at]) if by_hand is None else names[at] in by_hand for at in order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ Groups = Sequence[tuple[str, Sequence[str]]]
 _BEFORE, _AFTER = 12, 4
 # tokens that a latent promotes, and that it suppresses
 _PROMOTED = 8
+# nodes of a graph: latents, errors, tokens, logits
+_LATENT = re.compile(r"m\d+\.f\d+@\d+")
+_NODE = re.compile(rf"{_LATENT.pattern}|m\d+\.error@\d+|embed@\d+|logits\.t\d+@\d+")
 
 
 def read_groups(file: str, prompt: str) -> list[tuple[str, list[str]]]:
@@ -33,7 +37,7 @@ def read_groups(file: str, prompt: str) -> list[tuple[str, list[str]]]:
         prompt: The prompt of this graph.
 
     Raises:
-        SettingsError: It is no such file, or belongs to another prompt.
+        SettingsError: It is no such file, belongs to another prompt, names what is no node, or a group without a latent.
     """
     held = read_mapping(file, "the groups")
     listed = held.get("groups")
@@ -51,6 +55,12 @@ def read_groups(file: str, prompt: str) -> list[tuple[str, list[str]]]:
     names = [name for name, _ in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(f"{file} has two groups {twice[0]!r}: give them different names")
+    for name, nodes in found:
+        for node in nodes:
+            if not _NODE.fullmatch(node):
+                raise SettingsError(f"{file} names {node!r} in group {name!r}, which is no node of a graph: write nodes as m3.f17@5")
+        if not any(map(_LATENT.fullmatch, nodes)):
+            raise SettingsError(f"{file} has a group {name!r} without a latent, and nothing else can be scaled: add one, such as m3.f17@5")
     return found
 
 

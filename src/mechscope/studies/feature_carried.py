@@ -35,10 +35,15 @@ def carry_all(request: Request) -> Tables:
     texts = request.texts.judged.first(settings.causal_documents)
     table = request.run.table("feature_latents")
     own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
-    new, judged = np.flatnonzero(own["beyond"].astype(bool)), own["judged"]
-    groups = {"new": new, "new by thresholds": np.flatnonzero(judged == "new"), "lost": np.flatnonzero(judged == "lost")}
-    if set(groups["new by thresholds"]) == set(new):
-        del groups["new by thresholds"]
+    judged = own["judged"]
+    groups = {"new by thresholds": np.flatnonzero(judged == "new"), "lost": np.flatnonzero(judged == "lost")}
+    new = groups["new by thresholds"]
+    # without another half of the documents, what is new by thresholds is all that can be said
+    if own["beyond"].notna().any():
+        new = np.flatnonzero(own["beyond"].astype(bool))
+        if set(groups["new by thresholds"]) == set(new):
+            del groups["new by thresholds"]
+        groups = {"new": new, **groups}
     rows = []
     for name in (CROSSCODER, *(("difference",) if settings.difference else ())):
         dictionary, energy = trained.dictionaries[name], own["energy"].to_numpy()

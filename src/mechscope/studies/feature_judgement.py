@@ -35,8 +35,8 @@ def judge_all(request: Request) -> Tables:
         if comparison.control in ("half", "seed", "shuffled", "other")
     }
     half = again["half"].set_index("latent")["cosine"] if "half" in again else None
-    # without another half there is nothing in which a latent could be found again
-    beyond = own["judged"].eq("new") & (True if half is None else own["latent"].map(half).ge(settings.recurs))
+    # without another half there is no control that a latent could be beyond
+    beyond = None if half is None else own["judged"].eq("new") & own["latent"].map(half).ge(settings.recurs)
     latents[CROSSCODER] = own.assign(beyond=beyond, again=np.nan if half is None else own["latent"].map(half))
     tables = {
         "feature_comparisons": pd.DataFrame(
@@ -101,7 +101,9 @@ def _comparison_row(
         row[name.replace(" ", "_")] = np.nan if latents is None else int((latents["by_norm"] == name).sum())
     for name in JUDGED:
         row[name] = np.nan if latents is None else int((latents["judged"] == name).sum())
-    row["beyond"] = int(latents["beyond"].sum()) if latents is not None and "beyond" in latents else np.nan
+    row["beyond"] = (
+        int(latents["beyond"].sum()) if latents is not None and "beyond" in latents and latents["beyond"].notna().any() else np.nan
+    )
     if comparison.name == "difference":
         (scale,) = {each.scale for each in trained.dictionaries["difference"].output_maps[:1]}
         row["moved"] = 1 / scale / trained.recipe.rms[trained.recipe.places[0]]
@@ -184,7 +186,7 @@ def show_candidates(request: Request) -> Tables:
     alone = own["by_norm"] == "second only"
     nearly = (own["by_norm"] == "between") & (own["relative_norm"] > 0.5)
     # what is beyond control first, then what is new, then what scaling takes back; behind them the nearest that both models have
-    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2).where(alone, 4) - own["beyond"].astype(bool)
+    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2).where(alone, 4) - own["beyond"].eq(True).fillna(False).astype(bool)
     within = own["energy"].where(alone, own["relative_norm"])
     own = own.assign(rank=rank, within=within)[alone | nearly]
     own = own.sort_values(["rank", "within"], ascending=[True, False], kind="stable").head(settings.latents_shown)

@@ -108,7 +108,8 @@ def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_toke
         "base:resid1.f38": "new",
     }
     # without controls nothing is said to be beyond them
-    write_table(pd.DataFrame(judged).drop(columns="beyond"), tmp_path / "diff" / "tables" / "feature_latents.parquet")
+    judged["beyond"] = pd.array([None] * 4, dtype="boolean")
+    write_table(pd.DataFrame(judged), tmp_path / "diff" / "tables" / "feature_latents.parquet")
     classes = run_job(JOB, settings, None, given=given).dashboard_latents.set_index("component")["class"]
     assert classes["base:resid1.f4"] == "new"
     dictionary = Dictionary.plain(layout, tensors)
@@ -130,5 +131,12 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path) -> N
         **given,
         beside=str(tmp_path / "empty"),
     )
+    write_table(pd.DataFrame({"dictionary": ["r"], "component": "resid1.f5", "class": "x"}), tmp_path / "r" / "tables" / "classes.parquet")
+    said = r"says nothing of latents of random: class is of others \(the first: r resid1.f5\)"
+    refuses(JOB, tmp_path / "run", SettingsError, said, **given, beside=str(tmp_path / "r"))
+    for name in ("a l1", "A-l1"):
+        random_dictionary().save(tmp_path / f"{name}.safetensors")
+    twins = f"{tmp_path}/a l1.safetensors,{tmp_path}/A-l1.safetensors"
+    refuses(JOB, tmp_path / "run", SettingsError, "'a l1' and 'A-l1' would share the page", dictionary=twins)
     refuses(JOB, tmp_path / "run", MechscopeError, "no such file", dictionary=str(tmp_path / "absent.safetensors"))
     refuses(JOB, tmp_path / "run", SettingsError, "'examples' is 0", **given, examples=0)

@@ -179,8 +179,12 @@ def test_other_thresholds_judge_again_without_training_again(tmp_path: Path, mon
     monkeypatch.setattr(features, "train", lambda *args, **options: pytest.fail("trained again"))
     again = run(tmp_path / "run", **quick, nu_error=1e-9)
     assert first.feature_comparisons["new"].iloc[0] > again.feature_comparisons["new"].iloc[0]
-    # without another half, what is new is all that can be said
-    assert first.feature_comparisons["beyond"].iloc[0] == first.feature_comparisons["new"].iloc[0]
+    # without another half, nothing is said to be beyond it
+    assert first.feature_comparisons["beyond"].isna().all()
+    assert first.feature_latents["beyond"].isna().all()
+    said = findings("feature-difference", **first.tables)[0]
+    assert "new by thresholds, without a control of other documents" in said
+    assert "beyond control" not in said
 
 
 def test_several_places_an_l1_penalty_and_no_disk(tmp_path: Path) -> None:

@@ -43,11 +43,14 @@ def test_tables_are_those_of_the_functions(tmp_path: Path) -> None:
     ]
     found = explain(evidence, Baseline(subject().tokenizer), execution=execution)
     assert result.explanations["component"].tolist() == ["resid1.f22", "resid1.f8", "m1.n3", "m1.n4", "a1.h2", "a0.h0"]
-    pd.testing.assert_frame_equal(result.explanations.drop(columns=["texts", "strongest"]), found.explanations.drop(columns="strongest"))
+    pd.testing.assert_frame_equal(
+        result.explanations.drop(columns=["dictionary", "texts", "strongest"]), found.explanations.drop(columns="strongest")
+    )
     for spelled, tokens, each in zip(result.explanations["strongest"], found.explanations["strongest"], evidence, strict=True):
         assert list(spelled) == [subject().tokenizer.decode([token]) for token in tokens]
         # the first is the token of the largest activation of all that explain it
         assert any(window.ids[at] == tokens[0] and value == each.largest for window in each.train for at, value in enumerate(window.values))
+    assert result.explanations["dictionary"].tolist() == ["random"] * 2 + [""] * 4
     pd.testing.assert_frame_equal(result.explanation_scores, found.scores)
     pd.testing.assert_frame_equal(result.explanation_summary, found.summary)
     assert set(result.explanations["kind"]) == {"latents", "neurons", "heads"}
@@ -117,6 +120,7 @@ def test_a_local_model_is_asked_and_its_questions_are_kept(tmp_path: Path) -> No
 
 def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     random_dictionary().save(tmp_path / "random.safetensors")
+    random_dictionary().save(tmp_path / "other.safetensors")
     file = str(tmp_path / "random.safetensors")
     url = "http://127.0.0.1:9/v1"
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -132,6 +136,8 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
         ({"components": "a0.h1,a0.h1"}, "named twice"),
         ({"components": "resid1.f3"}, "is a latent of 0 of the dictionaries"),
         ({"components": "resid1.f99", "dictionary": file}, "dictionary random has latents 0-39"),
+        ({"dictionary": f"{file},{tmp_path / 'other.safetensors'}"}, "random and other both write resid1"),
+        ({"components": UNITS, "explainer": "endpoint", "explainer_model": "x", "endpoint": "http://h:x"}, "no address of http"),
         ({"components": UNITS, "pairs": PAIRS.first(1)}, "give at least two"),
     ]
     for settings, message in wrong:
@@ -146,6 +152,9 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
         explainer="local",
         explainer_model=str(tmp_path / "absent"),
     )
+    families.build("llama").save_pretrained(tmp_path / "mute")
+    mute = {"explainer": "local", "explainer_model": str(tmp_path / "mute")}
+    refuses(JOB, tmp_path / "run", MechscopeError, "tokenizer", **QUICK, components=UNITS, **mute)
     refuses(JOB, tmp_path / "run", MechscopeError, "no such file", **QUICK, dictionary=str(tmp_path / "absent.safetensors"))
 
 

@@ -76,5 +76,13 @@ def test_what_cannot_be_used_is_refused_before_the_model_runs(tmp_path: Path, di
     refuses(JOB, tmp_path / "bad", DataError, "has no unintended: write the columns", data=str(bad), dictionary=dictionary)
     bad.write_text('{"text": "w3 w4", "intended": 1, "unintended": 2}\n', encoding="utf-8")
     refuses(JOB, tmp_path / "one", DataError, "label 'intended' has 1 values", data=str(bad), dictionary=dictionary)
+    hand = tmp_path / "hand.txt"
+    wrong = {"resid1.f40": "resid1.f40 does not exist", "resid0.f1": "belongs to no dictionary", "resid1.error": "are no latents"}
+    for text, message in wrong.items():
+        hand.write_text(text, encoding="utf-8")
+        refuses(JOB, out, SettingsError, message, data=data, dictionary=dictionary, unintended=str(hand))
+    hand.write_text("resid1.f4", encoding="utf-16")
+    for file in (hand, tmp_path / "absent.txt"):
+        refuses(JOB, out, SettingsError, "'unintended' is .*cannot be read", data=data, dictionary=dictionary, unintended=str(file))
     (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
     refuses(JOB, out, SettingsError, "names no latent", data=data, dictionary=dictionary, unintended=str(tmp_path / "none.txt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -9,12 +10,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.features.explain.chat import Chat, Messages
+from mechscope.settings.addresses import check_address
 from mechscope.subject import Subject
 
 KEY = "OPENAI_API_KEY"
@@ -26,6 +27,16 @@ _BUSY = {408, 409, 429, 500, 502, 503, 504}
 
 class EndpointError(RunError):
     """An endpoint that does not answer as it should; what was finished before is kept."""
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key and the texts are for the address that was named."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        """Give no other address to ask."""
+
+
+_OPENER = urllib.request.build_opener(_Stay)
 
 
 class LocalModel(Chat):
@@ -82,12 +93,12 @@ class Endpoint(Chat):
             pause: Waits so many seconds.
 
         Raises:
-            SettingsError: The address is none of http or https.
+            SettingsError: The address is none of http or https, or the key cannot be sent.
         """
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise SettingsError(f"endpoint {url!r} is no address of http or https: write it as http://localhost:8000/v1")
+        address = check_address(url)
+        check_key()
         super().__init__(f"endpoint:{model}", tokenizer)
-        self.url, self._model, self._timeout, self._seed, self._pause = url.rstrip("/"), model, timeout, seed, pause
+        self.url, self._model, self._timeout, self._seed, self._pause = address, model, timeout, seed, pause
 
     def generate(self, messages: Messages, *, tokens: int) -> str:
         """Ask; busy endpoints are asked again, some seconds later.
@@ -100,11 +111,11 @@ class Endpoint(Chat):
             try:
                 return _content(self._sent(body))
             except urllib.error.HTTPError as error:
-                reason = f"it says {error.code} {error.reason} {error.read(300).decode('utf-8', 'replace')}"
+                reason = f"it says {error.code} {error.reason} {_read(error)}"
                 if error.code not in _BUSY:
                     break
-            except (OSError, TimeoutError) as error:
-                reason = str(getattr(error, "reason", error))
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"its answer is no chat completion ({type(error).__name__}: {error})"
                 break
@@ -115,11 +126,27 @@ class Endpoint(Chat):
 
     def _sent(self, body: dict[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := check_key():
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+        with _OPENER.open(request, timeout=self._timeout) as answer:
             return bytes(answer.read())
+
+
+def check_key() -> str:
+    """Return the key that is sent to an endpoint, empty for none; `SettingsError`, which does not repeat it, where no header can hold it."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise SettingsError(f"the key in the environment variable {KEY} has characters that cannot be sent: set it to the key alone")
+    return key
+
+
+def _read(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what came with an error, as far as it arrived."""
+    try:
+        return error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _content(answer: bytes) -> str:

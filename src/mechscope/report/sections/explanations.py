@@ -25,6 +25,7 @@ _QUESTIONS = 6
 TABLES = {
     "explanations": table(
         "One row per unit: a latent, neuron or head.",
+        dictionary="of a latent: the dictionary that it belongs to; empty for neurons and heads",
         component="the unit: resid6.f12, m3.n1024, a3.h5",
         kind=_KIND,
         explainer=_EXPLAINER,

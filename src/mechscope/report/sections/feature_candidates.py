@@ -22,7 +22,7 @@ TABLES = {
         by_norm="second only, or between",
         judged="new, shrunk, decoupled or unclear; empty for those that both models have",
         again=number("largest cosine with a new latent of the other half of the documents", "cosine"),
-        beyond="whether it is new beyond control",
+        beyond="whether it is new beyond control; missing where the other half of the documents was left out",
         promotes="tokens whose logits it raises most in the tuned model, by its decoder through the final norm and the unembedding",
         suppresses="tokens whose logits it lowers most",
     ),
@@ -54,6 +54,8 @@ def _candidates(listed: pd.DataFrame, examples: pd.DataFrame, again: pd.DataFram
     found = {} if again is None else {str(key): own for key, own in again[again["found"].astype(bool)].groupby("component")}
     controls = [", ".join(found[key]["comparison"]) if key in found else "–" for key in listed["component"]]
     listed = listed.assign(examples=[texts.get(key, "") for key in listed["component"]], controls=controls)
+    # missing where there was no control
+    listed = listed.assign(beyond=listed["beyond"].eq(True).fillna(False).astype(bool))
     view = Table(listed).words("component", "latent", strong=lambda row: bool(row["beyond"]))
     view = view.cells("judged", "judged", lambda row: Cell("new beyond control" if row["beyond"] else str(row["judged"] or "in both")))
     view = view.numbers("relative_norm", "relative norm").cells("nu_error", "ν: error, reconstruction", _nu)

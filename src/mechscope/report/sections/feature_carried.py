@@ -100,8 +100,11 @@ def _findings(tables: Tables) -> list[Finding]:
         return []
     found = []
     out = dict(sets_of(carried, "taken from tuned"))
-    if (new := out.get("new")) is not None and not new["withheld"]:
-        said = f"Without its {written(int(new['latents']))} new latents the tuned model loses {share_said(new)} of the gain{beside_said(out, 'without')}"
+    # without the other half of the documents, the controls stand beside what is new by thresholds
+    by = "new by thresholds" if "new" not in out and "random vectors" in out else "new"
+    if (new := out.get(by)) is not None and not new["withheld"]:
+        whose = "new latents" if by == "new" else "latents that are new by thresholds"
+        said = f"Without its {written(int(new['latents']))} {whose} the tuned model loses {share_said(new)} of the gain{beside_said(out, 'without')}"
         found.append(Finding(said, n=new["n"], rows=tuple(out.values()), effect=float(new["share"]), table="feature_carried"))
     both = dict(sets_of(carried, "put into base")) | dict(sets_of(carried, "put into base", "difference"))
     if (strongest := both.get("strongest")) is not None:

@@ -61,7 +61,7 @@ TABLES = {
         shrunk=number("of those of one model: the other has them too (ν of the error)", "latents"),
         decoupled=number("of those of one model: other latents say the same in the other (ν of the reconstruction)", "latents"),
         unclear=number("of those of one model: not to be found in that model either", "latents"),
-        beyond=number("new latents that are found again in the other half of the documents; all new ones where it was left out", "latents"),
+        beyond=number("new latents that are found again in the other half of the documents; missing where it was left out", "latents"),
         moved=number(
             "root mean square of tuned − base, as a share of the base's: how far fine-tuning moved what the places hold",
             "share",
@@ -86,7 +86,7 @@ TABLES = {
         again=number(
             "largest cosine with a new latent of the other half of the documents; only of the two models' own crosscoder", "cosine"
         ),
-        beyond="whether it is new beyond control; missing for controls",
+        beyond="whether it is new beyond control; missing for controls, and where the other half of the documents was left out",
     ),
     "feature_again": table(
         "One row per new latent and dictionary of other documents or of another training.",
@@ -256,8 +256,10 @@ def _how_far(difference: Any) -> str:
 
 
 def _added(tables: Tables, main: Any, same: Any) -> Finding:
-    """Say how many latents are new beyond control, and what they carry of the gain, beside as many others."""
-    beyond, planted = int(main["beyond"]), tables.get("feature_planted")
+    """Say how many latents are new beyond control (or by thresholds, without one), and what they carry of the gain, beside as many others."""
+    alone, planted = pd.isna(main["beyond"]), tables.get("feature_planted")
+    beyond = int(main["new"] if alone else main["beyond"])
+    kind = "new by thresholds, without a control of other documents" if alone else "new beyond control"
     beside = "" if same is None else f"; base against base has {written(int(same['new']))}"
     quoted = (main,) if same is None else (main, same)
     # the answer to the section's question comes first, whatever else is larger
@@ -266,14 +268,15 @@ def _added(tables: Tables, main: Any, same: Any) -> Finding:
         if planted is not None and not planted["found"].any():
             return Finding("whether fine-tuning added latents", rows=quoted, withheld=_TOO_SMALL, **options)
         of = f", of {written(int(main['second_only']))} that the tuned model alone has by its decoders and {written(int(main['new']))} by latent scaling too"
-        return Finding(
-            f"No latent is new beyond control{of}{beside}", rows=quoted, card=Card("0", "latents are new beyond control"), **options
-        )
+        if alone and beyond:
+            are = "is" if beyond == 1 else "are"
+            return Finding(f"No latent can be said to be new: {written(beyond)} {are} by thresholds alone{beside}", rows=quoted, **options)
+        return Finding(f"No latent is {kind}{of}{beside}", rows=quoted, card=Card("0", f"latents are {kind}"), **options)
     plural = "latent is" if beyond == 1 else "latents are"
-    card = Card(written(beyond), f"{plural} new beyond control")
-    said = f"{written(beyond)} {plural} new beyond control{beside}"
+    card = Card(written(beyond), f"{plural} {kind}")
+    said = f"{written(beyond)} {plural} {kind}{beside}"
     own = dict(sets_of(tables["feature_carried"], "put into base")) if "feature_carried" in tables else {}
-    if (new := own.get("new")) is None:
+    if (new := own.get("new by thresholds" if alone else "new")) is None:
         return Finding(said, rows=quoted, card=card, **options)
     if new["withheld"]:
         return Finding(f"{said}; what they carry of the gain is withheld: {new['withheld']}", rows=(*quoted, new), card=card, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
+    from mechscope.features import Dictionary
     from mechscope.features.rows import Models
+
+logger = logging.getLogger(__name__)
 
 # columns that another run may have for latents
 _BESIDE = ("class", "effect", "explanation")
@@ -34,7 +38,8 @@ class FeaturesDashboardSettings(ModelAndTuned, DictionaryFiles, LeftOutTokens, T
     tuned: str | None = setting(None, "A fine-tuned version of the model, for dictionaries of both (base:resid6, tuned:resid6).")
     beside: str | None = setting(
         None,
-        "Run folder with a table that gives latents (column component) a class, as `features diff` does, or an effect, as `ablate` does.",
+        "Run folder with a table that gives latents (column component) a class, as `features diff` does, an effect, as `ablate` does, or an explanation, as "
+        "`features explain` does; several joined by commas.",
     )
     dashboard: DashboardSettings = nested(DashboardSettings)
 
@@ -59,7 +64,7 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
             said = table["judged"].where(table["judged"].fillna("") != "", table["by_norm"])
             # whether it is new beyond control is not said where there was no control
             if "beyond" in table:
-                said = said.where(~table["beyond"].eq(True), "new beyond control")
+                said = said.where(~table["beyond"].eq(True).fillna(False).astype(bool), "new beyond control")
             table = table.assign(**{"class": said})
         named = next((table[name] for name in ("dictionary", "comparison") if name in table), [""] * len(table))
         for column in _BESIDE:
@@ -89,6 +94,41 @@ def _check(run: JobRun[FeaturesDashboardSettings]) -> None:
     check_fits(run.first, run[TEXTS])
     for dictionary in run[DICTIONARIES].values():
         dictionary.check(_models(run), other_model=run.settings.other_model)
+    _require_files_apart(run[DICTIONARIES])
+    _require_matches(run)
+
+
+def _require_files_apart(dictionaries: dict[str, Dictionary]) -> None:
+    """Refuse names of dictionaries whose pages would be one file, also where case is not told apart; `SettingsError`."""
+    from mechscope.report.dashboards import file_name
+
+    known: dict[str, str] = {}
+    for name in dictionaries:
+        if (other := known.setdefault(file_name(name).lower(), name)) != name:
+            raise SettingsError(
+                f"dictionaries {other!r} and {name!r} would share the page {file_name(name)}.html: name their files differently"
+            )
+
+
+def _require_matches(run: JobRun[FeaturesDashboardSettings]) -> None:
+    """Refuse tables that say nothing of these dictionaries' latents, and warn of a column that does not."""
+    from mechscope.features import Latent
+
+    own = {
+        f"{named} {Latent(each.layout.outputs[0], latent).name}"
+        for name, each in run[DICTIONARIES].items()
+        for named in (name, "")
+        for latent in range(each.latents)
+    }
+    missed = {column: next(iter(known), "").strip() for column, known in run[BESIDE].items() if own.isdisjoint(known)}
+    said = "; ".join(f"{column} is of others (the first: {first})" for column, first in missed.items())
+    ours = ", ".join(run[DICTIONARIES])
+    if missed and len(missed) == len(run[BESIDE]):
+        raise SettingsError(
+            f"setting 'beside' is {run.settings.beside!r}, which says nothing of latents of {ours}: {said}; name dictionaries as that run did"
+        )
+    if missed:
+        logger.warning("what 'beside' names says nothing of latents of %s by a column: %s", ours, said)
 
 
 def _gather(run: JobRun[FeaturesDashboardSettings]) -> Tables:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mechscope.errors import RunError, SettingsError
 from mechscope.settings import Number, Rate, nested, setting
+from mechscope.settings.addresses import check_address
 from mechscope.settings.features import ExplainSettings
 from mechscope.studies.dictionary_files import DICTIONARIES, LeftOutTokens, MaybeDictionaries, left_out
 from mechscope.studies.groups import OneModel
@@ -21,6 +22,7 @@ from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
+    from mechscope.features import Dictionary
     from mechscope.features.explain import Explainer
     from mechscope.features.observed import Observed
     from mechscope.subject import Subject
@@ -52,10 +54,10 @@ class FeaturesExplainSettings(OneModel, MaybeDictionaries, LeftOutTokens, Texts)
     explain: ExplainSettings = nested(ExplainSettings)
 
     def __post_init__(self) -> None:
-        """Refuse an explainer without a model, and a model without its explainer.
+        """Refuse an explainer without a model, a model without its explainer, and what is no address.
 
         Raises:
-            SettingsError: They do not go together.
+            SettingsError: They do not go together, or the endpoint's address is none.
         """
         super().__post_init__()
         if (self.explainer == "baseline") != (self.explainer_model is None):
@@ -64,6 +66,8 @@ class FeaturesExplainSettings(OneModel, MaybeDictionaries, LeftOutTokens, Texts)
             )
         if (self.explainer == "endpoint") != (self.endpoint is not None):
             raise SettingsError("setting 'endpoint' is the address of explainer endpoint: give both, or neither")
+        if self.endpoint is not None:
+            check_address(self.endpoint)
         if self.components is None and self.dictionary is None:
             raise SettingsError("nothing is named to explain: give --components, or --dictionary for its strongest latents")
 
@@ -133,9 +137,22 @@ def _named(run: JobRun[FeaturesExplainSettings]) -> dict[str, list[str]]:
     return found
 
 
+def _require_apart(dictionaries: dict[str, Dictionary]) -> None:
+    """Refuse dictionaries whose latents have the same names, which explanations could not be told apart by; `SettingsError`."""
+    known: dict[str, str] = {}
+    for name, each in dictionaries.items():
+        place = each.layout.outputs[0].name
+        if place in known:
+            raise SettingsError(
+                f"dictionaries {known[place]} and {name} both write {place}, so that their latents have the same names: explain them in runs of their own"
+            )
+        known[place] = name
+
+
 def _check(run: JobRun[FeaturesExplainSettings]) -> None:
     from mechscope.data.scoring import check_fits
-    from mechscope.features.explain import scorers_of
+    from mechscope.features.explain import LocalModel, scorers_of
+    from mechscope.features.explain.backends import check_key
     from mechscope.features.observed import check_heads, check_neurons
 
     scorers_of(run.settings.scorers)
@@ -143,6 +160,11 @@ def _check(run: JobRun[FeaturesExplainSettings]) -> None:
     for dictionary in run[DICTIONARIES].values():
         dictionary.check(run.first, other_model=run.settings.other_model)
     named = _named(run)
+    _require_apart(run[DICTIONARIES])
+    if (local := run[EXPLAINER]) is not None:
+        LocalModel(local, run.first.tokenizer)
+    if run.settings.endpoint is not None:
+        check_key()
     check_neurons(run.first, named.get("neurons", ()))
     check_heads(run.first, named.get("heads", ()))
     if len(run[TEXTS]) < 2:
@@ -219,6 +241,9 @@ def _explain(run: JobRun[FeaturesExplainSettings]) -> Tables:
     )
     spelling = Spelling(run.first.tokenizer)
     told = found.explanations.assign(texts=len(run[TEXTS]), strongest=found.explanations["strongest"].map(spelling.tokens))
+    places = {each.layout.outputs[0].name: name for name, each in run[DICTIONARIES].items()}
+    latents, place = told["kind"] == "latents", told["component"].str.rpartition(".")[0]
+    told.insert(0, "dictionary", place.map(places).where(latents, ""))
     tables = {
         "explanations": told,
         "explanation_scores": found.scores,

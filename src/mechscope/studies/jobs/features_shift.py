@@ -73,7 +73,13 @@ def _by_hand(run: JobRun[FeaturesShiftSettings]) -> list[Node] | None:
 
     if run.settings.unintended is None:
         return None
-    lines = Path(run.settings.unintended).expanduser().read_text(encoding="utf-8").replace(",", "\n").splitlines()
+    try:
+        text = Path(run.settings.unintended).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"setting 'unintended' is {run.settings.unintended!r}, which cannot be read: {error}; give a text file in UTF-8, a latent per line"
+        ) from error
+    lines = text.replace(",", "\n").splitlines()
     found = [Node.parse(line.strip()) for line in lines if line.strip()]
     if not found:
         raise SettingsError(
@@ -96,9 +102,10 @@ def _place(run: JobRun[FeaturesShiftSettings]) -> Place:
 
 def _check(run: JobRun[FeaturesShiftSettings]) -> None:
     from mechscope.data.labelled import biased_split
-    from mechscope.features.shift import check_shift
+    from mechscope.features.shift import check_judged, check_shift
 
     check_shift(run.first, autoencoders(run), _place(run), run.settings.filling)
+    check_judged(autoencoders(run), run[JUDGED] or ())
     biased_split(run[LABELLED], test_share=run.settings.test_share, seed=run.settings.seed)
 
 
