@@ -316,19 +316,22 @@ def test_an_endpoint_that_does_not_answer_gives_one_clear_line(answers: list[tup
 
 def test_the_key_and_the_texts_stay_with_the_endpoint_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
-    with endpoint(lambda body: completion("yes")) as (elsewhere, gone), endpoint(lambda body: (302, elsewhere.encode())) as (url, received):
-        with pytest.raises(EndpointError, match="it says 302"):
-            Endpoint(url, "small", None).generate([], tokens=1)
+    with (
+        endpoint(lambda body: completion("yes")) as (elsewhere, gone),
+        endpoint(lambda body: (302, elsewhere.encode())) as (url, received),
+        pytest.raises(EndpointError, match="it says 302"),
+    ):
+        Endpoint(url, "small", None).generate([], tokens=1)
     assert len(received) == 1
     assert gone == []
     monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
-    with pytest.raises(SettingsError, match="^the key in the environment variable OPENAI_API_KEY has characters [a-z: ]+$"):
+    with pytest.raises(SettingsError, match=r"^the key in the environment variable OPENAI_API_KEY has characters [a-z: ]+$"):
         Endpoint(url, "small", None)
 
 
 @pytest.mark.parametrize("code", [200, 400])
 def test_an_answer_that_breaks_off_gives_one_clear_line(code: int) -> None:
-    with endpoint(lambda body: (code, b"CUT")) as (url, _), pytest.raises(EndpointError, match="does not answer: .*(Incomplete|400)"):
+    with endpoint(lambda body: (code, b"CUT")) as (url, _), pytest.raises(EndpointError, match=r"does not answer: .*(Incomplete|400)"):
         Endpoint(url, "small", None, pause=lambda seconds: None).generate([], tokens=1)
 
 

@@ -201,6 +201,9 @@ def test_several_places_an_l1_penalty_and_no_disk(tmp_path: Path) -> None:
     assert crosscoder(result).layout.inputs == places("base:resid0,base:m1,tuned:resid0,tuned:m1")
     assert result.feature_latents["component"].iloc[0] == "base:resid0.f0"
     assert set(result.feature_carried["comparison"]) == {"crosscoder"}
+    # the other half was left out: there is nothing that could be beyond it
+    assert "new" not in set(result.feature_carried["set"])
+    assert result.feature_candidates["beyond"].isna().all()
 
 
 def test_what_rounding_hides_is_said(tmp_path: Path) -> None:

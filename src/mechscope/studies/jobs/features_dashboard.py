@@ -114,15 +114,16 @@ def _require_matches(run: JobRun[FeaturesDashboardSettings]) -> None:
     """Refuse tables that say nothing of these dictionaries' latents, and warn of a column that does not."""
     from mechscope.features import Latent
 
+    dictionaries = run[DICTIONARIES]
     own = {
         f"{named} {Latent(each.layout.outputs[0], latent).name}"
-        for name, each in run[DICTIONARIES].items()
+        for name, each in dictionaries.items()
         for named in (name, "")
         for latent in range(each.latents)
     }
     missed = {column: next(iter(known), "").strip() for column, known in run[BESIDE].items() if own.isdisjoint(known)}
     said = "; ".join(f"{column} is of others (the first: {first})" for column, first in missed.items())
-    ours = ", ".join(run[DICTIONARIES])
+    ours = ", ".join(dictionaries)
     if missed and len(missed) == len(run[BESIDE]):
         raise SettingsError(
             f"setting 'beside' is {run.settings.beside!r}, which says nothing of latents of {ours}: {said}; name dictionaries as that run did"
