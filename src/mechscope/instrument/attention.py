@@ -45,6 +45,7 @@ class AttentionInputs:
         window: Keys that a sliding-window layer can see, None for all.
         softcap: Bound of soft-capped scores (Gemma 2), None for plain scores.
         sinks: ``(head,)``: a learned score per head that every query sees as if it were one more key, whose value is zero (gpt-oss); None without.
+        reach: Keys that the layer's configuration lets its mask alone leave to a query (a window or chunk that the call does not name); None for all.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class AttentionInputs:
     window: int | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+    reach: int | None = None
 
     __repr__ = by_shape
 
@@ -88,6 +90,9 @@ class _Watch:
 
 # a module that is gone takes its watches with it
 _WATCHES: WeakKeyDictionary[nn.Module, list[_Watch]] = WeakKeyDictionary()
+
+# what configurations call the keys that a window or chunk leaves
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
 
 # what an attention call may carry besides the arguments named in `_attention`, without changing what the heads compute
 _HARMLESS = {
@@ -133,6 +138,7 @@ def _attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        reach=None if sliding_window is not None else _reach(module),
     )
     inputs = given
     for watch in watches:
@@ -148,6 +154,13 @@ def _attention(
             replacement = watch.tap(AttentionCall(**vars(inputs), z=z))
             z = z if replacement is None else replacement
     return z, None
+
+
+def _reach(module: nn.Module) -> int | None:
+    """Return the shortest window or chunk in a model's configuration: some families (Phi-MoE, Llama 4) hand it to the mask, and not to the call."""
+    config = getattr(module, "config", None)
+    lengths = [value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int)]
+    return min(lengths, default=None)
 
 
 def attend(inputs: AttentionInputs) -> Float[Tensor, "batch query head d"]:

@@ -171,15 +171,21 @@ def _beside(call: AttentionCall, device: torch.device) -> AttentionCall:
 def _use_fused(call: AttentionCall, padding: Padding | None, method: Method) -> bool:
     length = call.query.shape[2]
     windowed = call.window is not None and call.window < length
-    linear = call.softcap is None and call.sinks is None and not windowed and call.key.shape[2] == length
-    # a mask that is only padding leaves each document's real tokens one causal stretch
-    contiguous = call.mask is None if padding is None else padding.contiguous and _only_padding(call.mask, padding)
-    possible = linear and contiguous and is_fusable(call.query)
+    linear = call.softcap is None and call.sinks is None and not windowed and call.key.shape[2] == length and is_fusable(call.query)
+    possible = linear and _one_stretch(call, padding)
     if method == "fused" and not possible:
         raise ValueError(
             "method='fused' needs plain causal scores: this call has a soft cap, a window shorter than the text, holes in its mask, or float64 on CUDA"
         )
     return method != "exact" and possible
+
+
+def _one_stretch(call: AttentionCall, padding: Padding | None) -> bool:
+    """Tell whether each document's real tokens are one causal stretch, as a mask that is only padding leaves them."""
+    if padding is None:
+        return call.mask is None
+    limited = call.reach is not None and call.reach < call.query.shape[2]
+    return padding.contiguous and (not limited or _only_padding(call.mask, padding))
 
 
 def _only_padding(mask: Tensor | None, padding: Padding) -> bool:

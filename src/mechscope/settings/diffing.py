@@ -20,8 +20,8 @@ class ExclusiveSettings(Settings):
         0.9, "Relative decoder norm above which a latent is the tuned model's alone; below 1 minus it the base's."
     )
     shared: Annotated[float, Gt(0.5), Lt(1)] = setting(0.6, "Relative decoder norm up to which a latent is shared, and down to 1 minus it.")
-    nu_error: Rate = setting(0.2, "ν of the error from which an exclusive latent counts as shrunk.")
-    nu_reconstruction: Rate = setting(0.5, "ν of the reconstruction from which it counts as decoupled.")
+    nu_error: Rate = setting(0.2, "The ν of the error from which an exclusive latent counts as shrunk.")
+    nu_reconstruction: Rate = setting(0.5, "The ν of the reconstruction from which it counts as decoupled.")
     recurs: Annotated[float, Gt(0), Lt(1)] = setting(
         0.7, "Cosine from which a latent's decoder counts as found again in another dictionary."
     )
