@@ -147,10 +147,9 @@ class Projection:
             for _, padded in self._finished(logits):
                 normalisers.append(to_probabilities(padded[:, : self.vocabulary]))
             if self._linear:  # the slices are views, so the chunk holds probabilities now
-                probabilities = logits[:, : self.vocabulary]
-                expected.append(probabilities @ self.readout.weight)
+                expected.append(self._weighted(logits))
                 if self.readout.bias is not None:
-                    biases.append(probabilities @ self.readout.bias)
+                    biases.append(logits[:, : self.vocabulary] @ self.readout.bias)
         return Final(rows, torch.cat(normalisers), torch.cat(expected) if expected else None, torch.cat(biases) if biases else None)
 
     @torch.no_grad()
@@ -173,7 +172,7 @@ class Projection:
                     change *= 1 - (words / self.readout.softcap).square()
                 words[:] = change
                 logits[at] = padded
-            gradients.append(logits[:, : self.vocabulary] @ self.readout.weight)
+            gradients.append(self._weighted(logits))
         gradient, kl = torch.cat(gradients), torch.cat(divergences)
         if final.expected is not None:  # so far they were the lens's own: its normalisers and mean unembeddings
             gradient, kl = gradient - final.expected, self._kl(rows, kl, final, final.expected, part=False)
@@ -201,12 +200,19 @@ class Projection:
         for start in range(0, len(rows), most):
             some = rows[start : start + most].to(weight.dtype)
             logits = held[: len(some)]
-            words = logits[:, : self.vocabulary]
+            words, padding = logits[:, : self.vocabulary], logits[:, self.vocabulary :]
+            padding.fill_(-torch.inf)
             if bias is None:
                 torch.mm(some, weight.T, out=words)
             else:
                 torch.addmm(bias, some, weight.T, out=words)
             yield slice(start, start + len(some)), logits
+
+    def _weighted(self, words: Float[Tensor, "rows padded"]) -> Float[Tensor, "rows d_model"]:
+        """Return the sum of the unembeddings, weighted by what stands at each word."""
+        # half-precision kernels (AMX) read past a row's end, and −∞ · 0 is no number
+        words[:, self.vocabulary :] = 0.0
+        return words[:, : self.vocabulary] @ self.readout.weight
 
     def _finished(
         self, logits: Float[Tensor, "rows padded"], *, part: bool = False
