@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechscope.choices import Filling
 from mechscope.data.pairs import Pairs
-from mechscope.features.faithfulness import doubling, faithfulness
+from mechscope.features.faithfulness import _circuits, doubling, faithfulness
 from mechscope.features.node_patching import node_means, patch_nodes, patch_places
 from mechscope.features.places import Place
 from mechscope.features.standing import Node, Standing
@@ -124,6 +124,14 @@ def test_all_nodes_keep_everything_and_none_keep_nothing(family: str) -> None:
     # random latents, as many as there are, are all latents
     assert at[len(nodes), "in circuit"]["random"] == pytest.approx(1.0, abs=1e-7)
     assert at[len(nodes), "in circuit"]["random_complement"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_random_latents_are_others_than_the_circuits_as_far_as_there_are_any() -> None:
+    each = standing("gpt2")[0]
+    ranked = [Node(each.place, latent) for latent in (5, 3, 8)]
+    order = {each.place: [3, 1, 5, 8, 2]}
+    drawn = [_circuits([each], ranked, size, "kept", order)[0][each.place].latents for size in (1, 2, 3)]
+    assert drawn == [(3,), (1, 8), (1, 2, 3)]
 
 
 def test_replacing_a_place_is_replacing_all_its_nodes() -> None:

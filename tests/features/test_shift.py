@@ -14,7 +14,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.features import Dictionary, Node, Place, Rule, Standing, autoencoder, in_order, shift
 from mechscope.features.erasure import leace, mean_difference
 from mechscope.features.probes import Probe
-from mechscope.features.shift import _Pooled
+from mechscope.features.shift import ORIGINAL, RANDOM, _methods, _Pooled, _random
 from mechscope.instrument import Execution, record
 from tests import families
 from tests.features.test_node_effects import every_family, exact
@@ -164,6 +164,25 @@ def test_a_split_is_biased_where_it_trains_and_balanced_where_it_tests() -> None
     assert not ids[0] & ids[1] | ids[0] & ids[2] | ids[1] & ids[2]
     with pytest.raises(DataError, match="the smallest of the four groups of labels has 1 texts"):
         biased_split(labelled().rows(range(4)))
+
+
+def test_random_latents_are_others_than_the_judged_ones_as_far_as_there_are_any() -> None:
+    others, active = planted("gpt2"), {PLACE: np.arange(5)}
+    for judged, expected in (([0, 1], {2, 3, 4}), ([0, 1, 2], {0, 1, 2, 3, 4})):
+        sets = [{node.latent for node in nodes} for nodes in _random(others, [Node(PLACE, at) for at in judged], active, 20, 0)]
+        assert set().union(*sets) == expected
+        assert all(len(own) == len(judged) and len(own - set(judged)) == min(len(judged), 5 - len(judged)) for own in sets)
+
+
+def test_the_interval_of_the_worst_group_holds_its_value_whichever_group_each_draw_tells_worst() -> None:
+    test = labelled()
+    right = {(ORIGINAL, -1): np.ones(len(test), dtype=bool)}
+    for draw in range(3):
+        right[RANDOM, draw] = ~test.group(draw)
+    row = _methods(test, right).set_index("method").loc[RANDOM]
+    assert row["worst"] == 0
+    assert row["worst_low"] == pytest.approx(0, abs=1e-12)
+    assert 0 < row["worst_high"] < 0.1
 
 
 def test_what_does_not_fit_is_refused() -> None:

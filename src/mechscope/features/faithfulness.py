@@ -5,7 +5,7 @@
 
 Errors are nodes and no one can read them, so three curves are given: with the errors kept (all of them are as they are, in the circuit and in its complement),
 removed (all are filled in), and in the circuit (each as its rank says). Beside each stand random latents: as many at every place, drawn among those that are
-active on the texts, with the same errors. The unit is the text; shares are ratios of means with Fieller's interval.
+active on the texts and not in the circuit (its own only where too few others are active), with the same errors. The unit is the text; shares are ratios of means with Fieller's interval.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def faithfulness(
         pairs: The texts.
         ranked: Nodes, the most important first.
         sizes: How many of them make a circuit; by default none, 1, 2, 4, … and all of them.
-        active: By place: the latents that random ones are drawn from; None for no random latents.
+        active: By place: the latents that random ones are drawn from, those of the circuit last; None for no random latents.
         draws: Random circuits of each size.
         filling: What stands in the place of nodes that are left out.
         means: For the filling `mean` (`node_means`).
@@ -119,7 +119,8 @@ def _circuits(
         if size < 0:
             latents, ranked_in = None, True
         elif order is not None and latents:
-            latents = tuple(order.get(each.place, ())[: len(latents)])
+            # the circuit's own last
+            latents = tuple(sorted(order.get(each.place, ()), key=set(latents).__contains__)[: len(latents)])
         inside[each.place] = Chosen(latents, errors == "kept" or (errors == "in circuit" and ranked_in))
         outside[each.place] = Chosen(latents, errors == "removed" or (errors == "in circuit" and ranked_in))
     return inside, outside

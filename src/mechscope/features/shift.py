@@ -50,7 +50,7 @@ class Shift:
         groups: One row per method, draw and group: `method`, `draw` (−1 but for random latents), `intended`, `unintended` (labels), `n`, `accuracy`, `low`,
             `high` (Wilson's interval).
         methods: One row per method: `method`, `draws`, `n` (texts), `accuracy` (mean over groups), `worst` (accuracy of the worst group) with `worst_low`,
-            `worst_high` (Wilson's interval of that group), `gain` (over the original in the group that the original tells worst) with `gain_low`, `gain_high`
+            `worst_high` (Wilson's interval of that group; of several draws means of worst accuracies and of ends), `gain` (over the original in the group that the original tells worst) with `gain_low`, `gain_high`
             (over its texts).
     """
 
@@ -83,7 +83,8 @@ def shift(
         unintended: Latents judged unintended by hand; None to judge by the labels.
         most: Latents that are judged: those with the largest effects on the biased probe.
         filling: What ablated latents become: `mean` (over the training texts) or `zero`.
-        draws: Sets of random latents, as many at each place, drawn among those that are active on the training texts.
+        draws: Sets of random latents, as many at each place, drawn among those that are active on the training texts; judged ones only where too few
+            others are active.
         execution: Tokens of a batch (1,024 by default), seed of the draws, progress.
 
     Raises:
@@ -280,8 +281,11 @@ def _random(
     for _ in range(draws if judged else 0):
         nodes: list[Node] = []
         for each in standing:
-            number = min(sum(node.place == each.place for node in judged), len(active[each.place]))
-            nodes += [Node(each.place, int(latent)) for latent in random.choice(active[each.place], number, replace=False)]
+            own = [node.latent for node in judged if node.place == each.place]
+            order = random.permutation(active[each.place])
+            # the judged ones last
+            order = order[np.argsort(np.isin(order, own), kind="stable")]
+            nodes += [Node(each.place, int(latent)) for latent in order[: len(own)]]
         sets.append(nodes)
     return sets
 
@@ -309,10 +313,10 @@ def _methods(test: Labelled, right: Right) -> pd.DataFrame:
         answers = [answer for (name, _), answer in right.items() if name == method]
         accuracies = np.array([[answer[own].mean() for own in members] for answer in answers])
         worst = accuracies.min(1).mean()
-        group = members[int(accuracies.mean(0).argmin())]
-        # of several draws the interval is that of the middle one, as they share their texts
-        middle = answers[int(np.argsort(accuracies.min(1), kind="stable")[len(answers) // 2])]
-        low, high = share_interval(int(middle[group].sum()), int(group.sum()))
+        # draws share their texts: more of them make no interval narrower, so that its ends are means over draws, each in its own worst group
+        hardest_of = [members[int(own.argmin())] for own in accuracies]
+        ends_of = [share_interval(int(answer[own].sum()), int(own.sum())) for answer, own in zip(answers, hardest_of, strict=True)]
+        low, high = (float(end) for end in np.mean(ends_of, axis=0))
         gain = paired_difference(np.mean(answers, axis=0)[hardest], right[ORIGINAL, -1][hardest].astype(float))
         about: dict[str, object] = {"method": method, "draws": len(answers), "n": len(test), "accuracy": float(accuracies.mean())}
         ends = {"gain": float(gain.mean), "gain_low": float(gain.low), "gain_high": float(gain.high)}

@@ -171,3 +171,27 @@ def test_the_sentence_gives_the_score_beside_shuffled_explanations() -> None:
     summary.loc[0, ["score", "low", "high", "withheld", "n"]] = [float("nan")] * 3 + ["too few held-out windows", 0]
     (sentence,) = findings("explanations", explanation_summary=summary)
     assert sentence == "How well explanations of latents by baseline do in detection: withheld, as too few held-out windows."
+
+
+def test_of_a_language_model_the_intruder_score_is_of_windows_and_not_of_explanations() -> None:
+    row = {
+        "kind": "latents",
+        "explainer": "local:judge",
+        "scorer": "intruder",
+        "n": 30,
+        "chance": 0.2,
+        "unreadable": 0.0,
+        "withheld": "",
+        "control": "",
+    }
+    scores = {"score": 0.81, "low": 0.77, "high": 0.85}
+    (sentence,) = findings("explanations", explanation_summary=pd.DataFrame([row | scores]))
+    assert (
+        "tells windows of latents from an intruder, no explanation shown, with a score of 0.810 [0.770, 0.850] (chance 0.200)" in sentence
+    )
+    (sentence,) = findings(
+        "explanations", explanation_summary=pd.DataFrame([row | dict.fromkeys(scores, float("nan")) | {"withheld": "few"}])
+    )
+    assert "explanations" not in sentence.lower()
+    (sentence,) = findings("explanations", explanation_summary=pd.DataFrame([row | scores | {"explainer": "baseline"}]))
+    assert sentence.startswith("Explanations of latents by baseline score")

@@ -142,17 +142,31 @@ def _findings(tables: Tables) -> list[Finding]:
     for (kind, scorer), own in summary.groupby(["kind", "scorer"], sort=False):
         rows = [each for _, each in own.iterrows()]
         row = rows[0]
-        about = f"explanations of {kind} by {name_of(row['explainer'])}"
+        # a language model is shown no explanation where it looks for an intruder
+        unexplained = scorer == "intruder" and row["explainer"] != "baseline"
+        judge = name_of(row["explainer"])
+        about = f"windows of {kind} told from an intruder by {judge}" if unexplained else f"explanations of {kind} by {judge}"
         if np.isnan(row["score"]):
             found.append(
-                Finding(f"how well {about} do in {scorer}", n=None, rows=(row,), withheld=str(row["withheld"]), table="explanation_summary")
+                Finding(
+                    f"how well {about} do in {scorer}" if not unexplained else f"{about}",
+                    n=None,
+                    rows=(row,),
+                    withheld=str(row["withheld"]),
+                    table="explanation_summary",
+                )
             )
             continue
+        said = (
+            f"{judge} tells windows of {kind} from an intruder, no explanation shown, with a score of {_score(row)}"
+            if unexplained
+            else f"{about[0].upper()}{about[1:]} score {_score(row)} in {scorer} on held-out windows"
+        )
         beside = "".join(f"; shuffled among the {kind}, {_score(each)}" for each in rows[1:] if not np.isnan(each["score"]))
         lost = f", {percent(row['unreadable'])} of the answers unreadable" if row["unreadable"] > 0 else ""
         found.append(
             Finding(
-                f"{about[0].upper()}{about[1:]} score {_score(row)} in {scorer} on held-out windows (chance {written(row['chance'])}{lost}){beside}",
+                f"{said} (chance {written(row['chance'])}{lost}){beside}",
                 n=row["n"],
                 unit=str(kind),
                 rows=tuple(rows),
@@ -228,7 +242,7 @@ SECTION = Section(
     intro=(
         "What a unit stands for is said from windows of one half of the texts and judged on windows of the other: does it tell in which windows the unit is "
         "active (detection), whether the marked tokens are those in which it is (fuzzing), how active it is in every token (simulation), and which of five "
-        "windows is the one without it (intruder)? Beside it stands what the explanation of another unit scores on the same windows."
+        "windows is the one without it (intruder; a language model looks for it without an explanation)? Beside it stands what the explanation of another unit scores on the same windows."
     ),
     tables=TABLES,
     figures=_figures,

@@ -241,6 +241,9 @@ def _kept(curve: pd.DataFrame) -> list[Finding]:
 
 def _largest(tables: Tables) -> list[Finding]:
     nodes = tables["feature_nodes"]
+    if nodes.empty:
+        said = "Which latent or error has the largest estimated effect"
+        return [Finding(said, withheld="no latent or error has any effect on the metric", table="feature_nodes")]
     chosen, top = nodes[nodes["in_circuit"].astype(bool)], strongest(nodes, "effect", 1).iloc[0]
     count = Derived("feature_nodes", (_IN,))
     text = (
@@ -293,7 +296,7 @@ SECTION = Section(
         "What the model holds at each place is written as latents of a dictionary and an error. A node's effect is the change of the metric if it took its "
         "value on the corrupt text, or zero, estimated from gradients; an edge's is the part of it that goes through another node, with the nodes between held "
         "(Marks et al. 2024). Circuits of the first so many nodes are then run for themselves: all other nodes take the other value. Beside them stand random "
-        "latents, as many at each place."
+        "latents, as many at each place, from outside the circuit as far as enough others are active there."
     ),
     tables=TABLES,
     figures=_figures,
