@@ -5,7 +5,8 @@
 
 Errors are nodes and no one can read them, so three curves are given: with the errors kept (all of them are as they are, in the circuit and in its complement),
 removed (all are filled in), and in the circuit (each as its rank says). Beside each stand random latents: as many at every place, drawn among those that are
-active on the texts and not in the circuit (its own only where too few others are active), with the same errors. The unit is the text; shares are ratios of means with Fieller's interval.
+active on the texts and not in the circuit (its own only where too few others are active), with the same errors.
+The unit is the text; shares are ratios of means with Fieller's interval.
 """
 
 from __future__ import annotations

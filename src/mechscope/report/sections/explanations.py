@@ -242,7 +242,8 @@ SECTION = Section(
     intro=(
         "What a unit stands for is said from windows of one half of the texts and judged on windows of the other: does it tell in which windows the unit is "
         "active (detection), whether the marked tokens are those in which it is (fuzzing), how active it is in every token (simulation), and which of five "
-        "windows is the one without it (intruder; a language model looks for it without an explanation)? Beside it stands what the explanation of another unit scores on the same windows."
+        "windows is the one without it (intruder; a language model looks for it without an explanation)? "
+        "Beside it stands what the explanation of another unit scores on the same windows."
     ),
     tables=TABLES,
     figures=_figures,

@@ -150,7 +150,8 @@ SECTION = Section(
     intro=(
         "A linear classifier on the mean activation of a text learns where an unintended label always agrees with the intended one, and is tested where all "
         "four combinations (groups) are equally frequent. Latents are ranked by what setting them to zero does to it; those judged unintended are ablated in "
-        "the model, and it learns again from the same biased texts (Marks et al. 2024). Beside it: random latents, as many at each place, not the judged ones where enough others are active; the unintended label "
+        "the model, and it learns again from the same biased texts (Marks et al. 2024). Beside it: random latents, as many at each place, not the judged ones "
+        "where enough others are active; the unintended label "
         "erased from the activations, by the difference of means and by LEACE (Belrose et al. 2023), which need labels of balanced texts; and a classifier "
         "of balanced texts."
     ),
