@@ -282,7 +282,7 @@ def _random(
     for _ in range(draws if judged else 0):
         nodes: list[Node] = []
         for each in standing:
-            own = [node.latent for node in judged if node.place == each.place]
+            own = [node.latent for node in judged if node.place == each.place and node.latent is not None]
             order = random.permutation(active[each.place])
             # the judged ones last
             order = order[np.argsort(np.isin(order, own), kind="stable")]

@@ -92,7 +92,7 @@ def test_a_threshold_that_nothing_reaches_leaves_an_empty_circuit(dictionary: st
     assert any(
         "no latent or error has an effect as large as the threshold" in each for each in findings("feature-circuit", **result.tables)
     )
-    none = result.tables | {"feature_nodes": result.feature_nodes.head(0)}
+    none = {**result.tables, "feature_nodes": result.feature_nodes.head(0)}
     assert any("no latent or error has any effect on the metric" in each for each in findings("feature-circuit", **none))
 
 
