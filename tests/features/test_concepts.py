@@ -15,7 +15,7 @@ from mechscope.errors import DataError, SettingsError
 from mechscope.features import Rule, autoencoder, concept_scores, random_control, transcoder
 from mechscope.features import concepts as scoring
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.probes import mean_of, sparse_probing
+from mechscope.features.probes import balanced_of, sparse_probing
 from mechscope.features.rows import reader_of
 from mechscope.instrument import Execution
 from mechscope.settings.features import ConceptSettings, TokenSettings
@@ -88,7 +88,9 @@ def test_rows_say_what_they_are_and_are_those_of_the_functions() -> None:
     is_first = np.array(given.attributes["half"]) == "first"
     most = str(table[table["concept"].str.startswith("half=")]["concept"].iloc[0]) == "half=first"
     y = is_first if most else ~is_first
-    expected = mean_of(sparse_probing(pooled.rows(split.learned), pooled.rows(split.judged), y[split.learned], y[split.judged], 2))
+    expected = balanced_of(
+        sparse_probing(pooled.rows(split.learned), pooled.rows(split.judged), y[split.learned], y[split.judged], 2), y[split.judged]
+    )
     row = table[(table["score"] == "sparse probing") & table["concept"].str.startswith("half=") & (table["count"] == 2)].iloc[0]
     assert (row["value"], row["low"], row["n"]) == pytest.approx((expected.value, expected.low, len(split.judged)))
     # the probe of all activations does not depend on the dictionary

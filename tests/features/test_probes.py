@@ -16,6 +16,7 @@ from mechscope.features.probes import (
     Pooled,
     Writes,
     balanced,
+    balanced_of,
     dense_probing,
     mean_of,
     sparse_probing,
@@ -62,18 +63,33 @@ def random_codes(whole: Pooled) -> Pooled:
 def test_a_latent_that_stands_for_a_class_is_found_by_a_probe_of_one_and_chance_is_a_half() -> None:
     for whole, expected in ((planted(), 1.0), (random_codes(planted()), 0.5)):
         train, test = halves(whole)
-        score = mean_of(sparse_probing(train, test, WANTED[HALF], WANTED[~HALF], 1))
+        score = balanced_of(sparse_probing(train, test, WANTED[HALF], WANTED[~HALF], 1), WANTED[~HALF])
         assert score.value == pytest.approx(expected, abs=0.12)
         assert score.low <= expected <= score.high + 1e-9 or expected == 1.0
         assert score.n == (~HALF).sum()
         # whatever the latents, there is something to be found
-        assert mean_of(dense_probing(train, test, WANTED[HALF], WANTED[~HALF])).value > 0.95
+        assert balanced_of(dense_probing(train, test, WANTED[HALF], WANTED[~HALF]), WANTED[~HALF]).value > 0.95
 
 
 def test_balanced_accuracy_weighs_both_classes_alike() -> None:
     y = np.array([True] * 2 + [False] * 8)
     right = np.array([True, False] + [True] * 6 + [False] * 2)
     assert balanced(right, y).mean() == pytest.approx((1 / 2 + 6 / 8) / 2)
+    assert balanced_of(right, y).value == pytest.approx((1 / 2 + 6 / 8) / 2)
+
+
+def test_unequal_classes_are_no_error_and_no_error_is_not_certain() -> None:
+    y = np.arange(100) < 10
+    assert mean_of(balanced(np.ones(100, dtype=bool), y)).low == pytest.approx(1)
+    score = balanced_of(np.ones(100, dtype=bool), y)
+    assert (score.value, score.high) == pytest.approx((1, 1))
+    # Wilson's lower ends of 10 of 10 and 90 of 90 are n / (n + z²)
+    misses = [1 - n / (n + 1.959964**2) for n in (10, 90)]
+    assert score.low == pytest.approx(1 - np.linalg.norm(misses) / 2)
+    # the variance of a mean of two independent shares
+    right = np.r_[np.arange(10) < 5, np.arange(90) < 45]
+    deviation = balanced(right, y).std() / np.sqrt(100)
+    assert deviation == pytest.approx(np.sqrt(0.25 / 10 + 0.25 / 90) / 2)
 
 
 def test_taking_out_the_latent_of_what_goes_with_a_class_removes_the_bias_and_random_ones_do_not() -> None:

@@ -26,6 +26,8 @@ from mechscope.features.dictionary import Dictionary
 from mechscope.features.probes import (
     Pooled,
     Writes,
+    balanced,
+    balanced_of,
     dense_probing,
     mean_of,
     sparse_probing,
@@ -222,9 +224,12 @@ def _probed(
             for own, judged in zip(y.T, y_test.T, strict=True)
         ]
         score = "sparse probing" if k else "probe of the activations"
-        rows += [_row(score, f"{name}={each}", k or np.nan, mean_of(of)) for each, of in zip(told, every, strict=True)]
+        rows += [
+            _row(score, f"{name}={each}", k or np.nan, balanced_of(of, own)) for each, of, own in zip(told, every, y_test.T, strict=True)
+        ]
         if len(told) > 1:
-            rows.append(_row(score, name, k or np.nan, mean_of(np.mean(every, axis=0)), note=f"mean over {len(told)} classes"))
+            mean = mean_of(np.mean([balanced(of, own) for of, own in zip(every, y_test.T, strict=True)], axis=0))
+            rows.append(_row(score, name, k or np.nan, mean, note=f"mean over {len(told)} classes"))
     if len(told) > 2:
         found = targeted_probe_perturbation(train, test, y, y_test, settings.removed_latents)
         rows += [_row("TPP", name, count, share, note=f"mean over {len(told)} classes") for count, share in found.items()]

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.sparse import csr_matrix
 
 from mechscope.features.dictionary import Dictionary
 from mechscope.shapes import by_shape
+from mechscope.stats.inference import MIN_TEXTS, balanced_accuracy, too_few
 from mechscope.stats.shares import Share, share_of
 
 
@@ -114,9 +115,17 @@ class Probe:
 
 
 def balanced(right: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " row"]:
-    """Return values whose mean is the balanced accuracy: each class counts a half."""
+    """Return values whose mean is the balanced accuracy, each class counting a half, and whose spread is that of its linear part: deviations within classes."""
+    own = {kind: right[y == kind].mean() for kind in (True, False)}
     share = np.where(y, y.mean(), 1 - y.mean())
-    return right / (2 * np.maximum(share, 1e-12))
+    return sum(own.values()) / 2 + (right - np.where(y, own[True], own[False])) / (2 * share)
+
+
+def balanced_of(right: np.ndarray, y: np.ndarray) -> Share:
+    """Return the balanced accuracy of one probe, with the interval of `balanced_accuracy`."""
+    if len(y) < MIN_TEXTS:
+        return Share(np.nan, np.nan, np.nan, len(y), too_few(len(y)))
+    return Share(*balanced_accuracy(right, y), len(y), "")
 
 
 def most_different(codes: csr_matrix, y: np.ndarray, k: int, *, weights: np.ndarray | None = None) -> np.ndarray:
@@ -126,16 +135,16 @@ def most_different(codes: csr_matrix, y: np.ndarray, k: int, *, weights: np.ndar
     return np.argsort(-ranked, kind="stable")[:k]
 
 
-def sparse_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray, k: int) -> Float[np.ndarray, " text"]:
-    """Return the values of `balanced` of a probe that reads k latents."""
+def sparse_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray, k: int) -> Bool[np.ndarray, " text"]:
+    """Return which texts a probe that reads k latents tells right."""
     chosen = most_different(train.codes, y, k)
     probe = Probe(train.codes[:, chosen].toarray(), y, each=True)
-    return balanced(probe.says(test.codes[:, chosen].toarray()) == y_test, y_test)
+    return np.asarray(probe.says(test.codes[:, chosen].toarray()) == y_test)
 
 
-def dense_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray) -> Float[np.ndarray, " text"]:
-    """Return the values of `balanced` of a probe that reads all of the activations: what there is to be found."""
-    return balanced(Probe(train.x, y).says(test.x) == y_test, y_test)
+def dense_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray) -> Bool[np.ndarray, " text"]:
+    """Return which texts a probe that reads all of the activations tells right: what there is to be found."""
+    return np.asarray(Probe(train.x, y).says(test.x) == y_test)
 
 
 def spurious_correlation_removal(

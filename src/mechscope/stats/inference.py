@@ -159,6 +159,21 @@ def share_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[floa
     return float(bounds.low), float(bounds.high)
 
 
+def balanced_accuracy(right: ArrayLike, of_class: ArrayLike) -> tuple[float, float, float]:
+    """Return the mean of two classes' shares right, and its interval (95 %): Wilson's of each class, combined by MOVER (Zou and Donner 2008).
+
+    Args:
+        right: Which answers are right.
+        of_class: Which of them belong to the one class; both have at least one.
+    """
+    answers, first = np.asarray(right, dtype=bool), np.asarray(of_class, dtype=bool)
+    own = [answers[first], answers[~first]]
+    shares = np.array([each.mean() for each in own])
+    ends = np.array([share_interval(int(each.sum()), len(each)) for each in own])
+    value = float(shares.mean())
+    return value, value - float(np.hypot(*(shares - ends[:, 0]))) / 2, value + float(np.hypot(*(ends[:, 1] - shares))) / 2
+
+
 @dataclass(frozen=True)
 class Correlation:
     """A rank correlation with what is known about it; NaN where a series does not vary or has gaps.

@@ -21,7 +21,7 @@ import numpy as np
 
 from mechscope.choices import ExplanationScorer
 from mechscope.features.explain.evidence import Evidence, Explainer, Explanation, Window
-from mechscope.stats.inference import share_interval
+from mechscope.stats.inference import balanced_accuracy, share_interval
 
 # windows among which an intruder is sought
 _AMONG = 5
@@ -97,17 +97,10 @@ def score(
 
 
 def _balanced(scorer: ExplanationScorer, truth: Sequence[bool], answers: Sequence[bool | None]) -> Score:
-    shares, widths = [], []
-    for kind in (True, False):
-        right = [answer is kind for answer, true in zip(answers, truth, strict=True) if true is kind]
-        share = sum(right) / len(right)
-        low, high = share_interval(sum(right), len(right))
-        shares.append(share)
-        widths.append((share - low, high - share))
-    value = sum(shares) / 2
-    below, above = (math.hypot(widths[0][end], widths[1][end]) / 2 for end in (0, 1))
+    right = [answer is kind for answer, kind in zip(answers, truth, strict=True)]
+    value, low, high = balanced_accuracy(right, truth)
     unreadable = sum(answer is None for answer in answers) / len(answers)
-    return Score(scorer, len(answers), value, value - below, value + above, unreadable)
+    return Score(scorer, len(answers), value, low, high, unreadable)
 
 
 def _simulated(windows: Sequence[Window], answers: Sequence[Sequence[float] | None]) -> Score:
