@@ -16,7 +16,7 @@ from mechscope.errors import MechscopeError, ModelError, SettingsError
 from mechscope.features import crosscoder
 from mechscope.features.affine import Affine
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.diffing import LatentSet, alike, carried, latent_scaling
+from mechscope.features.diffing import LatentSet, alike, carried, contributed, latent_scaling
 from mechscope.features.layout import Layout, autoencoder
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution
@@ -128,6 +128,21 @@ def test_latents_of_several_places_stand_in_both_with_the_undisturbed_streams() 
     np.testing.assert_allclose(found.out_of_tuned["some"], expected[3], rtol=1e-9)
 
 
+def test_latents_are_as_large_as_what_they_put_in_alone() -> None:
+    both, dictionary = models("gpt2"), given("base:resid0,base:resid2,tuned:resid0,tuned:resid2")
+    rows, maps = dictionary.tensors["decoder.0"], dictionary.output_maps
+    # one that both models have alike says nothing of the difference, however active it is
+    for at in (0, 1):
+        rows[5, (at + 2) * W : (at + 3) * W] = rows[5, at * W : (at + 1) * W] * (maps[at + 2].scale / maps[at].scale)
+    alone = carried(both, dictionary, TEXTS, {str(latent): LatentSet((latent,)) for latent in range(30)}, tokens=TOKENS).energy
+    table = latent_scaling({"base": both.base, "tuned": both.tuned}, dictionary, TEXTS, tokens=TOKENS, other_model=True)
+    squares = (table["energy"] / (table["norm_first"] ** 2 + table["norm_second"] ** 2)).to_numpy()
+    energy = contributed(dictionary, squares)
+    np.testing.assert_allclose(energy, list(alone.values()), rtol=1e-6, atol=1e-12)
+    assert squares[5] > 0
+    assert energy[5] < 1e-12
+
+
 def test_random_vectors_are_as_long_as_the_latents_own_and_other_vectors() -> None:
     both, dictionary = models("gpt2"), given("base:resid1,tuned:resid1")
     energy = carried(both, dictionary, TEXTS, {str(latent): LatentSet((latent,)) for latent in range(30)}, tokens=TOKENS).energy
@@ -181,7 +196,7 @@ def test_models_that_are_equal_have_nothing_to_carry() -> None:
     assert found.energy["whole"] == 0
 
 
-def test_other_latents_are_those_that_are_about_as_active() -> None:
+def test_other_latents_are_those_that_are_about_as_large() -> None:
     energy = np.array([1.0, 1.1, 0.0, 100.0, 90.0, 1.2, 0.9, 110.0, 1e-6])
     for seed in range(20):
         drawn = alike([0, 3], energy, seed=seed, among=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ class Spoiled(Made):
 
     def affine(self, place: Place) -> Affine:
         return Made().affine(place)
+
+
+def test_first_weights_are_those_of_the_training_or_of_the_plans_own_seed() -> None:
+    plan, first = PLANS["topk"], replace(TRAINING, steps=1, learning_rate=1e-9)
+    found = train(Made(), {"shared": plan, "own": replace(plan, seed=7)}, training=first)
+    for name, seed in (("shared", 0), ("own", 7)):
+        start = plan.layout.tensors(seed=seed)["decoder.0"]
+        torch.testing.assert_close(found[name].dictionary.tensors["decoder.0"], start, atol=1e-5, rtol=0)
 
 
 def test_a_loss_that_is_no_number_is_one_error_and_the_last_state_is_kept(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechscope.data.pairs import Pairs, PromptPair
-from mechscope.errors import DataError
+from mechscope.errors import DataError, ModelError
 from mechscope.features import Dictionary, FeatureTraining, Objective, Plan, Rule, train
 from mechscope.features.activations import Block
 from mechscope.features.affine import Affine, moments_of
@@ -113,6 +113,19 @@ def test_the_other_half_stands_beside_it_with_as_many_rows_and_units_of_its_own(
     affine = views.affine(replace(PLACE, model="difference"))
     torch.testing.assert_close(affine.centre, moved.mean(0))
     assert affine.scale == pytest.approx(float((moved - moved.mean(0)).square().sum(1).mean() ** -0.5), rel=1e-5)
+    # the mean of the difference is a part of how far tokens are moved
+    assert views.recipe.moved([affine]) == pytest.approx(float(moved.square().sum(1).mean().sqrt()) / 3, rel=1e-5)
+
+
+def test_a_place_that_fine_tuning_did_not_change_is_named() -> None:
+    class Unchanged(Made):
+        def rows(self, number: int) -> Rows:
+            rows = super().rows(number)
+            return Rows({BASE: rows.values[BASE], TUNED: rows.values[BASE]}, rows.text, rows.position)
+
+    source = Unchanged()
+    with pytest.raises(ModelError, match="base and tuned model do not differ at resid1: name a later place"):
+        Views(source, source.texts, recipe("difference")).affine(replace(PLACE, model="difference"))
 
 
 def test_planted_kinds_of_tokens_are_rare_and_make_up_their_share() -> None:

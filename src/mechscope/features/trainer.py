@@ -58,11 +58,13 @@ class Plan:
         layout: What it reads and writes.
         objective: What it is trained for.
         learning_rate: Its own peak learning rate; None for that of the training.
+        seed: Of its own first weights; None for that of the training.
     """
 
     layout: Layout
     objective: Objective = field(default_factory=Objective)
     learning_rate: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ class Training:
                 self._keep(work, done)
 
     def _learner(self, plan: Plan) -> Learner:
-        tensors = {name: tensor.to(self.device) for name, tensor in plan.layout.tensors(seed=self.execution.seed).items()}
+        seed = self.execution.seed if plan.seed is None else plan.seed
+        tensors = {name: tensor.to(self.device) for name, tensor in plan.layout.tensors(seed=seed).items()}
         rate = plan.learning_rate or self.training.learning_rate
         return Learner(plan.layout, plan.objective, replace(self.training, learning_rate=rate), tensors)
 
@@ -300,7 +303,8 @@ def _beside(mapped: Mapping[Place, Tensor], where: Sequence[Place]) -> Tensor:
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
-    return {"layout": plan.layout.to_json(), "objective": asdict(plan.objective), "learning_rate": plan.learning_rate}
+    own = {} if plan.seed is None else {"seed": plan.seed}
+    return {"layout": plan.layout.to_json(), "objective": asdict(plan.objective), "learning_rate": plan.learning_rate, **own}
 
 
 def _write(found: Mapping[str, TrainedDictionary], folder: Path) -> None:

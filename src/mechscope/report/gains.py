@@ -27,5 +27,8 @@ def share_said(row: Any) -> str:
 
 def beside_said(own: Mapping[str, Any], how: str) -> str:
     """Say what stands beside the share of a set: those of as many other latents and of random vectors, of the sets that there are."""
-    said = [f"{share_said(own[name])} {how} {what}" for name, what in BESIDE if name in own]
+    # random vectors are as long as the set's own
+    small = {"other latents", "random vectors"} <= set(own) and 2 * own["other latents"]["energy"] < own["random vectors"]["energy"]
+    notes = {"other latents": " (which write less than half as much)"} if small else {}
+    said = [f"{share_said(own[name])} {how} {what}{notes.get(name, '')}" for name, what in BESIDE if name in own]
     return f", beside {' and '.join(said)}" if said else ""

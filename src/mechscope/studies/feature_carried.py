@@ -28,7 +28,7 @@ def carry_all(request: Request) -> Tables:
     """Put what is new into the base and take it out of the tuned model, beside as many others and all there is."""
     import pandas as pd
 
-    from mechscope.features.diffing import CROSSCODER, LatentSet, carried
+    from mechscope.features.diffing import CROSSCODER, LatentSet, carried, contributed
 
     settings, both = request.settings, request.pair
     trained = trained_of(request, {"base": both.base, "tuned": both.tuned})
@@ -46,9 +46,10 @@ def carry_all(request: Request) -> Tables:
         groups = {"new": new, **groups}
     rows = []
     for name in (CROSSCODER, *(("difference",) if settings.difference else ())):
-        dictionary, energy = trained.dictionaries[name], own["energy"].to_numpy()
+        dictionary = trained.dictionaries[name]
+        # what latents say of the difference is compared, not how active they are: both models may have them alike
+        energy = contributed(dictionary, _squares(own) if name == CROSSCODER else _squares_of_differences(request, trained, texts))
         if name != CROSSCODER:
-            energy = _energy_of_differences(request, trained, texts)
             groups = {"strongest": np.argsort(-energy, kind="stable")[: max(_STRONGEST, len(new))]}
         sets = _sets(groups, energy, draws=settings.random_draws, seed=request.run.settings.seed)
         first = next(iter(groups))
@@ -84,12 +85,19 @@ def _sets(groups: Mapping[str, np.ndarray], energy: np.ndarray, *, draws: int, s
     return sets | {"all latents": LatentSet()}
 
 
-def _energy_of_differences(request: Request, trained: Trained, texts: Pairs) -> np.ndarray:
+def _squares(latents: pd.DataFrame) -> np.ndarray:
+    """Return the mean f² of a crosscoder's latents."""
+    norms = latents["norm_first"] ** 2 + latents["norm_second"] ** 2
+    return (latents["energy"] / norms.where(norms > 0)).fillna(0.0).to_numpy()
+
+
+def _squares_of_differences(request: Request, trained: Trained, texts: Pairs) -> np.ndarray:
     from mechscope.features.diffing import judge
 
     recipe = replace(trained.recipe, views=("base", "tuned", "difference"))
     judged = judge(trained.reader, {"difference": trained.dictionaries["difference"]}, recipe, texts, execution=request.run.execution)
-    found: np.ndarray = judged["difference"].sums.squares.numpy()
+    sums = judged["difference"].sums
+    found: np.ndarray = sums.squares.numpy() / max(sums.tokens, 1)
     return found
 
 

@@ -147,7 +147,9 @@ def plans(request: Request) -> dict[str, Plan]:
         two = len(comparison.views) > 1
         rule = Rule("batchtopk", settings.k, by_norm=two) if settings.rule == "batchtopk" else Rule(settings.rule)
         layout = comparison.layout(where, widths, settings.latents, rule)
-        found[name] = Plan(layout, checked(replace(settings.objective, norms="free" if two else "unit"), layout))
+        # what is found again in the other half must not hang on the first weights either
+        seed = request.run.settings.seed + 1 if comparison.control == "half" else None
+        found[name] = Plan(layout, checked(replace(settings.objective, norms="free" if two else "unit"), layout), seed=seed)
     return found
 
 

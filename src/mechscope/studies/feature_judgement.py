@@ -105,8 +105,7 @@ def _comparison_row(
         int(latents["beyond"].sum()) if latents is not None and "beyond" in latents and latents["beyond"].notna().any() else np.nan
     )
     if comparison.name == "difference":
-        (scale,) = {each.scale for each in trained.dictionaries["difference"].output_maps[:1]}
-        row["moved"] = 1 / scale / trained.recipe.rms[trained.recipe.places[0]]
+        row["moved"] = trained.recipe.moved(trained.dictionaries["difference"].output_maps)
     return row
 
 

@@ -115,6 +115,9 @@ def test_every_control_is_trained_with_the_same_budget_and_judged_by_the_same_th
     # equal models have equal decoders from the first step on
     assert (latents.query("comparison == 'same'")["relative_norm"] - 0.5).abs().max() < 1e-6
     assert whole.feature_comparisons.set_index("comparison")["new"]["same"] == 0
+    # the other half starts elsewhere: latents found again there are no matter of the first weights
+    kept = {name: features.Dictionary.load(whole.path / "dictionaries" / f"{name}.safetensors").about for name in ("crosscoder", "half")}
+    assert [kept[name]["plans"][name].get("seed", kept[name]["seed"]) for name in kept] == [0, 1]
     planted = whole.feature_planted
     assert planted["direction"].tolist() == [1, 2]
     assert planted["share"].between(0.05, 0.25).all()
@@ -274,6 +277,7 @@ def carried_table(share: float, withheld: str = "") -> pd.DataFrame:
             "change": "put into base",
             "latents": 7,
             "draws": 5,
+            "energy": 1.0,
             "n": 40,
             "share": value,
             "share_low": value - 0.01,
@@ -294,6 +298,10 @@ def test_the_sentence_gives_the_latents_their_share_and_the_controls() -> None:
         "7 latents are new beyond control; base against base has 0; put into the base they carry 23\u202f% [22.0, 24.0] of the gain on summaries, beside "
         "4\u202f% [3.00, 5.00] for as many other latents and 1\u202f% [0.00, 2.00] for random vectors of their length; all of the difference there carries "
     )
+    weak = carried_table(0.23)
+    weak.loc[weak["set"] == "other latents", "energy"] = 0.4
+    sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=weak)[0]
+    assert "for as many other latents (which write less than half as much) and 1" in sentence
     none = carried_table(np.nan, "fine-tuning did not lower the loss on these summaries: 0 (−1 to 1)")
     sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=none)[0]
     assert "what they carry of the gain is withheld: fine-tuning did not lower the loss" in sentence

@@ -1,6 +1,6 @@
 """Comparing two models by dictionaries: what fine-tuning added, beside controls of the same budget, and what of it matters."""
 
-from mechscope.features.diffing.carried import Carried, Contribution, LatentSet, alike, carried
+from mechscope.features.diffing.carried import Carried, Contribution, LatentSet, alike, carried, contributed
 from mechscope.features.diffing.classes import BY_NORM, JUDGED, classified, found_again
 from mechscope.features.diffing.comparisons import CROSSCODER, Comparison, Judged, comparisons, judge
 from mechscope.features.diffing.planted import Plant
@@ -28,6 +28,7 @@ __all__ = [
     "carried",
     "classified",
     "comparisons",
+    "contributed",
     "found_again",
     "judge",
     "latent_scaling",

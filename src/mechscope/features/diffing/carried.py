@@ -7,7 +7,7 @@
     4. carried alone = loss(base) − loss(base + c);   lost without = loss(tuned − c) − loss(tuned);   both as shares of loss(base) − loss(tuned)
 
 c is that of the undisturbed runs, and x at every place too, so that a latent that writes at several places is not counted again behind the first. Tokens that
-the dictionary never reads (the first ones, outliers) are left alone. Beside a set stand as many other latents whose c is about as large, its own f
+the dictionary never reads (the first ones, outliers) are left alone. Beside a set stand as many other latents whose c is nearest in size, its own f
 with random vectors as long as its own D_tuned − D_base, all latents together, the mean of x_tuned − x_base, which no latent has to say, and the whole of it:
 the most that these places can carry.
 """
@@ -269,12 +269,28 @@ def _read(subject: Subject, batch: PairBatch, run: _Run, edits: Sequence[Edit]) 
     return _loss(subject, batch, hidden)
 
 
+def contributed(dictionary: Dictionary, squares: Float[np.ndarray, " latent"]) -> Float[np.ndarray, " latent"]:
+    """Return how large the c of each latent alone is: its mean f² times ‖D_tuned − D_base‖², over all places, in the models' units.
+
+    Args:
+        dictionary: A crosscoder of `base` and `tuned`, or an autoencoder of `difference`.
+        squares: Mean f² per token.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    contribution, latents = Contribution(dictionary), range(dictionary.latents)
+    sizes = [contribution.directions(latents, place).double().square().sum(1).cpu().numpy() for place in contribution.where]
+    energy: np.ndarray = squares * np.sum(sizes, axis=0)
+    return energy
+
+
 def alike(latents: Sequence[int], energy: Float[np.ndarray, " latent"], *, seed: int, among: int = 4) -> tuple[int, ...]:
-    """Draw as many other latents that are as active: for each one of the nearest by the logarithm of its energy that are not taken yet.
+    """Draw as many other latents that are as large: for each one of the nearest by the logarithm of its energy that are not taken yet.
 
     Args:
         latents: The latents.
-        energy: Of every latent; those of none are never drawn.
+        energy: Of every latent, such as that of its c (`contributed`); those of none are never drawn.
         seed: Of the draw.
         among: From how many of the nearest one is drawn.
 

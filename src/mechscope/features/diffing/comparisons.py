@@ -2,13 +2,13 @@
 
     crosscoder        base and tuned
     difference        an autoencoder of tuned − base
-    same              base and base: what two equal models are said not to share
-    half              base and tuned, on the other half of the documents: what is found again there does not hang on the documents
+    same              base and base: both decoders start alike and are told the same, so that nothing may be said not to be shared; a check, no measure of noise
+    half              base and tuned, on the other half of the documents and from other first weights: what is found again there hangs on neither
     planted           base and the base with an effect of known truth: whether it would be found
     shuffled pairs    base and the tuned model's tokens in another order: what is shared when nothing belongs together
     others            base and a further training each, such as one of another seed: what is found again there is no matter of one training
 
-All have the same budget, first weights, batches and thresholds.
+All have the same budget, batches and thresholds, and but for `half` the same first weights.
 """
 
 from __future__ import annotations

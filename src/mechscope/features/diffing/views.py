@@ -23,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechscope.data.pairs import Pairs
+from mechscope.errors import ModelError
 from mechscope.features.activations import Block, Source
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.diffing.planted import Plant
@@ -82,6 +83,15 @@ class Recipe:
                     value = rows.values[replace(place, model=view)]
                 found[replace(place, model=view)] = value
         return found
+
+    def moved(self, differences: Sequence[Affine]) -> float:
+        """Return the root mean square of tuned − base as a share of `rms`, what all tokens are moved by included; of all places together.
+
+        Args:
+            differences: The maps of the view of differences, place by place.
+        """
+        squares = sum(each.scale**-2 + float(each.centre.double().square().sum()) for each in differences)
+        return float((squares / sum(self.rms[place] ** 2 for place in self.places)) ** 0.5)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
@@ -189,9 +199,18 @@ class Views:
         return {place: value[:number_of_rows] for place, value in found.items()}
 
     def affine(self, place: Place) -> Affine:
-        """Return the map to mean zero and mean squared norm one; what is made of the base is read in the base's units."""
+        """Return the map to mean zero and mean squared norm one; what is made of the base is read in the base's units.
+
+        Raises:
+            ModelError: The two models hold the same at the place.
+        """
         if place.model == DIFFERENCE:
-            return self._differences.setdefault(place, Affine.fitted(self.moments(place)))
+            if place not in self._differences:
+                moments = self.moments(place)
+                if int(moments.count.max(initial=0)) > 1 and not np.any(moments.variance) and not np.any(moments.mean):
+                    raise ModelError(f"base and tuned model do not differ at {replace(place, model='')}: name a later place")
+                self._differences[place] = Affine.fitted(moments)
+            return self._differences[place]
         if place.model in HALF and self._other is not None:
             return self._other.affine(replace(place, model=HALF[place.model]))
         model = {SAME: BASE, PLANTED: BASE, SHUFFLED: TUNED, **HALF}.get(place.model, place.model)

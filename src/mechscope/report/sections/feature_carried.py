@@ -20,8 +20,8 @@ TABLES = {
     "feature_carried": table(
         "One row per dictionary, set of latents and change of a model.",
         comparison="the dictionary: crosscoder or difference",
-        set="the latents: new (beyond control), new by thresholds, lost, strongest, other latents (as many, as active), random vectors (as long), all latents, "
-        "the mean difference, or the whole difference",
+        set="the latents: new (beyond control), new by thresholds, lost, strongest, other latents (as many, those whose part of the difference "
+        "is nearest in size), random vectors (as long), all latents, the mean difference, or the whole difference",
         change="put into base, or taken from tuned",
         latents=number("how many; 0 for all", "latents"),
         draws=number("draws that are taken together", "draws"),
@@ -35,7 +35,9 @@ TABLES = {
         most=number("largest share of a draw", "share"),
         withheld="why shares are not given; empty where they are",
         gain=number("mean loss of the base minus that of the tuned model", "nats per token"),
-        more=number("of the set in question: its share less the mean share of as many other latents", "share", "low", "high"),
+        more=number(
+            "of the set in question: its share less the mean share of as many other latents; see the energy of both", "share", "low", "high"
+        ),
     ),
 }
 
@@ -138,8 +140,8 @@ SECTION = Section(
     intro=(
         "Both models read a document and its summary, and the dictionary reads both. What a set of latents says of their difference is then put into the "
         "base, and taken out of the tuned model; all that the dictionary misses stays as it is. Shares are of the loss on the summary that fine-tuning "
-        "gained. Beside a set stand as many other latents that are about as active, its own values with random vectors as long, all latents, and the whole "
-        "difference at these places."
+        "gained. Beside a set stand as many other latents, those whose part of the difference is nearest in size (where they write less than half "
+        "as much, the random vectors are the control), its own values with random vectors as long, all latents, and the whole difference at these places."
     ),
     tables=TABLES,
     figures=_figures,

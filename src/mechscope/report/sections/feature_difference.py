@@ -63,7 +63,7 @@ TABLES = {
         unclear=number("of those of one model: not to be found in that model either", "latents"),
         beyond=number("new latents that are found again in the other half of the documents; missing where it was left out", "latents"),
         moved=number(
-            "root mean square of tuned − base, as a share of the base's: how far fine-tuning moved what the places hold",
+            "root mean square of tuned − base over all places, its mean included, as a share of the base's around its mean: how far fine-tuning moved them",
             "share",
             optional=True,
         ),
