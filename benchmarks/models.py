@@ -7,6 +7,9 @@ numbers. This module imports nothing of mechscope.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Self
+
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -77,3 +80,29 @@ def make_dictionary(width: int, latents: int) -> Tensor:
 def make_rows(size: Size, width: int) -> Tensor:
     """Draw activations of mean squared norm one, ``(token, width)``."""
     return torch.randn(size.texts * size.tokens, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowsCase:
+    """A batch of activations, and what is done with it.
+
+    Attributes:
+        rows: ``(token, width)``.
+    """
+
+    rows: Tensor
+    texts: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the batch."""
+        return len(self.rows)
+
+    @property
+    def each(self) -> int:
+        """The same: there is one batch."""
+        return len(self.rows)
+
+    def small(self) -> Self:
+        """Return the same with a batch of a few rows."""
+        return replace(self, rows=self.rows[:16])

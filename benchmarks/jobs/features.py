@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from pandas import DataFrame
-from torch import Tensor
 
 from benchmarks.harness import Beside, Job
 from benchmarks.jobs.cases import PairsCase, backbone, build, build_two, forward
-from benchmarks.models import ACTIVE, WIDER, make_rows
+from benchmarks.models import ACTIVE, WIDER, RowsCase, make_rows
 from benchmarks.settings import Settings
 from benchmarks.shapes import Size
 from mechscope.choices import RuleName
@@ -47,32 +46,15 @@ _BATCHES = 32
 _LATENTS = 2048
 
 
-@dataclass(frozen=True, eq=False)
-class StepCase:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepCase(RowsCase):
     """A dictionary in training and a batch.
 
     Attributes:
         learner: The dictionary.
-        rows: ``(token, width)``.
     """
 
     learner: Learner
-    rows: Tensor
-    texts: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the batch."""
-        return len(self.rows)
-
-    @property
-    def each(self) -> int:
-        """The same: there is one batch."""
-        return len(self.rows)
-
-    def small(self) -> StepCase:
-        """Return the same dictionary with a batch of a few rows."""
-        return StepCase(self.learner, self.rows[:16])
 
 
 def build_step(rule: RuleName, settings: Settings, size: Size) -> StepCase:
@@ -81,7 +63,7 @@ def build_step(rule: RuleName, settings: Settings, size: Size) -> StepCase:
     layout = autoencoder("resid0", width, WIDER * width, Rule(rule, ACTIVE))
     tensors = {name: tensor.to(settings.device) for name, tensor in layout.tensors().items()}
     rows = make_rows(size, width).to(settings.device)
-    return StepCase(Learner(layout, Objective(), FeatureTraining(), tensors), rows)
+    return StepCase(rows=rows, learner=Learner(layout, Objective(), FeatureTraining(), tensors))
 
 
 def step(case: StepCase) -> Step:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.harness import Job
 from benchmarks.peers.cases import PeerCase, build, forward
+from benchmarks.peers.older_lens import config_of, with_weights
 from benchmarks.settings import Settings
 from benchmarks.shapes import Size
 from benchmarks.transcoders import FIRST, make_transcoders
@@ -33,33 +34,12 @@ def build_graph(settings: Settings, size: Size) -> PeerCase:
 
 def replaced(model: Any, ids: torch.Tensor) -> Any:
     """Copy the weights, as they are, into the peer's replacement model."""
-    lens = importlib.import_module("transformer_lens")
-    convert = importlib.import_module("transformer_lens.pretrained.weight_conversions").convert_gpt2_weights
     peer = importlib.import_module("circuit_tracer.replacement_model.replacement_model_transformerlens").TransformerLensReplacementModel
-    config = model.config
-    made = peer(
-        lens.HookedTransformerConfig(
-            model_name="gpt2",
-            n_layers=config.n_layer,
-            n_heads=config.n_head,
-            d_model=config.n_embd,
-            d_head=config.n_embd // config.n_head,
-            d_mlp=4 * config.n_embd,
-            d_vocab=config.vocab_size,
-            n_ctx=config.n_positions,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            eps=config.layer_norm_epsilon,
-            dtype=model.dtype,
-            device=str(model.device),
-        )
-    )
-    as_is = dict.fromkeys(("fold_ln", "fold_value_biases", "center_writing_weights", "center_unembed"), False)
-    made.load_and_process_state_dict(convert(model, made.cfg), **as_is)
+    made = with_weights(peer(config_of(model, model_name="gpt2")), model)
     made._configure_replacement_model(transcoders(model, ids))
     # a prompt of token ids, whose first counts as special: nothing is put before it
     special = [int(ids[0, 0])]
-    made.tokenizer = SimpleNamespace(all_special_ids=special, decode=str, padding_side="right", vocab_size=config.vocab_size)
+    made.tokenizer = SimpleNamespace(all_special_ids=special, decode=str, padding_side="right", vocab_size=model.config.vocab_size)
     return made
 
 

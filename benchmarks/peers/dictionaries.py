@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Beside, Job
-from benchmarks.models import ACTIVE, WIDER, make_dictionary, make_rows
+from benchmarks.models import ACTIVE, WIDER, RowsCase, make_dictionary, make_rows
 from benchmarks.settings import Settings
 from benchmarks.shapes import Size
 
@@ -25,36 +25,19 @@ SAELENS, SPARSIFY = "SAELens", "sparsify"
 _RATE = 1e-12
 
 
-@dataclass(frozen=True, eq=False)
-class CoderCase:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CoderCase(RowsCase):
     """A peer's dictionary in training and a batch.
 
     Attributes:
         coder: The dictionary.
         adam: Its optimizer.
-        rows: ``(token, width)``.
         encoder: ``(latent, width)``, for the product beside it.
     """
 
     coder: Any
     adam: torch.optim.Optimizer
-    rows: Tensor
     encoder: Tensor
-    texts: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the batch."""
-        return len(self.rows)
-
-    @property
-    def each(self) -> int:
-        """The same: there is one batch."""
-        return len(self.rows)
-
-    def small(self) -> CoderCase:
-        """Return the same dictionary with a batch of a few rows."""
-        return replace(self, rows=self.rows[:16])
 
 
 def build(make: Callable[[Tensor], Any], settings: Settings, size: Size) -> CoderCase:
@@ -63,7 +46,7 @@ def build(make: Callable[[Tensor], Any], settings: Settings, size: Size) -> Code
     decoder = make_dictionary(width, WIDER * width).to(settings.device)
     coder = make(decoder).to(settings.device)
     adam = torch.optim.Adam(coder.parameters(), lr=_RATE)
-    return CoderCase(coder, adam, make_rows(size, width).to(settings.device), decoder)
+    return CoderCase(rows=make_rows(size, width).to(settings.device), coder=coder, adam=adam, encoder=decoder)
 
 
 def saelens(decoder: Tensor) -> Any:

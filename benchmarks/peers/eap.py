@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.harness import Job
 from benchmarks.models import half_of, logit_difference
 from benchmarks.peers.cases import PeerCase, builder, forward
+from benchmarks.peers.older_lens import config_of, with_weights
 from benchmarks.shapes import Size
 
 BY = "EAP-IG's code"
@@ -38,30 +39,8 @@ class OnDevice(TorchFunctionMode):
 
 def hooked(model: Any) -> tuple[Any, Any]:
     """Copy the weights, as they are, into the kind of model the authors' code runs, and make its graph."""
-    peer = importlib.import_module("transformer_lens")
-    convert = importlib.import_module("transformer_lens.pretrained.weight_conversions").convert_gpt2_weights
-    config = model.config
-    made = peer.HookedTransformer(
-        peer.HookedTransformerConfig(
-            n_layers=config.n_layer,
-            n_heads=config.n_head,
-            d_model=config.n_embd,
-            d_head=config.n_embd // config.n_head,
-            d_mlp=4 * config.n_embd,
-            d_vocab=config.vocab_size,
-            n_ctx=config.n_positions,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            eps=config.layer_norm_epsilon,
-            dtype=model.dtype,
-            device=str(model.device),
-            use_attn_result=True,
-            use_split_qkv_input=True,
-            use_hook_mlp_in=True,
-        )
-    )
-    as_is = dict.fromkeys(("fold_ln", "fold_value_biases", "center_writing_weights", "center_unembed"), False)
-    made.load_and_process_state_dict(convert(model, made.cfg), **as_is)
+    hooks = dict.fromkeys(("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"), True)
+    made = with_weights(importlib.import_module("transformer_lens").HookedTransformer(config_of(model, **hooks)), model)
     return made, importlib.import_module("eap.graph").Graph.from_model(made)
 
 

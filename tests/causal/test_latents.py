@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -109,8 +110,7 @@ def test_patching_a_latent_puts_the_other_runs_value_there(family: str) -> None:
             # to first order: the derivative on the way there
             step = (value - now)[..., None] * decoders(each)[latent] * where[..., None]
             ends = [
-                metric(model, PAIRS, {each.place: lambda x, s=sign, d=step: x + s * 1e-5 * d}, corrupt=changed == "corrupt")  # type: ignore[misc]
-                for sign in (1, -1)
+                metric(model, PAIRS, {each.place: partial(torch.add, sign * 1e-5 * step)}, corrupt=changed == "corrupt") for sign in (1, -1)
             ]
             np.testing.assert_allclose(estimate - unchanged.numpy(), (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-8)
 
@@ -171,7 +171,7 @@ def test_steering_by_a_latent_adds_what_it_writes(tmp_path: Path, dictionary: st
     row = place.standing.decoders[3]
     for strength in (-2.0, 3.0):
         own = table[(table["strength"] == strength) & (table["draw"] < 0) & (table["texts"] == "pairs")].iloc[0]
-        steered = metric(subject(), pairs, {place.standing.place: lambda x, s=strength: x + s * row})  # type: ignore[misc]
+        steered = metric(subject(), pairs, {place.standing.place: partial(torch.add, strength * row)})
         assert own["value"] == pytest.approx(float(steered.detach().mean()), rel=1e-4)
         # all pairs: none is needed to find the direction
         assert own["n"] == len(pairs)

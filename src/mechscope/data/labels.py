@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mechscope.data.newsroom import ROLES, Article, split_articles
+from mechscope.data.newsroom import ROLES, Article, Role, split_articles
 from mechscope.data.newsroom.vocabulary import WEEKDAYS
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.data.pieces import Pieces
@@ -100,8 +100,8 @@ def _newsroom(tokenizer: PreTrainedTokenizerBase, limit: int, max_tokens: int, s
     return Labelled(Pairs(texts, f"newsroom, seed {seed}"), attributes, tokens)
 
 
-def _mentions(article: Article, role: str, pieces: Pieces, pair: PromptPair) -> tuple[int, ...]:
-    spans = pieces.token_spans(article.document, sorted(article.fact(role).document_spans), first=True)  # type: ignore[arg-type]
+def _mentions(article: Article, role: Role, pieces: Pieces, pair: PromptPair) -> tuple[int, ...]:
+    spans = pieces.token_spans(article.document, sorted(article.fact(role).document_spans), first=True)
     start = len(pieces.start_ids)
     return tuple(start + at for begin, end in spans for at in range(begin, end) if start + at < len(pair.clean))
 

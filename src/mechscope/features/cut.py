@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -98,7 +99,7 @@ class Cuttable:
             arrivals[each.place], leaves[each.place] = arrived, value.detach().clone().requires_grad_()
             return leaves[each.place]
 
-        edits = [each.edit(lambda arrived, each=each: cut(each, arrived)) for each in standing]  # type: ignore[misc]
+        edits = [each.edit(partial(cut, each)) for each in standing]
         start = standing[0].place.layer
         subject = self.run.subject
         with torch.enable_grad(), observed(subject), intervene(subject, *edits):

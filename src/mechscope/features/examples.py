@@ -95,17 +95,21 @@ def promoted_tokens(
         dictionary: The dictionary.
         latents: Which latents.
         k: Tokens of each list.
-        place: Where they write; None for the first place.
+        place: Where they write; None for all that they add in the first model: a latent of a cross-layer transcoder adds to many layers.
 
     Raises:
         SettingsError: The dictionary writes nothing into the residual stream there.
     """
-    place = dictionary.layout.outputs[0] if place is None else place
-    if not writes_residual(place):
-        raise SettingsError(f"a dictionary that writes {place} adds nothing to the residual stream of which tokens could be read")
+    first = dictionary.layout.outputs[0] if place is None else place
+    if not writes_residual(first):
+        raise SettingsError(f"a dictionary that writes {first} adds nothing to the residual stream of which tokens could be read")
+    places = [first]
+    if place is None and first.site != "residual":  # what stands in the stream at one place stands there at the next: it is not added again
+        places = [each for each in dictionary.layout.outputs if each.model == first.model and writes_residual(each)]
     readout = Readout.of(subject)
-    rows = dictionary.directions(latents, place).to(readout.weight)
+    rows = torch.stack([dictionary.directions(latents, each) for each in places]).sum(0).to(readout.weight)
     logits = readout.folded(rows) @ readout.weight.T
+    k = min(k, logits.shape[1])
     return [(row.topk(k).indices.tolist(), (-row).topk(k).indices.tolist()) for row in logits]
 
 

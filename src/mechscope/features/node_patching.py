@@ -186,14 +186,15 @@ def without(
 def _own(each: Standing, chosen: Chosen, filled: Filled, x: Stream) -> Tensor:
     """Return what the chosen nodes of x add beyond what they are filled with."""
     x = x.to(each.decoders)
-    codes = each.codes(x) if chosen.latents is None or chosen.error else None
+    # all latents together are x without its error
+    error = each.error(x) if chosen.latents is None or chosen.error else torch.zeros_like(x)
     total = torch.zeros_like(x)
     if chosen.latents is None:
-        total = total + each.rebuilt(codes, x) - (filled.x - filled.error)  # type: ignore[arg-type]
+        total = (x - error) - (filled.x - filled.error)
     elif chosen.latents:
         change = each.values(x, chosen.latents) - filled.values(chosen.latents)
-        total = total + change @ each.decoders[list(chosen.latents)]
-    return total + each.error(x, codes) - filled.error if chosen.error else total
+        total = change @ each.decoders[list(chosen.latents)]
+    return total + error - filled.error if chosen.error else total
 
 
 def patch_nodes(

@@ -11,6 +11,7 @@ quantile over the first 4,096 tokens, so that it depends on no batch.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -134,7 +135,7 @@ class Latents:
         return Seen(Codes(codes.latents.cpu(), codes.values.cpu(), codes.offsets.cpu(), codes.width), rows.text, rows.position, heads)
 
 
-class _Thresholded:
+class _Thresholded(ABC):
     """Units with a value in every token, active where it is largest."""
 
     names: Sequence[str]
@@ -155,8 +156,9 @@ class _Thresholded:
         require_rows(sum(map(len, parts)), texts, self.reader.tokens)
         self.thresholds: Float[Tensor, " unit"] = torch.cat(parts).double().quantile(1 - share, dim=0).clamp(min=0)
 
+    @abstractmethod
     def _record(self, batch: PairBatch) -> tuple[Tensor, Rows]:
-        raise NotImplementedError
+        """Return the units' values in the tokens of a batch that count."""
 
     @torch.no_grad()
     def _values(self, batch: PairBatch) -> tuple[Float[Tensor, "row unit"], Rows]:

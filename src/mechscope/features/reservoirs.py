@@ -6,6 +6,7 @@ and it does not depend on how texts are batched (bottom-k sampling; Cohen and Ka
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,8 +154,8 @@ def _draw(seed: int, *parts: np.ndarray) -> np.ndarray:
     return state
 
 
-class _Activations:
-    """Some activations of every unit: `order` says which come first."""
+class _Activations(ABC):
+    """Some activations of every unit; which, a kind of them says."""
 
     def __init__(self, units: int, count: int, span: Span) -> None:
         self.units, self.count, self.span = units, count, span
@@ -192,17 +193,21 @@ class _Activations:
         self._waiting = []
         self._kept = self.settled(every)
 
+    @abstractmethod
     def draws(self, seen: Entries) -> np.ndarray:
-        raise NotImplementedError
+        """Return a number for every entry of a batch, by which some are drawn."""
 
+    @abstractmethod
     def within(self, seen: Entries, draw: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Tell which entries of a batch may still be among those that are kept."""
 
+    @abstractmethod
     def first(self, seen: Entries, draw: np.ndarray, at: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Return those of the entries `at` that would be kept of this batch alone."""
 
+    @abstractmethod
     def settled(self, every: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Return those of all entries so far that are kept."""
 
 
 class Largest(_Activations):

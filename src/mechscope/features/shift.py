@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ from mechscope.features.node_patching import Chosen, Fillings, Means, node_means
 from mechscope.features.places import Place
 from mechscope.features.probes import Probe
 from mechscope.features.standing import Node, Standing
-from mechscope.instrument import Execution, Walk, intervene, record
+from mechscope.instrument import Edit, Execution, Walk, intervene, record
 from mechscope.instrument.attention import observed
 from mechscope.shapes import by_shape
 from mechscope.stats.inference import paired_difference, share_interval
@@ -174,12 +175,12 @@ class _Pooled:
         gathered.run(pooled, self.execution, tokens=TOKENS_PER_BATCH, label="mean activations")
         return gathered["x"].T
 
-    def _run(self, batch: PairBatch, edits: Sequence[object]) -> Tensor:
+    def _run(self, batch: PairBatch, edits: Sequence[Edit]) -> Tensor:
         """Run a batch up to the place, and return what stands there."""
         real = None if bool(batch.real.all()) else batch.real
         with (
             observed(self.subject),
-            intervene(self.subject, *edits),  # type: ignore[arg-type]
+            intervene(self.subject, *edits),
             record(self.subject, "residual", layers=[self.place.layer], detach=False) as recording,
         ):
             walk = Walk(self.subject, batch.clean.to(self.subject.device), real)
@@ -216,7 +217,7 @@ class _Pooled:
             return leaves[each.place]
 
         with torch.enable_grad():
-            x = self._run(batch, [each.edit(lambda arrived, each=each: cut(each, arrived)) for each in self.standing])  # type: ignore[misc]
+            x = self._run(batch, [each.edit(partial(cut, each)) for each in self.standing])
             weights = _weights(real).to(x)
             score = torch.einsum("bt,btd,d->b", weights, torch.where(weights[..., None] > 0, x, 0.0), direction.to(x))
         return Cut(score, leaves, arrivals)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechscope.errors import SettingsError
 from mechscope.studies.declared import read_mapping
+from mechscope.studies.dictionaries import example_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 # a supernode: its name and its nodes
 Groups = Sequence[tuple[str, Sequence[str]]]
-# tokens written on each side of an example's own
-_BEFORE, _AFTER = 12, 4
-# tokens that a latent promotes, and that it suppresses
-_PROMOTED = 8
 # nodes of a graph: latents, errors, tokens, logits
 _LATENT = re.compile(r"m\d+\.f\d+@\d+")
 _NODE = re.compile(rf"{_LATENT.pattern}|m\d+\.error@\d+|embed@\d+|logits\.t\d+@\d+")
@@ -169,57 +166,22 @@ def details(
     """Return what is shown of latents: the tokens that they promote at all places they write, and the texts in which they are active most."""
     import pandas as pd
 
-    from mechscope.features import top_examples
+    from mechscope.features import promoted_tokens, top_examples
 
     listed, found = [], []
     for name, dictionary in dictionaries.items():
         own = {component: latent for component, (owner, latent) in latents.items() if owner == name}
         if not own:
             continue
-        for component, (up, down) in zip(own, _promoted(subject, dictionary, list(own.values())), strict=True):
+        for component, (up, down) in zip(own, promoted_tokens(subject, dictionary, list(own.values())), strict=True):
             spelled = (subject.spelling.tokens(up), subject.spelling.tokens(down))
             listed.append({"component": component, "dictionary": name, "promotes": spelled[0], "suppresses": spelled[1]})
         if texts is not None:
-            table = top_examples(subject, dictionary, texts, count=examples, other_model=True, execution=execution).table
-            found += _examples(
-                table[table["latent"].isin(own.values())], {latent: component for component, latent in own.items()}, texts, subject
-            )
+            examples_of = top_examples(subject, dictionary, texts, count=examples, other_model=True, execution=execution)
+            for component, latent in own.items():
+                found += [{"component": component, **row} for row in example_rows(examples_of, latent, texts, subject.spelling)]
     tables = {"graph_latents": pd.DataFrame(listed)} if listed else {}
     return tables | ({"graph_examples": pd.DataFrame(found)} if found else {})
-
-
-def _promoted(subject: Subject, dictionary: Dictionary, latents: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens that latents promote and suppress most by all that they write, straight through the final norm and the unembedding."""
-    import torch
-
-    from mechscope.instrument.readout import Readout
-
-    with torch.no_grad():
-        readout = Readout.of(subject)
-        rows = torch.stack([dictionary.directions(latents, place) for place in dictionary.layout.outputs]).sum(0).to(readout.weight)
-        logits = readout.folded(rows) @ readout.weight.T
-        most = min(_PROMOTED, logits.shape[1])
-        return [(row.topk(most).indices.tolist(), (-row).topk(most).indices.tolist()) for row in logits]
-
-
-def _examples(table: pd.DataFrame, names: Mapping[int, str], texts: Pairs, subject: Subject) -> list[dict[str, Any]]:
-    spelling, rows = subject.spelling, []
-    for row in table.to_dict("records"):
-        pair, at = texts.pairs[row["text"]], int(row["position"])
-        ids = pair.clean
-        rows.append(
-            {
-                "component": names[row["latent"]],
-                "place": int(row["rank"]),
-                "value": float(row["value"]),
-                "text": str(pair.id),
-                "position": at,
-                "before": spelling.text(ids[max(0, at - _BEFORE) : at]),
-                "token": spelling.token(ids[at]),
-                "after": spelling.text(ids[at + 1 : at + 1 + _AFTER]),
-            }
-        )
-    return rows
 
 
 def interventions(

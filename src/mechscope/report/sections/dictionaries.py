@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mechscope.report.latents import EXAMPLES, PROMOTES, SUPPRESSES, in_words, with_examples
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.series import curves
 from mechscope.report.marks.tables import Cell, Row, Shown, Table, View
@@ -71,20 +72,14 @@ TABLES = {
         dictionary="its dictionary",
         component="the latent: resid6.f1024",
         share=number("its share of Σ f² over all latents", "share"),
-        promotes="tokens whose logits it raises most, by its decoder through the final norm and the unembedding",
-        suppresses="tokens whose logits it lowers most",
+        promotes=PROMOTES,
+        suppresses=SUPPRESSES,
     ),
     "latent_examples": table(
         "One row per listed latent and text in which it is active most.",
         dictionary="its dictionary",
         component="the latent: resid6.f1024",
-        place="the place among its examples, from 1",
-        value=number("its value"),
-        text="the text's id",
-        position="the token's place in the text, from 0",
-        before="what stands before the token",
-        token="the token",
-        after="what stands behind it",
+        **EXAMPLES,
     ),
 }
 
@@ -161,19 +156,11 @@ def _views(tables: Tables) -> list[Shown]:
         )
         shown.append(Shown("The dictionaries", view.view(), table="dictionaries"))
     if "latents_shown" in tables and "latent_examples" in tables:
-        examples = tables["latent_examples"]
-        texts = {
-            key: " ⋯ ".join(f"{row.before}⟦{row.token}⟧{row.after}" for row in own.sort_values("place").head(3).itertuples())
-            for key, own in examples.groupby(["dictionary", "component"], sort=False)
-        }
-        listed = tables["latents_shown"]
-        listed = listed.assign(examples=[texts.get((row.dictionary, row.component), "") for row in listed.itertuples()])
+        listed = with_examples(tables["latents_shown"], tables["latent_examples"], ["dictionary", "component"])
         view = Table(listed)
         if listed["dictionary"].nunique() > 1:
             view = view.words("dictionary", "dictionary")
-        view = view.words("component", "latent").cells("share", "share of Σ f²", _of_all)
-        view = view.token_lists("promotes", "promotes", most=6).token_lists("suppresses", "suppresses", most=4)
-        view = view.texts("examples", "most active at ⟦token⟧")
+        view = in_words(view.words("component", "latent").cells("share", "share of Σ f²", _of_all))
         words = "Those that carry most of what their dictionary writes. What a latent promotes is read off its decoder, which the layers behind may change."
         shown.append(Shown("Latents and the texts in which they are active most", view.view(), words, table="latents_shown"))
     return shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from mechscope.report.latents import EXAMPLES, PROMOTES, SUPPRESSES, in_words, with_examples
 from mechscope.report.marks.tables import Cell, Row, Shown, Table
 from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.statements import Caveat
@@ -23,19 +24,13 @@ TABLES = {
         judged="new, shrunk, decoupled or unclear; empty for those that both models have",
         again=number("largest cosine with a new latent of the other half of the documents", "cosine"),
         beyond="whether it is new beyond control; missing where the other half of the documents was left out",
-        promotes="tokens whose logits it raises most in the tuned model, by its decoder through the final norm and the unembedding",
-        suppresses="tokens whose logits it lowers most",
+        promotes=f"{PROMOTES} of the tuned model",
+        suppresses=SUPPRESSES,
     ),
     "feature_examples": table(
         "One row per listed latent and text in which it is active most.",
         component="the latent",
-        place="the place among its examples, from 1",
-        value=number("its value"),
-        text="the text's id",
-        position="the token's place in the text, from 0",
-        before="what stands before the token",
-        token="the token",
-        after="what stands behind it",
+        **EXAMPLES,
     ),
 }
 
@@ -47,13 +42,9 @@ def _views(tables: Tables) -> list[Shown]:
 
 
 def _candidates(listed: pd.DataFrame, examples: pd.DataFrame, again: pd.DataFrame | None) -> Shown:
-    texts = {
-        key: " ⋯ ".join(f"{row.before}⟦{row.token}⟧{row.after}" for row in own.sort_values("place").head(3).itertuples())
-        for key, own in examples.groupby("component", sort=False)
-    }
     found = {} if again is None else {str(key): own for key, own in again[again["found"].astype(bool)].groupby("component")}
     controls = [", ".join(found[key]["comparison"]) if key in found else "–" for key in listed["component"]]
-    listed = listed.assign(examples=[texts.get(key, "") for key in listed["component"]], controls=controls)
+    listed = with_examples(listed, examples, ["component"]).assign(controls=controls)
     # missing where there was no control
     listed = listed.assign(beyond=listed["beyond"].eq(True).fillna(False).astype(bool))
     view = Table(listed).words("component", "latent", strong=lambda row: bool(row["beyond"]))
@@ -62,9 +53,7 @@ def _candidates(listed: pd.DataFrame, examples: pd.DataFrame, again: pd.DataFram
     if again is not None:
         view = view.texts("controls", "found again in")
     view = view.cells("density", "active in", lambda row: Cell(percent(row["density"], digits=2), sort=float(row["density"])))
-    view = view.token_lists("promotes", "promotes", most=6).token_lists("suppresses", "suppresses", most=4)
-    view = view.texts("examples", "most active at ⟦token⟧")
-    return Shown("Candidates, and the texts in which they are active most", view.view(), table="feature_candidates")
+    return Shown("Candidates, and the texts in which they are active most", in_words(view).view(), table="feature_candidates")
 
 
 def _nu(row: Row) -> Cell:

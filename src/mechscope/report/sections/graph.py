@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechscope.report.latents import EXAMPLES, PROMOTES, SUPPRESSES
 from mechscope.report.marks.agreement import agreement_chart
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.graph_picture import graph_picture
@@ -76,19 +77,13 @@ TABLES = {
         "One row per latent of the pruned graph.",
         component="the latent: m3.f1024",
         dictionary="its dictionary",
-        promotes="tokens whose logits it raises most, by what it writes, straight through the final norm and the unembedding",
-        suppresses="tokens whose logits it lowers most",
+        promotes=PROMOTES,
+        suppresses=SUPPRESSES,
     ),
     "graph_examples": table(
         "One row per latent of the pruned graph and text in which it is active most.",
         component="the latent: m3.f1024",
-        place="the place among its examples, from 1",
-        value=number("its value"),
-        text="the text's id",
-        position="the token's place in the text, from 0",
-        before="what stands before the token",
-        token="the token",
-        after="what stands behind it",
+        **EXAMPLES,
     ),
     "graph_interventions": table(
         "One row per intervention and node of the pruned graph that it reaches.",
