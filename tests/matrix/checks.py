@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,51 +37,12 @@ from mechscope.subject.load import Subject
 from tests import families
 from tests.matrix.configs import VOCABULARY
 from tests.matrix.plain import build, head_off
+from tests.matrix.world import LENGTHS, NotSaid, World, off
 
-# two lengths: one within, one beyond the sliding windows of the tiny configurations
-LENGTHS = (12, 4)
 PADDINGS = ("none", "left", "right")
 # of finite differences: of five points, so that steps may be large enough for norms that compute in float32 whatever the type; a smaller one where
 # the larger crosses a kink, or sends a token to another expert
 _STEPS = (1e-2, 1e-3, 1e-4)
-
-
-class NotSaid(Exception):
-    """Plain Hugging Face does not give what would be compared."""
-
-
-@dataclass
-class World:
-    """A model beside plain copies of it.
-
-    Attributes:
-        subject: The model, loaded by mechscope.
-        plain: A copy as Hugging Face gives it, with the attention whose maps it hands out.
-        other: A second plain model of the same family, for divergences.
-    """
-
-    subject: Subject
-    plain: Any
-    other: Any
-    second: Subject
-
-    @cached_property
-    def texts(self) -> list[Tensor]:
-        """Two random texts."""
-        return families.documents(VOCABULARY, seed=1, lengths=LENGTHS)
-
-    def alone(self, model: Any, text: Tensor, **wanted: bool) -> Any:
-        """Run the plain model on one text."""
-        with torch.no_grad():
-            return model(input_ids=text[None], use_cache=False, **wanted)
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """Return the largest deviation relative to the largest value."""
-    if found.shape != expected.shape:
-        return float("inf")
-    scale = expected.double().abs().max().clamp(min=1e-9)
-    return float(((found.double() - expected.double()).abs().max() / scale).nan_to_num(torch.inf))
 
 
 def _batches(world: World) -> Iterator[tuple[families.Texts, list[int]]]:

@@ -13,6 +13,7 @@ from mechscope.instrument import load
 from tests.matrix import checks
 from tests.matrix.configs import families
 from tests.matrix.plain import build
+from tests.matrix.world import NotSaid, World
 
 # relative to the size of the values; many norms and softmaxes compute in float32 whatever the type
 ALLOWED = {**dict.fromkeys(checks.CHECKS, 1e-5), "KL": 1e-4, "edge attribution": 2e-3}
@@ -67,7 +68,7 @@ def outcome(family: str) -> Outcome:
         found.unbuilt = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         return found
     try:
-        world = checks.World(load(one), plain[0], plain[1], load(other))
+        world = World(load(one), plain[0], plain[1], load(other))
     except MechscopeError as error:
         found.refusals["load"] = str(error)
         return found
@@ -89,7 +90,7 @@ def _try(found: Outcome, name: str, check: checks.Check, allowed: float) -> None
             found.faults.append(f"{name}: off by {error:.1e}, allowed {allowed:.0e}")
     except MechscopeError as error:
         found.refusals[name] = str(error)
-    except checks.NotSaid as error:
+    except NotSaid as error:
         found.untold[name] = str(error)
     except Exception as error:
         found.faults.append(f"{name}: {error!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
 
 from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Count, Number, nested, setting
@@ -66,16 +65,6 @@ def _groups(run: JobRun[FeaturesGraphSettings]) -> list[tuple[str, list[str]]]:
 GROUPS: Input[list[tuple[str, list[str]]]] = Input("groups", _groups, lambda groups: groups)
 """Supernodes."""
 
-# a graph and what is left of it, while a run is at work: stages share it
-_MADE: WeakKeyDictionary[JobRun[FeaturesGraphSettings], tuple[AttributionGraph, Pruned]] = WeakKeyDictionary()
-
-
-def _made(run: JobRun[FeaturesGraphSettings]) -> tuple[AttributionGraph, Pruned]:
-    if run not in _MADE:
-        dictionaries = run[DICTIONARIES]
-        _MADE[run] = _through(run, dictionaries)
-    return _MADE[run]
-
 
 def _through(run: JobRun[FeaturesGraphSettings], dictionaries: Mapping[str, Dictionary]) -> tuple[AttributionGraph, Pruned]:
     from mechscope.features.graphs import attribution_graph, pruned
@@ -86,6 +75,15 @@ def _through(run: JobRun[FeaturesGraphSettings], dictionaries: Mapping[str, Dict
     )
     shares = {"node_share": settings.pruning.node_share, "edge_share": settings.pruning.edge_share}
     return graph, pruned(graph.edges, graph.weights, graph.nodes, **shares)
+
+
+def _made(run: JobRun[FeaturesGraphSettings]) -> tuple[AttributionGraph, Pruned]:
+    dictionaries = run[DICTIONARIES]
+    return _through(run, dictionaries)
+
+
+MADE: Input[tuple[AttributionGraph, Pruned]] = Input("graph", _made, lambda made: None)
+"""The graph and what is left of it, which the stages share; other inputs decide it."""
 
 
 def _check(run: JobRun[FeaturesGraphSettings]) -> None:
@@ -106,7 +104,7 @@ def _graph(run: JobRun[FeaturesGraphSettings]) -> Tables:
     from mechscope.features.graphs import shuffled
     from mechscope.studies.attribution_graphs import edges_table, logits_table, nodes_table, scores_row
 
-    graph, left = _made(run)
+    graph, left = run[MADE]
     rows = [scores_row(graph, left, run.settings.prompt, "")]
     dictionaries = run[DICTIONARIES]
     if run.settings.control and dictionaries:
@@ -130,7 +128,7 @@ def _graph(run: JobRun[FeaturesGraphSettings]) -> Tables:
 def _details(run: JobRun[FeaturesGraphSettings]) -> Tables:
     from mechscope.studies.attribution_graphs import details, latents_of
 
-    graph, left = _made(run)
+    graph, left = run[MADE]
     dictionaries = {name: each.to(run.first.device) for name, each in run[DICTIONARIES].items()}
     documents = run[DOCUMENTS]
     return details(
@@ -148,7 +146,7 @@ def _interventions(run: JobRun[FeaturesGraphSettings]) -> Tables:
 
     from mechscope.studies.attribution_graphs import interventions
 
-    graph, left = _made(run)
+    graph, left = run[MADE]
     groups, settings = run[GROUPS], run.settings
     tables = interventions(graph, left, groups, count=settings.interventions, factor=settings.factor, execution=run.execution)
     grouped = [{"group": name, "node": node} for name, nodes in groups for node in nodes]
@@ -158,7 +156,7 @@ def _interventions(run: JobRun[FeaturesGraphSettings]) -> Tables:
 def _export(run: JobRun[FeaturesGraphSettings]) -> None:
     from mechscope.features.formats.circuit_tracer_graph import write_circuit_tracer_graph
 
-    graph, left = _made(run)
+    graph, left = run[MADE]
     folder, spelling = run.folder.path / "circuit_tracer", run.first.spelling
     dictionaries, groups = run[DICTIONARIES], run[GROUPS]
     write_circuit_tracer_graph(
