@@ -70,7 +70,7 @@ def dense_training(layout: Layout, training: FeatureTraining, batches: list[Tens
 def test_losses_of_a_training_are_those_of_dense_autograd(case: str) -> None:
     rule, options = CURVES[case]
     layout = autoencoder("resid0", 16, 32, rule)
-    training = FeatureTraining(steps=200, batch=BATCH, learning_rate=2e-3)
+    training = FeatureTraining(steps=500, batch=BATCH, learning_rate=2e-3)
     batches = [SMALL.rows(BATCH, seed) for seed in range(training.steps)]
     options = {**options, "dead_after": 10 * BATCH}
     ours = learner(layout, training, **options)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +83,33 @@ def test_a_killed_training_ends_with_the_same_weights(killed_at: int, tmp_path: 
     assert steps == []
     with pytest.raises(RunError, match="other settings or data"):
         train(Made(), {"topk": PLANS["topk"]}, tmp_path / "run", training=TRAINING)
+
+
+_TRAIN = """
+import sys
+from pathlib import Path
+from mechscope.features.trainer import train
+from mechscope.instrument import Execution
+from tests.features.plans import PLANS, TRAINING, Made
+
+progress = lambda _, done, __: print(done, flush=True)
+train(Made(), PLANS, Path(sys.argv[1]), training=TRAINING, keep_every=3, execution=Execution(progress=progress))
+"""
+
+
+@pytest.mark.slow
+def test_a_training_that_the_system_kills_at_any_moment_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole, moments = train(Made(), PLANS, training=TRAINING), random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for _ in range(4):
+        with subprocess.Popen([sys.executable, "-c", _TRAIN, str(tmp_path / "run")], stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip().isdigit()
+            time.sleep(moments.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+    again = train(Made(), PLANS, tmp_path / "run", training=TRAINING, keep_every=3)
+    for name, each in whole.items():
+        assert all(torch.equal(again[name].dictionary.tensors[key], tensor) for key, tensor in each.dictionary.tensors.items())
 
 
 class Spoiled(Made):
