@@ -22,7 +22,7 @@ from tests import families
 from tests.causal.pairs import random_pairs, telling_pairs
 from tests.features.labelled_files import labelled_file
 from tests.features.oracle import dictionary
-from tests.features.test_explain import completion, endpoint
+from tests.features.test_explain_backends import completion, endpoint
 from tests.features.test_harvest import texts
 from tests.features.test_shift import labelled_rows
 from tests.studies.jobs.running import run, subject

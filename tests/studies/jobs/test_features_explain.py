@@ -17,7 +17,7 @@ from mechscope.instrument import Execution
 from mechscope.store.run import verify
 from mechscope.studies.jobs.features_explain import JOB
 from tests import families
-from tests.features.test_explain import completion, endpoint
+from tests.features.test_explain_backends import completion, endpoint
 from tests.features.test_harvest import texts
 from tests.report.measured import random_dictionary
 from tests.studies.jobs.running import findings, refuses, run, shown, subject
