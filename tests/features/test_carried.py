@@ -35,9 +35,10 @@ TEXTS = random_pairs(5)
 SETS = {
     "some": LatentSet((3, 17, 4)),
     "all": LatentSet(),
-    "whole": LatentSet(whole=True),
+    "none": LatentSet(()),
+    "whole": LatentSet(instead="whole"),
     "drawn": LatentSet((3, 17, 4), draw=1),
-    "mean": LatentSet(mean=True),
+    "mean": LatentSet(instead="mean"),
 }
 
 
@@ -118,6 +119,10 @@ def test_sets_are_put_in_and_taken_out_as_by_hooks_written_by_hand(family: str, 
             for value, wanted in zip((found.base, found.tuned, found.into_base[name], found.out_of_tuned[name]), expected, strict=True):
                 np.testing.assert_allclose(value, wanted, rtol=tolerance)
             assert not np.allclose(expected[2], expected[0], atol=1e-6)
+        # no latents are not all of them: they put nothing in and take nothing out
+        assert found.energy["none"] == 0 < found.energy["all"]
+        np.testing.assert_allclose(found.into_base["none"], found.base, rtol=tolerance)
+        np.testing.assert_allclose(found.out_of_tuned["none"], found.tuned, rtol=tolerance)
 
 
 def test_latents_of_several_places_stand_in_both_with_the_undisturbed_streams() -> None:
@@ -158,7 +163,7 @@ def test_where_heads_and_mlps_write_all_of_the_difference_makes_the_last_block_t
     # what the last block adds, and what it read: nothing else of the tuned model stands behind them
     both = models("gpt2")
     where = "base:resid1,base:a2,base:m2,tuned:resid1,tuned:a2,tuned:m2"
-    whole = {"whole": LatentSet(whole=True)}
+    whole = {"whole": LatentSet(instead="whole")}
     found = carried(both, given(where), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
     last = carried(both, given("base:resid2,tuned:resid2"), TEXTS, whole, tokens=TokenSettings(first=0, outlier=None))
     np.testing.assert_allclose(found.into_base["whole"], last.into_base["whole"], rtol=1e-9)
@@ -171,7 +176,7 @@ def test_an_adapter_is_compared_with_its_base_as_its_merged_model_is() -> None:
     torch.manual_seed(0)
     adapted = load(get_peft_model(families.build("llama", torch.float64), config).to(torch.float64))
     merged = load(copy.deepcopy(adapted.model).merge_and_unload())
-    dictionary, sets = given("base:resid1,tuned:resid1"), {"some": LatentSet((3, 17, 4)), "whole": LatentSet(whole=True)}
+    dictionary, sets = given("base:resid1,tuned:resid1"), {"some": LatentSet((3, 17, 4)), "whole": LatentSet(instead="whole")}
     base = load(families.build("llama", torch.float64))
     pairs = [pair(adapted.without_adapter(), adapted), pair(base, merged)]
     one, two = (carried(both, dictionary, TEXTS, sets, tokens=TOKENS) for both in pairs)
@@ -190,7 +195,7 @@ def test_an_adapter_is_compared_with_its_base_as_its_merged_model_is() -> None:
 
 def test_models_that_are_equal_have_nothing_to_carry() -> None:
     base = models("gpt2").base
-    found = carried(Pair(base, base, 97), given("base:resid1,tuned:resid1"), TEXTS, {"whole": LatentSet(whole=True)}, tokens=TOKENS)
+    found = carried(Pair(base, base, 97), given("base:resid1,tuned:resid1"), TEXTS, {"whole": LatentSet(instead="whole")}, tokens=TOKENS)
     assert (found.base == found.tuned).all()
     np.testing.assert_allclose(found.into_base["whole"], found.base, rtol=1e-12)
     assert found.energy["whole"] == 0
@@ -226,6 +231,8 @@ def test_latents_and_texts_that_do_not_fit_are_refused() -> None:
     both, dictionary = models("gpt2"), given("base:resid1,tuned:resid1")
     with pytest.raises(SettingsError, match="latent 30 does not exist: the dictionary has 30"):
         carried(both, dictionary, TEXTS, {"wrong": LatentSet((30,))})
+    with pytest.raises(SettingsError, match="takes the mean difference instead of what latents say"):
+        LatentSet((1,), instead="mean")
     bare = replace(TEXTS, pairs=tuple(replace(pair, target=None) for pair in TEXTS))
     with pytest.raises(MechscopeError, match="target"):
         carried(both, dictionary, bare, SETS)

@@ -54,7 +54,7 @@ def carry_all(request: Request) -> Tables:
         sets = _sets(groups, energy, draws=settings.random_draws, seed=request.run.settings.seed)
         first = next(iter(groups))
         if name == CROSSCODER:
-            sets |= {"mean difference": LatentSet(mean=True), "whole difference": LatentSet(whole=True)}
+            sets |= {"mean difference": LatentSet(instead="mean"), "whole difference": LatentSet(instead="whole")}
         found = carried(
             both,
             dictionary,
@@ -132,7 +132,7 @@ def carried_rows(found: Carried, sets: Mapping[str, LatentSet], first: str) -> p
             row = {
                 "set": group,
                 "change": change,
-                "latents": len(sets[names[0]].latents),
+                "latents": len(sets[names[0]].latents or ()),
                 "draws": len(names),
                 "n": share.n,
                 "energy": float(np.mean([found.energy[name] for name in names])),

@@ -130,7 +130,7 @@ def test_what_new_latents_carry_is_that_of_the_function(whole: Result) -> None:
         both(),
         crosscoder(whole),
         judged_texts().first(8),
-        {"new": LatentSet(chosen), "whole": LatentSet(whole=True)},
+        {"new": LatentSet(chosen), "whole": LatentSet(instead="whole")},
         tokens=TokenSettings(),
         limits=crosscoder(whole).about["limits"],
         execution=Execution(),

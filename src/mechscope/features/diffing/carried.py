@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -46,16 +46,19 @@ class LatentSet:
     """Latents that are put in and taken out together.
 
     Attributes:
-        latents: Which; empty for all of the dictionary.
-        whole: Whether x_tuned − x_base itself is taken, whatever the dictionary says of it.
-        mean: Whether its mean over the tokens of the training is taken, everywhere the same.
+        latents: Which; None for all of the dictionary.
+        instead: What is taken instead, whatever the dictionary's latents say: the `whole` of x_tuned − x_base, or its `mean` over the tokens of the
+            training, everywhere the same.
         draw: Seed of random vectors in the place of the latents' own; None for their own.
     """
 
-    latents: tuple[int, ...] = ()
-    whole: bool = False
-    mean: bool = False
+    latents: tuple[int, ...] | None = None
+    instead: Literal["whole", "mean"] | None = None
     draw: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.instead is not None and (self.latents is not None or self.draw is not None):
+            raise SettingsError(f"a set that takes the {self.instead} difference instead of what latents say has no latents and no draw")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def carried(
         MechscopeError: The dictionary or the texts do not fit, or a latent does not exist.
     """
     contribution = Contribution(dictionary)
-    if wrong := [latent for chosen in sets.values() for latent in chosen.latents if not 0 <= latent < dictionary.latents]:
+    if wrong := [latent for chosen in sets.values() for latent in chosen.latents or () if not 0 <= latent < dictionary.latents]:
         raise SettingsError(f"latent {wrong[0]} does not exist: the dictionary has {dictionary.latents:,}")
     models = {BASE: pair.base, TUNED: pair.tuned}
     reader = Reader(models, model_places(contribution.where, (BASE, TUNED)), tokens or TokenSettings())
@@ -234,19 +237,19 @@ def _shift(
     contribution: Contribution, chosen: LatentSet, codes: Codes, rows: Mapping[Place, Tensor], place: Place
 ) -> Float[Tensor, "token width"]:
     """Return c of the tokens that are read, at a place."""
-    if chosen.whole:
+    if chosen.instead == "whole":
         return _difference(rows, place)
-    if chosen.mean:
+    if chosen.instead == "mean":
         return contribution.mean(place).expand(codes.tokens, -1)
-    latents = chosen.latents or tuple(range(contribution.dictionary.latents))
+    latents = tuple(range(contribution.dictionary.latents)) if chosen.latents is None else chosen.latents
     directions = contribution.directions(latents, place)
     if chosen.draw is not None:
         seed = (chosen.draw * 1_000_003 + place.layer) * 1_000_003 + len(place.site)
         drawn = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(directions)
         directions = drawn * (directions.norm(dim=1) / drawn.norm(dim=1))[:, None]
-    if not chosen.latents:
+    if chosen.latents is None:
         return codes.decoded(directions.contiguous())
-    return codes.columns(torch.tensor(latents, device=codes.latents.device)) @ directions
+    return codes.columns(torch.tensor(latents, dtype=torch.int64, device=codes.latents.device)) @ directions
 
 
 def _edit(

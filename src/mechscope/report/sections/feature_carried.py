@@ -23,7 +23,7 @@ TABLES = {
         set="the latents: new (beyond control), new by thresholds, lost, strongest, other latents (as many, those whose part of the difference "
         "is nearest in size), random vectors (as long), all latents, the mean difference, or the whole difference",
         change="put into base, or taken from tuned",
-        latents=number("how many; 0 for all", "latents"),
+        latents=number("how many; 0 for all latents, and where the difference itself is taken", "latents"),
         draws=number("draws that are taken together", "draws"),
         n="texts",
         energy=number("mean squared length of what is put in or taken out, per token", "squared activations"),
