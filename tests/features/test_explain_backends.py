@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mechscope.errors import ModelError, SettingsError
 from mechscope.features.explain import Endpoint, EndpointError, Evidence, LocalModel, Window, explain
@@ -223,15 +224,38 @@ def test_nothing_finished_is_lost_when_the_endpoint_goes_down() -> None:
     assert found.sent.query("purpose == 'explanation'")["answer"].tolist() == ["a token"] * 3
 
 
-def test_a_local_model_answers_from_its_own_text() -> None:
+@pytest.mark.parametrize(
+    "habits",
+    [
+        {},
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 4, "length_penalty": -5.0},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+    ],
+)
+def test_a_local_model_answers_greedily_whatever_its_generation_file_says(habits: dict[str, Any]) -> None:
     subject = load(families.build("llama"), tokenizer=families.tokenizer())
+    subject.plain.generation_config = GenerationConfig(**habits)
     judge = LocalModel(subject, families.tokenizer())
-    question = [{"role": "user", "content": "w4 w5 w6"}]
-    answer = judge.generate(question, tokens=5)
-    ids = torch.tensor([subject.tokenizer("w4 w5 w6\n\nAnswer:")["input_ids"]])
-    made = subject.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert answer == subject.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    # a question that is too long keeps its end
-    assert judge.generate([{"role": "user", "content": "w4 " * 500}], tokens=5)
+    ids = subject.tokenizer("w4 w5 w6\n\nAnswer:")["input_ids"]
+    answer = list[int]()
+    for _ in range(8):
+        with torch.no_grad():
+            answer.append(int(subject.model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+    # else that none of them is the end proves nothing
+    assert subject.tokenizer.eos_token_id not in answer
+    said = judge.generate([{"role": "user", "content": "w4 w5 w6"}], tokens=8)
+    assert said == subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_question_that_a_local_model_cannot_read_is_not_cut() -> None:
+    judge = LocalModel(load(families.build("llama"), tokenizer=families.tokenizer()), families.tokenizer())
+    # "Answer:" is the last of its tokens
+    assert judge.generate([{"role": "user", "content": "w4 " * (families.POSITIONS - 6)}], tokens=5)
+    with pytest.raises(
+        ModelError,
+        match=r"a question of 60 tokens with an answer of up to 5 does not fit into the 64 positions of .*'examples' and 'window'",
+    ):
+        judge.generate([{"role": "user", "content": "w4 " * (families.POSITIONS - 5)}], tokens=5)
     with pytest.raises(ModelError, match="has no tokenizer"):
         LocalModel(families.subject("llama"), None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.lens.patchscopes import IDENTITY, identity_prompt, patchscope
@@ -138,6 +139,15 @@ def test_a_text_that_ends_is_cut_behind_its_end_token() -> None:
     subject.plain.generation_config.eos_token_id = free[2]
     found = patchscope(subject, SOURCE, subject, PROMPT, layers=(0, 1), generate=8)
     assert found["generated_ids"][1] == free[: free.index(free[2]) + 1]
+
+
+def test_the_models_own_decoding_habits_do_not_act() -> None:
+    subject = subject_of("llama")
+    plain = patchscope(subject, SOURCE, subject, PROMPT, generate=8)
+    subject.plain.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, num_beams=3, repetition_penalty=5.0, eos_token_id=None
+    )
+    assert patchscope(subject, SOURCE, subject, PROMPT, generate=8).equals(plain)
 
 
 # another model

@@ -1,31 +1,27 @@
 """Summaries written by a model.
 
-Prompts are sorted by length, padded on the left and continued by transformers' own `generate`, deterministically: greedy or by beams, never by
-sampling, whatever defaults the model's generation file brings along. Padding does not change what is written. Models whose rotary frequencies depend
-on the length (LongRoPE, dynamic NTK) have one set of them for a whole batch: they write one summary at a time. The paper's decoding is two beams, no
-repeated bigram and at most 150 new tokens.
+Prompts are sorted by length, padded on the left and continued deterministically (`mechscope.instrument.decoding`). Padding does not change what is
+written. Models whose rotary frequencies depend on the length (LongRoPE, dynamic NTK) have one set of them for a whole batch: they write one summary at a
+time. The paper's decoding is two beams, no repeated bigram and at most 150 new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from mechscope import ranks
 from mechscope.data.prompt import Batch, Example, Examples, encode_prompt, pad_id
 from mechscope.data.template import Template
+from mechscope.instrument.decoding import continuations
 from mechscope.instrument.execution import Execution
-from mechscope.instrument.rotary import as_if_fresh
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.decoding import Decoding
 from mechscope.subject.discovery import depends_on_length
-from mechscope.subject.modes import evaluating
 
 PAPER = Decoding(beams=2, no_repeat_ngram=2, max_new_tokens=150)
 """How paper 1 (arXiv 2505.17073) decodes."""
@@ -73,45 +69,16 @@ def summarize(
     # the prompts' places travel through the length-sorted batches as their ids
     waiting = [Example(str(place), tuple(prompt), (0, 0), (0, 0), truncated=False) for place, prompt in enumerate(prompts)]
     texts = Examples(waiting, pad_id(tokenizer), padding="left")
-    rotaries = [module for module in model.modules() if depends_on_length(module)]
-    tokens = 1 if rotaries else max(execution.tokens(16384) // decoding.beams, 1)
+    alone = any(map(depends_on_length, model.modules()))
+    tokens = 1 if alone else max(execution.tokens(16384) // decoding.beams, 1)
+    pad, end = pad_id(tokenizer), tokenizer.eos_token_id
 
     def answered(batch: Batch) -> dict[int, str]:
-        ids = batch.input_ids.to(device)
-        with as_if_fresh(rotaries):
-            answers = model.generate(input_ids=ids, attention_mask=batch.attention_mask.long().to(device))[:, ids.shape[1] :]
+        answers = continuations(model, batch.input_ids.to(device), decoding=decoding, pad=pad, end=end, real=batch.attention_mask)
         decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return {int(example.id): text.strip() for example, text in zip(batch.examples, decoded, strict=True)}
 
-    with _plain_decoding(model, tokenizer, decoding), evaluating(model.modules()):
-        for _, summaries in over_texts(
-            texts, answered, replace(execution, tokens_per_batch=tokens), tokens=1, label="summaries", dealt=True
-        ):
-            written |= summaries
+    for _, summaries in over_texts(texts, answered, replace(execution, tokens_per_batch=tokens), tokens=1, label="summaries", dealt=True):
+        written |= summaries
     everyone = {place: text for part in ranks.exchange(written) for place, text in part.items()}
     return [everyone[place] for place in range(len(prompts))]
-
-
-@contextmanager
-def _plain_decoding(model: Any, tokenizer: Any, decoding: Decoding) -> Iterator[None]:
-    """Set the model's generation settings to exactly these for a while.
-
-    Passing them to `generate` is not enough: what they leave open is filled from the model's own, such as a chat model's sampling temperature
-    or repetition penalty.
-    """
-    before = model.generation_config
-    ends = {before.eos_token_id} if isinstance(before.eos_token_id, int) else set(before.eos_token_id or ())
-    ends |= {tokenizer.eos_token_id} - {None}
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=decoding.beams,
-        no_repeat_ngram_size=decoding.no_repeat_ngram,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id(tokenizer),
-        bos_token_id=before.bos_token_id,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before

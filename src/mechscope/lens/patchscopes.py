@@ -22,6 +22,8 @@ from torch import Tensor
 from mechscope.data.prompt import pad_id
 from mechscope.errors import DataError, ModelError, SettingsError
 from mechscope.instrument import Edit, Walk, intervene, unembed
+from mechscope.instrument.decoding import continuations
+from mechscope.settings.decoding import Decoding
 from mechscope.subject import Subject
 
 IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ?"
@@ -192,14 +194,10 @@ def _continued(
     subject: Subject, rows: Int[Tensor, "row token"], states: Sequence[Tensor], layers: Sequence[int], place: int, new: int
 ) -> list[tuple[int, ...]]:
     """Generate greedily from the patched prompt; a row ends with its end token."""
-    ends = subject.plain.generation_config.eos_token_id
-    padding = 0 if subject.tokenizer is None else pad_id(subject.tokenizer)
-    options = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True, "pad_token_id": padding}
+    tokenizer = subject.tokenizer
+    pad, end = (0, None) if tokenizer is None else (pad_id(tokenizer), tokenizer.eos_token_id)
     with _patched(subject, states, layers, place):
-        generated = subject.plain.generate(rows, attention_mask=torch.ones_like(rows), **options)[:, rows.shape[1] :].tolist()
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    lengths = [next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in generated]
-    return [tuple(row[:length]) for row, length in zip(generated, lengths, strict=True)]
+        return continuations(subject.plain, rows, decoding=Decoding(max_new_tokens=new), pad=pad, end=end)
 
 
 def _tokens(subject: Subject, ids: Sequence[int], what: str) -> Int[Tensor, " token"]:

@@ -106,7 +106,8 @@ def test_an_endpoint_that_goes_down_loses_nothing_and_the_same_command_goes_on(t
 
 
 def test_a_local_model_is_asked_and_its_questions_are_kept(tmp_path: Path) -> None:
-    families.build("llama").save_pretrained(tmp_path / "judge")
+    # a model that reads the longest of the questions
+    families.build("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "judge")
     families.tokenizer().save_pretrained(tmp_path / "judge")
     local = {"explainer": "local", "explainer_model": str(tmp_path / "judge"), "scorers": "detection"}
     result = run(JOB, tmp_path / "run", **QUICK, components="m1.n3,m1.n4", **local)

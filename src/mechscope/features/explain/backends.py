@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
+from mechscope.data.prompt import pad_id
 from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.features.explain.chat import Chat, Messages
+from mechscope.instrument.decoding import continuations
 from mechscope.settings.addresses import check_address
+from mechscope.settings.decoding import Decoding
 from mechscope.subject import Subject
 
 KEY = "OPENAI_API_KEY"
@@ -40,7 +43,7 @@ _OPENER = urllib.request.build_opener(_Stay)
 
 
 class LocalModel(Chat):
-    """A Hugging Face model that runs here, greedily."""
+    """A Hugging Face model that runs here, greedily, whatever its generation file says."""
 
     def __init__(self, model: Subject, tokenizer: Any) -> None:
         """Take the model that explains, and the tokenizer of the one that is studied.
@@ -53,27 +56,29 @@ class LocalModel(Chat):
         super().__init__(f"local:{model.source}", tokenizer)
         self._model = model
 
-    @torch.no_grad()
     def generate(self, messages: Messages, *, tokens: int) -> str:
-        """Continue a conversation, or where the tokenizer has no template for one, its text."""
+        """Continue a conversation, or where the tokenizer has no template for one, its text.
+
+        Raises:
+            ModelError: The question and its answer are longer than what the model reads.
+        """
         tokenizer, model = self._model.tokenizer, self._model
         if getattr(tokenizer, "chat_template", None):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n\nAnswer:")["input_ids"]
-        # the end of the question is what must be there
-        room = max(1, model.anatomy.max_positions - tokens)
-        given = torch.tensor([ids[-room:]], device=model.device)
-        end = tokenizer.eos_token_id
-        made = model.model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=min(tokens, model.anatomy.max_positions - given.shape[1]) or 1,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
-        )
-        return str(tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True)).strip()
+        if len(ids) + tokens > (most := model.anatomy.max_positions):
+            # cut, it would be another question
+            raise ModelError(
+                f"a question of {len(ids):,} tokens with an answer of up to {tokens} does not fit into the {most:,} positions of {model.source!r}: "
+                "explain by a model that reads longer texts, or lower settings 'examples' and 'window'"
+            )
+        given = torch.tensor([ids], device=model.device)
+        decoding, pad = Decoding(max_new_tokens=tokens), pad_id(tokenizer)
+        with model.active():
+            (answer,) = continuations(model.plain, given, decoding=decoding, pad=pad, end=tokenizer.eos_token_id)
+        return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 class Endpoint(Chat):

@@ -1,0 +1,67 @@
+"""What a model writes is its likeliest next token again and again, whatever habits its generation file gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from mechscope.instrument.decoding import continuations
+from mechscope.settings.decoding import Decoding
+from tests import families
+
+HABITS: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "temperature": 9.0, "top_p": 0.5},
+    "beams": {"num_beams": 4, "length_penalty": -5.0},
+    "penalties": {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+    "lengths": {"max_length": 3, "min_new_tokens": 9, "eos_token_id": [41, 42]},
+    "suppression": {"suppress_tokens": list(range(10, 90))},
+}
+TEXT = families.documents()[0].tolist()
+
+
+def slow(model: Any, ids: list[int], steps: int, ends: set[int]) -> tuple[int, ...]:
+    """Take the likeliest token again and again, without a cache."""
+    new: list[int] = []
+    while len(new) < steps and not ends.intersection(new):
+        with torch.no_grad():
+            new.append(int(model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(new)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen3", "gemma2"])
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_the_generation_file_do_not_act_and_stay(family: str, habit: str) -> None:
+    model = families.build(family, torch.float64)
+    habits = GenerationConfig(**{"eos_token_id": None, **HABITS[habit]})
+    model.generation_config = habits
+    # in training mode a model would draw its dropout
+    model.train()
+    (found,) = continuations(model, torch.tensor([TEXT]), decoding=Decoding(max_new_tokens=8), pad=0)
+    assert model.training
+    assert found == slow(model.eval(), TEXT, 8, {41, 42} if habit == "lengths" else set())
+    assert model.generation_config is habits
+
+
+def test_a_text_ends_with_the_first_end_token_of_model_or_tokenizer() -> None:
+    model = families.build("llama", torch.float64)
+    model.generation_config.eos_token_id = None
+    (free,) = continuations(model, torch.tensor([TEXT]), decoding=Decoding(max_new_tokens=8), pad=0)
+    early, late = free[2], free[5]
+    cut = free[: free.index(early) + 1]
+    for own, end in ((early, None), (None, early), (late, early), ([early, late], None)):
+        model.generation_config.eos_token_id = own
+        assert continuations(model, torch.tensor([TEXT]), decoding=Decoding(max_new_tokens=8), pad=0, end=end) == [cut]
+
+
+def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
+    model = families.build("gpt2", torch.float64)
+    model.generation_config.eos_token_id = None
+    rows = torch.tensor([TEXT, TEXT[::-1], [7, *TEXT[1:]]])
+    free = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0)
+    assert free == [slow(model, row.tolist(), 8, set()) for row in rows]
+    found = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0, end=free[0][1])
+    assert found == [slow(model, row.tolist(), 8, {free[0][1]}) for row in rows]
+    assert len(set(map(len, found))) > 1
