@@ -124,16 +124,38 @@ def test_files_tell_classes_by_columns_of_few_values_and_by_which_file_it_is(tmp
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read_labelled(str(tmp_path / "one.jsonl"), newsroom_tokenizer(), limit=60, max_tokens=32)
     assert set(found.attributes) == {"topic"}
-    (tmp_path / "two.jsonl").write_text("\n".join(json.dumps({"document": f"The harbour at {at} was closed"}) for at in range(40)))
+    documents = [{"document": f"The harbour at {at} was closed", "topic": "c"} for at in range(40)]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, documents)))
     both = f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
     found = read_labelled(both, newsroom_tokenizer(), limit=60, max_tokens=32)
     assert found.attributes["source"] == ("one",) * 30 + ("two",) * 30
-    assert "topic" in found.attributes
+    assert found.attributes["topic"] == ("a", "b") * 15 + ("c",) * 30
     with pytest.raises(DataError, match="nothing is known of the texts"):
         read_labelled(str(tmp_path / "two.jsonl"), newsroom_tokenizer(), limit=60, max_tokens=32)
     (tmp_path / "three.jsonl").write_text('{"words": "x"}\n')
     with pytest.raises(DataError, match=r"three\.jsonl.* has no text: labelled texts have a column text or document"):
         read_labelled(str(tmp_path / "three.jsonl"), newsroom_tokenizer(), limit=60, max_tokens=32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "has"), [([{}], "text, id"), ([{"topic": None}], "text, id, topic"), ([{"topic": ""}], "text, id, topic")]
+)
+def test_a_class_that_is_known_of_some_texts_alone_is_refused_by_name(tmp_path: Path, rows: list[dict[str, object]], has: str) -> None:
+    """What is missing is no class of its own."""
+    known: list[dict[str, object]] = [{"text": f"The mayor said number {at}", "id": f"row {at}", "topic": "ab"[at % 2]} for at in range(20)]
+    unknown = [{"text": f"The harbour at {at} was closed", "id": f"line {at}", **row} for at, row in enumerate(rows * 2)]
+    file = tmp_path / "known.jsonl"
+    file.write_text("\n".join(map(json.dumps, known + unknown)))
+    with pytest.raises(DataError, match=rf"known\.jsonl, line 21 has no 'topic', by which texts are told apart: it has {has}; write one"):
+        read_labelled(str(file), newsroom_tokenizer(), limit=60, max_tokens=32)
+    # columns that are named are all that is read
+    found = read_labelled(str(file), newsroom_tokenizer(), limit=60, max_tokens=32, columns=["id"])
+    assert found.attributes == {"id": tuple(str(row["id"]) for row in known + unknown)}
+    other = tmp_path / "other" / "known.jsonl"
+    other.parent.mkdir()
+    other.write_text("\n".join(map(json.dumps, known)))
+    with pytest.raises(DataError, match="two files are called known, by which their texts are told apart"):
+        read_labelled(f"{file},{other}", newsroom_tokenizer(), limit=60, max_tokens=32)
 
 
 @pytest.mark.slow

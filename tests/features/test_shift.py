@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechscope.data.labelled import GROUPS, BiasedSplit, Labelled, biased_split
 from mechscope.data.pairs import Pairs, PromptPair
+from mechscope.data.two_labels import GROUPS, BiasedSplit, TwoLabels, biased_split
 from mechscope.errors import DataError, SettingsError
 from mechscope.features import Dictionary, Node, Place, Rule, Standing, autoencoder, in_order, shift
 from mechscope.features.erasure import leace, mean_difference
@@ -25,7 +25,7 @@ UNINTENDED, INTENDED = (10, 11), (20, 21)
 
 
 @cache
-def labelled(texts: int = 240) -> Labelled:
+def labelled(texts: int = 240) -> TwoLabels:
     random = np.random.default_rng(0)
     pairs, labels = [], []
     for number in range(texts):
@@ -35,7 +35,7 @@ def labelled(texts: int = 240) -> Labelled:
         ids[[4, 7, 13]] = INTENDED[one]
         pairs.append(PromptPair(str(number), tuple(map(int, ids)), tuple(map(int, ids)), target=(1, 18)))
         labels.append((one, two))
-    return Labelled(Pairs(tuple(pairs), "planted"), *(np.array(column) for column in zip(*labels, strict=True)))
+    return TwoLabels(Pairs(tuple(pairs), "planted"), *(np.array(column) for column in zip(*labels, strict=True)))
 
 
 def labelled_rows(texts: int) -> list[dict[str, object]]:

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.choices import Filling
-from mechscope.data.labelled import GROUPS, BiasedSplit, Labelled
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, check_fits, per_text
+from mechscope.data.two_labels import GROUPS, BiasedSplit, TwoLabels
 from mechscope.errors import SettingsError
 from mechscope.features.cut import Cut, counted
 from mechscope.features.erasure import leace, mean_difference
@@ -189,7 +189,7 @@ class _Pooled:
                 hidden = walk.step(layer, hidden)
         return self.place.of(recording)
 
-    def effects(self, labelled: Labelled, labels: np.ndarray, probe: Probe) -> dict[Place, Float[np.ndarray, " latent"]]:
+    def effects(self, labelled: TwoLabels, labels: np.ndarray, probe: Probe) -> dict[Place, Float[np.ndarray, " latent"]]:
         """Return, of every latent, what setting it to zero does to the margin of the right label, to first order; the mean over texts."""
         direction = torch.from_numpy(probe.direction)
         signs = np.where(labels, 1.0, -1.0)
@@ -295,7 +295,7 @@ def _random(
 Right = Mapping[tuple[str, int], np.ndarray]
 
 
-def _groups(test: Labelled, right: Right) -> pd.DataFrame:
+def _groups(test: TwoLabels, right: Right) -> pd.DataFrame:
     rows = []
     for (method, draw), answers in right.items():
         for number, (one, two) in enumerate(GROUPS):
@@ -306,7 +306,7 @@ def _groups(test: Labelled, right: Right) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _methods(test: Labelled, right: Right) -> pd.DataFrame:
+def _methods(test: TwoLabels, right: Right) -> pd.DataFrame:
     """Compare methods: the worst of their groups, and how much better they are than the original where that is worst."""
     members = [test.group(number) for number in range(len(GROUPS))]
     hardest = members[int(np.argmin([right[ORIGINAL, -1][own].mean() for own in members]))]

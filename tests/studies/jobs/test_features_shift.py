@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from mechscope import features
-from mechscope.data.labelled import biased_split, newsroom_labelled, read_labelled
 from mechscope.data.newsroom import newsroom_tokenizer
+from mechscope.data.two_labels import biased_split, newsroom_two_labels, read_two_labels
 from mechscope.errors import DataError, SettingsError
 from mechscope.studies.jobs.features_shift import JOB
 from tests.features.test_shift import labelled, labelled_rows
@@ -30,14 +30,14 @@ def dictionary(tmp_path: Path) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    """Labelled texts as a file."""
+    """TwoLabels texts as a file."""
     (tmp_path / "labelled.jsonl").write_text("\n".join(json.dumps(row) for row in labelled_rows(160)), encoding="utf-8")
     return str(tmp_path / "labelled.jsonl")
 
 
 def test_the_tables_are_those_of_the_function(tmp_path: Path, dictionary: str, data: str) -> None:
     result = run(JOB, tmp_path / "run", data=data, dictionary=dictionary, **QUICK)
-    texts = read_labelled(data, subject().tokenizer, limit=160, max_tokens=64)
+    texts = read_two_labels(data, subject().tokenizer, limit=160, max_tokens=64)
     np.testing.assert_array_equal(texts.intended, labelled().intended[:160])
     np.testing.assert_array_equal(texts.unintended, labelled().unintended[:160])
     standing = [features.Standing.of(features.Dictionary.load(dictionary), subject())]
@@ -60,11 +60,11 @@ def test_latents_judged_by_hand_are_read_from_a_file(tmp_path: Path, dictionary:
 
 
 def test_the_newsroom_is_labelled_by_what_is_known_of_it() -> None:
-    found = newsroom_labelled(30, newsroom_tokenizer(), max_tokens=128)
+    found = newsroom_two_labels(30, newsroom_tokenizer(), max_tokens=128)
     assert len(found) == 30
     assert 0 < found.intended.sum() < 30
     assert 0 < found.unintended.sum() < 30
-    again = newsroom_labelled(30, newsroom_tokenizer(), max_tokens=128)
+    again = newsroom_two_labels(30, newsroom_tokenizer(), max_tokens=128)
     assert again.texts.hash == found.texts.hash
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_used_is_refused_before_the_model_runs(tmp_path: Path, di
     refuses(JOB, out, SettingsError, "behind the probe at resid0", data=data, dictionary=dictionary, probe="resid0")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "w3 w4", "intended": 1}\n', encoding="utf-8")
-    refuses(JOB, tmp_path / "bad", DataError, "has no unintended: write the columns", data=str(bad), dictionary=dictionary)
+    refuses(JOB, tmp_path / "bad", DataError, "line 1 has no 'unintended', .*it has text, intended;", data=str(bad), dictionary=dictionary)
     bad.write_text('{"text": "w3 w4", "intended": 1, "unintended": 2}\n', encoding="utf-8")
     refuses(JOB, tmp_path / "one", DataError, "label 'intended' has 1 values", data=str(bad), dictionary=dictionary)
     hand = tmp_path / "hand.txt"

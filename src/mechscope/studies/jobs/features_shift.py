@@ -18,7 +18,7 @@ from mechscope.studies.job import Job, Stage
 from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
-    from mechscope.data.labelled import Labelled
+    from mechscope.data.two_labels import TwoLabels
     from mechscope.features import Node, Place
 
 
@@ -48,19 +48,19 @@ class FeaturesShiftSettings(OneModel, DictionaryFiles):
     tokens_per_batch: Number | None = setting(2048, "Most tokens of a batch of texts, padding included; decides the memory.")
 
 
-def _labelled(run: JobRun[FeaturesShiftSettings]) -> Labelled:
-    from mechscope.data.labelled import newsroom_labelled, read_labelled
+def _labelled(run: JobRun[FeaturesShiftSettings]) -> TwoLabels:
+    from mechscope.data.two_labels import newsroom_two_labels, read_two_labels
 
     settings, subject = run.settings, run.first
     if subject.tokenizer is None:
         raise DataError(f"model {subject.source!r} has no tokenizer, which texts need")
     longest = min(settings.max_tokens, subject.anatomy.max_positions)
     if settings.data == "newsroom":
-        return newsroom_labelled(settings.texts, subject.tokenizer, max_tokens=longest, seed=settings.seed)
-    return read_labelled(settings.data, subject.tokenizer, limit=settings.texts, max_tokens=longest)
+        return newsroom_two_labels(settings.texts, subject.tokenizer, max_tokens=longest, seed=settings.seed)
+    return read_two_labels(settings.data, subject.tokenizer, limit=settings.texts, max_tokens=longest)
 
 
-LABELLED: Input[Labelled] = Input(
+LABELLED: Input[TwoLabels] = Input(
     "labelled",
     _labelled,
     lambda found: [found.texts.hash, found.intended.tolist(), found.unintended.tolist()],
@@ -101,7 +101,7 @@ def _place(run: JobRun[FeaturesShiftSettings]) -> Place:
 
 
 def _check(run: JobRun[FeaturesShiftSettings]) -> None:
-    from mechscope.data.labelled import biased_split
+    from mechscope.data.two_labels import biased_split
     from mechscope.features.shift import check_judged, check_shift
 
     check_shift(run.first, autoencoders(run), _place(run), run.settings.filling)
@@ -110,7 +110,7 @@ def _check(run: JobRun[FeaturesShiftSettings]) -> None:
 
 
 def _shifted(run: JobRun[FeaturesShiftSettings]) -> Tables:
-    from mechscope.data.labelled import biased_split
+    from mechscope.data.two_labels import biased_split
     from mechscope.features import shift
 
     settings, place = run.settings, _place(run)

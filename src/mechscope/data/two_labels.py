@@ -10,27 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mechscope.data.labels import NEWSROOM, labelled_articles, read_labelled
 from mechscope.data.newsroom import Article, generate
-from mechscope.data.newsroom.vocabulary import WEEKDAYS
 from mechscope.data.pairs import Pairs
-from mechscope.data.sources import file_rows
-from mechscope.data.text_files import text_pair
 from mechscope.errors import DataError
 
 KINDS = ("vote", "opening")
 GROUPS = ((False, False), (False, True), (True, False), (True, True))
 """The four combinations of intended and unintended label."""
+_LABELS = ("intended", "unintended")
 # articles that are generated at once
 _CHUNK = 200
 
 
 @dataclass(frozen=True)
-class Labelled:
+class TwoLabels:
     """Texts with two labels.
 
     Attributes:
@@ -46,10 +44,10 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def rows(self, at: Sequence[int] | np.ndarray) -> Labelled:
+    def rows(self, at: Sequence[int] | np.ndarray) -> TwoLabels:
         """Return some of the texts."""
         at = np.asarray(at, dtype=int)
-        return Labelled(replace(self.texts, pairs=tuple(self.texts.pairs[row] for row in at)), self.intended[at], self.unintended[at])
+        return TwoLabels(replace(self.texts, pairs=tuple(self.texts.pairs[row] for row in at)), self.intended[at], self.unintended[at])
 
     def group(self, number: int) -> np.ndarray:
         """Return which texts belong to one of `GROUPS`."""
@@ -66,12 +64,12 @@ class BiasedSplit:
         test: The same; nothing is learned from it.
     """
 
-    train: Labelled
-    development: Labelled
-    test: Labelled
+    train: TwoLabels
+    development: TwoLabels
+    test: TwoLabels
 
 
-def newsroom_labelled(number: int, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, seed: int = 0) -> Labelled:
+def newsroom_two_labels(number: int, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, seed: int = 0) -> TwoLabels:
     """Generate articles of two kinds, dated by a weekday (intended) or a date, of one kind (unintended) or the other.
 
     Args:
@@ -86,35 +84,35 @@ def newsroom_labelled(number: int, tokenizer: PreTrainedTokenizerBase, *, max_to
         articles += [each for each in generate(_CHUNK, chunk) if each.kind in KINDS]
         if len(articles) >= number:
             break
-    del articles[number:]
-    texts = tuple(text_pair(each.document, tokenizer, max_tokens=max_tokens, name=each.id) for each in articles)
-    intended = np.array([each.fact("when").text in WEEKDAYS for each in articles])
-    return Labelled(Pairs(texts, "newsroom"), intended, np.array([each.kind == KINDS[0] for each in articles]))
+    labelled = labelled_articles(articles[:number], tokenizer, max_tokens=max_tokens, source=NEWSROOM)
+    day, kind = (np.array(labelled.attributes[name]) for name in ("day", "kind"))
+    return TwoLabels(labelled.texts, day == "weekday", kind == KINDS[0])
 
 
-def read_labelled(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int, max_tokens: int) -> Labelled:
-    """Read a JSONL, JSON, CSV or Parquet file with the columns `text`, `intended` and `unintended`, the labels each of two values.
+def read_two_labels(source: str, tokenizer: PreTrainedTokenizerBase, *, limit: int, max_tokens: int) -> TwoLabels:
+    """Read files with the columns `text`, `intended` and `unintended`, the labels each of two values.
+
+    Args:
+        source: As of `read_labelled`.
+        tokenizer: The model's.
+        limit: Texts at most.
+        max_tokens: Longer texts are cut.
 
     Raises:
         DataError: A row lacks a column, or a label has not two values; the message names it.
     """
-    texts, labels = [], []
-    for row in list(file_rows(Path(source).expanduser()))[:limit]:
-        values = row.values or {}
-        if missing := [name for name in ("text", "intended", "unintended") if values.get(name) in (None, "")]:
-            raise DataError(f"{source}, {row.place} has no {missing[0]}: write the columns text, intended and unintended")
-        texts.append(text_pair(str(values["text"]), tokenizer, max_tokens=max_tokens, name=row.place))
-        labels.append((str(values["intended"]), str(values["unintended"])))
-    found = []
-    for at, name in enumerate(("intended", "unintended")):
-        seen = sorted({label[at] for label in labels})
+    labelled = read_labelled(source, tokenizer, limit=limit, max_tokens=max_tokens, columns=_LABELS)
+    flags = []
+    for name in _LABELS:
+        values = labelled.attributes[name]
+        seen = sorted(set(values))
         if len(seen) != 2:
             raise DataError(f"{source}: label {name!r} has {len(seen)} values ({', '.join(seen[:4])}): two are needed")
-        found.append(np.array([label[at] == seen[1] for label in labels]))
-    return Labelled(Pairs(tuple(texts), source), found[0], found[1])
+        flags.append(np.array(values) == seen[1])
+    return TwoLabels(labelled.texts, *flags)
 
 
-def biased_split(labelled: Labelled, *, test_share: float = 0.5, seed: int = 0) -> BiasedSplit:
+def biased_split(labelled: TwoLabels, *, test_share: float = 0.5, seed: int = 0) -> BiasedSplit:
     """Split labelled texts.
 
     Args:
