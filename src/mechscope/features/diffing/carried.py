@@ -15,7 +15,6 @@ the most that these places can carry.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -24,21 +23,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechscope.data.metrics import check_metric, pair_metric
+from mechscope.data.metrics import check_metric
 from mechscope.data.pairs import PairBatch, Pairs
-from mechscope.data.scoring import score
+from mechscope.data.scoring import PerText, Runs, metric_of
 from mechscope.errors import ModelError, SettingsError
 from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.diffing.views import BASE, DIFFERENCE, TUNED, model_places
 from mechscope.features.places import Place
-from mechscope.features.rows import TOKENS_PER_BATCH, Reader
-from mechscope.instrument import Edit, Execution, Walk, intervene, record
+from mechscope.features.rows import Reader
+from mechscope.instrument import CachedRun, Edit, Execution
 from mechscope.instrument.edits import EditSite
-from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
-from mechscope.subject import Pair, Subject
+from mechscope.subject import Pair
+
+# every set is a run more of the batch: as many tokens as runs hold that change nodes one by one
+TOKENS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,6 @@ def _difference(streams: Mapping[Place, Tensor], place: Place) -> Tensor:
     return streams[replace(place, model=TUNED)] - streams[replace(place, model=BASE)]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """An undisturbed run of a model: where changed runs begin, what stands at the places, and the loss."""
-
-    walk: Walk
-    start: int
-    before: Tensor
-    streams: dict[Place, Tensor]
-    loss: Tensor
-
-
 def carried(
     pair: Pair,
     dictionary: Dictionary,
@@ -161,10 +151,11 @@ def carried(
         sets: What is put in and taken out, by name.
         tokens: Which tokens are left alone.
         limits: Norms above which a token is left alone, by the names of the places, as training had them; None to find them here.
-        execution: Tokens of a batch, progress.
+        execution: Tokens of a batch (1,024 by default), progress.
 
     Raises:
-        MechscopeError: The dictionary or the texts do not fit, or a latent does not exist.
+        MechscopeError: The dictionary or the texts do not fit, a latent does not exist, or an MLP's output is to be changed of a model in which it does
+            not just add up to the residual stream.
     """
     contribution = Contribution(dictionary)
     if wrong := [latent for chosen in sets.values() for latent in chosen.latents or () if not 0 <= latent < dictionary.latents]:
@@ -177,60 +168,32 @@ def carried(
         reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
     else:
         reader.limits = {place: limits[place.name] for place in reader.places if place.name in limits}
-    losses = {side: np.full(len(texts), np.nan) for side in models}
-    changed = {side: {name: np.full(len(texts), np.nan) for name in sets} for side in models}
-    energy, read = dict.fromkeys(sets, 0.0), 0
-    for batch, (own, by_set, long, rows) in over_texts(
-        texts, lambda batch: _of_batch(reader, contribution, sets, batch), execution, tokens=TOKENS_PER_BATCH, label="what latents carry"
-    ):
-        at = list(batch.indices)
-        for side in models:
-            losses[side][at] = own[side]
-            for name in sets:
-                changed[side][name][at] = by_set[side, name]
-        energy = {name: energy[name] + long[name] for name in sets}
-        read += rows
-    return Carried(losses[BASE], losses[TUNED], changed[BASE], changed[TUNED], {name: each / max(read, 1) for name, each in energy.items()})
+    gathered = PerText(texts)
+    sites = {place.site for place in contribution.where}
 
-
-@torch.no_grad()
-def _of_batch(
-    reader: Reader, contribution: Contribution, sets: Mapping[str, LatentSet], batch: PairBatch
-) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray], dict[str, float], int]:
-    """Return a batch's losses: of both models, and of each with every set; and for every set Σ‖c‖² over how many tokens."""
-    runs = {side: _undisturbed(reader, side, batch) for side in (BASE, TUNED)}
-    streams = {place: value for run in runs.values() for place, value in run.streams.items()}
-    kept, _ = reader.kept(batch, streams)
-    rows = {place: value[kept.to(value.device)] for place, value in streams.items()}
-    codes = contribution.codes(rows)
-    losses: dict[tuple[str, str], np.ndarray] = {}
-    energy = {}
-    for name, chosen in sets.items():
-        shifts = {place: _shift(contribution, chosen, codes, rows, place) for place in contribution.where}
-        energy[name] = float(sum(shift.double().square().sum() for shift in shifts.values()))
+    @torch.no_grad()
+    def run(batch: PairBatch) -> dict[str, np.ndarray]:
+        runs = {
+            side: Runs(CachedRun(subject, batch.clean, batch.real, sites=sites), metric_of("loss", batch, None))
+            for side, subject in models.items()
+        }
+        streams = {place: place.of(runs[place.model].base.recording) for place in reader.places}
+        kept, _ = reader.kept(batch, streams)
+        rows = {place: value[kept.to(value.device)] for place, value in streams.items()}
+        codes = contribution.codes(rows)
+        shifts = [{place: _shift(contribution, chosen, codes, rows, place) for place in contribution.where} for chosen in sets.values()]
+        found = {"read": kept.sum(1).numpy(), "energy": np.array([_energy(shift, kept) for shift in shifts]).reshape(len(sets), len(kept))}
         for side, sign in ((BASE, 1), (TUNED, -1)):
-            subject = reader.subjects[side]
-            edits = [_edit(place, runs[side].streams[replace(place, model=side)], sign * shift, kept) for place, shift in shifts.items()]
-            losses[side, name] = _read(subject, batch, runs[side], edits).double().cpu().numpy()
-    return {side: run.loss.double().cpu().numpy() for side, run in runs.items()}, losses, energy, int(kept.sum())
+            units = [
+                [_edit(place, streams[replace(place, model=side)], sign * each, kept) for place, each in shift.items()] for shift in shifts
+            ]
+            found |= {side: runs[side].unchanged(), f"{side} changed": runs[side].of(units, progress=gathered.step)}
+        return found
 
-
-def _undisturbed(reader: Reader, side: str, batch: PairBatch) -> _Run:
-    subject = reader.subjects[side]
-    own = [place for place in reader.places if place.model == side]
-    walk = Walk(subject, batch.clean, None if bool(batch.real.all()) else batch.real)
-    hidden, start = walk.hidden, min(place.layer for place in own)
-    for layer in range(start):
-        hidden = walk.step(layer, hidden)
-    before = hidden
-    with record(subject, *dict.fromkeys(place.site for place in own), layers={place.layer for place in own}) as recording:
-        hidden = walk.run(before, start=start)
-    return _Run(walk, start, before, {place: place.of(recording) for place in own}, _loss(subject, batch, hidden))
-
-
-def _loss(subject: Subject, batch: PairBatch, hidden: Tensor) -> Float[Tensor, " batch"]:
-    metric = pair_metric("loss", batch)
-    return score(subject, hidden[metric.where.to(hidden.device)][None], metric)[0]
+    gathered.run(run, execution, tokens=TOKENS_PER_BATCH, label="what latents carry", units=2 * len(sets))
+    changed = {side: dict(zip(sets, gathered[f"{side} changed"], strict=True)) for side in models}
+    energy = gathered["energy"].sum(1) / max(gathered["read"].sum(), 1)
+    return Carried(gathered[BASE], gathered[TUNED], changed[BASE], changed[TUNED], dict(zip(sets, energy.tolist(), strict=True)))
 
 
 def _shift(
@@ -252,24 +215,24 @@ def _shift(
     return codes.columns(torch.tensor(latents, dtype=torch.int64, device=codes.latents.device)) @ directions
 
 
+def _energy(shifts: Mapping[Place, Float[Tensor, "token width"]], kept: Bool[Tensor, "batch token"]) -> Float[np.ndarray, " batch"]:
+    """Return the ‖c‖² of each text, over all its tokens that are read and all places."""
+    squares = torch.zeros(kept.shape, dtype=torch.float64)
+    squares[kept] = sum((shift.double().square().sum(1).cpu() for shift in shifts.values()), squares.new_zeros(int(kept.sum())))
+    return squares.sum(1).numpy()
+
+
 def _edit(
     place: Place, own: Float[Tensor, "batch token width"], shift: Float[Tensor, "token width"], kept: Bool[Tensor, "batch token"]
 ) -> Edit:
-    value = own.clone()
-    value[kept.to(own.device)] += shift.to(own)
-
-    def put(current: Tensor) -> Tensor:
+    def value(current: Tensor) -> Tensor:
+        # not what arrives there: a place before it was changed too
+        changed = own.clone()
+        changed[kept.to(own.device)] += shift.to(own)
         # heads of z are given apart
-        return value.view_as(current)
+        return changed.view_as(current)
 
-    return Edit(cast(EditSite, place.site), place.layer, put, positions=kept)
-
-
-def _read(subject: Subject, batch: PairBatch, run: _Run, edits: Sequence[Edit]) -> Float[Tensor, " batch"]:
-    with ExitStack() as stack:
-        stack.enter_context(intervene(subject, *edits))
-        hidden = run.walk.run(run.before, start=run.start)
-    return _loss(subject, batch, hidden)
+    return Edit(cast(EditSite, place.site), place.layer, value, positions=kept)
 
 
 def contributed(dictionary: Dictionary, squares: Float[np.ndarray, " latent"]) -> Float[np.ndarray, " latent"]:
