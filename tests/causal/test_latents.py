@@ -24,7 +24,7 @@ from mechscope.studies.jobs.steer import JOB as STEER
 from mechscope.subject import Components
 from tests.causal.pairs import telling_pairs
 from tests.features import oracle
-from tests.features.test_node_effects import PAIRS, decoders, every_family, exact, metric, parts, seen, standing
+from tests.features.test_node_effects import PAIRS, decoders, every_family, exact, later, metric, parts, seen, standing
 from tests.studies.jobs.running import PAIRS as PAIRS_OF_JOBS
 from tests.studies.jobs.running import refuses, run, shown, subject
 
@@ -34,12 +34,13 @@ NAMES = ",".join(LATENTS)
 
 
 def setting(each: Standing, latent: int, value: Tensor | float, where: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return the change that sets a latent at some tokens."""
+    """Return the change that sets a latent at some tokens; at those that count, all but the first of each text, where none are given."""
+    tokens = later(PAIRS)[..., 0] if where is None else where
 
     def change(x: Tensor) -> Tensor:
         f = parts(each, x)[0][..., latent]
         moved = x + (value - f)[..., None] * decoders(each)[latent]
-        return moved if where is None else torch.where(where[..., None], moved, x)
+        return torch.where(tokens[..., None], moved, x)
 
     return change
 
@@ -60,13 +61,13 @@ def test_ablating_a_latent_sets_it_and_nothing_else(family: str, source: str) ->
     assert set(found.table["site"]) == {"latent"}
     corrupt = seen(model, PAIRS, [each.place for each in others], corrupt=True)
     clean = seen(model, PAIRS, [each.place for each in others])
-    real = collate_pairs(PAIRS.pairs).real
+    read = later(PAIRS)[..., 0]
     for name, row in zip(found.table["component"], found.values, strict=True):
         each, latent = of(family, name)
         values: dict[str, Tensor | float] = {
             "zero": 0.0,
             "corrupt": parts(each, corrupt[each.place])[0][..., latent],
-            "mean": float(parts(each, clean[each.place])[0][..., latent][real].mean()),
+            "mean": float(parts(each, clean[each.place])[0][..., latent][read].mean()),
         }
         expected = metric(model, PAIRS, {each.place: setting(each, latent, values[source])})
         np.testing.assert_allclose(row, expected, rtol=1e-7, atol=1e-9)

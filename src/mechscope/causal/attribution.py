@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mechscope.causal.effects import Effects, effects, place_columns
 from mechscope.causal.patching import Direction, Positions, position_labels, position_masks
-from mechscope.causal.places import LatentPlace, Place, chosen_places, edits_of
+from mechscope.causal.places import LATENT, LatentPlace, Place, chosen_places, edits_of
 from mechscope.causal.sources import source_named
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, differentiable_score, metric_of
@@ -106,7 +106,12 @@ def attribution_patch(
         for at in sites:  # several only of latents, whose dictionaries stand at different ones
             backward = gradients(subject, ids, real, at, reading, scored, drop=grad_drop)
             own = [place for place in where if place.site == at]
-            parts.append(_estimates(backward, runs[given], own, masks, softmax=softmax))
+            if site == LATENT:
+                parts.append(
+                    _of_latents(backward, runs[given], [place for place in own if isinstance(place, LatentPlace)], masks, batch.real)
+                )
+            else:
+                parts.append(_estimates(backward, runs[given], own, masks, softmax=softmax))
         unchanged = backward.score.double().cpu().numpy()
         order = np.argsort(np.concatenate([[number for number, place in enumerate(where) if place.site == at] for at in sites]))
         estimate = np.concatenate([part.reshape(-1, len(sets), len(batch)) for part in parts])[order].reshape(-1, len(batch))
@@ -141,8 +146,6 @@ def _drawn(n: int, check: int, seed: int) -> list[int]:
 
 def _estimates(backward: Gradients, source: CachedRun, where: Sequence[Place], masks: Sequence[Tensor], *, softmax: bool) -> np.ndarray:
     """Return (place × set of positions, batch), places outermost."""
-    if isinstance(where[0], LatentPlace):
-        return _of_latents(backward, source, [place for place in where if isinstance(place, LatentPlace)], masks)
     site = where[0].site
     rows: dict[int, Tensor] = {}  # (mask, batch, component) by layer
     for layer in sorted({place.layer for place in where}):
@@ -157,14 +160,18 @@ def _estimates(backward: Gradients, source: CachedRun, where: Sequence[Place], m
     return torch.cat([one.to(estimates[0].device) for one in estimates]).double().cpu().numpy()
 
 
-def _of_latents(backward: Gradients, source: CachedRun, where: Sequence[LatentPlace], masks: Sequence[Tensor]) -> np.ndarray:
-    """Return (f' − f) · ⟨∂metric/∂x, D⟩ of latents of one site, pooled: only active latents are held, token by token."""
+def _of_latents(backward: Gradients, source: CachedRun, where: Sequence[LatentPlace], masks: Sequence[Tensor], real: Tensor) -> np.ndarray:
+    """Return (f' − f) · ⟨∂metric/∂x, D⟩ of latents of one site, pooled over tokens that their dictionaries are meant to read.
+
+    Only active latents are held, token by token.
+    """
     found: dict[Standing, Tensor] = {}  # (mask, batch, latent)
     for each in dict.fromkeys(place.standing for place in where):
         layer, site = each.place.layer, each.place.site
         value, given = (x.flatten(2) if site == "z" else x for x in (backward.values[layer], source.recording[site, layer]))
         batch, length = value.shape[:2]
-        weights = sent(torch.stack(list(masks)), each.decoders.device).flatten(1).to(each.decoders)
+        read = each.reads(real, value, given)
+        weights = (sent(torch.stack(list(masks)), read.device) & read).flatten(1).to(each.decoders)
         passes = []
         for one in backward.gradients:
             gradient = torch.where(weights.any(0)[:, None], one[layer].to(each.decoders).flatten(2).flatten(0, 1), 0.0)

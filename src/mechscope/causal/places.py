@@ -19,6 +19,7 @@ from mechscope.features import Standing
 from mechscope.instrument.edits import EDIT_SITES, HEAD_SITES, Edit, EditSite, Value
 from mechscope.subject import Components
 from mechscope.subject.anatomy import Anatomy
+from mechscope.subject.placement import sent
 
 # what a person may call a site
 ALIASES = {"head": "z", "q": "query", "k": "key", "v": "value", "attention": "attention_output", "mlp": "mlp_output", "embed": "embedding"}
@@ -194,7 +195,10 @@ def places_of(components: Components, anatomy: Anatomy) -> tuple[Place, ...]:
 
 
 def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value] | Bound, positions: Tensor | None = None) -> list[Edit]:
-    """Return the edits that change places together: one per site and layer, or dictionary, so that hundreds of heads or latents stay cheap."""
+    """Return the edits that change places together: one per site and layer, or dictionary, so that hundreds of heads or latents stay cheap.
+
+    Latents change at the tokens that their dictionary is meant to read.
+    """
     together: dict[tuple[EditSite, int], list[Place]] = {}
     latents: dict[Standing, list[int]] = {}
     for place in changed:
@@ -210,5 +214,7 @@ def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value] | Boun
     for standing, chosen in latents.items():
         if not isinstance(value, Bound):
             raise SettingsError("latents take their values from a source: a text, zero, a mean")
-        edits.append(standing.latents_edit(chosen, value.latents(standing, chosen), positions))
+        read = value.reads(standing)
+        where = read if positions is None else read & sent(positions, read.device)
+        edits.append(standing.latents_edit(chosen, value.latents(standing, chosen), where))
     return edits

@@ -13,11 +13,13 @@ A source is bound to a batch once; it then gives the value of any site of any la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from mechscope.data.pairs import PairBatch, Pairs
@@ -41,15 +43,21 @@ class Bound:
     def __init__(
         self,
         value: Callable[[str, int], Tensor | float],
+        reads: Callable[[Standing], Tensor],
         latents: Callable[[Standing, Sequence[int]], Tensor | float] | None = None,
     ) -> None:
-        """Take a function of site and layer, and one of latents where theirs do not follow from what it gives."""
+        """Take a function of site and layer, one of dictionaries (`reads`), and one of latents where theirs do not follow from what it gives."""
         self._value = value
+        self._reads = reads
         self._latents = latents
 
     def __call__(self, site: str, layer: int) -> Tensor | float:
         """Return the value of a site of a layer."""
         return self._value(site, layer)
+
+    def reads(self, standing: Standing) -> Bool[Tensor, "batch token"]:
+        """Return the tokens of the batch that a dictionary is meant to read, by their place in the text and where the value is taken from."""
+        return self._reads(standing)
 
     def latents(self, standing: Standing, latents: Sequence[int]) -> Tensor | float:
         """Return what some latents become: those of the value at their place, ``(batch, token, chosen)``, or what broadcasts to it."""
@@ -96,7 +104,7 @@ class Text(Source):
             if self.which not in runs:
                 runs[self.which] = CachedRun(subject, getattr(batch, self.which), batch.real, sites=sites)
             run = runs[self.which]
-        return Bound(lambda site, layer: run.recording[site, layer])
+        return Bound(lambda site, layer: run.recording[site, layer], lambda each: each.reads(batch.real, each.read(run.recording)))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Vector(Source):
 
     def bind(self, subject: Subject, batch: PairBatch, sites: Collection[str], runs: dict[str, CachedRun]) -> Bound:
         """Return the same value for every site and layer."""
-        return Bound(lambda site, layer: self.value, lambda standing, latents: self.value)
+        return Bound(lambda site, layer: self.value, lambda each: each.reads(batch.real), lambda standing, latents: self.value)
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,11 @@ class Resample(Source):
                 raise SettingsError("attention patterns cannot be resampled: texts differ in their tokens; resample 'z' instead")
             return given[sent(other, given.device)[:, None], sent(token, given.device)]
 
-        return Bound(value)
+        def reads(each: Standing) -> Tensor:
+            given = values.reads(each)
+            return each.reads(batch.real) & given[sent(other, given.device)[:, None], sent(token, given.device)]
+
+        return Bound(value, reads)
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ class Mean(Source):
                     f"the mean reference holds {held}, not {site!r} of layer {layer}: compute it with mean_of(…, sites=…)"
                 ) from None
 
-        return Bound(value, self._of_latents)
+        return Bound(value, lambda each: each.reads(batch.real), self._of_latents)
 
     def _of_latents(self, standing: Standing, latents: Sequence[int]) -> Tensor:
         if standing.place.name not in self.latents:
@@ -212,11 +224,11 @@ def mean_of(
         reference: The texts.
         sites: What to average.
         per_position: Keep a mean per position; the texts must then be equally long. Of latents there is one mean.
-        standing: Dictionaries whose latents are averaged too, over all tokens.
+        standing: Dictionaries whose latents are averaged too, each over the tokens that it is meant to read.
         execution: Tokens of a batch (4,096 by default).
 
     Raises:
-        SettingsError: Per position, and the texts differ in length; or a site that has no mean.
+        SettingsError: Per position, and the texts differ in length; a site that has no mean; or no token that a dictionary is meant to read.
     """
     lengths = {len(pair.clean) for pair in reference}
     if per_position and len(lengths) > 1:
@@ -226,11 +238,12 @@ def mean_of(
     if "pattern" in sites:
         raise SettingsError("attention patterns have no mean over texts of different tokens: take the mean of 'z'")
     sums: dict[tuple[str, int], Tensor] = {}
-    count = 0
+    codes_of: dict[str, Tensor] = {}
+    count, read = 0, Counter[str]()
     wanted = cast("Collection[Site]", sites)  # `record` refuses others
     needed = [site for site in dict.fromkeys(each.place.site for each in standing) if site not in sites]
 
-    def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor]]:
+    def summed(batch: PairBatch) -> tuple[int, dict[tuple[str, int], Tensor], dict[str, tuple[int, Tensor]]]:
         with record(subject, *wanted, *needed) as recording:
             run_backbone(subject, batch.clean, batch.real)
         totals: dict[tuple[str, int], Tensor] = {}
@@ -239,18 +252,23 @@ def mean_of(
                 continue
             real = value.double()[batch.real.to(value.device)]
             totals[key] = real.unflatten(0, (len(batch), -1)).sum(0) if per_position else real.sum(0)
+        active: dict[str, tuple[int, Tensor]] = {}
         for each in standing:
-            codes = each.dictionary.encode([each.read(recording)[sent(batch.real, each.decoders.device)]])
-            totals[each.place.name, -1] = codes.total(codes.values.double())
-        return len(batch) if per_position else int(batch.real.sum()), totals
+            x = each.read(recording)
+            codes = each.dictionary.encode([x[each.reads(batch.real, x)]])
+            active[each.place.name] = codes.tokens, codes.total(codes.values.double())
+        return len(batch) if per_position else int(batch.real.sum()), totals, active
 
-    tokens = 0
-    for batch, (number, totals) in over_texts(reference, summed, execution, tokens=4096):
+    for _, (number, totals, active) in over_texts(reference, summed, execution, tokens=4096):
         count += number
-        tokens += int(batch.real.sum())
         for key, total in totals.items():
             sums[key] = sums[key] + total if key in sums else total
-    latents = {each.place.name: (sums.pop((each.place.name, -1)) / tokens).to(each.decoders) for each in standing}
+        for name, (tokens, total) in active.items():
+            read[name] += tokens
+            codes_of[name] = codes_of[name] + total if name in codes_of else total
+    if unread := [name for name, tokens in read.items() if not tokens]:
+        raise SettingsError(f"the reference texts hold no token that the dictionary at {unread[0]} is meant to read: give longer ones")
+    latents = {each.place.name: (codes_of[each.place.name] / read[each.place.name]).to(each.decoders) for each in standing}
     means = {key: (total / count).to(subject.dtype) for key, total in sums.items()}
     return Mean(means, lengths.pop() if per_position else None, latents)
 

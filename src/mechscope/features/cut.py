@@ -109,6 +109,6 @@ class Cuttable:
         return Cut(score, leaves, arrivals)
 
 
-def counted(real: Bool[Tensor, "batch token"], standing: Sequence[Standing]) -> Bool[Tensor, "batch token"]:
-    """Return the tokens at which latents and errors are nodes: not those that any of the dictionaries was not trained on."""
-    return real & (real.cumsum(1) > max(each.first for each in standing))
+def counted(real: Bool[Tensor, "batch token"], standing: Sequence[Standing], *runs: Mapping[Place, Stream]) -> Bool[Tensor, "batch token"]:
+    """Return the tokens at which latents and errors are nodes: those that every dictionary is meant to read, by what stands at its place in every run."""
+    return torch.stack([each.reads(real, *(run[each.place] for run in runs)) for each in standing]).all(0)

@@ -22,7 +22,6 @@ from jaxtyping import Float
 from mechscope.choices import Errors, Filling
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
-from mechscope.features.cut import counted
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.node_patching import Chosen, Fillings, Means, only, without
 from mechscope.features.places import Place
@@ -85,7 +84,8 @@ def faithfulness(
     def run(batch: PairBatch) -> dict[str, np.ndarray]:
         clean = CachedRun(subject, batch.clean, batch.real, sites={each.place.site for each in standing})
         runs = Runs(clean, metric_of(metric, batch, clean))
-        fillings, real = Fillings(subject, standing, batch, filling, means), counted(batch.real, standing).to(subject.device)
+        fillings = Fillings(subject, standing, batch, filling, means)
+        real = fillings.counted(clean.recording)
         units = [only(standing, {}, fillings, real)]
         for size, errors in plans:
             for order in (None, *orders) if size > 0 else (None,):

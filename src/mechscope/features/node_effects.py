@@ -205,12 +205,12 @@ def prepare(
     run = CachedRun(subject, batch.clean, batch.real, sites=sites)
     prepared = Cuttable(run, metric_of(metric, batch, run))
     corrupt = CachedRun(subject, batch.corrupt, batch.real, sites=sites) if source == "corrupt" else None
-    real = counted(batch.real, standing).to(subject.device)
-    return prepared, {each.place: _moved(each, run, corrupt, real) for each in standing}, real
+    x, other = ({each.place: each.read(given.recording) for each in standing} if given is not None else {} for given in (run, corrupt))
+    real = counted(batch.real, standing, *((x, other) if other else (x,)))
+    return prepared, {each.place: _moved(each, x[each.place], other.get(each.place), real) for each in standing}, real
 
 
-def _moved(each: Standing, run: CachedRun, corrupt: CachedRun | None, real: Tensor) -> Moved:
-    x = each.read(run.recording)
+def _moved(each: Standing, x: Stream, corrupt: Stream | None, real: Tensor) -> Moved:
     here = real[..., None]
     # padding may hold anything
     x_real = torch.where(here, x, 0.0)
@@ -220,7 +220,7 @@ def _moved(each: Standing, run: CachedRun, corrupt: CachedRun | None, real: Tens
         then = Codes(empty, codes.values[:0], torch.zeros_like(codes.offsets), codes.width)
         error = -each.error(x_real, codes)
     else:
-        other = torch.where(here, each.read(corrupt.recording), 0.0)
+        other = torch.where(here, corrupt, 0.0)
         then = _only(each.codes(other), real)
         error = each.error(other, then) - each.error(x_real, codes)
     return Moved(x, torch.where(here, other, x), (codes, then), torch.where(here, error, 0.0))

@@ -26,7 +26,7 @@ from mechscope.features.cut import counted
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.places import Place
 from mechscope.features.standing import Node, Standing, Stream
-from mechscope.instrument import CachedRun, Edit, Execution
+from mechscope.instrument import CachedRun, Edit, Execution, Recording
 from mechscope.instrument.texts import over_texts
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
@@ -67,9 +67,10 @@ def node_means(
 
     def sums(batch: PairBatch) -> tuple[int, list[tuple[Tensor, Tensor]]]:
         run = CachedRun(subject, batch.clean, batch.real, sites=sites)
-        real, found = counted(batch.real, standing).to(subject.device), []
+        x, found = {each.place: each.read(run.recording) for each in standing}, []
+        real = counted(batch.real, standing, x)
         for each in standing:
-            rows = each.read(run.recording)[real]
+            rows = x[each.place][real]
             codes = each.dictionary.encode([rows])
             found.append((rows.double().sum(0), codes.total(codes.values).double()))
         return int(real.sum()), found
@@ -118,8 +119,14 @@ class Fillings:
             raise SettingsError("the mean of latents is that over reference texts: give means (node_means)")
         if filling == "corrupt" and corrupt is None:
             corrupt = CachedRun(subject, batch.corrupt, batch.real, sites={each.place.site for each in standing})
+        self._standing, self._real = standing, batch.real
         self._corrupt, self._filling, self._means = corrupt, filling, means
         self._found: dict[Place, Filled] = {}
+
+    def counted(self, clean: Recording) -> Bool[Tensor, "batch token"]:
+        """Return the tokens at which nodes are filled in, by what stands at the places as it is and in the corrupt run."""
+        recordings = (clean,) if self._corrupt is None else (clean, self._corrupt.recording)
+        return counted(self._real, self._standing, *({each.place: each.read(own) for each in self._standing} for own in recordings))
 
     def at(self, each: Standing) -> Filled:
         """Return what stands at a place; worked out once."""
@@ -234,7 +241,8 @@ def patch_nodes(
     def patched(batch: PairBatch) -> dict[str, np.ndarray]:
         clean = CachedRun(subject, batch.clean, batch.real, sites={each.place.site for each in standing})
         runs = Runs(clean, metric_of(metric, batch, clean))
-        fillings, real = Fillings(subject, standing, batch, filling, means), counted(batch.real, standing).to(subject.device)
+        fillings = Fillings(subject, standing, batch, filling, means)
+        real = fillings.counted(clean.recording)
         units = [
             without(standing, {node.place: Chosen(() if node.latent is None else (node.latent,), node.latent is None)}, fillings, real)
             for node in nodes
@@ -276,7 +284,8 @@ def patch_places(
     def patched(batch: PairBatch) -> dict[str, np.ndarray]:
         clean = CachedRun(subject, batch.clean, batch.real, sites={each.place.site for each in standing})
         runs = Runs(clean, metric_of(metric, batch, clean))
-        fillings, real = Fillings(subject, standing, batch, filling, means), counted(batch.real, standing).to(subject.device)
+        fillings = Fillings(subject, standing, batch, filling, means)
+        real = fillings.counted(clean.recording)
         units = [only((each,), {}, fillings, real) for each in standing]
         return {"effects": runs.of(units, progress=gathered.step) - runs.unchanged()}
 

@@ -175,18 +175,24 @@ def reader_of(
         MechscopeError: The dictionary or the texts do not fit, or no token is left.
     """
     dictionary.check(models, other_model=other_model)
-    places, trained = dictionary.layout.places, dictionary.about.get("source", {})
-    known = tokens is None and isinstance(trained, Mapping) and "settings" in trained
-    if known:
-        tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
-    reader = Reader(models, places, tokens or TokenSettings())
+    trained, limits = left_out_in_training(dictionary)
+    reader = Reader(models, dictionary.layout.places, tokens or trained or TokenSettings())
     reader.check(texts)
-    if known:
-        limits = dictionary.about.get("limits", {})
-        reader.limits = {place: limits[place.name] for place in places if place.name in limits}
+    if tokens is None:
+        reader.limits = limits
     if not reader.limits:
         reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
     return reader
+
+
+def left_out_in_training(dictionary: Dictionary) -> tuple[TokenSettings | None, dict[Place, float]]:
+    """Return which tokens a dictionary's training left out, None where that is not known, and the norms above which it did."""
+    trained = dictionary.about.get("source", {})
+    if not isinstance(trained, Mapping) or "settings" not in trained:
+        return None, {}
+    limits = dictionary.about.get("limits", {})
+    tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
+    return tokens, {place: limits[place.name] for place in dictionary.layout.places if place.name in limits}
 
 
 def require_rows(rows: int, texts: Pairs, tokens: TokenSettings) -> None:

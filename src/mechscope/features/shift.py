@@ -166,14 +166,22 @@ class _Pooled:
 
         @torch.no_grad()
         def pooled(batch: PairBatch) -> dict[str, np.ndarray]:
-            real = counted(batch.real, self.standing).to(self.subject.device)
-            fillings = Fillings(self.subject, self.standing, batch, filling, means)
-            x = self._run(batch, without(self.standing, chosen, fillings, real))
+            x, real = self._as_is(batch)
+            if nodes:
+                x = self._run(batch, without(self.standing, chosen, Fillings(self.subject, self.standing, batch, filling, means), real))
             weights = _weights(real).to(x.device)
             return {"x": torch.einsum("bt,btd->db", weights, torch.where(weights[..., None] > 0, x.double(), 0.0)).cpu().numpy()}
 
         gathered.run(pooled, self.execution, tokens=TOKENS_PER_BATCH, label="mean activations")
         return gathered["x"].T
+
+    @torch.no_grad()
+    def _as_is(self, batch: PairBatch) -> tuple[Float[Tensor, "batch token width"], Bool[Tensor, "batch token"]]:
+        """Return what stands at the place, and the tokens that count."""
+        sites, layers = {each.place.site for each in self.standing}, {each.place.layer for each in self.standing}
+        with record(self.subject, *sites, layers=layers) as recording:
+            x = self._run(batch, ())
+        return x, counted(batch.real, self.standing, {each.place: each.read(recording) for each in self.standing})
 
     def _run(self, batch: PairBatch, edits: Sequence[Edit]) -> Tensor:
         """Run a batch up to the place, and return what stands there."""
@@ -195,7 +203,7 @@ class _Pooled:
         signs = np.where(labels, 1.0, -1.0)
 
         def scored(batch: PairBatch) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-            real = counted(batch.real, self.standing).to(self.subject.device)
+            _, real = self._as_is(batch)
             cut = self._cut(batch, direction, real)
             total = cut.total()
             by_place = [self._by_text(each, cut.leaves[each.place], total[each.place], real) for each in self.standing]

@@ -4,11 +4,14 @@
 
 A component's value can be read and replaced, alone or with others: f_j by another number, ε by another vector; x then moves by exactly what the change adds.
 Where the rule decides for each latent alone (all but TopK) only the latents that are asked for are computed. Errors are written `resid6.error`.
+
+At tokens that a dictionary is not meant to read (`reads`), those that its training left out, what it says stands for nothing: they count in no mean, and
+nothing is changed there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -22,11 +25,13 @@ from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder
 from mechscope.features.places import Latent, Place
+from mechscope.features.rows import left_out_in_training
 from mechscope.instrument import Edit, Recording
 from mechscope.instrument.edits import EditSite
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
+from mechscope.subject.placement import sent
 
 # in which order a layer's places come by
 _ORDER = ("z", "attention_output", "mlp_output", "residual")
@@ -92,12 +97,34 @@ class Standing:
         dictionary.check(subject, other_model=other_model)
         return cls(dictionary.to(subject.device), layout.inputs[0])
 
-    @property
+    @cached_property
     def first(self) -> int:
         """Tokens at the beginning of each text that its training left out; one where that is not known."""
-        trained = self.dictionary.about.get("source", {})
-        known = isinstance(trained, Mapping) and "settings" in trained
-        return int(trained["settings"]["first"]) if known else TokenSettings().first
+        return (left_out_in_training(self.dictionary)[0] or TokenSettings()).first
+
+    @cached_property
+    def limit(self) -> float | None:
+        """Norm above which its training left a token out; None where it left none out, or that is not known."""
+        return left_out_in_training(self.dictionary)[1].get(self.place)
+
+    def reads(self, real: Bool[Tensor, "batch token"], *streams: Stream) -> Bool[Tensor, "batch token"]:
+        """Return which tokens it is meant to read: neither the first ones of a text nor those whose norm is above the limit.
+
+        Args:
+            real: Tokens that are no padding.
+            streams: What stands at its place in each run in which the tokens are read; none to leave norms aside.
+        """
+        tokens = sent(real, self.decoders.device)
+        tokens = tokens & (tokens.cumsum(1) > self.first)
+        for x in streams:
+            tokens = tokens & self.ordinary(x)
+        return tokens
+
+    def ordinary(self, x: Stream) -> Bool[Tensor, "batch token"]:
+        """Return at which tokens the norm is not above the limit."""
+        norm = torch.linalg.vector_norm(x.float(), dim=-1)
+        # of what is no number a comparison with <= says that it is not ordinary
+        return torch.ones_like(norm, dtype=torch.bool) if self.limit is None else norm <= self.limit
 
     @cached_property
     def decoders(self) -> Float[Tensor, "latent width"]:
@@ -179,7 +206,7 @@ class Standing:
         return Edit(cast(EditSite, self.place.site), self.place.layer, value, positions=positions)
 
     def latents_edit(self, latents: Sequence[int], value: Tensor | float, positions: Bool[Tensor, "batch token"] | None = None) -> Edit:
-        """Return the edit that sets some latents, with the rest of x kept.
+        """Return the edit that sets some latents, with the rest of x kept, and tokens whose norm is above the limit left alone.
 
         Args:
             latents: Which.
@@ -190,7 +217,9 @@ class Standing:
 
         def change(x: Stream) -> Stream:
             old = self.values(x, latents)
-            return x.to(rows) + (torch.as_tensor(value, dtype=old.dtype, device=old.device) - old) @ rows
+            moved = x.to(rows) + (torch.as_tensor(value, dtype=old.dtype, device=old.device) - old) @ rows
+            own = sent(x, moved.device)
+            return torch.where(self.ordinary(own)[..., None], moved, own)
 
         return self.edit(change, positions)
 
