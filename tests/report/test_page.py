@@ -278,6 +278,8 @@ def test_an_interval_with_a_missing_end_is_not_written() -> None:
     assert interval(0.1, np.nan) == ""
     assert interval(-0.1, 0.25, sign=True) == "[−0.100, +0.250]"
     assert percent(0.62) == "62\u202f%"
+    assert percent(-0.62) == "−62\u202f%"
+    assert percent(-1e-3) == "0\u202f%"
 
 
 def test_a_label_is_one_line_without_direction_marks() -> None:

@@ -187,7 +187,7 @@ def number(value: Any, *, digits: int = 3, sign: bool = False) -> str:
 def percent(share: Any, *, digits: int = 0) -> str:
     """Write a fraction of 0 to 1 as a percentage with a narrow space; an en dash for none."""
     x = float("nan") if share is None else float(share)
-    return "–" if math.isnan(x) else f"{100 * x:.{digits}f}\u202f%".replace("-", "−")
+    return "–" if math.isnan(x) else f"{100 * x:z.{digits}f}\u202f%".replace("-", "−")
 
 
 def interval(low: Any, high: Any, *, sign: bool = False) -> str:
