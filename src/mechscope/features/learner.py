@@ -92,7 +92,9 @@ class Learner:
             )
         for name, tensor in self._learned.items():
             tensor.grad = gradients[name]
-        torch.nn.utils.clip_grads_with_norm_(list(self._learned.values()), self._training.clip, norm)
+        # a gradient that is short enough would be multiplied by one: a pass over all of it for nothing
+        if float(norm) + 1e-6 > self._training.clip:
+            torch.nn.utils.clip_grads_with_norm_(list(self._learned.values()), self._training.clip, norm)
         for group in self._adam.param_groups:
             group["lr"] = self._training.rate(self.layout.latents) * self._training.pace(self.seen)
         self._adam.step()
