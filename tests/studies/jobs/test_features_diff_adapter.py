@@ -46,7 +46,6 @@ def test_what_a_planted_adapter_writes_is_the_one_new_latent(tmp_path: Path) -> 
     result = run_job(JOB, settings, tmp_path / "run", given=loaded)
     (new,) = result.feature_latents.query("judged == 'new'").to_dict("records")
     assert new["density"] == pytest.approx(24 / 597, rel=0.1)
-    written = features.Dictionary.load(tmp_path / "run" / "dictionaries" / "crosscoder.safetensors").tensors["decoder.0"][
-        int(new["component"].split(".f")[1]), families.WIDTH :
-    ]
+    learned = features.Dictionary.load(tmp_path / "run" / "dictionaries" / "crosscoder.safetensors")
+    written = learned.tensors["decoder.0"][int(new["component"].split(".f")[1]), families.WIDTH :]
     assert torch.nn.functional.normalize(written, dim=0) @ direction > 0.95
