@@ -168,13 +168,13 @@ def _of_latents(backward: Gradients, source: CachedRun, where: Sequence[LatentPl
     found: dict[Standing, Tensor] = {}  # (mask, batch, latent)
     for each in dict.fromkeys(place.standing for place in where):
         layer, site = each.place.layer, each.place.site
-        value, given = (x.flatten(2) if site == "z" else x for x in (backward.values[layer], source.recording[site, layer]))
+        value, given = map(each.place.flat, (backward.values[layer], source.recording[site, layer]))
         batch, length = value.shape[:2]
         read = each.reads(real, value, given)
         weights = (sent(torch.stack(list(masks)), read.device) & read).flatten(1).to(each.decoders)
         passes = []
         for one in backward.gradients:
-            gradient = torch.where(weights.any(0)[:, None], one[layer].to(each.decoders).flatten(2).flatten(0, 1), 0.0)
+            gradient = torch.where(weights.any(0)[:, None], each.place.flat(one[layer]).to(each.decoders).flatten(0, 1), 0.0)
             total = torch.zeros(len(masks), batch * each.dictionary.latents, dtype=torch.float64, device=gradient.device)
             for sign, x in ((1.0, given), (-1.0, value)):
                 codes = each.codes(torch.where(weights.any(0).view(batch, length)[..., None], x.to(each.decoders), 0.0))

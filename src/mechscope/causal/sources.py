@@ -66,7 +66,7 @@ class Bound:
         given = self(standing.place.site, standing.place.layer)
         if not isinstance(given, Tensor):
             return given
-        return standing.values(given.flatten(2) if standing.place.site == "z" else given, latents)
+        return standing.values(standing.place.flat(given), latents)
 
 
 class Source(ABC):

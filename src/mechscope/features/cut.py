@@ -99,7 +99,7 @@ class Cuttable:
             arrivals[each.place], leaves[each.place] = arrived, value.detach().clone().requires_grad_()
             return leaves[each.place]
 
-        edits = [each.edit(partial(cut, each)) for each in standing]
+        edits = [each.place.edit(partial(cut, each)) for each in standing]
         start = standing[0].place.layer
         subject = self.run.subject
         with torch.enable_grad(), observed(subject), intervene(subject, *edits):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -30,8 +29,7 @@ from mechscope.features.places import Place
 from mechscope.features.rows import blocks
 from mechscope.features.step import Ahead
 from mechscope.features.trainer import Plan, TrainedDictionary, Training
-from mechscope.instrument import Edit, Execution, Walk, intervene, record, unembed
-from mechscope.instrument.edits import EditSite
+from mechscope.instrument import Execution, Walk, intervene, record, unembed
 from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective, TokenSettings
 from mechscope.subject import Subject
 
@@ -158,13 +156,11 @@ class _Running:
         leaf = x.detach().to(self._streams[place].dtype).requires_grad_()
 
         def put(current: Tensor) -> Tensor:
-            # heads of z are given apart
-            flat = current.flatten(2) if place.site == "z" else current
-            new = flat.clone()
-            new[self._kept.to(flat.device)] = leaf.to(flat)
-            return new.view_as(current)
+            new = current.clone()
+            new[self._kept.to(current.device)] = leaf.to(current)
+            return new
 
-        with intervene(self._subject, Edit(cast(EditSite, place.site), place.layer, put)):
+        with intervene(self._subject, place.edit(put)):
             # masks are made for the attention that runs, so that of the first run will not do
             with torch.no_grad():
                 walk = Walk(self._subject, self._batch.clean, self._real)

@@ -169,7 +169,7 @@ def only(standing: Sequence[Standing], chosen: Mapping[Place, Chosen], fillings:
         def change(x: Stream, each: Standing = each, own: Chosen = own) -> Stream:
             return fillings.at(each).x + _own(each, own, fillings.at(each), x)
 
-        edits.append(each.edit(change, real))
+        edits.append(each.place.edit(change, real))
     return edits
 
 
@@ -186,7 +186,7 @@ def without(
         def change(x: Stream, each: Standing = each, own: Chosen = own) -> Stream:
             return x.to(each.decoders) - _own(each, own, fillings.at(each), x)
 
-        edits.append(each.edit(change, real))
+        edits.append(each.place.edit(change, real))
     return edits
 
 

@@ -7,15 +7,16 @@ outputs side by side before their projection. With two models `base:resid6` says
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.instrument import Recording
+from mechscope.instrument import Edit, Recording
+from mechscope.instrument.edits import EditSite
 from mechscope.subject import Subject
 
 FeatureSite = Literal["residual", "attention_output", "mlp_output", "mlp_input", "z"]
@@ -82,8 +83,24 @@ class Place:
 
     def of(self, recording: Recording) -> Float[Tensor, "batch token width"]:
         """Return what was recorded there."""
-        value = recording[self.site, self.layer]
+        return self.flat(recording[self.site, self.layer])
+
+    def flat(self, value: Float[Tensor, "batch token ..."]) -> Float[Tensor, "batch token width"]:
+        """Return what stands there with heads side by side, as dictionaries read it; a run gives those of z apart."""
         return value.flatten(2) if self.site == "z" else value
+
+    def edit(self, change: Callable[[Tensor], Tensor], positions: Bool[Tensor, "batch token"] | None = None) -> Edit:
+        """Return the edit that puts something else there, given as a function of what stood there, heads side by side.
+
+        Args:
+            change: From ``(batch, token, width)`` to the same.
+            positions: ``(batch, token)``: the tokens where it is changed; None for all.
+        """
+
+        def value(current: Tensor) -> Tensor:
+            return change(self.flat(current)).to(current).view_as(current)
+
+        return Edit(cast(EditSite, self.site), self.layer, value, positions=positions)
 
 
 def places(given: Place | str | Sequence[Place | str]) -> tuple[Place, ...]:

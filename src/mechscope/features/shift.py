@@ -225,7 +225,7 @@ class _Pooled:
             return leaves[each.place]
 
         with torch.enable_grad():
-            x = self._run(batch, [each.edit(partial(cut, each)) for each in self.standing])
+            x = self._run(batch, [each.place.edit(partial(cut, each)) for each in self.standing])
             weights = _weights(real).to(x)
             score = torch.einsum("bt,btd,d->b", weights, torch.where(weights[..., None] > 0, x, 0.0), direction.to(x))
         return Cut(score, leaves, arrivals)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +23,6 @@ from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import Group, Layout
 from mechscope.features.places import Latent, Place, places
 from mechscope.instrument import Edit, Recording, intervene, record
-from mechscope.instrument.edits import EditSite
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
@@ -257,12 +255,7 @@ def _edit(spliced: Spliced, place: Place, errors: bool | Tensor, positions: Tens
             f"{place} is read by the MLP and written by no one: splice a dictionary of what is written, such as m{place.layer}"
         )
 
-    def value(current: Tensor) -> Tensor:
-        # heads of z are given apart
-        flat = current.flatten(2) if place.site == "z" else current
-        return spliced.changed(place, flat, errors).view_as(current)
-
-    return Edit(cast(EditSite, place.site), place.layer, value, positions=positions)
+    return place.edit(lambda current: spliced.changed(place, current, errors), positions)
 
 
 def _parts(dictionary: Dictionary) -> list[_Part]:

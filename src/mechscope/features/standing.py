@@ -11,10 +11,9 @@ nothing is changed there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +26,6 @@ from mechscope.features.layout import autoencoder
 from mechscope.features.places import Latent, Place
 from mechscope.features.rows import left_out_in_training
 from mechscope.instrument import Edit, Recording
-from mechscope.instrument.edits import EditSite
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.subject import Subject
@@ -196,15 +194,6 @@ class Standing:
         """Return what was recorded at the place, where the dictionary is and in its type."""
         return self.place.of(recording).to(self.decoders)
 
-    def edit(self, change: Callable[[Stream], Stream], positions: Bool[Tensor, "batch token"] | None = None) -> Edit:
-        """Return the edit that puts something else in the place of x, given as a function of x."""
-
-        def value(current: Tensor) -> Tensor:
-            # heads of z are given apart
-            return change(current.flatten(2) if self.place.site == "z" else current).to(current).view_as(current)
-
-        return Edit(cast(EditSite, self.place.site), self.place.layer, value, positions=positions)
-
     def latents_edit(self, latents: Sequence[int], value: Tensor | float, positions: Bool[Tensor, "batch token"] | None = None) -> Edit:
         """Return the edit that sets some latents, with the rest of x kept, and tokens whose norm is above the limit left alone.
 
@@ -221,7 +210,7 @@ class Standing:
             own = sent(x, moved.device)
             return torch.where(self.ordinary(own)[..., None], moved, own)
 
-        return self.edit(change, positions)
+        return self.place.edit(change, positions)
 
 
 def in_order(standing: Iterable[Standing]) -> tuple[Standing, ...]:
