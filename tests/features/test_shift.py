@@ -112,7 +112,7 @@ def test_effects_are_the_derivative_of_the_margin(family: str) -> None:
     pooled = _Pooled(subject, others, PLACE, Execution(tokens_per_batch=100))
     probe = Probe(pooled(part.texts), part.intended)
     np.testing.assert_allclose(pooled(part.texts), activations(family, part.texts), rtol=1e-9, atol=1e-9)
-    effects = pooled.effects(part, part.intended, probe)
+    (effects,) = pooled.effects(part, (part.intended, probe))
     signs = np.where(part.intended, 1.0, -1.0)
 
     def margin(each: Standing, latent: int, share: float) -> float:

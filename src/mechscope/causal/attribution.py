@@ -168,20 +168,15 @@ def _of_latents(backward: Gradients, source: CachedRun, where: Sequence[LatentPl
     found: dict[Standing, Tensor] = {}  # (mask, batch, latent)
     for each in dict.fromkeys(place.standing for place in where):
         layer, site = each.place.layer, each.place.site
-        value, given = map(each.place.flat, (backward.values[layer], source.recording[site, layer]))
-        batch, length = value.shape[:2]
+        value, given = (each.place.flat(x).to(each.decoders) for x in (backward.values[layer], source.recording[site, layer]))
         read = each.reads(real, value, given)
         weights = (sent(torch.stack(list(masks)), read.device) & read).flatten(1).to(each.decoders)
+        counts = weights.any(0).view_as(read)[..., None]
+        changes = [(sign, each.codes(torch.where(counts, x, 0.0))) for sign, x in ((1.0, given), (-1.0, value))]
         passes = []
         for one in backward.gradients:
-            gradient = torch.where(weights.any(0)[:, None], each.place.flat(one[layer]).to(each.decoders).flatten(0, 1), 0.0)
-            total = torch.zeros(len(masks), batch * each.dictionary.latents, dtype=torch.float64, device=gradient.device)
-            for sign, x in ((1.0, given), (-1.0, value)):
-                codes = each.codes(torch.where(weights.any(0).view(batch, length)[..., None], x.to(each.decoders), 0.0))
-                product = sign * codes.values * codes.inner(gradient, each.decoders)
-                cell = codes.rows // length * codes.width + codes.latents
-                total.index_add_(1, cell, (weights[:, codes.rows] * product).double())
-            passes.append(total.view(len(masks), batch, -1))
+            gradient = torch.where(counts, each.place.flat(one[layer]).to(each.decoders), 0.0)
+            passes.append(each.attributions(changes, gradient, weights).dense())
         pooled = torch.stack(passes)
         found[each] = pooled[0] if len(pooled) == 1 else _averaged(pooled, site)
     chosen = [found[place.standing][:, :, place.latent] for place in where]

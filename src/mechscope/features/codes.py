@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -107,6 +107,11 @@ class Codes:
         at = ((self.latents >= start) & (self.latents < stop)).nonzero()[:, 0]
         part = Codes.of(self.rows[at], self.latents[at] - start, self.values[at], self.tokens, stop - start)
         return part, at
+
+    def at(self, tokens: Bool[Tensor, " token"]) -> Codes:
+        """Return the entries at some tokens; the others are left without any."""
+        keep = tokens[self.rows]
+        return Codes.of(self.rows[keep], self.latents[keep], self.values[keep], self.tokens, self.width)
 
     def with_values(self, values: Float[Tensor, " entry"]) -> Codes:
         """Return the same entries with other values."""

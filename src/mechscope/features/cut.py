@@ -19,7 +19,7 @@ from mechscope.data.metrics import Metric
 from mechscope.data.scoring import differentiable_score
 from mechscope.features.places import Place
 from mechscope.features.standing import Standing, Stream
-from mechscope.instrument import CachedRun, Reading, Walk, intervene
+from mechscope.instrument import CachedRun, Edit, Reading, Walk, intervene
 from mechscope.instrument.attention import observed
 from mechscope.shapes import by_shape
 
@@ -68,6 +68,26 @@ class Cut:
         return gradients
 
 
+def cuts(
+    standing: Sequence[Standing], given: Mapping[Place, Stream] | None = None
+) -> tuple[list[Edit], dict[Place, Stream], dict[Place, Stream]]:
+    """Return the edits that cut a pass at some places, and, filled by that pass, the leaves and the arrivals of `Cut`.
+
+    Args:
+        standing: What stands there.
+        given: What stands at a place instead of what arrives.
+    """
+    leaves: dict[Place, Tensor] = {}
+    arrivals: dict[Place, Tensor] = {}
+
+    def cut(each: Standing, arrived: Stream) -> Stream:
+        value = arrived.detach() if given is None or each.place not in given else given[each.place].to(arrived)
+        arrivals[each.place], leaves[each.place] = arrived, value.detach().clone().requires_grad_()
+        return leaves[each.place]
+
+    return [each.place.edit(partial(cut, each)) for each in standing], leaves, arrivals
+
+
 class Cuttable:
     """A batch that can be run with cuts, from the block of the first of them on.
 
@@ -91,15 +111,7 @@ class Cuttable:
             standing: What stands there.
             given: What stands at a place instead of what arrives.
         """
-        leaves: dict[Place, Tensor] = {}
-        arrivals: dict[Place, Tensor] = {}
-
-        def cut(each: Standing, arrived: Stream) -> Stream:
-            value = arrived.detach() if given is None or each.place not in given else given[each.place].to(arrived)
-            arrivals[each.place], leaves[each.place] = arrived, value.detach().clone().requires_grad_()
-            return leaves[each.place]
-
-        edits = [each.place.edit(partial(cut, each)) for each in standing]
+        edits, leaves, arrivals = cuts(standing, given)
         start = standing[0].place.layer
         subject = self.run.subject
         with torch.enable_grad(), observed(subject), intervene(subject, *edits):

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -214,22 +213,16 @@ def _moved(each: Standing, x: Stream, corrupt: Stream | None, real: Tensor) -> M
     here = real[..., None]
     # padding may hold anything
     x_real = torch.where(here, x, 0.0)
-    codes = _only(each.codes(x_real), real)
+    codes = each.codes(x_real).at(real.flatten())
     if corrupt is None:
         other, empty = each.nothing.expand_as(x), codes.latents[:0]
         then = Codes(empty, codes.values[:0], torch.zeros_like(codes.offsets), codes.width)
         error = -each.error(x_real, codes)
     else:
         other = torch.where(here, corrupt, 0.0)
-        then = _only(each.codes(other), real)
+        then = each.codes(other).at(real.flatten())
         error = each.error(other, then) - each.error(x_real, codes)
     return Moved(x, torch.where(here, other, x), (codes, then), torch.where(here, error, 0.0))
-
-
-def _only(codes: Codes, real: Bool[Tensor, "batch token"]) -> Codes:
-    """Return the entries at some tokens."""
-    keep = real.flatten()[codes.rows]
-    return Codes.of(codes.rows[keep], codes.latents[keep], codes.values[keep], codes.tokens, codes.width)
 
 
 def gradients_of(
@@ -250,16 +243,8 @@ def gradients_of(
 
 def _by_text(each: Standing, moved: Moved, gradient: Stream, real: Tensor) -> list[tuple[np.ndarray, np.ndarray, float]]:
     """Return for every text: latents, their effects, and the error's."""
-    batch, length = gradient.shape[:2]
-    flat = torch.where(real[..., None], gradient, 0.0).flatten(0, 1).to(each.decoders)
-    keys, values = [], []
-    for sign, codes in zip((-1.0, 1.0), moved.codes, strict=True):
-        keys.append(codes.rows // length * codes.width + codes.latents)
-        values.append(sign * codes.values * codes.inner(flat, each.decoders))
-    cells, place = torch.cat(keys).unique(return_inverse=True)
-    sums = torch.zeros(len(cells), dtype=torch.float64, device=cells.device).index_add_(0, place, torch.cat(values).double())
-    error = (flat.view_as(moved.error).double() * moved.error.double()).sum((1, 2)).cpu().numpy()
-    width = each.dictionary.latents
-    text, latent, effect = (cells // width).cpu().numpy(), (cells % width).cpu().numpy(), sums.cpu().numpy()
-    ends = np.searchsorted(text, np.arange(batch + 1))
-    return [(latent[a:b], effect[a:b], float(error[row])) for row, (a, b) in enumerate(pairwise(ends))]
+    gradient = torch.where(real[..., None], gradient, 0.0).to(each.decoders)
+    errors = (gradient.double() * moved.error.double()).sum((1, 2)).tolist()
+    before, after = moved.codes
+    effects = each.attributions([(-1.0, before), (1.0, after)], gradient).by_text()
+    return [(*own, error) for own, error in zip(effects, errors, strict=True)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import PerText, check_fits, per_text
 from mechscope.data.two_labels import GROUPS, BiasedSplit, TwoLabels
 from mechscope.errors import SettingsError
-from mechscope.features.cut import Cut, counted
+from mechscope.features.cut import Cut, counted, cuts
 from mechscope.features.erasure import leace, mean_difference
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.node_patching import Chosen, Fillings, Means, node_means, without
@@ -99,11 +98,10 @@ def shift(
     plain = {name: pooled(getattr(split, name).texts) for name in ("train", "development", "test")}
     train, develop, test = split.train, split.development, split.test
     biased = Probe(plain["train"], train.intended)
-    effects = pooled.effects(train, train.intended, biased)
-    probes = {
-        name: pooled.effects(develop, labels, Probe(plain["development"], labels))
-        for name, labels in (("intended", develop.intended), ("unintended", develop.unintended))
-    }
+    (effects,) = pooled.effects(train, (train.intended, biased))
+    judges = {"intended": develop.intended, "unintended": develop.unintended}
+    probed = pooled.effects(develop, *((labels, Probe(plain["development"], labels)) for labels in judges.values()))
+    probes = dict(zip(judges, probed, strict=True))
     table = _ranked(standing, effects, probes, most, unintended)
     judged = [Node.parse(name) for name in table.loc[table["judged"], "component"]]
     active = {each.place: np.flatnonzero(effects[each.place]) for each in standing}
@@ -197,53 +195,47 @@ class _Pooled:
                 hidden = walk.step(layer, hidden)
         return self.place.of(recording)
 
-    def effects(self, labelled: TwoLabels, labels: np.ndarray, probe: Probe) -> dict[Place, Float[np.ndarray, " latent"]]:
-        """Return, of every latent, what setting it to zero does to the margin of the right label, to first order; the mean over texts."""
-        direction = torch.from_numpy(probe.direction)
-        signs = np.where(labels, 1.0, -1.0)
+    def effects(self, labelled: TwoLabels, *probes: tuple[np.ndarray, Probe]) -> list[dict[Place, Float[np.ndarray, " latent"]]]:
+        """Return of every latent what setting it to zero does to a probe's margin of the right label, to first order; the mean over texts.
 
-        def scored(batch: PairBatch) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-            _, real = self._as_is(batch)
-            cut = self._cut(batch, direction, real)
-            total = cut.total()
-            by_place = [self._by_text(each, cut.leaves[each.place], total[each.place], real) for each in self.standing]
-            return [[rows[text] for rows in by_place] for text in range(len(batch))]
+        Args:
+            labelled: The texts.
+            probes: Labels with the probe that tells them; each has its own effects.
+        """
+        directions = [torch.from_numpy(probe.direction) for _, probe in probes]
 
-        found = {each.place: np.zeros(each.dictionary.latents) for each in self.standing}
+        def scored(batch: PairBatch) -> list[list[list[tuple[np.ndarray, np.ndarray]]]]:
+            made, real = self._cuts(batch, directions)
+            by_place = [
+                [self._by_text(each, cut.leaves[each.place], total[each.place], real) for each in self.standing] for cut, total in made
+            ]
+            return [[[rows[text] for rows in own] for own in by_place] for text in range(len(batch))]
+
+        found = [{each.place: np.zeros(each.dictionary.latents) for each in self.standing} for _ in probes]
         texts = per_text(labelled.texts, scored, self.execution, tokens=TOKENS_PER_BATCH, label="effects on the probe")
-        for sign, rows in zip(signs, texts, strict=True):
-            for each, (latents, values) in zip(self.standing, rows, strict=True):
-                found[each.place][latents] += sign * values / len(labelled)
+        for number, by_probe in enumerate(texts):
+            for (labels, _), effects, rows in zip(probes, found, by_probe, strict=True):
+                for each, (latents, values) in zip(self.standing, rows, strict=True):
+                    effects[each.place][latents] += (1.0 if labels[number] else -1.0) * values / len(labelled)
         return found
 
-    def _cut(self, batch: PairBatch, direction: Tensor, real: Tensor) -> Cut:
-        leaves: dict[Place, Tensor] = {}
-        arrivals: dict[Place, Tensor] = {}
-
-        def cut(each: Standing, arrived: Tensor) -> Tensor:
-            arrivals[each.place], leaves[each.place] = arrived, arrived.detach().clone().requires_grad_()
-            return leaves[each.place]
-
+    def _cuts(
+        self, batch: PairBatch, directions: Sequence[Float[Tensor, " width"]]
+    ) -> tuple[list[tuple[Cut, dict[Place, Tensor]]], Bool[Tensor, "batch token"]]:
+        """Return one pass as seen by each probe, with the whole derivative of what the probe says, and the tokens that count."""
+        edits, leaves, arrivals = cuts(self.standing)
         with torch.enable_grad():
-            x = self._run(batch, [each.place.edit(partial(cut, each)) for each in self.standing])
+            x = self._run(batch, edits)
+            real = counted(batch.real, self.standing, leaves)
             weights = _weights(real).to(x)
-            score = torch.einsum("bt,btd,d->b", weights, torch.where(weights[..., None] > 0, x, 0.0), direction.to(x))
-        return Cut(score, leaves, arrivals)
+            mean = torch.einsum("bt,btd->bd", weights, torch.where(weights[..., None] > 0, x, 0.0))
+            seen = [Cut(mean @ direction.to(x), leaves, arrivals) for direction in directions]
+        return [(cut, cut.total()) for cut in seen], real
 
     @staticmethod
     def _by_text(each: Standing, x: Tensor, gradient: Tensor, real: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-        here = real[..., None]
-        x, gradient = (torch.where(here, value.detach().to(each.decoders), 0.0) for value in (x, gradient))
-        codes = each.codes(x)
-        keep = real.flatten()[codes.rows]
-        values = (-codes.values * codes.inner(gradient.flatten(0, 1), each.decoders))[keep].double().cpu().numpy()
-        text, latent = (codes.rows[keep] // real.shape[1]).cpu().numpy(), codes.latents[keep].cpu().numpy()
-        found = []
-        for row in range(len(real)):
-            own = text == row
-            latents, place = np.unique(latent[own], return_inverse=True)
-            found.append((latents, np.bincount(place, weights=values[own], minlength=len(latents))))
-        return found
+        x, gradient = (torch.where(real[..., None], value.detach().to(each.decoders), 0.0) for value in (x, gradient))
+        return each.attributions([(-1.0, each.codes(x).at(real.flatten()))], gradient).by_text()
 
 
 def _weights(real: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:

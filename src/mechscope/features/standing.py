@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
+from mechscope.features.attributions import Attributions
 from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder
@@ -189,6 +190,12 @@ class Standing:
             tensors = {name: tensor if name == "decoder_bias" or not tensor.ndim else tensor[at] for name, tensor in whole.tensors.items()}
             self._parts[latents] = Dictionary(own, tensors, whole.input_maps, whole.output_maps)
         return self._parts[latents]
+
+    def attributions(
+        self, changes: Sequence[tuple[float, Codes]], gradient: Stream, weights: Float[Tensor, "set token"] | None = None
+    ) -> Attributions:
+        """Return what latents do along a gradient, text by text; see `Attributions.of`."""
+        return Attributions.of(changes, gradient.to(self.decoders), self.decoders, weights)
 
     def read(self, recording: Recording) -> Stream:
         """Return what was recorded at the place, where the dictionary is and in its type."""

@@ -106,7 +106,7 @@ def shift_effects(case: Case, execution: Execution) -> Result:
     pooled = _Pooled(case.subject, _standing(case), features.Place.parse("resid1"), execution)
     labels = np.arange(len(case.pairs)) % 2 == 0
     probe: Any = _Direction(np.linspace(-1, 1, families.WIDTH))
-    effects = pooled.effects(TwoLabels(case.pairs, labels, labels), labels, probe)
+    (effects,) = pooled.effects(TwoLabels(case.pairs, labels, labels), (labels, probe))
     nodes = [features.Node.parse(name) for name in ("resid0.f1", "a1.f2")]
     return {"x": pooled(case.pairs, nodes)} | {place.name: values for place, values in effects.items()}
 
