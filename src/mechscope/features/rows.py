@@ -190,9 +190,13 @@ def left_out_in_training(dictionary: Dictionary) -> tuple[TokenSettings | None, 
     trained = dictionary.about.get("source", {})
     if not isinstance(trained, Mapping) or "settings" not in trained:
         return None, {}
-    limits = dictionary.about.get("limits", {})
     tokens = TokenSettings(first=trained["settings"]["first"], outlier=trained["settings"]["outlier"])
-    return tokens, {place: limits[place.name] for place in dictionary.layout.places if place.name in limits}
+    return tokens, limits_at(dictionary.layout.places, dictionary.about.get("limits", {}))
+
+
+def limits_at(places: Sequence[Place], known: Mapping[str, float]) -> dict[Place, float]:
+    """Return norms above which tokens are left out, given by the names of places, by those of some places."""
+    return {place: known[place.name] for place in places if place.name in known}
 
 
 def require_rows(rows: int, texts: Pairs, tokens: TokenSettings) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mechscope.stats.shares import share_of
-from mechscope.studies.feature_difference import Request, Trained, trained_of
+from mechscope.studies.feature_difference import Request, trained_of
 from mechscope.studies.run import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechscope.data.pairs import Pairs
     from mechscope.features.diffing import Carried, LatentSet
 
 _NO_GAIN = "fine-tuning did not lower the loss on these summaries"
@@ -28,7 +26,7 @@ def carry_all(request: Request) -> Tables:
     """Put what is new into the base and take it out of the tuned model, beside as many others and all there is."""
     import pandas as pd
 
-    from mechscope.features.diffing import CROSSCODER, LatentSet, carried, contributed
+    from mechscope.features.diffing import CROSSCODER, DIFFERENCE, LatentSet, carried, contributed
 
     settings, both = request.settings, request.pair
     trained = trained_of(request, {"base": both.base, "tuned": both.tuned})
@@ -45,10 +43,11 @@ def carry_all(request: Request) -> Tables:
             del groups["new by thresholds"]
         groups = {"new": new, **groups}
     rows = []
-    for name in (CROSSCODER, *(("difference",) if settings.difference else ())):
+    for name in (CROSSCODER, *((DIFFERENCE,) if settings.difference else ())):
         dictionary = trained.dictionaries[name]
         # what latents say of the difference is compared, not how active they are: both models may have them alike
-        energy = contributed(dictionary, _squares(own) if name == CROSSCODER else _squares_of_differences(request, trained, texts))
+        latents = own if name == CROSSCODER else request.run.table("feature_differences")
+        energy = contributed(dictionary, latents["squares"].to_numpy())
         if name != CROSSCODER:
             groups = {"strongest": np.argsort(-energy, kind="stable")[: max(_STRONGEST, len(new))]}
         sets = _sets(groups, energy, draws=settings.random_draws, seed=request.run.settings.seed)
@@ -61,7 +60,7 @@ def carry_all(request: Request) -> Tables:
             texts,
             sets,
             tokens=trained.reader.tokens,
-            limits={place.name: limit for place, limit in trained.reader.limits.items()},
+            limits=dictionary.about["limits"],
             execution=request.run.execution,
         )
         rows.append(carried_rows(found, sets, first).assign(comparison=name))
@@ -83,22 +82,6 @@ def _sets(groups: Mapping[str, np.ndarray], energy: np.ndarray, *, draws: int, s
         sets[f"random vectors {draw}"] = LatentSet(chosen[first], draw=seed * 1009 + draw)
     sets |= {group: LatentSet(chosen[group]) for group in others if group in chosen}
     return sets | {"all latents": LatentSet()}
-
-
-def _squares(latents: pd.DataFrame) -> np.ndarray:
-    """Return the mean f² of a crosscoder's latents."""
-    norms = latents["norm_first"] ** 2 + latents["norm_second"] ** 2
-    return (latents["energy"] / norms.where(norms > 0)).fillna(0.0).to_numpy()
-
-
-def _squares_of_differences(request: Request, trained: Trained, texts: Pairs) -> np.ndarray:
-    from mechscope.features.diffing import judge
-
-    recipe = replace(trained.recipe, views=("base", "tuned", "difference"))
-    judged = judge(trained.reader, {"difference": trained.dictionaries["difference"]}, recipe, texts, execution=request.run.execution)
-    sums = judged["difference"].sums
-    found: np.ndarray = sums.squares.numpy() / max(sums.tokens, 1)
-    return found
 
 
 def carried_rows(found: Carried, sets: Mapping[str, LatentSet], first: str) -> pd.DataFrame:

@@ -290,12 +290,12 @@ class Trained:
 def trained_of(request: Request, models: Mapping[str, Subject]) -> Trained:
     from mechscope.features import Dictionary, TokenSettings
     from mechscope.features.diffing import Recipe, model_places
-    from mechscope.features.rows import Reader
+    from mechscope.features.rows import Reader, limits_at
 
     named = file_names(compared(request))
     found = {each.name: Dictionary.load(_file(request, file)).to(request.pair.base.device) for file, each in named.items()}
     about = next(iter(found.values())).about
     recipe, harvest = Recipe.from_json(about["source"]["recipe"]), request.settings.harvest
     reader = Reader(models, model_places(recipe.places, list(models)), TokenSettings(first=harvest.first, outlier=harvest.outlier))
-    reader.limits = {place: about["limits"][place.name] for place in reader.places if place.name in about["limits"]}
+    reader.limits = limits_at(reader.places, about["limits"])
     return Trained(found, recipe, reader)

@@ -22,7 +22,7 @@ def judge_all(request: Request) -> Tables:
     """Classify the latents of every dictionary by the same thresholds, on texts that none has learned from."""
     import pandas as pd
 
-    from mechscope.features.diffing import CROSSCODER, classified, found_again, judge, scaled_latents
+    from mechscope.features.diffing import CROSSCODER, DIFFERENCE, classified, found_again, judge, scaled_latents
 
     trained, texts, settings = trained_of(request, models_of(request)), request.texts, request.settings.exclusive
     judged = judge(trained.reader, trained.dictionaries, trained.recipe, texts.judged, execution=request.run.execution)
@@ -50,6 +50,11 @@ def judge_all(request: Request) -> Tables:
             ignore_index=True,
         )[list(_LATENT_COLUMNS)].astype({"beyond": "boolean"}),
     }
+    if DIFFERENCE in judged:
+        sums, dictionary = judged[DIFFERENCE].sums, trained.dictionaries[DIFFERENCE]
+        columns = {"tokens": sums.active, **sums.per_token}
+        names = [_component(dictionary, latent) for latent in range(dictionary.latents)]
+        tables["feature_differences"] = pd.DataFrame({"component": names, **{name: each.numpy() for name, each in columns.items()}})
     if again:
         tables["feature_again"] = pd.concat(
             [_again(request, table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
@@ -60,7 +65,7 @@ def judge_all(request: Request) -> Tables:
 
 
 _LATENT_COLUMNS = (
-    *("comparison", "control", "component", "tokens", "density", "energy", "norm_first", "norm_second", "relative_norm"),
+    *("comparison", "control", "component", "tokens", "density", "squares", "energy", "norm_first", "norm_second", "relative_norm"),
     *("nu_error", "nu_reconstruction", "by_norm", "judged", "again", "beyond"),
 )
 
@@ -79,7 +84,7 @@ def _named(table: pd.DataFrame, dictionary: Dictionary) -> pd.DataFrame:
 def _comparison_row(
     request: Request, comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained
 ) -> dict[str, Any]:
-    from mechscope.features.diffing import BY_NORM, JUDGED
+    from mechscope.features.diffing import BY_NORM, DIFFERENCE, JUDGED
     from mechscope.stats.shares import share_of
 
     row: dict[str, Any] = {
@@ -104,8 +109,8 @@ def _comparison_row(
     row["beyond"] = (
         int(latents["beyond"].sum()) if latents is not None and "beyond" in latents and latents["beyond"].notna().any() else np.nan
     )
-    if comparison.name == "difference":
-        row["moved"] = trained.recipe.moved(trained.dictionaries["difference"].output_maps)
+    if comparison.name == DIFFERENCE:
+        row["moved"] = trained.recipe.moved(trained.dictionaries[DIFFERENCE].output_maps)
     return row
 
 

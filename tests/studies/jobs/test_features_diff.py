@@ -16,6 +16,7 @@ from mechscope.data.prompt import Encoded
 from mechscope.errors import MechscopeError, ModelError, SettingsError
 from mechscope.features.diffing import LatentSet, carried, classified, latent_scaling
 from mechscope.features.places import places
+from mechscope.features.rows import Reader
 from mechscope.instrument import Execution
 from mechscope.report.sections import sections
 from mechscope.settings.diffing import ExclusiveSettings
@@ -121,6 +122,19 @@ def test_every_control_is_trained_with_the_same_budget_and_judged_by_the_same_th
     planted = whole.feature_planted
     assert planted["direction"].tolist() == [1, 2]
     assert planted["share"].between(0.05, 0.25).all()
+
+
+def test_latents_of_differences_are_as_strong_as_what_both_models_hold_says(whole: Result) -> None:
+    given = features.Dictionary.load(whole.path / "dictionaries" / "difference.safetensors")
+    reader = Reader({"base": both().base, "tuned": both().tuned}, places("base:resid1,tuned:resid1"), TokenSettings())
+    reader.limits = {place: given.about["limits"][place.name] for place in reader.places}
+    base, tuned = reader.run(judged_texts(), range(len(judged_texts())), Execution()).values.values()
+    f = given.encode([tuned - base]).dense().double()
+    table = whole.feature_differences
+    assert table["component"].tolist() == [f"difference:resid1.f{latent}" for latent in range(40)]
+    np.testing.assert_allclose(table["squares"], f.square().mean(0), rtol=1e-5)
+    assert table["tokens"].tolist() == (f != 0).sum(0).tolist()
+    np.testing.assert_allclose(table["density"], (f != 0).double().mean(0))
 
 
 def test_what_new_latents_carry_is_that_of_the_function(whole: Result) -> None:

@@ -5,12 +5,13 @@ from mechscope.features.diffing.classes import BY_NORM, JUDGED, classified, foun
 from mechscope.features.diffing.comparisons import CROSSCODER, Comparison, Judged, comparisons, judge
 from mechscope.features.diffing.planted import Plant
 from mechscope.features.diffing.scaling import Decoders, ScalingSums, latent_scaling, scaled_latents, scaling_sums
-from mechscope.features.diffing.views import Recipe, Views, model_places
+from mechscope.features.diffing.views import DIFFERENCE, Recipe, Views, model_places
 from mechscope.settings.diffing import ExclusiveSettings, PlantSettings
 
 __all__ = [
     "BY_NORM",
     "CROSSCODER",
+    "DIFFERENCE",
     "JUDGED",
     "Carried",
     "Comparison",

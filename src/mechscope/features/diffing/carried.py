@@ -31,7 +31,7 @@ from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
 from mechscope.features.diffing.views import BASE, DIFFERENCE, TUNED, model_places
 from mechscope.features.places import Place
-from mechscope.features.rows import Reader
+from mechscope.features.rows import Reader, limits_at
 from mechscope.instrument import CachedRun, Edit, Execution
 from mechscope.instrument.edits import EditSite
 from mechscope.settings.features import TokenSettings
@@ -167,7 +167,7 @@ def carried(
     if limits is None:
         reader.probe(texts, range(len(texts)), Execution(execution.tokens_per_batch))
     else:
-        reader.limits = {place: limits[place.name] for place in reader.places if place.name in limits}
+        reader.limits = limits_at(reader.places, limits)
     gathered = PerText(texts)
     sites = {place.site for place in contribution.where}
 

@@ -109,6 +109,11 @@ class ScalingSums:
 
     __repr__ = by_shape
 
+    @property
+    def per_token(self) -> dict[str, Float[Tensor, " latent"]]:
+        """In which share of all tokens each latent is active (`density`), and its mean f² (`squares`)."""
+        return {"density": self.active / max(self.tokens, 1), "squares": self.squares / max(self.tokens, 1)}
+
     def __add__(self, other: ScalingSums) -> ScalingSums:
         return ScalingSums(
             self.tokens + other.tokens,
@@ -150,9 +155,9 @@ def scaled_latents(dictionary: Dictionary, sums: ScalingSums) -> pd.DataFrame:
     """Return one row per latent: how often it is active, how long its decoders are, and ν.
 
     Returns:
-        `latent`, `tokens` (in which it is active), `density`, `energy` (Σ f² ‖D‖² over both models, per token), `norm_first`, `norm_second`,
-        `relative_norm`, `beta_error` and `beta_reconstruction` (of the model with the longer decoder), `nu_error`, `nu_reconstruction` (NaN where the
-        latent is silent, or the model with the longer decoder does not hold it either: β not above zero).
+        `latent`, `tokens` (in which it is active), `density`, `squares` (Σ f² per token), `energy` (that times ‖D‖² over both models), `norm_first`,
+        `norm_second`, `relative_norm`, `beta_error` and `beta_reconstruction` (of the model with the longer decoder), `nu_error`, `nu_reconstruction` (NaN
+        where the latent is silent, or the model with the longer decoder does not hold it either: β not above zero).
     """
     decoders = Decoders.of(dictionary)
     first, second = (each.double().cpu() for each in (decoders.first, decoders.second))
@@ -166,8 +171,8 @@ def scaled_latents(dictionary: Dictionary, sums: ScalingSums) -> pd.DataFrame:
     columns: dict[str, Tensor] = {
         "latent": torch.arange(dictionary.latents),
         "tokens": sums.active,
-        "density": sums.active / max(sums.tokens, 1),
-        "energy": sums.squares * (one.square() + two.square()) / max(sums.tokens, 1),
+        **sums.per_token,
+        "energy": sums.per_token["squares"] * (one.square() + two.square()),
         "norm_first": one,
         "norm_second": two,
         "relative_norm": decoders.relative.double().cpu(),

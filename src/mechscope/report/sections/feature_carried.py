@@ -17,6 +17,13 @@ from mechscope.report.theme import number as written
 from mechscope.report.theme import percent
 
 TABLES = {
+    "feature_differences": table(
+        "One row per latent of the dictionary of differences.",
+        component="the latent, by the first place that it writes: difference:resid6.f1024",
+        tokens="tokens in which it is active",
+        density=number("the same as a share of all tokens that were read", "share"),
+        squares=number("mean f² per token", "squares"),
+    ),
     "feature_carried": table(
         "One row per dictionary, set of latents and change of a model.",
         comparison="the dictionary: crosscoder or difference",

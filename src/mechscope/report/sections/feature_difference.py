@@ -75,6 +75,7 @@ TABLES = {
         component="the latent, by the first place that it writes: base:resid6.f1024",
         tokens="tokens in which it is active",
         density=number("the same as a share of all tokens that were read", "share"),
+        squares=number("mean f² per token", "squares"),
         energy=number("mean of f² times both decoders' squared norms, per token", "squared norms"),
         norm_first=number("norm of its decoder in the first model, activations having mean squared norm one"),
         norm_second=number("norm of its decoder in the second model"),
@@ -83,9 +84,7 @@ TABLES = {
         nu_reconstruction=number("ν of the reconstruction", "ratio"),
         by_norm="silent, first only, second only, shared or between, by the relative norm",
         judged="of those of one model: new, lost, shrunk, decoupled or unclear; empty for others",
-        again=number(
-            "largest cosine with a new latent of the other half of the documents; only of the two models' own crosscoder", "cosine"
-        ),
+        again=number("largest cosine with a new latent of the other half of the documents; of the models' own crosscoder", "cosine"),
         beyond="whether it is new beyond control; missing for controls, and where the other half of the documents was left out",
     ),
     "feature_again": table(
