@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,17 @@ def test_rows_say_what_they_are_and_are_those_of_the_functions() -> None:
     none = Labelled(given.texts, {"all": ("one",) * 120}, {})
     with pytest.raises(DataError, match="120 texts of made for tests do not suffice for any score"):
         concept_scores(subject, {"": dictionary}, none)
+
+
+def test_texts_that_come_twice_are_on_one_side() -> None:
+    given = labelled()
+    doubled = Labelled(
+        replace(given.texts, pairs=given.texts.pairs * 2), {name: values * 2 for name, values in given.attributes.items()}, {}
+    )
+    split = scoring._Split.of(doubled, ConceptSettings(judged_share=0.25), 0)
+    learned, judged = ({doubled.texts.pairs[at].clean for at in side.tolist()} for side in (split.learned, split.judged))
+    assert not learned & judged
+    assert (len(split.learned), len(split.judged)) == (1.5 * COUNT, 0.5 * COUNT)
 
 
 def test_of_the_newsroom_facts_and_classes_are_known() -> None:

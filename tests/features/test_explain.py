@@ -11,7 +11,7 @@ import torch
 from mechscope.data.pairs import Pairs
 from mechscope.errors import DataError, SettingsError
 from mechscope.features import Dictionary, ExplainSettings, Rule, autoencoder
-from mechscope.features.explain import Baseline, Endpoint, Evidence, Explanation, Window, explain, gather, score
+from mechscope.features.explain import Baseline, Endpoint, Evidence, Explanation, Window, explain, gather, halves, score
 from mechscope.features.explain.explaining import CONTROL, scorers_of
 from mechscope.features.observed import Heads, Latents, Neurons
 from mechscope.instrument import Execution
@@ -98,16 +98,16 @@ def test_shuffled_labels_score_by_chance(evidence: list[Evidence]) -> None:
 
 def test_no_text_is_on_both_sides_and_windows_are_what_the_unit_does(planted: tuple[Subject, Dictionary], evidence: list[Evidence]) -> None:
     pairs = many()
-    halves = [{window: pair for pair in pairs.pairs[at::2] for window in _windows(pair.clean)} for at in (0, 1)]
+    sides = [{window for pair in half for window in _windows(pair.clean)} for half in halves(pairs, 1)]
     places = set[int]()
     for latent, each in enumerate(evidence):
         for windows, half, active in (
-            (each.train, halves[0], True),
-            (each.train_silent, halves[0], False),
-            (each.test, halves[1], True),
-            (each.test_silent, halves[1], False),
+            (each.train, sides[0], True),
+            (each.train_silent, sides[0], False),
+            (each.test, sides[1], True),
+            (each.test_silent, sides[1], False),
         ):
-            assert len(windows) == (8 if half is halves[0] else 10)
+            assert len(windows) == (8 if half is sides[0] else 10)
             for window in windows:
                 assert window.ids in half
                 assert len(window.ids) == 8
@@ -119,6 +119,18 @@ def test_no_text_is_on_both_sides_and_windows_are_what_the_unit_does(planted: tu
         assert each.active == sum(token in TOKENS[latent] for pair in pairs for token in pair.clean[1:])
     # the token stands anywhere in its window
     assert len(places) == 8
+
+
+def test_texts_that_come_twice_are_in_one_half(planted: tuple[Subject, Dictionary]) -> None:
+    # each beside its double, as where every other one is held out
+    pairs = Pairs(tuple(pair for pair in many() for _ in range(2)), "doubled")
+    first, second = halves(pairs, 1)
+    assert not {pair.clean for pair in first} & {pair.clean for pair in second}
+    assert len(first) == len(second) == 120
+    for each in gather(Latents(*planted, pairs), pairs, settings=SETTINGS, execution=Execution(seed=1)):
+        made, judged = ({window.ids for window in windows} for windows in (each.train + each.train_silent, each.test + each.test_silent))
+        assert not made & judged
+        assert judged <= {window for pair in second for window in _windows(pair.clean)}
 
 
 def _windows(ids: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -187,5 +199,5 @@ def test_what_cannot_be_asked_is_refused(planted: tuple[Subject, Dictionary]) ->
     assert scorers_of("intruder, detection") == ("detection", "intruder")
     with pytest.raises(SettingsError, match="is no address of http"):
         Endpoint("ftp://there", "small", None)
-    with pytest.raises(DataError, match="cannot be halved"):
-        gather(Latents(*planted, many()), many().first(1))
+    with pytest.raises(DataError, match="has 1 different text: some are learned from and others judged on, so give at least two"):
+        gather(Latents(*planted, many()), Pairs(many().pairs[:1] * 2, "one"))

@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix, vstack
 from mechscope import ranks
 from mechscope.data.labels import Labelled
 from mechscope.data.pairs import PairBatch
+from mechscope.data.splits import judged_on
 from mechscope.errors import DataError, SettingsError
 from mechscope.features.absorption import Tokens, absorption
 from mechscope.features.codes import Codes
@@ -104,9 +105,8 @@ class _Split:
 
     @classmethod
     def of(cls, labelled: Labelled, settings: ConceptSettings, seed: int) -> _Split:
-        order = np.random.default_rng(seed).permutation(len(labelled.texts))
-        cut = round(len(order) * (1 - settings.judged_share))
-        return cls(np.sort(order[:cut]), np.sort(order[cut:]))
+        judged = judged_on([pair.clean for pair in labelled.texts], settings.judged_share, seed, source=labelled.texts.source)
+        return cls(np.flatnonzero(~judged), np.flatnonzero(judged))
 
 
 @dataclass

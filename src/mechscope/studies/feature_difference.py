@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechscope.data.splits import held_out
 from mechscope.errors import ModelError, SettingsError
 from mechscope.studies.controls import load_control, named_controls
 from mechscope.studies.dictionaries import described
-from mechscope.studies.pairs import held_out, split_names
+from mechscope.studies.pairs import split_names
 from mechscope.studies.run import JobRun, Tables
 
 if TYPE_CHECKING:

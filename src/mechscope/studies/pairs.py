@@ -1,12 +1,11 @@
-"""What jobs on prompt pairs share: positions as a command line writes them, refusals before the first forward pass, and pairs held out for judging."""
+"""What jobs on prompt pairs share: positions as a command line writes them, and refusals before the first forward pass."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mechscope.errors import DataError, SettingsError
+from mechscope.errors import SettingsError
 
 if TYPE_CHECKING:
     from mechscope.causal.patching import Positions
@@ -83,25 +82,3 @@ def check_pairs(subject: Subject, pairs: Pairs, *, metric: str | None, positions
     for where in positions:
         for batch in pairs.batches():
             batch.positions(one_position(where))
-
-
-def held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split pairs into those that are learned from and those that are judged on; equal texts fall on one side.
-
-    Args:
-        pairs: All pairs.
-        share: Share of the different texts that are judged on.
-        seed: Of the choice.
-
-    Raises:
-        DataError: There are fewer than two different texts.
-    """
-    import numpy as np
-
-    texts = list(dict.fromkeys((pair.clean, pair.corrupt) for pair in pairs))
-    if len(texts) < 2:
-        raise DataError(f"{pairs.source} has {len(texts)} different pair: some are learned from and others judged on, so give at least two")
-    number = min(max(1, round(share * len(texts))), len(texts) - 1)
-    judged = {texts[at] for at in np.random.default_rng(seed).permutation(len(texts))[:number]}
-    sides = [tuple(pair for pair in pairs if ((pair.clean, pair.corrupt) in judged) is side) for side in (False, True)]
-    return replace(pairs, pairs=sides[0]), replace(pairs, pairs=sides[1])

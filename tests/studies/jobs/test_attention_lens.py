@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from mechscope.data.splits import held_out
 from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.instrument import Execution
 from mechscope.lens import Translators, TunedLensSettings, evaluate_lens, train_attention_lens, with_training
 from mechscope.studies.jobs.attention_lens import JOB
-from mechscope.studies.pairs import held_out
 from tests.studies.jobs.running import PAIRS, findings, refuses, run, shown, subject
 
 QUICK: dict[str, Any] = {"layers": "1-2", "steps": 3, "tokens_per_step": 30}

@@ -11,9 +11,9 @@ import pytest
 
 from mechscope.causal import das
 from mechscope.data.pairs import Pairs
+from mechscope.data.splits import held_out
 from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.studies.jobs.das import JOB
-from mechscope.studies.pairs import held_out
 from tests.causal.pairs import random_pairs
 from tests.studies.jobs.running import findings, refuses, run, shown, subject
 
@@ -37,16 +37,6 @@ def test_table_is_that_of_the_function_on_held_out_pairs(reads: str, tmp_path: P
     page = shown(result, "das")
     assert "Geiger et al. 2024" in page
     assert "random subspace" in page
-
-
-def test_equal_texts_fall_on_one_side() -> None:
-    doubled = Pairs(MANY.pairs + MANY.pairs, "twice")
-    train, test = held_out(doubled, 0.25, 0)
-    assert len(test) == 8
-    assert not {pair.clean for pair in train} & {pair.clean for pair in test}
-    assert sorted([*train, *test], key=lambda pair: pair.id) == sorted(doubled, key=lambda pair: pair.id)
-    with pytest.raises(DataError, match="give at least two"):
-        held_out(Pairs(MANY.pairs[:1] * 3, "one"), 0.3, 0)
 
 
 def exchanges(learned: float, random: float, *, width: float = float("nan"), unconverged: str = "") -> pd.DataFrame:

@@ -10,13 +10,13 @@ import pytest
 
 from mechscope import features
 from mechscope.data.labels import read_labelled
+from mechscope.data.splits import held_out
 from mechscope.errors import DataError, MechscopeError, ModelError, SettingsError
 from mechscope.features.formats import write_saelens
 from mechscope.instrument import Execution
 from mechscope.store.run import verify
 from mechscope.studies.jobs.features_measure import JOB as MEASURE
 from mechscope.studies.jobs.features_train import JOB as TRAIN
-from mechscope.studies.pairs import held_out
 from tests.causal.pairs import random_pairs
 from tests.features.labelled_files import labelled_file
 from tests.studies.jobs.running import findings, refuses, run, shown, subject

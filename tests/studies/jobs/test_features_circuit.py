@@ -13,9 +13,9 @@ import torch
 
 from mechscope import features
 from mechscope.data.pairs import Pairs
+from mechscope.data.splits import held_out
 from mechscope.errors import RunError, SettingsError
 from mechscope.studies.jobs.features_circuit import JOB
-from mechscope.studies.pairs import held_out
 from tests.causal.pairs import telling_pairs
 from tests.features import oracle
 from tests.studies.jobs.running import findings, refuses, run, shown, subject

@@ -13,6 +13,7 @@ import pytest
 from mechscope import features
 from mechscope.data.pairs import Pairs, from_examples
 from mechscope.data.prompt import Encoded
+from mechscope.data.splits import held_out
 from mechscope.errors import MechscopeError, ModelError, SettingsError
 from mechscope.features.diffing import LatentSet, carried, classified, latent_scaling
 from mechscope.features.places import places
@@ -25,7 +26,6 @@ from mechscope.store.run import verify
 from mechscope.studies import feature_difference
 from mechscope.studies.job import Result
 from mechscope.studies.jobs.features_diff import JOB
-from mechscope.studies.pairs import held_out
 from mechscope.studies.runner import run_job
 from mechscope.subject import Pair, pair
 from mechscope.subject.load import load

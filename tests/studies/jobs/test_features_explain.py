@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from mechscope.errors import MechscopeError, SettingsError
-from mechscope.features import ExplainSettings
-from mechscope.features.explain import Baseline, EndpointError, explain, gather
+from mechscope.errors import DataError, MechscopeError, SettingsError
+from mechscope.features import ExplainSettings, top_examples
+from mechscope.features.explain import Baseline, EndpointError, explain, gather, halves
 from mechscope.features.observed import Heads, Latents, Neurons
 from mechscope.instrument import Execution
 from mechscope.store.run import verify
@@ -65,6 +66,19 @@ def test_by_default_the_strongest_latents_are_explained(tmp_path: Path) -> None:
     assert len(result.explanations) == 3
     assert result.explanations["component"].str.startswith("resid1.f").all()
     assert set(result.explanation_scores["scorer"]) == {"detection"}
+
+
+def test_the_half_that_explanations_are_made_of_decides_which_latents_are_explained(tmp_path: Path) -> None:
+    random_dictionary().save(tmp_path / "random.safetensors")
+    doubled = replace(PAIRS, pairs=tuple(pair for pair in PAIRS for _ in range(2)))
+    quick = {**QUICK, "pairs": doubled, "documents": 160, "dictionary": str(tmp_path / "random.safetensors"), "seed": 5}
+    result = run(JOB, None, **quick, latents_explained=20, scorers="detection")
+    first, second, whole = (
+        [f"resid1.f{latent}" for latent in top_examples(subject(), random_dictionary(), texts, count=1).strongest(20)]
+        for texts in (*halves(doubled, 5), doubled)
+    )
+    assert result.explanations["component"].tolist() == first
+    assert first not in (second, whole)
 
 
 def test_an_endpoint_that_goes_down_loses_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -139,10 +153,11 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
         ({"components": "resid1.f99", "dictionary": file}, "dictionary random has latents 0-39"),
         ({"dictionary": f"{file},{tmp_path / 'other.safetensors'}"}, "random and other both write resid1"),
         ({"components": UNITS, "explainer": "endpoint", "explainer_model": "x", "endpoint": "http://h:x"}, "no address of http"),
-        ({"components": UNITS, "pairs": PAIRS.first(1)}, "give at least two"),
     ]
     for settings, message in wrong:
         refuses(JOB, tmp_path / "run", SettingsError, message, **{**QUICK, **settings})
+    twice = replace(PAIRS, pairs=PAIRS.pairs[:1] * 2)
+    refuses(JOB, tmp_path / "run", DataError, "give at least two different", **{**QUICK, "pairs": twice}, components=UNITS)
     refuses(
         JOB,
         tmp_path / "run",

@@ -13,11 +13,11 @@ import torch
 
 from mechscope.causal import difference_of_means, steer, sweep_strength
 from mechscope.data.pairs import Pairs
+from mechscope.data.splits import held_out
 from mechscope.data.text_files import read_texts
 from mechscope.errors import DataError, MechscopeError, SettingsError
 from mechscope.store.run import RunFolder
 from mechscope.studies.jobs.steer import JOB
-from mechscope.studies.pairs import held_out
 from tests.causal.pairs import random_pairs
 from tests.studies.jobs.running import findings, refuses, run, shown, subject, write
 

@@ -3,7 +3,7 @@
 from mechscope.features.explain.backends import Endpoint, EndpointError, LocalModel
 from mechscope.features.explain.baseline import Baseline
 from mechscope.features.explain.chat import Chat, Exchange
-from mechscope.features.explain.evidence import Evidence, Explainer, Explanation, Window, gather
+from mechscope.features.explain.evidence import Evidence, Explainer, Explanation, Window, gather, halves
 from mechscope.features.explain.explaining import Explained, explain, kind_of, scorers_of
 from mechscope.features.explain.scoring import CHANCE, Score, score
 
@@ -23,6 +23,7 @@ __all__ = [
     "Window",
     "explain",
     "gather",
+    "halves",
     "kind_of",
     "score",
     "scorers_of",

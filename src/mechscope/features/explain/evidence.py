@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from mechscope.data.pairs import Pairs
-from mechscope.errors import DataError
+from mechscope.data.splits import held_out
 from mechscope.features.observed import Observed
 from mechscope.features.reservoirs import Kept, Span
 from mechscope.features.windows import Watched, apart, watch
@@ -113,6 +113,15 @@ class Explainer(Protocol):
         """Tell in which one of some windows the unit is silent, active in all others."""
 
 
+def halves(texts: Pairs, seed: int) -> tuple[Pairs, Pairs]:
+    """Return the texts that explanations are made of, and those that they are judged on; equal ones are in one half.
+
+    Raises:
+        DataError: There are fewer than two different texts.
+    """
+    return held_out(texts, 0.5, seed, of_pairs=False)
+
+
 def gather(
     observed: Observed, texts: Pairs, *, settings: ExplainSettings | None = None, execution: Execution = Execution()
 ) -> list[Evidence]:
@@ -120,22 +129,17 @@ def gather(
 
     Args:
         observed: The units.
-        texts: Any texts; every other one is held out.
+        texts: Any texts; a half of them is held out (`halves`).
         settings: How many windows, of which length.
         execution: Tokens of a batch, seed, progress.
 
     Raises:
-        MechscopeError: There are fewer than two texts, or no token is left in a half of them.
+        MechscopeError: There are fewer than two different texts, or no token is left in a half of them.
     """
     settings = settings or ExplainSettings()
-    if len(texts) < 2:
-        raise DataError(
-            f"{len(texts)} text of {texts.source} cannot be halved: explanations are judged on texts that they were not made of"
-        )
     longest = max(settings.windows, settings.examples)
-    halves = []
-    for name, at in (("explain on", 0), ("judge on", 1)):
-        half = Pairs(texts.pairs[at::2], texts.source)
+    read = []
+    for name, half in zip(("explain on", "judge on"), halves(texts, execution.seed), strict=True):
         around = Span(settings.window - 1, settings.window - 1)
         seen = watch(
             observed,
@@ -148,8 +152,8 @@ def gather(
             execution=execution,
             label=f"windows to {name}",
         )
-        halves.append(_Half(half, seen, settings.window, observed.reader.tokens.first))
-    first, second = halves
+        read.append(_Half(half, seen, settings.window, observed.reader.tokens.first))
+    first, second = read
     found = []
     for unit, name in enumerate(observed.names):
         top = first.active(first.seen.top.of(unit), settings.examples // 2)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Gt, Lt
 
+from mechscope.data.splits import held_out
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.lens import TunedLensSettings
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
-from mechscope.studies.pairs import held_out, layers_of
+from mechscope.studies.pairs import layers_of
 from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from mechscope.choices import Among, VectorSite
+from mechscope.data.splits import held_out
 from mechscope.settings import Count, Number, Rate, setting
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
 from mechscope.studies.job import Job, Stage
-from mechscope.studies.pairs import check_pairs, held_out, layers_of, one_position
+from mechscope.studies.pairs import check_pairs, layers_of, one_position
 from mechscope.studies.run import JobRun, Tables
 
 if TYPE_CHECKING:

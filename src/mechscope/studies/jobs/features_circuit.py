@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 
 from mechscope.choices import Filling, MetricName, NodeMethod, NodeSource, Quadrature
+from mechscope.data.splits import held_out
 from mechscope.errors import SettingsError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.dictionary_files import DICTIONARIES, DictionaryFiles, autoencoders
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
-from mechscope.studies.pairs import check_pairs, held_out
+from mechscope.studies.pairs import check_pairs
 from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 

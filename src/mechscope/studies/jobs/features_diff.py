@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Gt, Lt
 
+from mechscope.data.splits import held_out
 from mechscope.settings import Number, setting
 from mechscope.studies.controls import NamedControls, controls_input
 from mechscope.studies.feature_settings import DictionaryComparison
@@ -14,7 +15,6 @@ from mechscope.studies.feature_stages import stages
 from mechscope.studies.groups import OneCorpus, TwoModels
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job
-from mechscope.studies.pairs import held_out
 from mechscope.studies.run import JobRun
 
 if TYPE_CHECKING:

@@ -151,7 +151,7 @@ def _require_apart(dictionaries: dict[str, Dictionary]) -> None:
 
 def _check(run: JobRun[FeaturesExplainSettings]) -> None:
     from mechscope.data.scoring import check_fits
-    from mechscope.features.explain import LocalModel, scorers_of
+    from mechscope.features.explain import LocalModel, halves, scorers_of
     from mechscope.features.explain.backends import check_key
     from mechscope.features.observed import check_heads, check_neurons
 
@@ -167,14 +167,13 @@ def _check(run: JobRun[FeaturesExplainSettings]) -> None:
         check_key()
     check_neurons(run.first, named.get("neurons", ()))
     check_heads(run.first, named.get("heads", ()))
-    if len(run[TEXTS]) < 2:
-        raise SettingsError(f"{len(run[TEXTS])} text cannot be halved: give at least two, one to explain on and one to judge on")
+    halves(run[TEXTS], run.settings.seed)
 
 
 def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[Observed]:
     """Yield what is to be explained, kind by kind."""
-    from mechscope.data.pairs import Pairs
     from mechscope.features import Latent, top_examples
+    from mechscope.features.explain import halves
     from mechscope.features.observed import Heads, Latents, Neurons
 
     settings, texts, subject, tokens = run.settings, run[TEXTS], run.first, left_out(run.settings)
@@ -183,7 +182,7 @@ def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[Observed]:
         moved = dictionary.to(subject.device)
         if settings.components is None:
             # by the half that explanations are made of
-            half = Pairs(texts.pairs[::2], texts.source)
+            half, _ = halves(texts, run.execution.seed)
             found = top_examples(subject, moved, half, count=1, tokens=tokens, other_model=True, execution=run.execution)
             latents = found.strongest(settings.latents_explained)
         else:

@@ -12,6 +12,7 @@ from annotated_types import Gt, Lt
 
 from mechscope import ranks
 from mechscope.choices import RuleName
+from mechscope.data.splits import held_out
 from mechscope.errors import SettingsError
 from mechscope.settings import Number, nested, setting
 from mechscope.settings.features import FeatureTraining, HarvestSettings, Objective
@@ -21,7 +22,7 @@ from mechscope.studies.dictionaries import Judged, LatentSettings, described, st
 from mechscope.studies.groups import OneModel
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Job, Stage
-from mechscope.studies.pairs import held_out, layers_of, split_names
+from mechscope.studies.pairs import layers_of, split_names
 from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Gt, Lt
 
 from mechscope.choices import MetricName, VectorSite
+from mechscope.data.splits import held_out
 from mechscope.errors import DataError, SettingsError
 from mechscope.settings import Count, Number, setting
 from mechscope.studies.dictionary_files import DICTIONARIES, MaybeDictionaries, autoencoders
 from mechscope.studies.groups import OneModel, PromptPairs
 from mechscope.studies.inputs import MODELS, PAIRS
 from mechscope.studies.job import Job, Stage
-from mechscope.studies.pairs import check_pairs, held_out, one_position, split_names
+from mechscope.studies.pairs import check_pairs, one_position, split_names
 from mechscope.studies.run import Input, JobRun, Tables
 
 if TYPE_CHECKING:
