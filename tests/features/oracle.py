@@ -94,7 +94,7 @@ def encode(given: Dictionary, values: Sequence[Tensor]) -> Tensor:
     if rule.name == "topk":
         kept = torch.zeros_like(pre)
         for token in range(len(pre)):
-            best = sorted(range(layout.latents), key=lambda latent: -float(scores[token, latent]))[: rule.k]
+            best = sorted(range(layout.latents), key=lambda latent: -scores[token, latent].item())[: rule.k]
             kept[token, best] = pre[token, best]
         return kept.clamp(min=0)
     return pre * (scores > tensors["threshold"]) * (pre > 0)

@@ -171,8 +171,11 @@ def test_what_does_not_exist_is_refused() -> None:
     subject, pairs = families.subject("gpt2"), texts(LENGTHS)
     with pytest.raises(SettingsError, match=r"neuron m0\.n999 does not exist"):
         Neurons(subject, ["m0.n999"], pairs)
-    with pytest.raises(SettingsError, match=r"head a9\.h0 does not exist"):
+    with pytest.raises(SettingsError, match=r"component a9\.h0 does not exist: the model has layers 0-2 with heads 0-3"):
         Heads(subject, ["a9.h0"], pairs)
+    for other in ("a1.h0,a1.h1", "m1", "none"):
+        with pytest.raises(SettingsError, match=f"'{other}' is not one head: write a3.h5"):
+            Heads(subject, [other], pairs)
     with pytest.raises(SettingsError, match=r"neuron 'a1' is not understood: write m3\.n1024"):
         Neurons(subject, ["a1"], pairs)
     with pytest.raises(SettingsError, match="latent 50 does not exist"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mechscope.errors import ModelError, RunError, SettingsError
-from mechscope.features import dictionary
-from mechscope.features.dictionary import Dictionary, pre_activations
+from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import autoencoder
 from mechscope.features.places import Latent, Place, places
+from mechscope.features.pre_activations import pre_activations
 from mechscope.features.rules import Rule
 from tests import families
 from tests.features import oracle
@@ -80,7 +80,7 @@ def test_pre_activations_are_held_a_block_at_a_time(monkeypatch: pytest.MonkeyPa
     layout = oracle.layouts(Rule("relu"))["cross-layer"]
     given, values = oracle.dictionary(layout), oracle.inputs(layout)
     (whole,) = pre_activations(layout, given.tensors, given.read(values))
-    monkeypatch.setattr(dictionary, "BLOCK", 7 * layout.latents)
+    monkeypatch.setattr("mechscope.features.pre_activations.BLOCK", 7 * layout.latents)
     blocks = [pre.clone() for pre in pre_activations(layout, given.tensors, given.read(values))]
     assert [len(block) for block in blocks] == [7, 7, 7, 7, 2]
     assert_equal(torch.cat(blocks), whole)
@@ -96,6 +96,38 @@ def test_directions_are_what_one_latent_adds_to_the_reconstruction() -> None:
         outs = given.decode(type(given.encode(oracle.inputs(layout))).from_dense(f))
         for place, out in zip(layout.outputs, outs, strict=True):
             assert_equal((out[1] - out[0]) / 2, given.directions(chosen, place)[latent_at])
+
+
+@every_rule
+def test_encoders_are_the_gradients_of_active_latents(rule: Rule) -> None:
+    for layout in oracle.layouts(rule).values():
+        given, values = oracle.dictionary(layout), [each.requires_grad_() for each in oracle.inputs(layout)]
+        f, checked = oracle.encode(given, values), 0
+        for number, (group, (start, stop)) in enumerate(zip(layout.groups, layout.spans, strict=True)):
+            read = values[slice(*group.reads)]
+            chosen = torch.arange(start, stop, 3)
+            rows = given.encoders(number, chosen - start)
+            assert_equal(rows, given.encoders(number)[chosen - start])
+            for latent, row in zip(chosen.tolist(), rows, strict=True):
+                for token in f[:, latent].nonzero()[:1, 0].tolist():
+                    gradients = torch.autograd.grad(f[token, latent], read, retain_graph=True)
+                    assert_equal(torch.cat([each[token] for each in gradients]), row)
+                    checked += 1
+        assert checked > 5
+
+
+def test_decoders_and_what_stands_there_without_latents_make_the_reconstruction() -> None:
+    for kind, layout in oracle.layouts(Rule("gated")).items():
+        given = oracle.dictionary(layout)
+        empty = given.encode(oracle.inputs(layout)).from_dense(torch.zeros(1, layout.latents, dtype=torch.float64))
+        if kind != "transcoder":  # its skip map adds to that what it reads
+            for found, expected in zip(given.nothing(), given.decode(empty), strict=True):
+                assert_equal(found, expected[0])
+        for number, (group, (start, stop)) in enumerate(zip(layout.groups, layout.spans, strict=True)):
+            rows = [given.directions(range(start, stop), place) for place in layout.outputs[slice(*group.writes)]]
+            assert_equal(given.decoders(number), torch.cat(rows, dim=1))
+            in_float32 = given.to(torch.float32)
+            assert in_float32.decoders(number, torch.float64).dtype == in_float32.nothing(torch.float64)[0].dtype == torch.float64
 
 
 def test_it_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from mechscope.data.metrics import pair_metric
 from mechscope.data.pairs import Pairs, collate_pairs
 from mechscope.errors import SettingsError
 from mechscope.features import Dictionary, Place, Rule, autoencoder, transcoder
+from mechscope.features.faithfulness import faithfulness
 from mechscope.features.node_edges import node_edges
 from mechscope.features.node_effects import node_effects, quadrature_of
 from mechscope.features.node_patching import patch_nodes
+from mechscope.features.shift import check_judged
 from mechscope.features.standing import Node, Standing, in_order
 from mechscope.instrument import load, model_inputs
 from mechscope.subject import Subject
@@ -325,4 +327,14 @@ def test_what_does_not_fit_is_refused() -> None:
         node_edges(subject, standing("gpt2"), PAIRS, [Node.parse("resid2.f1")])
     with pytest.raises(SettingsError, match=r"latent a1\.f24 does not exist: the dictionary has 24 there"):
         node_edges(subject, standing("gpt2"), PAIRS, [Node.parse("a1.f24")])
+    nowhere = [
+        (Node(Place.parse("a1"), -1), r"latent a1\.f-1 does not exist"),
+        (Node.parse("resid2.error"), r"resid2\.error belongs to no dictionary"),
+    ]
+    for node, told in nowhere:
+        for refusing in (node_edges, patch_nodes, faithfulness):
+            with pytest.raises(SettingsError, match=told):
+                refusing(subject, standing("gpt2"), PAIRS, [node])
+    with pytest.raises(SettingsError, match=r"latent a1\.f-1 does not exist"):
+        check_judged(standing("gpt2"), [Node(Place.parse("a1"), -1)])
     assert [Node.parse(name).name for name in ("resid6.f10", "a3.z.error")] == ["resid6.f10", "a3.z.error"]

@@ -195,5 +195,5 @@ def test_what_does_not_fit_is_refused() -> None:
         shift(exact("gpt2"), planted("gpt2"), split, PLACE, filling="corrupt")
     with pytest.raises(SettingsError, match="errors are no latents that can be judged"):
         shift(exact("gpt2"), planted("gpt2"), split, PLACE, unintended=[Node(PLACE)])
-    with pytest.raises(SettingsError, match=r"latent m0\.f1 belongs to no dictionary"):
+    with pytest.raises(SettingsError, match=r"node m0\.f1 belongs to no dictionary"):
         shift(exact("gpt2"), planted("gpt2"), split, PLACE, unintended=[Node.parse("m0.f1")])

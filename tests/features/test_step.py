@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.features import dictionary
-from mechscope.features.dictionary import pre_activations
 from mechscope.features.layout import Layout
 from mechscope.features.objective import checked
+from mechscope.features.pre_activations import pre_activations
 from mechscope.features.rules import Rule
 from mechscope.features.selection import select
 from mechscope.features.shared_batch import Batch
@@ -134,7 +133,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         objective = checked(Objective(**options, aux_k=4), layout)
         whole = step(layout, tensors, u, v, objective, dead=dead_latents(layout))
         with monkeypatch.context() as patch:
-            patch.setattr(dictionary, "BLOCK", 7 * layout.latents)
+            patch.setattr("mechscope.features.pre_activations.BLOCK", 7 * layout.latents)
             parts = step(layout, tensors, u, v, objective, dead=dead_latents(layout))
         for name, gradient in whole.gradients.items():
             torch.testing.assert_close(parts.gradients[name], gradient, rtol=1e-11, atol=1e-12)

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import SettingsError
-from mechscope.features.dictionary import Dictionary, pre_activations
+from mechscope.features.dictionary import Dictionary
 from mechscope.features.layout import Group, Layout
+from mechscope.features.pre_activations import pre_activations
 from mechscope.features.rules import Rule
 
 RANDOM, COMPONENTS, LINEAR = "random directions", "principal components", "linear map"

@@ -20,9 +20,10 @@ from scipy import sparse
 
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
-from mechscope.features.dictionary import Dictionary, subject_of
+from mechscope.features.dictionary import Dictionary
 from mechscope.features.examples import promoted_tokens, writes_residual
 from mechscope.features.observed import Latents
+from mechscope.features.places import subject_of
 from mechscope.features.reservoirs import Kept, Span
 from mechscope.features.rows import Models
 from mechscope.features.windows import Watched, apart, deciles, watch

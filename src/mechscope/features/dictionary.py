@@ -10,7 +10,7 @@ for a block of tokens at a time and only what the rule keeps of them is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,14 @@ from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.features.affine import Affine
 from mechscope.features.codes import Codes
 from mechscope.features.layout import Layout
-from mechscope.features.places import Place
+from mechscope.features.places import Place, subject_of
+from mechscope.features.pre_activations import pre_activations
 from mechscope.features.vocabulary import is_other
 from mechscope.shapes import by_shape
 from mechscope.store.tables import read_tensors, write_tensors
 from mechscope.subject import Subject
 
 _KIND, _VERSION = "mechscope dictionary", 1
-# pre-activations held at once: 16 MiB in float32, which stay near the processor while the largest are chosen
-BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -143,6 +142,27 @@ class Dictionary:
                 part = self.tensors[f"decoder.{number}"][[latents[each] - start for each in own]]
                 rows[own] = part[:, before : before + self.layout.output_widths[at]]
         return rows / self.output_maps[at].scale
+
+    def encoders(self, number: int = 0, latents: Tensor | slice = slice(None)) -> Float[Tensor, "chosen read"]:
+        """Return the gradient of a group's latents, all or some, by what they read where they are active, in the model's units."""
+        layout = self.layout
+        reads = slice(*layout.groups[number].reads)
+        parts = self.tensors[f"encoder.{number}"][latents].split(layout.input_widths[reads], dim=1)
+        rows = torch.cat([part * each.scale for part, each in zip(parts, self.input_maps[reads], strict=True)], dim=1)
+        if layout.rule.name == "gated":
+            rows = rows * self.tensors["magnitude_log"][slice(*layout.spans[number])][latents].exp()[:, None]
+        return rows
+
+    def decoders(self, number: int = 0, dtype: torch.dtype | None = None) -> Float[Tensor, "latent written"]:
+        """Return what a value of one of a group's latents adds at the places that it writes, side by side, in the model's units."""
+        writes = slice(*self.layout.groups[number].writes)
+        parts = self.tensors[f"decoder.{number}"].to(dtype or self.dtype).split(self.layout.output_widths[writes], dim=1)
+        return torch.cat([part / each.scale for part, each in zip(parts, self.output_maps[writes], strict=True)], dim=1)
+
+    def nothing(self, dtype: torch.dtype | None = None) -> tuple[Float[Tensor, " width"], ...]:
+        """Return what it writes at each output place where no latent is active, a skip map left aside, in the model's units."""
+        parts = self.tensors["decoder_bias"].to(dtype or self.dtype).split(self.layout.output_widths)
+        return tuple(each.back(part) for each, part in zip(self.output_maps, parts, strict=True))
 
     def folded(self) -> Dictionary:
         """Return the same dictionary in the model's units: scale and centre taken into its weights and biases; codes and outputs stay equal.
@@ -284,30 +304,6 @@ class Dictionary:
             for name, scales in zip(("input", "output"), meta["scales"], strict=True)
         )
         return cls(Layout.from_json(meta["layout"]), tensors, inside, outside, meta["fingerprint"], meta["about"])
-
-
-def subject_of(subjects: Subject | Mapping[str, Subject], place: Place) -> Subject:
-    """Return the model of a place; `SettingsError` where it is not among those given."""
-    if isinstance(subjects, Subject):
-        subjects = {"": subjects}
-    if place.model not in subjects:
-        raise SettingsError(f"place {place} is of a model {place.model!r}, given are {', '.join(map(repr, subjects))}: name the models")
-    return subjects[place.model]
-
-
-def pre_activations(
-    layout: Layout, tensors: Mapping[str, Tensor], u: Float[Tensor, "token read"]
-) -> Iterator[Float[Tensor, "token latent"]]:
-    """Yield the pre-activations of a block of tokens after another, in one piece of memory that the next block overwrites."""
-    at_once = max(1, BLOCK // layout.latents)
-    work = u.new_empty(min(at_once, len(u)), layout.latents)
-    for start in range(0, max(len(u), 1), at_once):
-        rows = u[start : start + at_once]
-        pre = work[: len(rows)]
-        for number, (group, (first, last)) in enumerate(zip(layout.groups, layout.spans, strict=True)):
-            part = rows[:, layout.read_columns(group)]
-            torch.addmm(tensors["encoder_bias"][first:last], part, tensors[f"encoder.{number}"].T, out=pre[:, first:last])
-        yield pre
 
 
 def decoded(layout: Layout, tensors: Mapping[str, Tensor], codes: Codes) -> Float[Tensor, "token written"]:

@@ -25,7 +25,7 @@ from mechscope.data.scoring import PerText, Runs, check_fits, metric_of
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.node_patching import Chosen, Fillings, Means, only, without
 from mechscope.features.places import Place
-from mechscope.features.standing import Node, Standing
+from mechscope.features.standing import Node, Standing, require
 from mechscope.instrument import CachedRun, Execution
 from mechscope.stats.shares import Shares, shares_of
 from mechscope.subject import Subject
@@ -73,6 +73,7 @@ def faithfulness(
         MechscopeError: Nodes, texts or metric do not fit the model or each other.
     """
     check_fits(subject, pairs)
+    require(standing, ranked)
     chosen = [*dict.fromkeys(size for size in (doubling(len(ranked)) if sizes is None else sizes) if 0 <= size <= len(ranked)), -1]
     random = np.random.default_rng(execution.seed)
     drawn_from = {each.place: np.asarray((active or {}).get(each.place, ()), dtype=int) for each in standing}

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechscope.errors import ModelError
-from mechscope.features.dictionary import BLOCK
 from mechscope.features.layout import Layout
 from mechscope.features.objective import checked
+from mechscope.features.pre_activations import BLOCK
 from mechscope.features.shared_batch import Batch
 from mechscope.features.step import Ahead, Step, step
 from mechscope.settings.features import FeatureTraining, Objective

@@ -26,7 +26,7 @@ from mechscope.errors import SettingsError
 from mechscope.features.cut import Cuttable
 from mechscope.features.node_effects import TOKENS_PER_BATCH, Moved, check_options, gradients_of, prepare, quadrature_of
 from mechscope.features.places import Place
-from mechscope.features.standing import Node, Standing, Stream
+from mechscope.features.standing import Node, Standing, Stream, require
 from mechscope.instrument import Execution
 from mechscope.stats.inference import benjamini_hochberg, estimate
 from mechscope.stats.skewness import ThirdMoments
@@ -53,11 +53,8 @@ class _Graph:
     @classmethod
     def of(cls, standing: Sequence[Standing], nodes: Sequence[Node]) -> _Graph:
         by_place: dict[Place, list[Node]] = defaultdict(list)
-        known = {each.place: each for each in standing}
+        require(standing, nodes)
         for node in dict.fromkeys(nodes):
-            if node.place not in known:
-                raise SettingsError(f"node {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
-            known[node.place].check(() if node.latent is None else (node.latent,))
             by_place[node.place].append(node)
         own = tuple(each for each in standing if each.place in by_place)
         order = [each.place for each in own]

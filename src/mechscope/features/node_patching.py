@@ -25,7 +25,7 @@ from mechscope.errors import SettingsError
 from mechscope.features.cut import counted
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.places import Place
-from mechscope.features.standing import Node, Standing, Stream
+from mechscope.features.standing import Node, Standing, Stream, require
 from mechscope.instrument import CachedRun, Edit, Execution, Recording
 from mechscope.instrument.texts import over_texts
 from mechscope.shapes import by_shape
@@ -231,10 +231,7 @@ def patch_nodes(
         MechscopeError: Nodes, texts or metric do not fit the model or each other.
     """
     check_fits(subject, pairs)
-    known = {each.place: each for each in standing}
-    for node in nodes:
-        if node.place not in known:
-            raise SettingsError(f"node {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
+    require(standing, nodes)
     gathered = PerText(pairs)
 
     @torch.no_grad()

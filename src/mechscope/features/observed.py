@@ -24,19 +24,18 @@ from torch import Tensor
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features.codes import Codes
-from mechscope.features.dictionary import Dictionary, subject_of
-from mechscope.features.places import Latent, Place
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.places import Latent, Place, subject_of
 from mechscope.features.rows import PROBE, TOKENS_PER_BATCH, Models, Reader, Rows, blocks, reader_of, require_rows
 from mechscope.instrument import Execution, record
 from mechscope.instrument.mlp import Mlps
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
-from mechscope.subject import Subject
+from mechscope.subject import Components, Subject
 from mechscope.subject.placement import require_in_memory
 
 _NEURON = re.compile(r"m(\d+)\.n(\d+)")
-_HEAD = re.compile(r"a(\d+)\.h(\d+)")
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,11 @@ class Heads(_Thresholded):
 
 def check_neurons(subject: Subject, neurons: Sequence[str]) -> list[tuple[int, int]]:
     """Return (layer, neuron) of neurons by their text forms; `SettingsError` where one is not understood or does not exist."""
-    places = [_parsed(_NEURON, name, "neuron", "m3.n1024") for name in neurons]
+    places: list[tuple[int, int]] = []
+    for name in neurons:
+        if (match := _NEURON.fullmatch(name.strip())) is None:
+            raise SettingsError(f"neuron {name!r} is not understood: write m3.n1024")
+        places.append((int(match[1]), int(match[2])))
     for layer, neuron in places:
         if layer >= subject.anatomy.n_layers or neuron >= subject.anatomy.blocks[layer].d_mlp:
             raise SettingsError(f"neuron m{layer}.n{neuron} does not exist: the model has layers 0-{subject.anatomy.n_layers - 1}")
@@ -251,18 +254,13 @@ def check_neurons(subject: Subject, neurons: Sequence[str]) -> list[tuple[int, i
 
 def check_heads(subject: Subject, heads: Sequence[str]) -> list[tuple[int, int]]:
     """Return (layer, head) of heads by their text forms; `SettingsError` where one is not understood or does not exist."""
-    places = [_parsed(_HEAD, name, "head", "a3.h5") for name in heads]
-    size = f"layers 0-{subject.anatomy.n_layers - 1} with heads 0-{subject.anatomy.n_heads - 1}"
-    for layer, head in places:
-        if layer >= subject.anatomy.n_layers or head >= subject.anatomy.n_heads:
-            raise SettingsError(f"head a{layer}.h{head} does not exist: the model has {size}")
+    places: list[tuple[int, int]] = []
+    for name in heads:
+        chosen = Components.parse(name)
+        if not len(chosen) == len(chosen.heads) == 1:
+            raise SettingsError(f"{name!r} is not one head: write a3.h5")
+        places += chosen.validate(subject.anatomy).heads
     return places
-
-
-def _parsed(form: re.Pattern[str], name: str, what: str, example: str) -> tuple[int, int]:
-    if (match := form.fullmatch(name.strip())) is None:
-        raise SettingsError(f"{what} {name!r} is not understood: write {example}")
-    return int(match[1]), int(match[2])
 
 
 def _of_rows(value: Float[Tensor, "batch token ..."], rows: Rows, batch: PairBatch) -> Float[Tensor, "row ..."]:

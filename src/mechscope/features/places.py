@@ -7,7 +7,7 @@ outputs side by side before their projection. With two models `base:resid6` says
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -109,6 +109,15 @@ def places(given: Place | str | Sequence[Place | str]) -> tuple[Place, ...]:
         return (given,)
     several = given.split(",") if isinstance(given, str) else given
     return tuple(each if isinstance(each, Place) else Place.parse(each) for each in several)
+
+
+def subject_of(subjects: Subject | Mapping[str, Subject], place: Place) -> Subject:
+    """Return the model of a place; `SettingsError` where it is not among those given."""
+    if isinstance(subjects, Subject):
+        subjects = {"": subjects}
+    if place.model not in subjects:
+        raise SettingsError(f"place {place} is of a model {place.model!r}, given are {', '.join(map(repr, subjects))}: name the models")
+    return subjects[place.model]
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,11 @@ class Writes:
 
     dictionary: Dictionary
 
-    def _rows(self, number: int) -> Float[np.ndarray, "latent width"]:
-        layout = self.dictionary.layout
-        columns = layout.written_columns(layout.groups[number])
-        scales = np.repeat([each.scale for each in self.dictionary.output_maps], layout.output_widths)
-        return np.asarray(self.dictionary.tensors[f"decoder.{number}"].double().cpu().numpy() / scales[columns])
-
     def along(self, direction: Float[np.ndarray, " width"]) -> tuple[Float[np.ndarray, " latent"], Float[np.ndarray, " latent"]]:
         """Return ⟨D_j, direction⟩ of every latent, and the cosine."""
         layout, inner, cosines = self.dictionary.layout, [], []
         for number, group in enumerate(layout.groups):
-            rows = self._rows(number)
+            rows = self.dictionary.decoders(number, torch.float64).cpu().numpy()
             own = rows @ direction[layout.written_columns(group)]
             inner.append(own)
             cosines.append(own / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(direction), 1e-12))
@@ -54,10 +48,7 @@ class Writes:
     @property
     def bias(self) -> Float[np.ndarray, " width"]:
         """What stands there where no latent is active."""
-        dictionary = self.dictionary
-        parts = dictionary.tensors["decoder_bias"][None].split(dictionary.layout.output_widths, dim=1)
-        whole = torch.cat([each.back(part.double()) for each, part in zip(dictionary.output_maps, parts, strict=True)], dim=1)
-        return np.asarray(whole[0].cpu().numpy())
+        return np.asarray(torch.cat(self.dictionary.nothing(torch.float64)).cpu().numpy())
 
     def of(self, latents: Sequence[int]) -> Float[np.ndarray, "chosen width"]:
         """Return what some latents write."""

@@ -19,8 +19,8 @@ from mechscope import ranks
 from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.scoring import check_fits
 from mechscope.errors import DataError
-from mechscope.features.dictionary import Dictionary, subject_of
-from mechscope.features.places import Place
+from mechscope.features.dictionary import Dictionary
+from mechscope.features.places import Place, subject_of
 from mechscope.instrument import Execution, Walk, record
 from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import TokenSettings

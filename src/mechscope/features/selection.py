@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechscope.features.codes import Codes
-from mechscope.features.dictionary import pre_activations
 from mechscope.features.layout import Layout
+from mechscope.features.pre_activations import pre_activations
 from mechscope.features.rules import entries, top_codes
 from mechscope.features.shared_batch import Batch
 

@@ -29,7 +29,7 @@ from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.node_patching import Chosen, Fillings, Means, node_means, without
 from mechscope.features.places import Place
 from mechscope.features.probes import Probe
-from mechscope.features.standing import Node, Standing
+from mechscope.features.standing import Node, Standing, require
 from mechscope.instrument import Edit, Execution, Walk, intervene, record
 from mechscope.instrument.attention import observed
 from mechscope.shapes import by_shape
@@ -137,13 +137,10 @@ def check_shift(subject: Subject, standing: Sequence[Standing], place: Place, fi
 
 def check_judged(standing: Sequence[Standing], unintended: Sequence[Node]) -> None:
     """Refuse nodes that are no latents of the dictionaries, so that no one can have judged them; `SettingsError`."""
-    known = {each.place: each for each in standing}
     for node in unintended:
         if node.latent is None:
             raise SettingsError(f"{node.name} is an error, and errors are no latents that can be judged: name latents such as resid6.f10")
-        if node.place not in known:
-            raise SettingsError(f"latent {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
-        known[node.place].check([node.latent])
+    require(standing, unintended)
 
 
 class _Pooled:

@@ -128,25 +128,22 @@ class Standing:
     @cached_property
     def decoders(self) -> Float[Tensor, "latent width"]:
         """What each latent writes, in the model's units."""
-        return self.dictionary.tensors["decoder.0"] / self.dictionary.output_maps[0].scale
+        return self.dictionary.decoders()
 
     @cached_property
     def encoders(self) -> Float[Tensor, "latent width"]:
         """The gradient of each latent's value by x where it is active, in the model's units."""
-        rows = self.dictionary.tensors["encoder.0"] * self.dictionary.input_maps[0].scale
-        if self.dictionary.layout.rule.name == "gated":
-            rows = rows * self.dictionary.tensors["magnitude_log"].exp()[:, None]
-        return rows
+        return self.dictionary.encoders()
 
     @cached_property
     def nothing(self) -> Float[Tensor, " width"]:
         """What it writes when no latent is active."""
-        return self.dictionary.output_maps[0].back(self.dictionary.tensors["decoder_bias"])
+        return self.dictionary.nothing()[0]
 
     def check(self, latents: Iterable[int]) -> None:
         """Refuse latents that it lacks; `SettingsError`."""
         for latent in latents:
-            if latent >= self.dictionary.latents:
+            if not 0 <= latent < self.dictionary.latents:
                 raise SettingsError(f"latent {self.place}.f{latent} does not exist: the dictionary has {self.dictionary.latents:,} there")
 
     def codes(self, x: Stream) -> Codes:
@@ -218,6 +215,15 @@ class Standing:
             return torch.where(self.ordinary(own)[..., None], moved, own)
 
         return self.place.edit(change, positions)
+
+
+def require(standing: Iterable[Standing], nodes: Iterable[Node]) -> None:
+    """Refuse nodes that are none of the autoencoders'; `SettingsError`."""
+    known = {each.place: each for each in standing}
+    for node in nodes:
+        if node.place not in known:
+            raise SettingsError(f"node {node.name} belongs to no dictionary: they stand at {', '.join(map(str, known))}")
+        known[node.place].check(() if node.latent is None else (node.latent,))
 
 
 def in_order(standing: Iterable[Standing]) -> tuple[Standing, ...]:

@@ -136,7 +136,7 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
             seen = subject.model(**inputs).logits
         with observed(subject, lambda call: call.z.clone()):
             unchanged = subject.model(**inputs).logits
-        after = _behind_padding(subject, ids, real)
+        after = _behind_padding(subject, ids)
     if len(calls) != subject.anatomy.n_layers:
         raise ModelError(
             f"model {subject.source!r} ({subject.family}): {len(calls)} of {subject.anatomy.n_layers} layers went through transformers' attention "
@@ -200,7 +200,7 @@ def _probe(subject: Subject) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _behind_padding(subject: Subject, ids: Tensor, real: Tensor) -> Tensor:
+def _behind_padding(subject: Subject, ids: Tensor) -> Tensor:
     """Return the logits of the beginning of the first row with other tokens behind it: padding on the right rests on their not being seen."""
     length = max(1, ids.shape[1] // 2)
     other = ids[:1].clone()

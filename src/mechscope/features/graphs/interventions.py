@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import skew
 from torch import Tensor
 
 from mechscope.errors import SettingsError
 from mechscope.features.graphs.graph import AttributionGraph
 from mechscope.features.graphs.influence import predicted_effects
 from mechscope.instrument import Edit, Execution, Walk, intervene, record
-from mechscope.stats.inference import MIN_TEXTS, interval, rank_correlation, too_few
+from mechscope.stats.inference import MIN_TEXTS, estimate, rank_correlation, too_few
+from mechscope.stats.skewness import ThirdMoments
 
 # tokens of a batch of prompts that are changed at once
 _TOKENS_PER_BATCH = 2048
@@ -231,11 +231,9 @@ def _rank(table: pd.DataFrame, predicted: str) -> float:
 
 def _mean(values: np.ndarray, *, most: float) -> dict[str, object]:
     """Return a mean with its interval, whose ends are not outside of what a value can be."""
-    known = values[~np.isnan(values)]
-    if len(known) < MIN_TEXTS:
-        return {"n": len(known), "value": float(known.mean()) if len(known) else float("nan"), "low": np.nan, "high": np.nan} | {
-            "withheld": too_few(len(known), "interventions")
-        }
-    error = known.std(ddof=1) / len(known) ** 0.5
-    low, high = interval(known.mean(), error, len(known), skewness=float(skew(known)) if known.std() else 0.0)
-    return {"n": len(known), "value": float(known.mean()), "low": max(float(low), -most), "high": min(float(high), most), "withheld": ""}
+    moments = ThirdMoments()
+    moments.update_many(values)
+    mean = estimate(moments)
+    n, ends = int(mean.n), np.clip([mean.low, mean.high], -most, most)
+    withheld = too_few(n, "interventions") if n < MIN_TEXTS else ""
+    return {"n": n, "value": float(mean.mean), "low": float(ends[0]), "high": float(ends[1]), "withheld": withheld}

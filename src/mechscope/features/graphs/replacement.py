@@ -53,13 +53,11 @@ class _Part:
         self.writes = [layout.outputs[at].layer for at in range(*group.writes)]
         self._input = dictionary.input_maps[group.reads[0]]
         gated = layout.rule.name == "gated"
-        self._gain = dictionary.tensors["magnitude_log"][start:stop].exp() if gated else None
         self._bias = dictionary.tensors["magnitude_bias" if gated else "encoder_bias"][start:stop]
 
     def encoder(self, latents: Tensor) -> Float[Tensor, "latent d_model"]:
         """Return what some latents read, in the model's units: their value is ⟨row, x⟩ + `constant`."""
-        rows = self.dictionary.tensors[f"encoder.{self.number}"][latents] * self._input.scale
-        return rows if self._gain is None else rows * self._gain[latents, None]
+        return self.dictionary.encoders(self.number, latents)
 
     def constant(self, latents: Tensor) -> Float[Tensor, " latent"]:
         """Return the value of some latents where x is zero."""
@@ -173,9 +171,8 @@ class Replacement:
     def _add_constants(dictionary: Dictionary, constants: Tensor, skips: dict[int, Tensor]) -> None:
         """Add the bias of a dictionary's decoder at every layer that it writes, and the constant part of its skip map."""
         layout = dictionary.layout
-        biases = dictionary.tensors["decoder_bias"].split(layout.output_widths)
-        for place, bias, out in zip(layout.outputs, biases, dictionary.output_maps, strict=True):
-            constants[place.layer] += out.back(bias)
+        for place, written in zip(layout.outputs, dictionary.nothing(), strict=True):
+            constants[place.layer] += written
         if layout.skip:
             # one place is read and one written: `checked` sees to it
             inside, outside = dictionary.input_maps[0], dictionary.output_maps[0]

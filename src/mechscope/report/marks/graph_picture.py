@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mechscope.report.marks.packed import shown
+from mechscope.report.marks.tables import line
 from mechscope.report.theme import CATEGORIES, FONT, label, number, percent
 
 NODES_IN_PAGE = 500
@@ -215,7 +216,7 @@ def _details(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
     }
     for row in [] if examples is None else examples.sort_values("place").to_dict("records"):
         if row["component"] in found:
-            found[row["component"]]["examples"].append([_plain(row["value"]), *(_line(row[part]) for part in ("before", "token", "after"))])
+            found[row["component"]]["examples"].append([_plain(row["value"]), *(line(row[part]) for part in ("before", "token", "after"))])
     return found
 
 
@@ -284,10 +285,6 @@ def _text(x: float, y: float, text: str, *, ink: bool = False, extra: str = "") 
 def _short(token: object, most: int) -> str:
     text = shown(token).strip() or "␣"
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _line(text: object) -> str:
-    return "".join(character if character.isprintable() else "↵" if character == "\n" else " " for character in str(text))[:400]
 
 
 def _plain(value: Any) -> float | None:
