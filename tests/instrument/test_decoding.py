@@ -18,6 +18,10 @@ HABITS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
     "lengths": {"max_length": 3, "min_new_tokens": 9, "eos_token_id": [41, 42]},
     "suppression": {"suppress_tokens": list(range(10, 90))},
+    "a static cache": {"cache_implementation": "static"},
+    "a quantized cache": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},
+    "a cache kept elsewhere": {"cache_implementation": "offloaded"},
+    "no cache": {"use_cache": False},
 }
 TEXT = families.documents()[0].tolist()
 
@@ -53,7 +57,7 @@ def test_a_text_ends_with_the_first_end_token_of_model_or_tokenizer() -> None:
     cut = free[: free.index(early) + 1]
     for own, end in ((early, None), (None, early), (late, early), ([early, late], None)):
         model.generation_config.eos_token_id = own
-        assert continuations(model, torch.tensor([TEXT]), decoding=Decoding(max_new_tokens=8), pad=0, end=end) == [cut]
+        assert continuations(model, torch.tensor([TEXT]), decoding=Decoding(max_new_tokens=8), pad=0, ends=[end]) == [cut]
 
 
 def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
@@ -62,6 +66,6 @@ def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
     rows = torch.tensor([TEXT, TEXT[::-1], [7, *TEXT[1:]]])
     free = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0)
     assert free == [slow(model, row.tolist(), 8, set()) for row in rows]
-    found = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0, end=free[0][1])
+    found = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0, ends=[free[0][1]])
     assert found == [slow(model, row.tolist(), 8, {free[0][1]}) for row in rows]
     assert len(set(map(len, found))) > 1

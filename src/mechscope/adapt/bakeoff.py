@@ -20,7 +20,7 @@ import torch
 from mechscope import ranks
 from mechscope.adapt.arms import Arm, BakeOffSettings, plan
 from mechscope.adapt.comparison import Outcome, arms_table, curves_table, rouge_table, summaries_table, summary_table
-from mechscope.adapt.generate import encode_prompts, summarize
+from mechscope.adapt.generate import encode_prompts, end_tokens, summarize
 from mechscope.adapt.lora import total_parameters
 from mechscope.adapt.loss import Collator, mean_loss
 from mechscope.adapt.training import load_tuned, tune
@@ -69,6 +69,7 @@ class _Contest:
     validation: Sequence[Example]
     documents: Sequence[Document]
     prompts: Sequence[tuple[int, ...]]
+    ends: Sequence[int]
     settings: BakeOffSettings
     common: str  # hash of what all arms' results depend on
     base_loss: float
@@ -127,7 +128,9 @@ def bake_off(
         base_loss = mean_loss(subject.model, validation, collator=collator, execution=batch)
     lora = [settings.lora.lora_scaling, settings.lora.lora_dropout]
     common = hash_json([subject.fingerprint, examples, held_out, prompts, asdict(training), asdict(settings.decoding), *lora])
-    contest = _Contest(subject, train, validation, documents, prompts, settings, common, base_loss, execution)
+    contest = _Contest(
+        subject, train, validation, documents, prompts, end_tokens(tokenizer, template), settings, common, base_loss, execution
+    )
     outcomes = []
     for done, arm in enumerate(arms):
         execution.told("bake-off", done, len(arms))
@@ -208,7 +211,9 @@ def _run(contest: _Contest, arm: Arm, artifact: Artifact) -> None:
             "unconverged": "",
             "total_parameters": total_parameters(subject.model),
         }
-    written = summarize(model, subject.tokenizer, contest.prompts, decoding=settings.decoding, execution=contest.execution)
+    written = summarize(
+        model, subject.tokenizer, contest.prompts, decoding=settings.decoding, ends=contest.ends, execution=contest.execution
+    )
     scores = rouge(written, [document.summary for document in contest.documents])
     scores.insert(0, "id", [document.id for document in contest.documents])
 

@@ -15,8 +15,9 @@ import torch
 from peft import PeftModel
 
 from mechscope import ranks
+from mechscope.data.pieces import Pieces
 from mechscope.data.prompt import Batch, Example, Examples, encode_prompt, pad_id
-from mechscope.data.template import Template
+from mechscope.data.template import Frame, Template
 from mechscope.instrument.decoding import continuations
 from mechscope.instrument.execution import Execution
 from mechscope.instrument.texts import over_texts
@@ -46,17 +47,29 @@ def encode_prompts(
     return [encode_prompt(document, tokenizer, template=template, **limits) for document in documents]
 
 
+def end_tokens(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
+    """Return the tokens that end what a model is to write by a template, beside its tokenizer's end token: a chat has one of its own."""
+    return Frame(Pieces(tokenizer), template).ends if template is not None else ()
+
+
 @torch.no_grad()
 def summarize(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, decoding: Decoding, execution: Execution = Execution()
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    decoding: Decoding,
+    ends: Sequence[int] = (),
+    execution: Execution = Execution(),
 ) -> list[str]:
-    """Continue prompts until the end token; several ranks share them.
+    """Continue prompts until an end token; several ranks share them.
 
     Args:
         model: A causal language model, plain or with an adapter; held in evaluation mode meanwhile.
         tokenizer: Turns tokens into text, and names the end token.
         prompts: Token ids, for example from `encode_prompts`.
         decoding: How to search and when to stop.
+        ends: Tokens that end a text beside the tokenizer's and the model's own, for example `end_tokens` of a chat.
         execution: Tokens of a batch (16,384 by default; of prompts, each counted once per beam), progress, called with ("summaries", prompts done, prompts).
 
     Returns:
@@ -71,10 +84,12 @@ def summarize(
     texts = Examples(waiting, pad_id(tokenizer), padding="left")
     alone = any(map(depends_on_length, model.modules()))
     tokens = 1 if alone else max(execution.tokens(16384) // decoding.beams, 1)
-    pad, end = pad_id(tokenizer), tokenizer.eos_token_id
+    pad, stops = pad_id(tokenizer), (*ends, tokenizer.eos_token_id)
 
     def answered(batch: Batch) -> dict[int, str]:
-        answers = continuations(model, batch.input_ids.to(device), decoding=decoding, pad=pad, end=end, real=batch.attention_mask)
+        answers = continuations(model, batch.input_ids.to(device), decoding=decoding, pad=pad, ends=stops, real=batch.attention_mask)
+        # what ends a text is no part of it, even where the tokenizer does not know the token as special
+        answers = [row[:-1] if row[-1] in stops else row for row in answers]
         decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return {int(example.id): text.strip() for example, text in zip(batch.examples, decoded, strict=True)}
 

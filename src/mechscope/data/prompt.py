@@ -37,7 +37,8 @@ class Example:
 
     Attributes:
         id: the document's id.
-        input_ids: the whole prompt: start token (where the tokenizer sets one), opening, article, joint, summary, closing, end token.
+        input_ids: the whole prompt: start token (where the tokenizer sets one), opening, article, joint, summary, closing, end token; of a chat also
+            what its template writes behind the assistant's turn.
         document: half-open token span of the article.
         summary: half-open token span of what the model is to write: summary, closing text, and the end token where there is one. The loss on
             "summary tokens" is the loss of predicting `input_ids[summary[0]:summary[1]]`.
@@ -102,7 +103,7 @@ def encode(
         DataError: no example is left, or `on_problem="error"` and one cannot be encoded.
     """
     template = template or Template()
-    pieces = Pieces(tokenizer)
+    pieces = Pieces(tokenizer, template.controls)
     frame = Frame(pieces, template)
     articles = pieces.ids([template.document(document.document) for document in corpus.documents], first=frame.document_is_first)
     summaries = pieces.ids([template.summary(document.summary) for document in corpus.documents])
@@ -150,7 +151,7 @@ def encode_prompt(
     template = template or Template()
     if not document.strip():
         raise DataError("a document to summarize is empty: leave it out")
-    pieces = Pieces(tokenizer)
+    pieces = Pieces(tokenizer, template.controls)
     frame = Frame(pieces, template)
     article = pieces.ids([template.document(document)], first=frame.document_is_first)[0]
     room = max_tokens - max_new_tokens - len(frame.head) - len(frame.joint)
@@ -162,10 +163,10 @@ def encode_prompt(
 
 
 def _example(frame: Frame, identity: str, article: Sequence[int], summary: Sequence[int], *, truncated: bool) -> Example:
-    ids = (*frame.head, *article, *frame.joint, *summary, *frame.tail)
+    ids = (*frame.head, *article, *frame.joint, *summary, *frame.tail, *frame.after)
     begin = len(frame.head)
     end = begin + len(article)
-    return Example(identity, ids, (begin, end), (end + len(frame.joint), len(ids)), truncated)
+    return Example(identity, ids, (begin, end), (end + len(frame.joint), len(ids) - len(frame.after)), truncated)
 
 
 def _nothing_left(

@@ -42,7 +42,7 @@ def locate(
         DataError: the tokenizer gives no offsets.
     """
     template = template or Template()
-    pieces = Pieces(tokenizer)
+    pieces = Pieces(tokenizer, template.controls)
     tokens = []
     opens = Frame(pieces, template).document_is_first
     parts = (

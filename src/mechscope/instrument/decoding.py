@@ -6,7 +6,7 @@ a chat model's sampling temperature or repetition penalty. So these are others f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def continuations(
     *,
     decoding: Decoding,
     pad: int,
-    end: int | None = None,
+    ends: Sequence[int | None] = (),
     real: Bool[Tensor, "row token"] | None = None,
 ) -> list[tuple[int, ...]]:
     """Continue texts until an end token, or as far as is allowed.
@@ -38,19 +38,19 @@ def continuations(
         ids: The texts, padded on the left; of one length where the model's rotary frequencies depend on it, as they are those of the longest.
         decoding: How to search and when to stop.
         pad: The token to pad with.
-        end: A token that ends a text, beside those that the model's own generation settings name.
+        ends: Tokens that end a text, beside those that the model's own generation settings name; None is none.
         real: Where a token is one of the text; None where all are.
 
     Returns:
         The new tokens of each text, the end token, where there is one, the last.
     """
     named = model.generation_config.eos_token_id
-    ends = {token for token in (end, *([named] if isinstance(named, int) else named or ())) if token is not None}
+    stops = {token for token in (*ends, *([named] if isinstance(named, int) else named or ())) if token is not None}
     mask = torch.ones_like(ids) if real is None else real.to(ids)
     rotaries = [module for module in model.modules() if depends_on_length(module)]
-    with _settings(model, decoding, pad, ends), evaluating(model.modules()), as_if_fresh(rotaries):
+    with _settings(model, decoding, pad, stops), evaluating(model.modules()), as_if_fresh(rotaries):
         rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    return [tuple(row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
+    return [tuple(row[: next((at + 1 for at, token in enumerate(row) if token in stops), len(row))]) for row in rows]
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def _continued(
     tokenizer = subject.tokenizer
     pad, end = (0, None) if tokenizer is None else (pad_id(tokenizer), tokenizer.eos_token_id)
     with _patched(subject, states, layers, place):
-        return continuations(subject.plain, rows, decoding=Decoding(max_new_tokens=new), pad=pad, end=end)
+        return continuations(subject.plain, rows, decoding=Decoding(max_new_tokens=new), pad=pad, ends=[end])
 
 
 def _tokens(subject: Subject, ids: Sequence[int], what: str) -> Int[Tensor, " token"]:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _OF_CIRCUITS = ("circuit", "random_circuit")
 # what decides how summaries are written
-_WRITING = ("decoding", "rouge_documents", "template", "max_tokens", "seed")
+_WRITING = ("decoding", "rouge_documents", "template", "chat", "max_tokens", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,6 @@ def bakeoff_stage(base: Input[Subject], places: Input[Places], **options: Any) -
 
     def work(run: JobRun[Any]) -> Tables:
         from mechscope.adapt.bakeoff import bake_off
-        from mechscope.data.template import Template
         from mechscope.studies.summaries import summarized
 
         settings, subject, splits = run.settings, run[base], run[TRAINING]
@@ -132,7 +131,7 @@ def bakeoff_stage(base: Input[Subject], places: Input[Places], **options: Any) -
             summarized(run[HELD_OUT], settings.rouge_documents),
             run.stage.path("bakeoff"),
             settings=run[places].competition(settings),
-            template=Template(settings.template),
+            template=run[HELD_OUT].template,
             max_tokens=min(settings.max_tokens, subject.anatomy.max_positions),
             execution=run.execution,
         )
@@ -157,7 +156,6 @@ def summaries_stage(models: Input[Mapping[str, Subject]], bakeoff: Stage) -> Sta
     """
 
     def work(run: JobRun[Any]) -> Tables:
-        from mechscope.data.template import Template
         from mechscope.studies.summaries import summarized, write_summaries
 
         settings = run.settings
@@ -165,7 +163,7 @@ def summaries_stage(models: Input[Mapping[str, Subject]], bakeoff: Stage) -> Sta
             run[models],
             summarized(run[HELD_OUT], settings.rouge_documents),
             decoding=settings.decoding,
-            template=Template(settings.template),
+            template=run[HELD_OUT].template,
             max_tokens=settings.max_tokens,
             others=run.table("bakeoff_summaries") if bakeoff.when(settings) else None,
             execution=run.execution,

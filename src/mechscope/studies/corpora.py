@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mechscope.data.chat import chat_template
 from mechscope.data.documents import Corpus, load_documents, split_corpus
 from mechscope.data.prompt import Encoded, encode
 from mechscope.data.sources import is_file_source
@@ -72,6 +73,19 @@ def load_splits(settings: SplitCorpus, subject: Subject) -> Splits:
     return Splits(corpora, {name: encode_for(settings, corpus, subject) for name, corpus in corpora.items()})
 
 
+def template_for(settings: DocumentFormat, subject: Subject) -> Template:
+    """Return the text around documents and summaries by the settings; of a chat with the turns of the model's tokenizer.
+
+    Raises:
+        DataError: The template lacks a field, or the tokenizer has no chat template that fits.
+    """
+    if not settings.chat:
+        return Template(settings.template)
+    if subject.tokenizer is None:
+        raise DataError(f"model {subject.source!r} has no tokenizer, whose chat template is to be applied: pass tokenizer=…")
+    return chat_template(settings.template, subject.tokenizer)
+
+
 def encode_for(settings: DocumentFormat, corpus: Corpus, subject: Subject) -> Encoded:
     """Encode documents by the settings, no longer than the model can read."""
     if subject.tokenizer is None:
@@ -79,7 +93,7 @@ def encode_for(settings: DocumentFormat, corpus: Corpus, subject: Subject) -> En
     encoded = encode(
         corpus,
         subject.tokenizer,
-        template=Template(settings.template),
+        template=template_for(settings, subject),
         max_tokens=min(settings.max_tokens, subject.anatomy.max_positions),
         on_problem=settings.on_problem,
     )

@@ -87,6 +87,10 @@ class DocumentFormat(Running):
     summary_column: str = setting("summary", "Column that holds the reference summary.")
     on_problem: Literal["skip", "error"] = setting("skip", "Unusable rows: skip and count them, or stop with an error.")
     template: str = setting(DEFAULT_TEMPLATE, "Prompt around the document and the summary; only the document is ever truncated.")
+    chat: bool = setting(
+        False,
+        "Put prompt and summary into the tokenizer's chat template: what --template has before {summary} is the user's message, the rest the assistant's.",
+    )
     max_tokens: Number = setting(1024, "Most tokens of a prompt with its summary; lowered to what the model can read.")
 
 
@@ -142,6 +146,9 @@ class PairFormat(Running):
     limit: Number | None = setting(None, "Pairs at most; generated tasks make 100 by default.")
     max_tokens: Number = setting(512, "Most tokens of a text that is made from a document and its summary.")
     on_problem: Literal["skip", "error"] = setting("error", "Pairs that cannot be used: skip and count them, or stop with an error.")
+    chat: bool = setting(
+        False, "Make each prompt a user's message in the tokenizer's chat template, so that answers are what the assistant begins with."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mechscope.errors import DataError
-from mechscope.studies.groups import DocumentFormat
+from mechscope.studies.groups import DEFAULT_TEMPLATE, DocumentFormat
 from mechscope.studies.run import Input, JobRun
 
 if TYPE_CHECKING:
@@ -148,10 +148,9 @@ def read_documents(settings: DocumentFormat, source: Any, number: int, subject: 
     from mechscope.data.documents import Corpus
     from mechscope.data.prompt import Encoded
     from mechscope.data.sources import is_file_source
-    from mechscope.data.template import Template
-    from mechscope.studies.corpora import encode_for, load_corpus
+    from mechscope.studies.corpora import encode_for, load_corpus, template_for
 
-    template = Template(settings.template)
+    template = template_for(settings, subject)
     if isinstance(source, Encoded):
         return Documents(Corpus((), source="given in memory"), source, template)
     if isinstance(source, str):
@@ -208,10 +207,10 @@ TRAINING: Input[Splits] = Input(
 
 
 def _held_out(run: JobRun[Any]) -> Documents:
-    from mechscope.data.template import Template
+    from mechscope.studies.corpora import template_for
 
     splits = run[SPLITS]
-    return Documents(splits.corpora["test"], splits.encoded["test"], Template(run.settings.template))
+    return Documents(splits.corpora["test"], splits.encoded["test"], template_for(run.settings, run.first))
 
 
 HELD_OUT: Input[Documents] = Input("held_out", _held_out, lambda documents: documents.encoded.hash)
@@ -227,6 +226,7 @@ def read_prompt_pairs(
     on_problem: Literal["skip", "error"],
     seed: int,
     corrupt: bool = True,
+    chat: bool = False,
 ) -> Pairs:
     """Read or generate prompt pairs.
 
@@ -238,10 +238,12 @@ def read_prompt_pairs(
         on_problem: What to do with pairs that cannot be used.
         seed: Of pairs that are made.
         corrupt: Whether the rows of a file need a corrupt text.
+        chat: Whether prompts (or documents and summaries) stand in the turns of the tokenizer's chat template.
 
     Raises:
         MechscopeError: The source is not known, or the pairs cannot be used with this model.
     """
+    from mechscope.data.chat import chat_template, in_turns
     from mechscope.data.documents import load_documents
     from mechscope.data.newsroom_pairs import newsroom_pairs
     from mechscope.data.pair_files import read_facts, read_pairs
@@ -249,23 +251,26 @@ def read_prompt_pairs(
     from mechscope.data.tasks import TASKS, generate_pairs
 
     number = limit or _GENERATED
-    if source == "induction" and subject.tokenizer is None:
+    if source == "induction" and subject.tokenizer is None and not chat:
         return TASKS["induction"](subject.anatomy.vocab_size, number, seed=seed)
     if subject.tokenizer is None:
         raise DataError(f"model {subject.source!r} has no tokenizer, which text pairs need; only the task 'induction' works without")
-    if source in TASKS:
-        return generate_pairs(source, subject.tokenizer, number, seed=seed)
     if source.startswith("salience:"):
         # more documents than pairs: some have no sentence that is salient
         corpus = load_documents(source.removeprefix("salience:"), limit=2 * number, seed=seed)
         longest = min(max_tokens, subject.anatomy.max_positions)
-        return salience_pairs(corpus, subject.tokenizer, max_tokens=longest, seed=seed).first(number)
-    if source.startswith("facts:"):
-        return read_facts(source.removeprefix("facts:"), subject.tokenizer, limit=limit, on_problem=on_problem)
-    if match := re.fullmatch(r"newsroom(?::(\w+))?", source):
+        template = chat_template(DEFAULT_TEMPLATE, subject.tokenizer) if chat else None
+        return salience_pairs(corpus, subject.tokenizer, template=template, max_tokens=longest, seed=seed).first(number)
+    if source in TASKS:
+        pairs = generate_pairs(source, subject.tokenizer, number, seed=seed)
+    elif source.startswith("facts:"):
+        pairs = read_facts(source.removeprefix("facts:"), subject.tokenizer, limit=limit, on_problem=on_problem)
+    elif match := re.fullmatch(r"newsroom(?::(\w+))?", source):
         role: Any = match[1] or "where"
-        return newsroom_pairs(number, seed=seed, role=role, tokenizer=subject.tokenizer)
-    return read_pairs(source, subject.tokenizer, limit=limit, on_problem=on_problem, corrupt=corrupt)
+        pairs = newsroom_pairs(number, seed=seed, role=role, tokenizer=subject.tokenizer)
+    else:
+        pairs = read_pairs(source, subject.tokenizer, limit=limit, on_problem=on_problem, corrupt=corrupt)
+    return in_turns(pairs, subject.tokenizer) if chat else pairs
 
 
 def prompt_pairs(run: JobRun[Any], *, corrupt: bool = True) -> Pairs:
@@ -283,6 +288,7 @@ def prompt_pairs(run: JobRun[Any], *, corrupt: bool = True) -> Pairs:
         on_problem=settings.on_problem,
         seed=settings.seed,
         corrupt=corrupt,
+        chat=settings.chat,
     )
 
 

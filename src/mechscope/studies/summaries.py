@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from mechscope.adapt.generate import encode_prompts, summarize
+from mechscope.adapt.generate import encode_prompts, end_tokens, summarize
 from mechscope.data.documents import Document
 from mechscope.data.rouge import rouge
 from mechscope.data.template import Template
@@ -61,7 +61,8 @@ def write_summaries(
             template=template,
         )
         with subject.active():
-            table[name] = summarize(subject.model, subject.tokenizer, prompts, decoding=decoding, execution=execution)
+            ends = end_tokens(subject.tokenizer, template)
+            table[name] = summarize(subject.model, subject.tokenizer, prompts, decoding=decoding, ends=ends, execution=execution)
         scores.append(_score(name, table[name].tolist(), references, seed=execution.seed))
     if others is not None:
         others = others.drop(columns=["document", "reference", *table.columns[3:]], errors="ignore")

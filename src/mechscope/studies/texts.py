@@ -50,6 +50,7 @@ class Texts(MaybeCorpus):
 
 def _texts(run: JobRun[Any]) -> Pairs:
     """Read or make the texts; each is cut to what the model can read, and of a bare text every token is predicted."""
+    from mechscope.data.chat import in_turns
     from mechscope.data.pairs import Pairs, PromptPair
 
     settings, subject = run.settings, run.first
@@ -64,6 +65,7 @@ def _texts(run: JobRun[Any]) -> Pairs:
             max_tokens=settings.max_tokens,
             on_problem=settings.on_problem,
             seed=settings.seed,
+            chat=settings.chat,
         ).first(settings.documents)
     if settings.data is not None:
         return read_documents(settings, run.source("data"), settings.documents, subject).pairs
@@ -72,7 +74,8 @@ def _texts(run: JobRun[Any]) -> Pairs:
     ids = tuple(subject.tokenizer(settings.text)["input_ids"][: min(settings.max_tokens, subject.anatomy.max_positions)])
     if len(ids) < 2:
         raise DataError(f"the text {settings.text!r} has {len(ids)} tokens: give at least two, so that one is predicted")
-    return Pairs((PromptPair("text", ids, ids, target=(1, len(ids))),), "text")
+    text = Pairs((PromptPair("text", ids, ids, target=(1, len(ids))),), "text")
+    return in_turns(text, subject.tokenizer) if settings.chat else text
 
 
 TEXTS: Input[Pairs] = Input(

@@ -209,6 +209,7 @@ def load(
         ModelError: Nothing loadable is there, the architecture is not supported, or weights are missing, truncated or not finite.
     """
     if isinstance(source, nn.Module):
+        tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, [])
         return _wrap(source, tokenizer, str(getattr(source, "name_or_path", "")) or type(source).__name__)
     source = located(source)
     check_model_path(source)

@@ -77,7 +77,7 @@ class LocalModel(Chat):
         given = torch.tensor([ids], device=model.device)
         decoding, pad = Decoding(max_new_tokens=tokens), pad_id(tokenizer)
         with model.active():
-            (answer,) = continuations(model.plain, given, decoding=decoding, pad=pad, end=tokenizer.eos_token_id)
+            (answer,) = continuations(model.plain, given, decoding=decoding, pad=pad, ends=[tokenizer.eos_token_id])
         return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 

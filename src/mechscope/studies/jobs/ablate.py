@@ -79,7 +79,7 @@ def _texts(run: JobRun[AblateSettings]) -> Pairs:
     settings = run.settings
     if settings.data is None:
         return prompt_pairs(run, corrupt=settings.source == "corrupt")
-    documents = DocumentFormat(max_tokens=settings.max_tokens, seed=settings.seed)
+    documents = DocumentFormat(max_tokens=settings.max_tokens, chat=settings.chat, seed=settings.seed)
     return read_documents(documents, run.source("data"), settings.documents, run.first).pairs
 
 

@@ -96,6 +96,13 @@ def _texts(run: JobRun[SteerSettings], source: str, limit: int | None) -> Pairs:
     return read_texts(source, subject.tokenizer, limit=limit, max_tokens=longest, seed=settings.seed)
 
 
+def _asked(run: JobRun[SteerSettings], texts: Pairs) -> Pairs:
+    """Return prompts as they are put to the model: in a chat as a user's messages."""
+    from mechscope.data.chat import in_turns
+
+    return in_turns(texts, run.first.tokenizer) if run.settings.chat else texts
+
+
 NEUTRAL: Input[Pairs] = Input(
     "neutral", lambda run: _texts(run, run.settings.neutral, run.settings.neutral_texts), lambda texts: texts.hash
 )
@@ -108,7 +115,8 @@ def _sets(run: JobRun[SteerSettings]) -> tuple[Pairs, ...]:
     if settings.latent is not None:
         return ()
     if settings.positive is not None and settings.negative is not None:
-        return _texts(run, settings.positive, None), _texts(run, settings.negative, None)
+        positive, negative = (_asked(run, _texts(run, source, None)) for source in (settings.positive, settings.negative))
+        return positive, negative
     read, _ = held_out(run[PAIRS], settings.test_share, settings.seed)
     if settings.contrast == "texts":
         return read, read.swapped()
@@ -143,6 +151,7 @@ def _measured(run: JobRun[SteerSettings]) -> Pairs:
 
 def _prompt(run: JobRun[SteerSettings]) -> tuple[int, ...]:
     """Return the tokens of the text that is continued; none without one."""
+    from mechscope.data.pairs import Pairs
     from mechscope.data.text_files import text_pair
 
     settings, subject = run.settings, run.first
@@ -153,7 +162,13 @@ def _prompt(run: JobRun[SteerSettings]) -> tuple[int, ...]:
     room = subject.anatomy.max_positions - settings.new_tokens
     if room < 2:
         raise SettingsError(f"--new-tokens is {settings.new_tokens}, the model reads {subject.anatomy.max_positions}: ask for fewer")
-    return text_pair(settings.prompt, subject.tokenizer, max_tokens=room, name="--prompt").clean
+    prompt = text_pair(settings.prompt, subject.tokenizer, max_tokens=room, name="--prompt")
+    (asked,) = _asked(run, Pairs((prompt,), "--prompt"))
+    if len(asked.clean) > room:
+        raise SettingsError(
+            f"--prompt has {len(asked.clean)} tokens as a user's message, which leaves too little room for --new-tokens: shorten one"
+        )
+    return asked.clean
 
 
 def _check(run: JobRun[SteerSettings]) -> None:
@@ -220,8 +235,9 @@ def _continued(run: JobRun[SteerSettings]) -> Tables:
     """Continue a text under the direction and one random direction, at every strength and at none."""
     import pandas as pd
 
-    from mechscope.adapt.generate import summarize
+    from mechscope.adapt.generate import end_tokens, summarize
     from mechscope.causal import Direction, steer
+    from mechscope.data.chat import chat_template
     from mechscope.settings.decoding import Decoding
 
     subject, settings, prompt = run.first, run.settings, _prompt(run)
@@ -231,10 +247,11 @@ def _continued(run: JobRun[SteerSettings]) -> Tables:
     drawn = [(-1, direction, strength) for strength in sorted({0.0, *strengths})]
     if settings.controls:
         drawn += [(0, direction.random_like(settings.seed), strength) for strength in sorted(strengths) if strength]
-    rows = []
+    rows, decoding = [], Decoding(max_new_tokens=settings.new_tokens)
+    ends = end_tokens(subject.tokenizer, chat_template("{document}", subject.tokenizer)) if settings.chat else ()
     for number, (draw, each, strength) in enumerate(drawn):
         with subject.active(), steer(subject, each, strength):
-            (written,) = summarize(subject.model, subject.tokenizer, [prompt], decoding=Decoding(max_new_tokens=settings.new_tokens))
+            (written,) = summarize(subject.model, subject.tokenizer, [prompt], decoding=decoding, ends=ends)
         rows.append({"direction": each.name, "draw": draw, "strength": strength, "text": settings.prompt, "continuation": written})
         run.tell("continuing the prompt", number + 1, len(drawn))
     return {"steer_texts": pd.DataFrame(rows)}
@@ -253,7 +270,7 @@ SWEEP = Stage(
 CONTINUATIONS = Stage(
     name="steer_texts",
     work=_continued,
-    hangs_on=("prompt", "new_tokens", "strengths", "controls", "seed"),
+    hangs_on=("prompt", "chat", "new_tokens", "strengths", "controls", "seed"),
     inputs=(MODELS,),
     after=(SWEEP,),
     when=lambda settings: settings.prompt is not None,
