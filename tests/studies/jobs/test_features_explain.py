@@ -147,7 +147,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
         ({"components": UNITS, "scorers": "guess"}, "scorer 'guess' is not known"),
         ({"components": "m1"}, "component 'm1' cannot be explained"),
         ({"components": "m9.n1"}, "neuron m9.n1 does not exist"),
-        ({"components": "a0.h9"}, "head a0.h9 does not exist"),
+        ({"components": "a0.h9"}, "component a0.h9 does not exist"),
         ({"components": "a0.h1,a0.h1"}, "named twice"),
         ({"components": "resid1.f3"}, "is a latent of 0 of the dictionaries"),
         ({"components": "resid1.f99", "dictionary": file}, "dictionary random has latents 0-39"),
