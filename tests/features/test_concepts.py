@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from mechscope.data.labels import Labelled, first_letters, read_labelled
 from mechscope.data.newsroom import newsroom_model_path, newsroom_tokenizer, split_articles
+from mechscope.data.pairs import PairBatch
 from mechscope.errors import DataError, SettingsError
-from mechscope.features import Rule, autoencoder, concept_scores, random_control, transcoder
+from mechscope.features import Place, Rule, autoencoder, concept_scores, concept_scores_of_sets, random_control, transcoder
 from mechscope.features import concepts as scoring
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.probes import balanced_of, sparse_probing
-from mechscope.features.rows import reader_of
+from mechscope.features.gathered import gather
+from mechscope.features.probes import Probe, balanced_of, sparse_probing
+from mechscope.features.rows import Reader, reader_of
 from mechscope.instrument import Execution
+from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import ConceptSettings, TokenSettings
 from mechscope.subject.load import load
 from tests import families
@@ -48,9 +53,8 @@ def test_what_is_gathered_are_means_and_tokens_of_the_model(family: str, tokens_
     subject, given = families.subject(family, torch.float64), labelled()
     dictionary = made(transcoder(1, W, 50, Rule("topk", 8)))
     reader = reader_of(subject, dictionary, given.texts, ALL, other_model=False, execution=Execution())
-    settings = ConceptSettings(tokens_held=3 * COUNT)
     execution = Execution(tokens_per_batch=tokens_per_batch)
-    (pooled, held) = scoring._gathered(reader, {"": dictionary}, given, settings, execution)[""]
+    (pooled, held) = gather({"": reader}, {"": {"": dictionary}}, given.texts, held=3 * COUNT, execution=execution)[""][""]
     inside, outside = kept_rows(subject, dictionary, given.texts)
     longest = max(len(pair.clean) for pair in given.texts)
     for number, (x, y) in enumerate(zip(inside, outside, strict=True)):
@@ -85,7 +89,7 @@ def test_rows_say_what_they_are_and_are_those_of_the_functions() -> None:
     assert set(table[table["score"] == "SCR"]["concept"]) <= {"half despite third", "third despite half"}
     split = scoring._Split.of(given, ConceptSettings(judged_share=0.5), 0)
     reader = reader_of(subject, dictionary, given.texts, ALL, other_model=False, execution=Execution())
-    pooled, _ = scoring._gathered(reader, both, given, ConceptSettings(), Execution())[""]
+    pooled, _ = gather({"": reader}, {"": both}, given.texts, held=20_000, execution=Execution())[""][""]
     is_first = np.array(given.attributes["half"]) == "first"
     most = str(table[table["concept"].str.startswith("half=")]["concept"].iloc[0]) == "half=first"
     y = is_first if most else ~is_first
@@ -113,6 +117,42 @@ def test_texts_that_come_twice_are_on_one_side() -> None:
     learned, judged = ({doubled.texts.pairs[at].clean for at in side.tolist()} for side in (split.learned, split.judged))
     assert not learned & judged
     assert (len(split.learned), len(split.judged)) == (1.5 * COUNT, 0.5 * COUNT)
+
+
+def test_sets_are_scored_together_as_each_alone_by_one_pass_and_each_probe_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, given = families.subject("llama", torch.float64), labelled(120)
+    # two sets of one place, of which one leaves out more tokens, and one of others
+    near, far = made(autoencoder("resid1", W, 50, Rule("topk", 8))), made(transcoder(0, W, 40, Rule("topk", 5)))
+    trained = replace(near, about={"source": {"settings": {"first": 3, "outlier": None}}})
+    sets = {"near": {"": near, "random": random_control(near, 8)}, "far": {"": far}, "again": {"": near}, "trained": {"": trained}}
+    told: dict[str, Any] = {"settings": ConceptSettings(judged_share=0.5), "execution": Execution(tokens_per_batch=400)}
+    alone = {name: concept_scores(subject, own, given, **told) for name, own in sets.items()}
+    passes, fits = [0], list[bytes]()
+    streams, fit = Reader.streams, Probe.__init__
+
+    def counted(self: Reader, batch: PairBatch) -> dict[Place, torch.Tensor]:
+        passes[0] += 1
+        return streams(self, batch)
+
+    def noted(self: Probe, x: np.ndarray, y: np.ndarray, *, each: bool = False) -> None:
+        if not each:
+            fits.append(x.tobytes() + y.tobytes())
+        fit(self, x, y, each=each)
+
+    monkeypatch.setattr(Reader, "streams", counted)
+    monkeypatch.setattr(Probe, "__init__", noted)
+    readers = {name: reader_of(subject, own[""], given.texts, None, other_model=False, execution=Execution()) for name, own in sets.items()}
+    passes[0] = 0
+    gather(readers, sets, given.texts, held=500, execution=Execution(tokens_per_batch=400))
+    assert passes[0] == len([*over_texts(given.texts, lambda batch: None, Execution(tokens_per_batch=400), tokens=1, label="")]) > 1
+    together = concept_scores_of_sets(subject, sets, given, **told)
+    assert len(fits) == len(set(fits)) > 0
+    assert {name: list(own) for name, own in together.items()} == {name: list(own) for name, own in sets.items()}
+    for name, own in alone.items():
+        for each, table in own.items():
+            pd.testing.assert_frame_equal(together[name][each], table, check_exact=True)
+    # what is left out is each set's own
+    assert not together["trained"][""].equals(together["near"][""])
 
 
 def test_of_the_newsroom_facts_and_classes_are_known() -> None:

@@ -2,7 +2,7 @@
 
 from mechscope.features.activations import Harvest, Live, harvest
 from mechscope.features.codes import Codes
-from mechscope.features.concepts import concept_scores
+from mechscope.features.concepts import concept_scores, concept_scores_of_sets
 from mechscope.features.controls import pca_control, random_control
 from mechscope.features.dashboards import Dashboard, dashboard
 from mechscope.features.dictionary import Dictionary
@@ -67,6 +67,7 @@ __all__ = [
     "attribution_graph",
     "autoencoder",
     "concept_scores",
+    "concept_scores_of_sets",
     "cross_layer",
     "crosscoder",
     "dashboard",

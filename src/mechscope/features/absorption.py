@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score
 
-from mechscope.features.probes import Probe, Writes, most_different
+from mechscope.features.probes import Fit, Probe, Writes, most_different
 from mechscope.shapes import by_shape
 
 # a further main latent must raise the F1 of the probe on latents by more than this
@@ -63,7 +63,7 @@ class Absorbed:
     __repr__ = by_shape
 
 
-def absorption(train: Tokens, test: Tokens, y: np.ndarray, y_test: np.ndarray, writes: Writes) -> Absorbed:
+def absorption(train: Tokens, test: Tokens, y: np.ndarray, y_test: np.ndarray, writes: Writes, *, fit: Fit = Probe) -> Absorbed:
     """Measure absorption of one concept.
 
     Args:
@@ -72,8 +72,9 @@ def absorption(train: Tokens, test: Tokens, y: np.ndarray, y_test: np.ndarray, w
         y: Whether each has the concept.
         y_test: The same of held-out tokens.
         writes: What the latents write.
+        fit: Makes the probe of the activations.
     """
-    probe = Probe(train.x, y)
+    probe = fit(train.x, y)
     main = main_latents(train.codes, y)
     direction = probe.direction / np.linalg.norm(probe.direction)
     own = y_test & probe.says(test.x)

@@ -1,7 +1,7 @@
 """What latents stand for, on texts of which something is known: sparse probing, SCR, TPP (`mechscope.features.probes`) and absorption, in one pass.
 
-Held while texts are read: a mean per text, sparse codes of it, and `tokens_held` tokens with theirs, drawn from each text alike whatever the batches.
-Dictionaries measured together, such as one and its controls, see the same texts, tokens and probes.
+Dictionaries measured together, such as one and its controls, see the same texts and tokens (`mechscope.features.gathered`), and probes of activations are
+fitted once for all.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.sparse import csr_matrix, vstack
 
-from mechscope import ranks
 from mechscope.data.labels import Labelled
-from mechscope.data.pairs import PairBatch
 from mechscope.data.splits import judged_on
 from mechscope.errors import DataError, SettingsError
 from mechscope.features.absorption import Tokens, absorption
-from mechscope.features.codes import Codes
 from mechscope.features.dictionary import Dictionary
+from mechscope.features.gathered import gather
 from mechscope.features.probes import (
+    Fit,
     Pooled,
+    Probes,
     Writes,
     balanced,
     balanced_of,
@@ -35,9 +33,8 @@ from mechscope.features.probes import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
-from mechscope.features.rows import TOKENS_PER_BATCH, Models, Reader, Rows, reader_of
+from mechscope.features.rows import Models, reader_of
 from mechscope.instrument import Execution
-from mechscope.instrument.texts import over_texts
 from mechscope.settings.features import ConceptSettings, TokenSettings
 from mechscope.stats.shares import Share, share_of
 
@@ -78,22 +75,58 @@ def concept_scores(
         DataError: The texts do not suffice for any score.
         MechscopeError: A dictionary or the texts do not fit.
     """
+    given: dict[str, Any] = {"settings": settings, "tokens": tokens, "other_model": other_model, "execution": execution}
+    return concept_scores_of_sets(models, {"": dictionaries}, labelled, **given)[""]
+
+
+def concept_scores_of_sets(
+    models: Models,
+    sets: Mapping[str, Mapping[str, Dictionary]],
+    labelled: Labelled,
+    *,
+    settings: ConceptSettings | None = None,
+    tokens: TokenSettings | None = None,
+    other_model: bool = False,
+    execution: Execution = Execution(),
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Score sets of dictionaries, each of the same places, as `concept_scores` does each alone: the models are read once for all sets.
+
+    Args:
+        models: The model, or several by name.
+        sets: By name, dictionaries by name.
+        labelled: As of `concept_scores`, like all that follows.
+        settings: How many latents probes read and lose, and which share of the texts is judged on.
+        tokens: Which tokens are left out.
+        other_model: Allow dictionaries of a model with other weights.
+        execution: Tokens of a batch, seed, progress.
+
+    Returns:
+        By set, what `concept_scores` returns.
+
+    Raises:
+        MechscopeError: As of `concept_scores`.
+    """
     settings = settings or ConceptSettings()
-    first = next(iter(dictionaries.values()))
-    if any((each.layout.inputs, each.layout.outputs) != (first.layout.inputs, first.layout.outputs) for each in dictionaries.values()):
-        raise SettingsError("dictionaries that are scored together must read and write the same places: score them one by one")
-    for each in dictionaries.values():
-        each.check(models, other_model=other_model)
-    reader = reader_of(models, first, labelled.texts, tokens, other_model=other_model, execution=execution)
-    split = _Split.of(labelled, settings, execution.seed)
-    found = _gathered(reader, dictionaries, labelled, settings, execution)
-    made = {name: _scores(pooled, held, labelled, split, settings) for name, (pooled, held) in found.items()}
-    if not any(len(rows) for rows in made.values()):
-        raise DataError(
-            f"{len(labelled.texts)} texts of {labelled.texts.source} do not suffice for any score: of each class {_TEXTS} texts to learn from and {_JUDGED} "
-            "to judge on are needed"
-        )
-    return {name: pd.DataFrame(rows, columns=list(COLUMNS)) for name, rows in made.items()}
+    readers = {}
+    for name, dictionaries in sets.items():
+        first = next(iter(dictionaries.values()))
+        if any((each.layout.inputs, each.layout.outputs) != (first.layout.inputs, first.layout.outputs) for each in dictionaries.values()):
+            raise SettingsError("dictionaries that are scored together must read and write the same places: score them one by one")
+        for each in dictionaries.values():
+            each.check(models, other_model=other_model)
+        readers[name] = reader_of(models, first, labelled.texts, tokens, other_model=other_model, execution=execution)
+    split, fit = _Split.of(labelled, settings, execution.seed), Probes().fit
+    gathered = gather(readers, sets, labelled.texts, held=settings.tokens_held, execution=execution)
+    found = {}
+    for name, of_set in gathered.items():
+        made = {each: _scores(pooled, held, labelled, split, settings, fit) for each, (pooled, held) in of_set.items()}
+        if not any(map(len, made.values())):
+            raise DataError(
+                f"{len(labelled.texts)} texts of {labelled.texts.source} do not suffice for any score: of each class {_TEXTS} texts to learn from and "
+                f"{_JUDGED} to judge on are needed"
+            )
+        found[name] = {each: pd.DataFrame(rows, columns=list(COLUMNS)) for each, rows in made.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,92 +142,15 @@ class _Split:
         return cls(np.flatnonzero(~judged), np.flatnonzero(judged))
 
 
-@dataclass
-class _Held:
-    """What is gathered of one dictionary: per text, and of the tokens held."""
-
-    text: list[np.ndarray]
-    x: list[np.ndarray]
-    codes: list[csr_matrix]
-    token_x: list[np.ndarray]
-    token_codes: list[csr_matrix]
-    token_at: list[np.ndarray]
-
-
-def _gathered(
-    reader: Reader, dictionaries: Mapping[str, Dictionary], labelled: Labelled, settings: ConceptSettings, execution: Execution
-) -> dict[str, tuple[Pooled, Tokens]]:
-    """Read all texts once; tokens' places are kept as text × longest + position."""
-    each = max(1, -(-settings.tokens_held // len(labelled.texts)))
-    longest = max(len(pair.clean) for pair in labelled.texts)
-
-    def work(batch: PairBatch) -> dict[str, _Held]:
-        rows = reader.rows(batch)
-        held = _drawn(rows, each, execution.seed)
-        return {name: _of_batch(dictionary, rows, held, longest) for name, dictionary in dictionaries.items()}
-
-    own = [found for _, found in over_texts(labelled.texts, work, execution, tokens=TOKENS_PER_BATCH, label="concepts", dealt=True)]
-    every = [found for part in ranks.exchange(own) for found in part]
-    made = {}
-    for name, dictionary in dictionaries.items():
-        parts = [found[name] for found in every]
-        text = np.concatenate([block for part in parts for block in part.text])
-        order = np.argsort(text)
-        at = np.concatenate([block for part in parts for block in part.token_at])
-        token_order = np.argsort(at)
-        writes = Writes(dictionary)
-        # a text of which every token is left out has no mean: zero, as for no activation
-        x = np.zeros((len(labelled.texts), sum(dictionary.layout.output_widths)))
-        x[text[order]] = np.concatenate([block for part in parts for block in part.x])[order]
-        codes = _placed(vstack([block for part in parts for block in part.codes]).tocsr(), text, len(labelled.texts))
-        token_codes = vstack([block for part in parts for block in part.token_codes]).tocsr()[token_order]
-        token_x = np.concatenate([block for part in parts for block in part.token_x])[token_order]
-        made[name] = (Pooled(x, codes, writes), Tokens(token_x, token_codes, at[token_order]))
-    return made
-
-
-def _placed(codes: csr_matrix, text: np.ndarray, texts: int) -> csr_matrix:
-    spread = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))), shape=(texts, len(text)))
-    return (spread @ codes).tocsr()
-
-
-def _drawn(rows: Rows, each: int, seed: int) -> np.ndarray:
-    """Return which rows are held as tokens: of each text as many, the same whatever the batch."""
-    held = np.zeros(len(rows), dtype=bool)
-    text = rows.text.numpy()
-    for index in np.unique(text):
-        own = np.flatnonzero(text == index)
-        chosen = np.random.default_rng([seed, int(index)]).permutation(len(own))[:each]
-        held[own[chosen]] = True
-    return held
-
-
-def _of_batch(dictionary: Dictionary, rows: Rows, held: np.ndarray, longest: int) -> _Held:
-    inputs = [rows.values[place].to(dictionary.device, dictionary.dtype) for place in dictionary.layout.inputs]
-    x = torch.cat([rows.values[place].double() for place in dictionary.layout.outputs], dim=1).numpy()
-    codes = _sparse(dictionary.encode(inputs))
-    text, back = np.unique(rows.text.numpy(), return_inverse=True)
-    counts = np.bincount(back, minlength=len(text))
-    mean = csr_matrix((1 / counts[back], (back, np.arange(len(back)))), shape=(len(text), len(back)))
-    at = rows.text.numpy() * longest + rows.position.numpy()
-    return _Held([text], [mean @ x], [(mean @ codes).tocsr()], [x[held]], [codes[held]], [at[held]])
-
-
-def _sparse(codes: Codes) -> csr_matrix:
-    return csr_matrix(
-        (codes.values.double().cpu().numpy(), codes.latents.cpu().numpy(), codes.offsets.cpu().numpy()), shape=(codes.tokens, codes.width)
-    )
-
-
-def _scores(pooled: Pooled, held: Tokens, labelled: Labelled, split: _Split, settings: ConceptSettings) -> list[tuple[Any, ...]]:
+def _scores(pooled: Pooled, held: Tokens, labelled: Labelled, split: _Split, settings: ConceptSettings, fit: Fit) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     train, test = pooled.rows(split.learned), pooled.rows(split.judged)
     classes = {name: _classes_of(np.array(values), split) for name, values in labelled.attributes.items()}
     for name, found in classes.items():
-        rows += _probed(name, found, np.array(labelled.attributes[name]), train, test, split, settings)
+        rows += _probed(name, found, np.array(labelled.attributes[name]), train, test, split, settings, fit)
     for wanted, other in permutations([name for name, found in classes.items() if len(found) > 1], 2):
-        rows += _removed(wanted, other, classes, labelled, train, test, split, settings)
-    return rows + _absorbed(held, pooled.writes, labelled, split)
+        rows += _removed(wanted, other, classes, labelled, train, test, split, settings, fit)
+    return rows + _absorbed(held, pooled.writes, labelled, split, fit)
 
 
 def _classes_of(values: np.ndarray, split: _Split) -> list[str]:
@@ -210,7 +166,7 @@ def _classes_of(values: np.ndarray, split: _Split) -> list[str]:
 
 
 def _probed(
-    name: str, classes: Sequence[str], values: np.ndarray, train: Pooled, test: Pooled, split: _Split, settings: ConceptSettings
+    name: str, classes: Sequence[str], values: np.ndarray, train: Pooled, test: Pooled, split: _Split, settings: ConceptSettings, fit: Fit
 ) -> list[tuple[Any, ...]]:
     # of two classes the second is the first's absence
     told = classes[:1] if len(classes) == 2 and len(np.unique(values)) == 2 else classes
@@ -220,7 +176,7 @@ def _probed(
     rows = []
     for k in (*settings.probe_latents, 0):
         every = [
-            sparse_probing(train, test, own, judged, k) if k else dense_probing(train, test, own, judged)
+            sparse_probing(train, test, own, judged, k) if k else dense_probing(train, test, own, judged, fit=fit)
             for own, judged in zip(y.T, y_test.T, strict=True)
         ]
         score = "sparse probing" if k else "probe of the activations"
@@ -231,7 +187,7 @@ def _probed(
             mean = mean_of(np.mean([balanced(of, own) for of, own in zip(every, y_test.T, strict=True)], axis=0))
             rows.append(_row(score, name, k or np.nan, mean, note=f"mean over {len(told)} classes"))
     if len(told) > 2:
-        found = targeted_probe_perturbation(train, test, y, y_test, settings.removed_latents)
+        found = targeted_probe_perturbation(train, test, y, y_test, settings.removed_latents, fit=fit)
         rows += [_row("TPP", name, count, share, note=f"mean over {len(told)} classes") for count, share in found.items()]
     return rows
 
@@ -245,6 +201,7 @@ def _removed(
     test: Pooled,
     split: _Split,
     settings: ConceptSettings,
+    fit: Fit,
 ) -> list[tuple[Any, ...]]:
     pairs = {name: classes[name][:2] for name in (wanted, other)}
     values = {name: np.array(labelled.attributes[name]) for name in pairs}
@@ -258,12 +215,13 @@ def _removed(
         if min(int((a & b).sum()) for a in (one, ~one) for b in (two, ~two)) < fewest // 2:
             return []
     (one, two), (one_test, two_test) = flags
-    found = spurious_correlation_removal(train.rows(learned), test.rows(judged), one, two, one_test, two_test, settings.removed_latents)
+    flags_of = (one, two, one_test, two_test)
+    found = spurious_correlation_removal(train.rows(learned), test.rows(judged), *flags_of, settings.removed_latents, fit=fit)
     note = f"{pairs[wanted][0]} or {pairs[wanted][1]}, where {pairs[other][0]} or {pairs[other][1]} went with it"
     return [_row("SCR", f"{wanted} despite {other}", count, share, note=note) for count, share in found.items()]
 
 
-def _absorbed(held: Tokens, writes: Writes, labelled: Labelled, split: _Split) -> list[tuple[Any, ...]]:
+def _absorbed(held: Tokens, writes: Writes, labelled: Labelled, split: _Split, fit: Fit) -> list[tuple[Any, ...]]:
     longest = max(len(pair.clean) for pair in labelled.texts)
     at, text = held.text, held.text // longest
     own = Tokens(held.x, held.codes, text)
@@ -280,7 +238,7 @@ def _absorbed(held: Tokens, writes: Writes, labelled: Labelled, split: _Split) -
     rows: list[tuple[Any, ...]] = []
     train, test = own.rows(learned), own.rows(judged)
     for concept, y, _ in candidates[:_CONCEPTS]:
-        found = absorption(train, test, y[learned], y[judged], writes)
+        found = absorption(train, test, y[learned], y[judged], writes, fit=fit)
         full, fraction = (_by_text(found.text, values) for values in (found.full, found.fraction))
         note = f"{len(found.text):,} tokens; main latents {', '.join(map(str, found.main))}"
         rows += [_row("absorption, full", concept, len(found.main), full, note=note)]

@@ -14,8 +14,9 @@ Latents are ranked for SCR and TPP by (difference of class means) · ⟨D_j, pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,26 @@ class Probe:
         return np.asarray(self._fit.predict((x - self._mean) / self._scale), dtype=bool)
 
 
+class Probes:
+    """Probes of activations, each fitted once, however many dictionaries are judged by it."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Probe] = {}
+
+    def fit(self, x: Float[np.ndarray, "row column"], y: np.ndarray) -> Probe:
+        """Return the probe of these rows, fitted where none of the same rows is known."""
+        key = blake2b(repr((x.shape, x.dtype)).encode())
+        for array in (x, y):
+            key.update(np.ascontiguousarray(array).data)
+        if (digest := key.digest()) not in self._known:
+            self._known[digest] = Probe(x, y)
+        return self._known[digest]
+
+
+Fit = Callable[[Float[np.ndarray, "row column"], np.ndarray], Probe]
+"""Makes a probe of activations: `Probe` itself, or `Probes.fit`, which makes none twice."""
+
+
 def balanced(right: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " row"]:
     """Return values whose mean is the balanced accuracy, each class counting a half, and whose spread is that of its linear part: deviations within classes."""
     own = {kind: right[y == kind].mean() for kind in (True, False)}
@@ -133,9 +154,9 @@ def sparse_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarra
     return np.asarray(probe.says(test.codes[:, chosen].toarray()) == y_test)
 
 
-def dense_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray) -> Bool[np.ndarray, " text"]:
+def dense_probing(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray, *, fit: Fit = Probe) -> Bool[np.ndarray, " text"]:
     """Return which texts a probe that reads all of the activations tells right: what there is to be found."""
-    return np.asarray(Probe(train.x, y).says(test.x) == y_test)
+    return np.asarray(fit(train.x, y).says(test.x) == y_test)
 
 
 def spurious_correlation_removal(
@@ -146,6 +167,8 @@ def spurious_correlation_removal(
     wanted_test: np.ndarray,
     other_test: np.ndarray,
     counts: Sequence[int],
+    *,
+    fit: Fit = Probe,
 ) -> dict[int, Share]:
     """Return SCR by number of latents taken out.
 
@@ -157,12 +180,13 @@ def spurious_correlation_removal(
         wanted_test: The same of held-out texts.
         other_test: The same.
         counts: How many latents are taken out.
+        fit: Makes the probes of the activations.
     """
     cells = [np.flatnonzero((wanted == one) & (other == two)) for one in (True, False) for two in (True, False)]
     fewest = min(map(len, cells))
     even, biased = np.concatenate([cell[:fewest] for cell in cells]), np.concatenate([cells[0], cells[3]])
-    unbiased_probe, biased_probe = Probe(train.x[even], wanted[even]), Probe(train.x[biased], wanted[biased])
-    spurious = Probe(train.x[even], other[even])
+    unbiased_probe, biased_probe = fit(train.x[even], wanted[even]), fit(train.x[biased], wanted[biased])
+    spurious = fit(train.x[even], other[even])
     inner, _ = train.writes.along(spurious.direction)
     ranked = most_different(train.codes[even], other[even], max(counts), weights=inner)
     # the four cells weigh alike
@@ -183,7 +207,9 @@ def spurious_correlation_removal(
     return {count: share_of(own - before, whole, absent=absent, positive=True) for count, own in after.items()}
 
 
-def targeted_probe_perturbation(train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray, counts: Sequence[int]) -> dict[int, Share]:
+def targeted_probe_perturbation(
+    train: Pooled, test: Pooled, y: np.ndarray, y_test: np.ndarray, counts: Sequence[int], *, fit: Fit = Probe
+) -> dict[int, Share]:
     """Return TPP by number of latents taken out.
 
     Args:
@@ -192,8 +218,9 @@ def targeted_probe_perturbation(train: Pooled, test: Pooled, y: np.ndarray, y_te
         y: ``(text, class)``.
         y_test: The same of held-out texts.
         counts: How many latents are taken out for each class.
+        fit: Makes the probes of the activations.
     """
-    probes = [Probe(train.x, own) for own in y.T]
+    probes = [fit(train.x, own) for own in y.T]
     before = [balanced(probe.says(test.x) == own, own) for probe, own in zip(probes, y_test.T, strict=True)]
     found: dict[int, list[np.ndarray]] = {count: [] for count in counts}
     for at, probe in enumerate(probes):

@@ -119,28 +119,18 @@ class Reader:
         kept = later & ordinary
         return kept, Counter(first=int((batch.real & ~later).sum()), outlier=int((later & ~ordinary).sum()))
 
-    def rows(self, batch: PairBatch) -> Rows:
-        """Return the rows of a batch, on the CPU."""
-        streams = self.streams(batch)
+    def rows(self, batch: PairBatch, streams: Mapping[Place, Tensor] | None = None) -> Rows:
+        """Return the rows of a batch, on the CPU; the models are run where it is not given what stands at the places."""
+        streams = self.streams(batch) if streams is None else {place: streams[place] for place in self.places}
         kept, left_out = self.kept(batch, streams)
         text = torch.tensor(batch.indices)[:, None].expand_as(kept)[kept]
         position = (batch.real.cumsum(1) - 1)[kept]
         return Rows({place: value[kept.to(value.device)].cpu() for place, value in streams.items()}, text, position, left_out)
 
     def run(self, texts: Pairs, indices: Sequence[int], execution: Execution, *, label: str = "") -> Rows:
-        """Return the rows of some of the texts, in their order; ranks share the batches, and each gets all rows.
-
-        Raises:
-            DataError: Values are not finite.
-            RunError: A single text does not fit into memory.
-        """
-        chosen = Pairs(tuple(texts.pairs[index] for index in indices), texts.source)
-        own = [rows for _, rows in over_texts(chosen, self.rows, execution, tokens=TOKENS_PER_BATCH, label=label, dealt=True)]
-        rows = Rows.joined([rows for parts in ranks.exchange(own) for rows in parts])
-        for place, value in rows.values.items():
-            if not bool(value.isfinite().all()):
-                raise DataError(f"activations at {place} are not finite: the model's type is too narrow for it, try dtype float32")
-        return Rows(rows.values, torch.tensor(indices)[rows.text], rows.position, rows.left_out)
+        """Return the rows of some of the texts, as `run_together` does."""
+        (rows,) = run_together([self], texts, indices, execution, label=label)
+        return rows
 
     def probe(self, texts: Pairs, indices: Sequence[int], execution: Execution) -> None:
         """Set the limits from the first texts.
@@ -156,6 +146,33 @@ class Reader:
         require_rows(len(rows), texts, self.tokens)
         norms = {place: torch.linalg.vector_norm(value.float(), dim=-1) for place, value in rows.values.items()}
         self.limits = {place: float(norm.median()) * self.tokens.outlier for place, norm in norms.items()}
+
+
+def rows_together(readers: Sequence[Reader], batch: PairBatch) -> list[Rows]:
+    """Return each reader's rows of a batch, of which the models, the same for all, are run once."""
+    places = dict.fromkeys(place for reader in readers for place in reader.places)
+    streams = Reader(readers[0].models, tuple(places), TokenSettings()).streams(batch)
+    return [reader.rows(batch, streams) for reader in readers]
+
+
+def run_together(readers: Sequence[Reader], texts: Pairs, indices: Sequence[int], execution: Execution, *, label: str = "") -> list[Rows]:
+    """Return each reader's rows of some of the texts, in their order; ranks share the batches, and each gets all rows.
+
+    Raises:
+        DataError: Values are not finite.
+        RunError: A single text does not fit into memory.
+    """
+    chosen = Pairs(tuple(texts.pairs[index] for index in indices), texts.source)
+
+    def work(batch: PairBatch) -> list[Rows]:
+        return rows_together(readers, batch)
+
+    own = [rows for _, rows in over_texts(chosen, work, execution, tokens=TOKENS_PER_BATCH, label=label, dealt=True)]
+    found = [Rows.joined(parts) for parts in zip(*(rows for parts in ranks.exchange(own) for rows in parts), strict=True)]
+    for place, value in (each for rows in found for each in rows.values.items()):
+        if not bool(value.isfinite().all()):
+            raise DataError(f"activations at {place} are not finite: the model's type is too narrow for it, try dtype float32")
+    return [Rows(rows.values, torch.tensor(indices)[rows.text], rows.position, rows.left_out) for rows in found]
 
 
 def reader_of(

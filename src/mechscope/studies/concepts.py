@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mechscope.errors import DataError
 from mechscope.settings import Number, Settings, nested, setting
 from mechscope.settings.features import ConceptSettings
-from mechscope.studies.dictionaries import Judged, controls_of, same_places
+from mechscope.studies.dictionaries import Judged, control_rows, controls_of, same_places
 from mechscope.studies.inputs import MODELS
 from mechscope.studies.job import Stage
 from mechscope.studies.run import Input, JobRun, Tables
@@ -89,23 +89,25 @@ def stages(
 def _score(run: JobRun[Any], judged: Judged) -> Tables:
     import pandas as pd
 
-    from mechscope.features import concept_scores
+    from mechscope.features import concept_scores_of_sets
 
     labelled = run[LABELLED]
     if labelled is None:
         return {}
-    rows = []
-    for name, dictionary in judged.dictionaries.items():
-        found = concept_scores(
-            run.first,
-            {"": dictionary, **controls_of(run, dictionary, judged)},
-            labelled,
-            settings=run.settings.concept,
-            tokens=judged.tokens,
-            other_model=True,
-            execution=run.execution,
-        )
-        rows += [table.assign(dictionary=name, control=control) for control, table in found.items()]
+    made_of = control_rows(run, judged)
+    found = concept_scores_of_sets(
+        run.first,
+        {
+            name: {"": dictionary, **controls_of(dictionary, made_of.pop(name), seed=run.settings.seed)}
+            for name, dictionary in judged.dictionaries.items()
+        },
+        labelled,
+        settings=run.settings.concept,
+        tokens=judged.tokens,
+        other_model=True,
+        execution=run.execution,
+    )
+    rows = [table.assign(dictionary=name, control=control) for name, of_set in found.items() for control, table in of_set.items()]
     table = pd.concat(rows, ignore_index=True)
     first = ["dictionary", "control"]
     return {"dictionary_concepts": table[[*first, *(name for name in table if name not in first)]]}

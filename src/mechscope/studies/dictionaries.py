@@ -13,8 +13,10 @@ from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mechscope.data.pairs import Pairs
-    from mechscope.features import Dictionary, Examples, TokenSettings
+    from mechscope.features import Dictionary, Examples, Place, TokenSettings
     from mechscope.subject.spelling import Spelling
 
 # tokens from which controls are made: principal components, linear maps, and how many latents are active
@@ -100,8 +102,9 @@ def _measure(run: JobRun[Any], judged: Judged) -> Tables:
     from mechscope.features.measures import difference_of, measure_together
 
     rows, latents, differences = [], [], []
+    made_of = control_rows(run, judged)
     for name, dictionary in judged.dictionaries.items():
-        controls = controls_of(run, dictionary, judged)
+        controls = controls_of(dictionary, made_of.pop(name), seed=run.settings.seed)
         # once more, on the tokens of this dictionary: what is subtracted was measured on the same
         others = {other: judged.dictionaries[other] for other in judged.against if name not in judged.against}
         others = {other: each for other, each in others.items() if same_places(each, dictionary)}
@@ -126,17 +129,30 @@ def same_places(one: Dictionary, other: Dictionary) -> bool:
     return (one.layout.inputs, one.layout.outputs) == (other.layout.inputs, other.layout.outputs)
 
 
-def controls_of(run: JobRun[Any], dictionary: Dictionary, judged: Judged) -> dict[str, Dictionary]:
-    """Return what a dictionary stands beside."""
-    from mechscope.features import controls
-    from mechscope.features.rows import blocks, reader_of
+def control_rows(run: JobRun[Any], judged: Judged) -> dict[str, Mapping[Place, Tensor]]:
+    """Return, by dictionary, the activations that its controls are made of; the model is run once for all that leave out as many first tokens."""
+    from mechscope.features.rows import blocks, reader_of, run_together
 
-    texts, layout = judged.texts, dictionary.layout
-    reader = reader_of(run.first, dictionary, texts, judged.tokens, other_model=True, execution=run.execution)
-    first = next(blocks(texts, range(len(texts)), _CONTROL_ROWS, reader.tokens.first))
-    rows = reader.run(texts, first, run.execution, label="controls").values
+    texts, found = judged.texts, dict[str, Any]()
+    readers = {
+        name: reader_of(run.first, dictionary, texts, judged.tokens, other_model=True, execution=run.execution)
+        for name, dictionary in judged.dictionaries.items()
+    }
+    for first in dict.fromkeys(reader.tokens.first for reader in readers.values()):
+        own = {name: reader for name, reader in readers.items() if reader.tokens.first == first}
+        chosen = next(blocks(texts, range(len(texts)), _CONTROL_ROWS, first))
+        rows = run_together(list(own.values()), texts, chosen, run.execution, label="controls")
+        found |= {name: each.values for name, each in zip(own, rows, strict=True)}
+    return found
+
+
+def controls_of(dictionary: Dictionary, rows: Mapping[Place, Tensor], *, seed: int) -> dict[str, Dictionary]:
+    """Return what a dictionary stands beside, made of its `control_rows`."""
+    from mechscope.features import controls
+
+    layout = dictionary.layout
     inputs, outputs = ([rows[place].to(dictionary.device) for place in where] for where in (layout.inputs, layout.outputs))
-    return controls.controls_of(dictionary, inputs, outputs, seed=run.settings.seed)
+    return controls.controls_of(dictionary, inputs, outputs, seed=seed)
 
 
 def _show(run: JobRun[Any], judged: Judged) -> Tables:
