@@ -22,6 +22,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -56,7 +57,9 @@ _COMMON: dict[str, Any] = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3")
-WINDOWED = frozenset({"mistral", "gemma2", "gemma3"})
+# mixtures of experts, without neurons of their own
+MIXTURES = ("gpt_oss",)
+WINDOWED = frozenset({"mistral", "gemma2", "gemma3", "gpt_oss"})
 SOFTCAPPED = frozenset({"gemma2"})
 
 
@@ -75,6 +78,23 @@ def config(family: str, **changes: Any) -> Any:
             return LlamaConfig(**{**_GROUPED, **changes})
         case "mistral":
             return MistralConfig(**{**_GROUPED, "head_dim": 16, "sliding_window": WINDOW, **changes})
+        case "gpt_oss":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+            layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+            mixture = GptOssConfig(
+                **{
+                    **_GROUPED,
+                    **experts,
+                    "head_dim": 16,
+                    "sliding_window": WINDOW,
+                    "rope_parameters": rotary,
+                    "layer_types": layer_types,
+                    **changes,
+                }
+            )
+            mixture._experts_implementation = "eager"  # the grouped kernel knows no float64
+            return mixture
         case "qwen2":
             return Qwen2Config(**{**_GROUPED, **changes})
         case "qwen3":
@@ -95,7 +115,9 @@ def config(family: str, **changes: Any) -> Any:
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """Build a tiny random model of a family in evaluation mode; equal seeds give equal weights in every dtype."""
-    model = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # experts and sinks start at random
+        model = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32)
     randomize(model, seed)
     return model.to(dtype).eval()
 

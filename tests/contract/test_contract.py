@@ -16,7 +16,7 @@ import torch
 from mechscope.errors import ModelError, RunError
 from mechscope.instrument import Execution, memory
 from mechscope.subject import Subject
-from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, ON_ONE_DEVICE, WITHOUT_BATCHES
+from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, OF_FAMILY, ON_ONE_DEVICE, WITHOUT_BATCHES
 from tests.contract.technique import TOKENS, Case, Result, case, techniques
 from tests.devices import assert_same
 from tests.pretend import pretended
@@ -46,13 +46,20 @@ class Outcome:
     calls: int
 
 
+def of(name: str, family: str = "gpt2") -> str:
+    """Return the family that a technique is run on where this one is asked for; those with one of their own are run once."""
+    if name in OF_FAMILY and family != "gpt2":
+        pytest.skip("has a family of its own")
+    return OF_FAMILY.get(name, family)
+
+
 # a technique's claims stand together, so that only its own results need be kept
 @lru_cache(maxsize=16)
 def outcome(name: str, family: str, tokens: int = TOKENS) -> Outcome:
     """Run a technique undisturbed."""
     if (family, name) in NOT_RUN:
         pytest.skip(NOT_RUN[family, name])
-    here, told = case(family), []
+    here, told = case(of(name, family)), []
     with memory_that(here, lambda call, texts: False) as calls:
         result = techniques()[name](here, Execution(tokens_per_batch=tokens, progress=lambda *at: told.append(at)))
     assert result, "an entry gives numbers"
@@ -135,7 +142,7 @@ def assert_unchanged(before: list[dict[str, Any]], here: Case, *, but: str = "")
 def test_texts_padded_in_batches_give_what_each_gives_alone(name: str, family: str) -> None:
     batched = outcome(name, family)
     if name not in OF_BATCHES:
-        alone = techniques()[name](case(family), Execution(tokens_per_batch=1))
+        alone = techniques()[name](case(of(name, family)), Execution(tokens_per_batch=1))
         assert_same(alone, batched.result, tolerance=TOLERANCE)
 
 
@@ -154,7 +161,7 @@ def parts(told: Told) -> list[Told]:
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_the_result_is_the_same(
     name: str, when: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    here, undisturbed, told = case("gpt2"), outcome(name, "gpt2"), []
+    here, undisturbed, told = case(of(name)), outcome(name, "gpt2"), []
     assert undisturbed.calls, "no loop over texts is seen: is it one of WITHOUT_BATCHES or NOT_HALVED?"
     fails_at = 1 + (undisturbed.calls - 1) * when // 8
     before = states(here)
@@ -171,7 +178,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_the_result_is_the_s
 
 @halved
 def test_where_one_text_does_not_fit_into_memory_the_error_tells_the_remedy(name: str) -> None:
-    here = case("gpt2")
+    here = case(of(name))
     before = states(here)
     with memory_that(here, lambda call, texts: True), pytest.raises(RunError, match="out of memory even with 1 text at a time: lower"):
         techniques()[name](here, Execution(tokens_per_batch=TOKENS))
@@ -185,7 +192,7 @@ def test_models_over_two_devices_give_what_they_give_on_one(name: str, family: s
         request.applymarker(pytest.mark.xfail(strict=False, reason=ON_ONE_DEVICE[family, name]))
     expected = outcome(name, family, ONE_BATCH if name in OF_BATCHES else TOKENS).result
     with pretended():
-        result = techniques()[name](case(family, spread=True), Execution(tokens_per_batch=ONE_BATCH))
+        result = techniques()[name](case(of(name, family), spread=True), Execution(tokens_per_batch=ONE_BATCH))
     assert_same(result, expected, tolerance=TOLERANCE)
 
 
@@ -208,14 +215,14 @@ def teams() -> Iterator[Callable[[int], Team]]:
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_what_one_process_gives(name: str, size: int, teams: Callable[[int], Team]) -> None:
     expected = outcome(name, "gpt2").result
-    for result in teams(size).run(jobs.contract, name, "gpt2", TOKENS):
+    for result in teams(size).run(jobs.contract, name, of(name), TOKENS):
         assert_same(result, expected, tolerance=TOLERANCE)
 
 
 @on_texts
 def test_a_text_that_occurs_twice_is_two_texts(name: str) -> None:
     expected = outcome(name, "gpt2").result
-    result = techniques()[name](case("gpt2").with_repetition(), Execution(tokens_per_batch=TOKENS))
+    result = techniques()[name](case(of(name)).with_repetition(), Execution(tokens_per_batch=TOKENS))
     assert result.keys() == expected.keys()
     for key, values in expected.items():
         np.testing.assert_array_equal(result[key], values, err_msg=key)
@@ -223,7 +230,7 @@ def test_a_text_that_occurs_twice_is_two_texts(name: str) -> None:
 
 @every
 def test_a_model_in_training_is_left_as_it_was(name: str) -> None:
-    here = case("gpt2")
+    here = case(of(name))
     flags = [parameter.requires_grad for model in models(here) for parameter in model.model.parameters()]
     for model in models(here):
         model.model.train().requires_grad_(True)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 
 from mechscope.features import Dictionary, Rule, autoencoder, transcoder
+from mechscope.instrument import load
 from mechscope.settings import resolve
 from mechscope.studies.calibration.rates import rates_table
 from mechscope.studies.calibration.truth import Truth
@@ -25,6 +27,7 @@ from tests.features.oracle import dictionary
 from tests.features.test_explain_backends import completion, endpoint
 from tests.features.test_harvest import texts
 from tests.features.test_shift import labelled_rows
+from tests.matrix.plain import build
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 
@@ -137,6 +140,10 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     positions = _job("positions")
     read = resolve(positions.settings, model="given in memory", offsets=4, components="layers:0-1")
     tables |= run_job(positions, read, None, given={"model": subject()}).tables
+    mixtures = {name: load(build("qwen2_moe", seed, torch.float32)) for name, seed in (("model", 0), ("tuned", 1))}
+    routed: dict[str, Any] = {"model": "given in memory", "tuned": "given in memory", "pairs": "given in memory"}
+    job = _job("routing")
+    tables |= run_job(job, resolve(job.settings, **routed), None, given={**mixtures, "pairs": random_pairs(8)}).tables
     # its dictionaries' own tables are those of the job above
     tables = {**compare_by_dictionaries(None).tables, **tables}
     return {

@@ -1,4 +1,4 @@
-"""What weights alone show: heads' OV and QK circuits in vocabulary and position space, copying, composition, and how fine-tuning changed them."""
+"""What weights alone show (heads' OV and QK circuits, copying, composition, and how fine-tuning changed them), and what neurons and experts do on texts."""
 
 from mechscope.weights.activity import Activity, neuron_activity
 from mechscope.weights.activity_change import ActivityChange, activity_change
@@ -11,6 +11,7 @@ from mechscope.weights.memories import agreement, memories
 from mechscope.weights.neurons import neuron_tokens, neuron_weights
 from mechscope.weights.positions import position_scores
 from mechscope.weights.rotary import is_bilinear, position_turn, score_matrices
+from mechscope.weights.routing import Routing, RoutingChange, routing, routing_change
 from mechscope.weights.singular import singular_tokens
 from mechscope.weights.tokens import ov_tokens, qk_tokens
 from mechscope.weights.vocabulary import Vocabulary, position_rows
@@ -22,6 +23,8 @@ __all__ = [
     "ChangedForms",
     "Eigenvalues",
     "Forms",
+    "Routing",
+    "RoutingChange",
     "Singular",
     "Vocabulary",
     "activity_change",
@@ -39,6 +42,8 @@ __all__ = [
     "position_scores",
     "position_turn",
     "qk_tokens",
+    "routing",
+    "routing_change",
     "score_matrices",
     "singular_tokens",
     "weight_heads",

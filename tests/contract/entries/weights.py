@@ -1,4 +1,4 @@
-"""The contract of neurons' activity, and of what is read from weights alone."""
+"""The contract of neurons' activity, of routing, and of what is read from weights alone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def activity_change(case: Case, execution: Execution) -> Result:
     return columns(weights.activity_change(case.pair, case.pairs, contexts=2, execution=execution).table())
 
 
+def routing_change(case: Case, execution: Execution) -> Result:
+    """Tell how two models route."""
+    return numbers(weights.routing_change(case.pair, case.pairs, execution=execution))
+
+
 # these run no model over texts
 OF_WEIGHTS: dict[str, Technique] = {
     "OV in tokens": lambda case, execution: columns(weights.ov_tokens(case.subject, k=3, effective=True, execution=execution)),
@@ -39,4 +44,10 @@ OF_WEIGHTS: dict[str, Technique] = {
     "scores by offset": lambda case, execution: columns(weights.position_scores(case.subject, offsets=4)),
 }
 
-TECHNIQUES: dict[str, Technique] = {"neurons' activity": activity, "change of neurons' activity": activity_change, **OF_WEIGHTS}
+TECHNIQUES: dict[str, Technique] = {
+    "neurons' activity": activity,
+    "change of neurons' activity": activity_change,
+    "routing": lambda case, execution: numbers(weights.routing(case.subject, case.pairs, execution=execution)),
+    "change of routing": routing_change,
+    **OF_WEIGHTS,
+}

@@ -1,0 +1,98 @@
+"""`mechscope routing` gives what the functions give, of one model and of two, shows it, and refuses dense models before a token is read."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from mechscope.errors import ModelError
+from mechscope.instrument import load
+from mechscope.studies.job import Result
+from mechscope.studies.jobs.routing import JOB
+from mechscope.studies.runner import run_job
+from mechscope.subject import Subject, pair
+from mechscope.weights import routing, routing_change
+from tests import families
+from tests.causal.pairs import random_pairs
+from tests.matrix.plain import build
+from tests.studies.jobs.running import findings, refuses, shown
+
+PAIRS = random_pairs(8)
+
+
+@cache
+def subject(seed: int = 0) -> Subject:
+    """Return a mixture of experts whose first layer is dense."""
+    return load(build("deepseek_v3", seed, torch.float32), tokenizer=families.tokenizer())
+
+
+def run(out: Path | None, **models: Subject) -> Result:
+    """Run the job."""
+    named: dict[str, Any] = dict.fromkeys((*models, "pairs"), "given in memory")
+    return run_job(JOB, JOB.resolve(**named), out, given={**models, "pairs": PAIRS})
+
+
+def test_tables_of_one_model_are_those_of_the_function_and_the_page_shows_them(tmp_path: Path) -> None:
+    result, expected = run(tmp_path / "run", model=subject()), routing(subject(), PAIRS)
+    pd.testing.assert_frame_equal(result.tables["routing"].drop(columns="model"), expected.layers)
+    pd.testing.assert_frame_equal(result.tables["experts"].drop(columns="model"), expected.experts)
+    assert set(result.tables["routing"]["model"]) == {"model"}
+    assert set(result.tables["experts"]["component"]) == {f"m{layer}.e{expert}" for layer in (1, 2) for expert in range(4)}
+    assert "routing_changes" not in result.tables
+    assert "an even share" in shown(result, "routing")
+
+
+def test_tables_of_two_models_are_those_of_the_function_and_the_page_shows_them(tmp_path: Path) -> None:
+    result, expected = run(tmp_path / "run", model=subject(), tuned=subject(1)), routing_change(pair(subject(), subject(1)), PAIRS)
+    for label, side in (("base", expected.base), ("tuned", expected.tuned)):
+        own = {name: result.tables[name][result.tables[name]["model"] == label] for name in ("routing", "experts")}
+        pd.testing.assert_frame_equal(own["routing"].drop(columns="model").reset_index(drop=True), side.layers)
+        pd.testing.assert_frame_equal(own["experts"].drop(columns="model").reset_index(drop=True), side.experts)
+    pd.testing.assert_frame_equal(result.tables["routing_changes"], expected.layers)
+    pd.testing.assert_frame_equal(result.tables["expert_changes"], expected.experts)
+    assert "Which experts fine-tuning moved" in shown(result, "routing")
+
+
+def test_sentences_name_the_expert_with_most_load_and_the_one_that_moved_most() -> None:
+    tables = dict(run(None, model=subject(), tuned=subject(1)).tables)
+    experts, changes, layers = (tables[name].copy() for name in ("experts", "expert_changes", "routing_changes"))
+    experts.loc[experts["component"] == "m2.e1", ["load", "load_low", "load_high"]] = [3.0, 2.5, 3.5]
+    experts["unused"] = experts["component"].isin(["m1.e0", "m2.e3"])
+    changes["weight_change"], changes["load_change_q"] = 0.01, 0.5
+    changes.loc[changes["component"] == "m1.e3", ["weight_change", "load_change", "load_change_low", "load_change_high"]] = [
+        0.25,
+        -0.5,
+        -0.7,
+        -0.3,
+    ]
+    changes.loc[changes["component"] == "m2.e2", "load_change_q"] = 0.01
+    layers["kl"], layers["top1_agreement"] = 0.1, 0.9
+    layers.loc[layers["component"] == "m2", ["kl", "kl_low", "kl_high", "top1_agreement"]] = [0.4, 0.3, 0.5, 0.75]
+    routers, moved, _, _, base, tuned = findings(
+        "routing", **{**tables, "experts": experts, "expert_changes": changes, "routing_changes": layers}
+    )
+    assert "moved the router of m2 most: KL 0.400 [0.300, 0.500] nats, with the same first expert for 75" in routers
+    assert "The load of 1 of 8 experts changed (q < 0.05). The weights of m1.e3 moved most, by 0.250 of their norm" in moved
+    assert "its load changed by −0.500 [−0.700, −0.300] of an even share (n = 8 texts)." in moved
+    for sentence, model in ((base, "base"), (tuned, "tuned")):
+        assert f"most loaded expert of the {model} model is m2.e1, with 3.00 [2.50, 3.50] times an even share" in sentence
+        assert "2 of 8 experts get no token of these texts" in sentence
+
+
+def test_a_dense_model_is_refused_before_it_reads_a_token(tmp_path: Path) -> None:
+    refuses(JOB, tmp_path / "run", ModelError, r"\(gpt2\) has no experts: all its MLPs are dense")
+
+
+def test_a_text_that_is_too_long_is_refused() -> None:
+    with pytest.raises(Exception, match="has 70 tokens, the model reads 64"):
+        run_job(
+            JOB,
+            JOB.resolve(model="given in memory", pairs="given in memory"),
+            None,
+            given={"model": subject(), "pairs": random_pairs(6, lengths=(70,))},
+        )
