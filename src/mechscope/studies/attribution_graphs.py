@@ -34,7 +34,7 @@ def read_groups(file: str, prompt: str) -> list[tuple[str, list[str]]]:
         prompt: The prompt of this graph.
 
     Raises:
-        SettingsError: It is no such file, belongs to another prompt, names what is no node, or a group without a latent.
+        SettingsError: It is no such file, belongs to no prompt or another, names what is no node, or a group without a latent.
     """
     held = read_mapping(file, "the groups")
     listed = held.get("groups")
@@ -44,7 +44,9 @@ def read_groups(file: str, prompt: str) -> list[tuple[str, list[str]]]:
         raise SettingsError(
             f'{file} holds no groups: expected {{"groups": [{{"name": "capital", "nodes": ["m3.f17@5"]}}]}}, as the page saves them'
         )
-    if held.get("prompt", prompt) != prompt:
+    if "prompt" not in held:
+        raise SettingsError(f'{file} does not say of which prompt its groups are: write "prompt" beside "groups", as the page saves them')
+    if held["prompt"] != prompt:
         raise SettingsError(
             f"{file} was saved for the prompt {held['prompt']!r}, this graph is of {prompt!r}: nodes of one are none of the other's"
         )

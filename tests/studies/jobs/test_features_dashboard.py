@@ -73,6 +73,22 @@ def test_classes_and_effects_come_from_another_run(tmp_path: Path) -> None:
     assert told["explanation"].dropna().tolist() == ["<b>the token</b> “w3”"] * 2
 
 
+def test_tables_that_do_not_agree_are_refused_and_controls_are_not_read(tmp_path: Path) -> None:
+    """Two dictionaries of one place whose table does not name them: which is meant is not known."""
+    random_dictionary().save(tmp_path / "random.safetensors")
+    given = {"dictionary": str(tmp_path / "random.safetensors")}
+    for folder, effects in (("one", [-0.5]), ("other", [0.25]), ("twice", [-0.5, 0.25]), ("same", [-0.5, -0.5])):
+        table = pd.DataFrame({"component": "resid1.f4", "effect": effects})
+        write_table(table, tmp_path / folder / "tables" / "effects.parquet")
+    said = r"two values of column effect of resid1\.f4: -0\.5 of .*effects\.parquet, 0\.25 of .*effects\.parquet; name runs"
+    for beside in (f"{tmp_path}/one,{tmp_path}/other", f"{tmp_path}/twice"):
+        refuses(JOB, tmp_path / "run", SettingsError, said, **given, beside=beside)
+    table = pd.DataFrame({"control": ["", "half"], "component": "resid1.f4", "class": ["shared", "tuned only"]})
+    write_table(table, tmp_path / "same" / "tables" / "classes.parquet")
+    told = run(JOB, None, **QUICK, **given, beside=f"{tmp_path}/one,{tmp_path}/same").dashboard_latents.set_index("component")
+    assert (told.loc["resid1.f4", "effect"], told.loc["resid1.f4", "class"]) == (-0.5, "shared")
+
+
 def test_a_crosscoder_of_two_models_shows_what_features_diff_judged_and_the_tokens_of_the_model_that_has_a_latent(tmp_path: Path) -> None:
     width = subject().anatomy.d_model
     layout = crosscoder("base:resid1,tuned:resid1", (width, width), 40, Rule("topk", 8))

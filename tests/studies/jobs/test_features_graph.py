@@ -158,12 +158,14 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(tmp_path: Path, fold
     refuses(JOB, tmp_path / "c", SettingsError, "the prompt has 1 tokens", **{**everything, "prompt": "w5"})
     broken = write(tmp_path / "g.json", '{"groups": [{"name": 3}]}')
     refuses(JOB, tmp_path / "d", SettingsError, "holds no groups: expected", **everything, groups=broken)
+    of_none = write(tmp_path / "k.json", json.dumps({"groups": []}))
+    refuses(JOB, tmp_path / "h", SettingsError, "does not say of which prompt", **everything, groups=of_none)
     other = write(tmp_path / "h.json", json.dumps({"prompt": "w1", "groups": []}))
     refuses(JOB, tmp_path / "e", SettingsError, "was saved for the prompt 'w1'", **everything, groups=other)
     for nodes, message in ((["m0.f1@2", "m0f1@2"], "'m0f1@2' in group 'x', which is no node"), (["m0.error@2"], "without a latent")):
-        wrong = write(tmp_path / "j.json", json.dumps({"groups": [{"name": "x", "nodes": nodes}]}))
+        wrong = write(tmp_path / "j.json", json.dumps({"prompt": PROMPT, "groups": [{"name": "x", "nodes": nodes}]}))
         refuses(JOB, tmp_path / "g", SettingsError, message, **everything, groups=wrong)
-    twice = write(tmp_path / "i.json", json.dumps({"groups": [{"name": "x", "nodes": []}] * 2}))
+    twice = write(tmp_path / "i.json", json.dumps({"prompt": PROMPT, "groups": [{"name": "x", "nodes": []}] * 2}))
     refuses(JOB, tmp_path / "f", SettingsError, "has two groups 'x'", **everything, groups=twice)
 
 

@@ -46,10 +46,13 @@ class FeaturesDashboardSettings(ModelAndTuned, DictionaryFiles, LeftOutTokens, T
 
 def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]:
     """Return what another run says of latents: column by column, by dictionary (empty where its table names none) and latent."""
+    import pandas as pd
+
     from mechscope.store.paths import absent
     from mechscope.store.tables import read_table
 
     found: dict[str, dict[str, Any]] = {}
+    by: dict[tuple[str, str], Path] = {}
     files = []
     for folder in map(Path, split_names(run.settings.beside or "")):
         if not folder.is_dir():
@@ -59,7 +62,10 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
         table = read_table(file)
         if "component" not in table:
             continue
-        if {"by_norm", "judged"} <= set(table):
+        if "control" in table:
+            # a control's latents are none of those that are shown
+            table = table[table["control"].fillna("") == ""]
+        if {"comparison", "by_norm", "judged"} <= set(table):
             # what `features diff` says of a latent: how it was judged, and of those that were not by which model has it
             said = table["judged"].where(table["judged"].fillna("") != "", table["by_norm"])
             # whether it is new beyond control is not said where there was no control
@@ -71,7 +77,13 @@ def _beside(run: JobRun[FeaturesDashboardSettings]) -> dict[str, dict[str, Any]]
             if column in table:
                 known = found.setdefault(column, {})
                 for dictionary, component, value in zip(named, table["component"], table[column], strict=True):
-                    known.setdefault(f"{dictionary} {component}", value)
+                    latent = f"{dictionary} {component}"
+                    other, first = known.setdefault(latent, value), by.setdefault((column, latent), file)
+                    if other != value and not (pd.isna(other) and pd.isna(value)):
+                        raise SettingsError(
+                            f"setting 'beside' names two values of column {column} of {latent.strip()}: {other!r} of {first}, {value!r} of {file}; name runs "
+                            "of which one table gives each latent one value, and names its dictionary where there are several"
+                        )
     if run.settings.beside is not None and not found:
         raise SettingsError(
             f"setting 'beside' is {run.settings.beside!r}: there is no table with a column component and one of {', '.join(_BESIDE)}"
