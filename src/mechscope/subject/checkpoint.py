@@ -6,6 +6,7 @@ error that names the file, because a randomly initialised layer would look like 
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from mechscope.errors import ModelError
 from mechscope.store.paths import check_model_path
+from mechscope.subject.quantized import quantization, refusal, unpack
+
+log = logging.getLogger(__name__)
+# what torch itself can do; None lets transformers choose among them
+_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
 
 def read_model(
@@ -32,12 +38,19 @@ def read_model(
         raise ModelError(f"directory {source!r} is an adapter, not a whole model: name the model that it was trained on")
     if not unsafe and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(f"model {source!r} has only pickled weights (.bin): save it as safetensors, or pass unsafe=True to read them")
+    method = None
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        method = quantization(config)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
                 f"model {source!r} ({config.model_type}) is an encoder-decoder model: mechscope studies decoder-only models (GPT-2, Llama, GPT-NeoX, …)"
             )
+        unpack(config)
+        if config._attn_implementation not in _ATTENTION:
+            # a kernel that may not be installed, and that knows no float32: while anything is measured, attention is mechscope's own anyway
+            log.info("model %s names the attention of %s, and is read with that of torch", source, config._attn_implementation)
+            config._attn_implementation = None
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -54,9 +67,11 @@ def read_model(
         raise ModelError(
             f"model {source!r}: its pickled file is damaged or holds more than weights: it is not read, safetensors are"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
+        if method is not None:
+            raise refusal(source, method, first_lines(error)) from error
         raise ModelError(f"model {source!r} cannot be loaded: {first_lines(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(

@@ -32,6 +32,7 @@ from mechscope.subject.discovery import discover
 from mechscope.subject.linear import WRAPPERS, base_layer, linear_now, parameters_now
 from mechscope.subject.modes import evaluating
 from mechscope.subject.placement import fetched, place_of, require_in_memory, warn_if_emulated
+from mechscope.subject.quantized import require_plain
 from mechscope.subject.spelling import Spelling
 
 log = logging.getLogger(__name__)
@@ -254,6 +255,7 @@ def _wrap(model: Any, tokenizer: Any, source: str, changed: tuple[str, ...] | No
         raise ModelError(
             f"model {source!r} has its adapter merged into the base weights: call unmerge_adapter() first, or save the merged model"
         )
+    require_plain(source, plain)
     _require_finite(plain, source)
     warn_if_emulated(plain)
     if changed is None:  # in memory: what it was before is not known
