@@ -2,8 +2,8 @@
 
 from mechscope.features.explain.backends import Endpoint, EndpointError, LocalModel
 from mechscope.features.explain.baseline import Baseline
-from mechscope.features.explain.chat import Chat, Exchange
-from mechscope.features.explain.evidence import Evidence, Explainer, Explanation, Window, gather, halves
+from mechscope.features.explain.chat import Chat
+from mechscope.features.explain.evidence import Evidence, Exchange, Explainer, Explanation, Window, gather, halves
 from mechscope.features.explain.explaining import Explained, explain, kind_of, scorers_of
 from mechscope.features.explain.scoring import CHANCE, Score, score
 

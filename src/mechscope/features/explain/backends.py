@@ -15,7 +15,8 @@ import torch
 
 from mechscope.data.prompt import pad_id
 from mechscope.errors import ModelError, RunError, SettingsError
-from mechscope.features.explain.chat import Chat, Messages
+from mechscope.features.explain.chat import Chat
+from mechscope.features.explain.evidence import Messages
 from mechscope.instrument.decoding import continuations
 from mechscope.settings.addresses import check_address
 from mechscope.settings.decoding import Decoding

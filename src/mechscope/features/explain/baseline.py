@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mechscope.features.explain.evidence import Evidence, Explanation, Window
+from mechscope.features.explain.evidence import Evidence, Exchange, Explanation, Window
 from mechscope.subject.spelling import Spelling
 
 # n-grams of a set at most
@@ -26,6 +26,7 @@ class Baseline:
     """
 
     name = "baseline"
+    intrudes_by_explanation = True
 
     def __init__(self, tokenizer: Any = None, *, longest: int = 2) -> None:
         """Take the tokenizer that spells the tokens."""
@@ -90,6 +91,10 @@ class Baseline:
         """Tell which window has the fewest ends of n-grams, the first of several."""
         counts = [sum(strength > 0 for strength in self._strengths(explanation, window)) for window in windows]
         return int(np.argmin(counts))
+
+    def taken(self) -> list[Exchange]:
+        """Return nothing: no language model is asked."""
+        return []
 
     def _grams(self, ids: Sequence[int], place: int) -> Iterator[tuple[int, ...]]:
         for length in range(1, min(self.longest, place + 1) + 1):

@@ -10,16 +10,14 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from mechscope.features.explain.evidence import Evidence, Explanation, Window
+from mechscope.features.explain.evidence import Evidence, Exchange, Explanation, Messages, Window
 from mechscope.subject.spelling import Spelling
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
 # windows that are judged by one question
 _AT_ONCE = 5
 # activations are written, and asked for, as whole numbers up to here (Bills et al. 2023)
@@ -31,21 +29,6 @@ _SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A question and its answer.
-
-    Attributes:
-        purpose: What it was asked for: explanation, detection, fuzzing, simulation, intruder.
-        messages: What was sent.
-        answer: What came back.
-    """
-
-    purpose: str
-    messages: Messages
-    answer: str
-
-
 class Chat(ABC):
     """A language model that is asked; a subclass says how.
 
@@ -53,6 +36,9 @@ class Chat(ABC):
         name: What it is called in tables.
         exchanges: All that was sent and answered since it was last taken (`taken`).
     """
+
+    # it is shown no explanation that could be another's
+    intrudes_by_explanation = False
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         """Take what it is called, and the tokenizer of the model that is studied."""

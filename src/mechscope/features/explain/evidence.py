@@ -91,11 +91,32 @@ class Explanation:
     grams: Mapping[tuple[int, ...], float] = field(default_factory=dict)
 
 
+Messages = list[dict[str, str]]
+"""A conversation as language models take it: `role` and `content` of each message."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer.
+
+    Attributes:
+        purpose: What it was asked for: explanation, detection, fuzzing, simulation, intruder.
+        messages: What was sent.
+        answer: What came back.
+    """
+
+    purpose: str
+    messages: Messages
+    answer: str
+
+
 class Explainer(Protocol):
     """Explains units, and judges windows by an explanation; what it gives no readable answer to is None."""
 
     name: str
     """What it is called in tables."""
+    intrudes_by_explanation: bool
+    """Whether it seeks intruders by the explanation, so that another unit's is a control, or by what the windows have in common."""
 
     def explain(self, evidence: Evidence) -> Explanation:
         """Explain a unit from its first half's windows."""
@@ -111,6 +132,9 @@ class Explainer(Protocol):
 
     def intrude(self, explanation: Explanation, windows: Sequence[Window]) -> int | None:
         """Tell in which one of some windows the unit is silent, active in all others."""
+
+    def taken(self) -> list[Exchange]:
+        """Return what was sent to a language model and answered since this was last called; nothing where none is asked."""
 
 
 def halves(texts: Pairs, seed: int) -> tuple[Pairs, Pairs]:

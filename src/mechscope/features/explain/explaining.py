@@ -14,7 +14,6 @@ import pandas as pd
 
 from mechscope.choices import ExplanationScorer
 from mechscope.errors import SettingsError
-from mechscope.features.explain.chat import Chat
 from mechscope.features.explain.evidence import Evidence, Explainer, Explanation
 from mechscope.features.explain.scoring import CHANCE, Score, score
 from mechscope.instrument import Execution
@@ -109,8 +108,8 @@ def explain(
     for step, control in enumerate(("", CONTROL), start=1):
         for at, each in enumerate(evidence):
             judge = each.unit if not control else others.get(each.unit)
-            # an intruder is sought by what windows have in common; a language model is shown no explanation that could be another's
-            wanted = [one for one in scorers if not (control and isinstance(explainer, Chat) and one == "intruder")]
+            # where no explanation is looked at another unit's would change nothing
+            wanted = [one for one in scorers if one != "intruder" or not control or explainer.intrudes_by_explanation]
             if judge is not None and wanted:
                 key = f"{each.unit} {control or 'scores'}"
                 if key not in kept:
@@ -143,8 +142,6 @@ def _others(evidence: Sequence[Evidence], seed: int) -> dict[str, str]:
 
 
 def _sent(explainer: Explainer) -> list[dict[str, str]]:
-    if not isinstance(explainer, Chat):
-        return []
     return [
         {
             "purpose": each.purpose,
