@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.features import DashboardSettings, dashboard
+from mechscope.features.dashboards import _correlations
 from mechscope.features.observed import Heads, Latents, Neurons
-from mechscope.features.reservoirs import Span
+from mechscope.features.reservoirs import Sample, Span
 from mechscope.features.windows import LOWEST, STEPS, watch
 from mechscope.instrument import Execution, record
 from mechscope.settings.features import TokenSettings
@@ -100,6 +105,54 @@ def test_correlations_are_those_of_all_tokens(family: str) -> None:
     assert told == ((latents > 0).sum(0) >= 10).sum() > 5
     assert (found.chance["largest"] >= 0).all()
     assert set(found.chance["kind"]) == {"latent", "head"}
+
+
+def sampled(codes: list[list[float]], heads: list[list[float]]) -> Any:
+    """Return what was seen where a sample of tokens is all that counts, unit by unit."""
+    sample = Sample(np.zeros(40, dtype=int), np.arange(40), csr_matrix(np.array(codes).T), np.array(heads).T)
+    return SimpleNamespace(names=[f"resid0.f{unit}" for unit in range(len(codes))], sample=sample)
+
+
+HALF, BUT_ONE, ONE = [1.0] * 20 + [0.0] * 20, [1.0] * 39 + [0.0], [0.0] * 39 + [5.0]
+
+
+def test_by_chance_correlations_are_those_worked_out_by_hand() -> None:
+    """Of 40 tokens a latent is active in 20 or in 39, alike in each: whatever the order, few correlations are possible."""
+    edge, seen = 1 / 39**0.5, list[float]()
+    for seed in range(200):
+        units = sampled([HALF, BUT_ONE], [ONE])
+        told, chance, active = _correlations(units, [0, 1], ["a0.h0"], 3, seed)
+        assert active == [20, 39]
+        by_chance, largest = (chance.set_index(["component", "kind"])[name].astype(float).to_dict() for name in ("shuffled", "largest"))
+        # a head that stands out at one token: with a half of all ±1/√39 wherever that token goes, and by its size
+        assert by_chance["resid0.f0", "head"] == pytest.approx(edge)
+        # with the latent that is silent at one token: −1/39 where the tokens differ, which is 1/39 by its size, and 1 where they are the same
+        assert round(by_chance["resid0.f1", "head"] * 39) in (1, 39)
+        assert largest["resid0.f1", "head"] == pytest.approx(1)
+        # of its own kind the half, and itself as a candidate like any other
+        seen.append(by_chance["resid0.f1", "latent"])
+        assert told["correlation"].abs().max() <= 1 + 1e-12
+    # at its silent token comes one of the half's 20 active tokens, one of 19 others (then its own −1/39 is more than −1/√39), or that token itself
+    possible = np.array([edge, -1 / 39, 1])
+    kinds = np.abs(np.array(seen)[:, None] - possible).argmin(1)
+    assert seen == pytest.approx(possible[kinds].tolist())
+    for kind, share in enumerate((20 / 40, 19 / 40, 1 / 40)):
+        # four standard deviations
+        assert np.mean(kinds == kind) == pytest.approx(share, abs=4 * (share * (1 - share) / len(seen)) ** 0.5)
+
+
+def test_what_goes_with_a_latent_for_certain_is_chance_with_the_tokens_shuffled() -> None:
+    """Two columns put side by side at random have a mean correlation of 0 and a mean square of 1 / (n − 1)."""
+    shuffled: dict[str, list[float]] = {"latent": [], "head": []}
+    for seed in range(300):
+        _, chance, _ = _correlations(sampled([HALF, HALF], [HALF]), [0], ["a0.h0"], 1, seed)
+        for row in chance.to_dict("records"):
+            assert row["largest"] == pytest.approx(1)
+            shuffled[row["kind"]].append(row["shuffled"])
+    for values in shuffled.values():
+        squares = np.square(values)
+        assert squares.mean() == pytest.approx(1 / 39, abs=4 * squares.std() / len(squares) ** 0.5)
+    assert np.mean(shuffled["latent"]) == pytest.approx(0, abs=4 / (39 * 300) ** 0.5)
 
 
 def test_random_examples_depend_on_the_seed_alone() -> None:

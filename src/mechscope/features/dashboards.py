@@ -31,9 +31,8 @@ from mechscope.instrument import Execution
 from mechscope.settings.features import DashboardSettings, TokenSettings
 from mechscope.shapes import by_shape
 
-# tokens of the sample in which a latent must be active, or nothing is said of what goes with it
-FEWEST_ACTIVE = 10
-"""Tokens of the sample in which a latent must be active for its correlations to be given."""
+# tokens of the sample in which a latent must be active, or nothing is said of what goes with it: a correlation over fewer hangs on single tokens
+_FEWEST_ACTIVE = 10
 # rows of correlations with all latents that are held at once
 _BLOCK = 128
 
@@ -208,7 +207,7 @@ def _correlations(
             with_latents, without = (_pearson(block, others) for others in (columns, mixed))
             with_heads, without_heads = (_with_dense(block, others) for others in (norms, norms[order]))
             for row, unit in enumerate(units):
-                if active[start + row] < FEWEST_ACTIVE:
+                if active[start + row] < _FEWEST_ACTIVE:
                     continue
                 name = seen.names[unit]
                 # of itself it is no news; with tokens shuffled it is one candidate like any other
