@@ -10,7 +10,7 @@ import torch
 
 from mechscope.errors import ModelError, RunError, SettingsError
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.layout import autoencoder
+from mechscope.features.layout import autoencoder, crosscoder
 from mechscope.features.places import Latent, Place, places
 from mechscope.features.pre_activations import pre_activations
 from mechscope.features.rules import Rule
@@ -178,3 +178,18 @@ def test_places_and_latents_have_one_text_form() -> None:
     for wrong in ("resid", "m3.z", "x4", "resid6.f1024"):
         with pytest.raises(SettingsError, match="is not understood"):
             Place.parse(wrong)
+
+
+def test_models_start_with_the_same_decoders_or_apart() -> None:
+    layout = crosscoder("base:resid1,base:m1,tuned:resid1,tuned:m1", [12, 12, 12, 12], 40, Rule("topk", 4))
+    alike, apart = layout.tensors(seed=3), layout.tensors(seed=3, apart=True)
+    for tensors in (alike, apart):
+        assert tensors["decoder.0"].norm(dim=1).tolist() == pytest.approx([1] * 40)
+        assert torch.equal(tensors["encoder.0"], tensors["decoder.0"])
+    base, tuned = alike["decoder.0"].split(24, dim=1)
+    assert torch.equal(base, tuned)
+    base, tuned = apart["decoder.0"].split(24, dim=1)
+    # random directions of 24 dimensions
+    assert torch.nn.functional.cosine_similarity(base, tuned).square().mean() == pytest.approx(1 / 24, rel=0.6)
+    assert torch.equal(apart["decoder.0"], layout.tensors(seed=3, apart=True)["decoder.0"])
+    assert not torch.equal(apart["decoder.0"], layout.tensors(seed=4, apart=True)["decoder.0"])

@@ -155,7 +155,10 @@ def trained() -> dict[str, tuple[Dictionary, pd.DataFrame]]:
     plant = Plant.chosen(source.texts, directions=2, share=0.03, strength=0.6, seed=0)
     made = replace(recipe(plant=plant), views=views_of(several))
     plans = {
-        each.name: Plan(each.layout(WHERE, [WIDTH], 64, Rule("batchtopk", 4, by_norm=True)), Objective(norms="free")) for each in several
+        each.name: Plan(
+            each.layout(WHERE, [WIDTH], 64, Rule("batchtopk", 4, by_norm=True)), Objective(norms="free"), apart=each.control == "same"
+        )
+        for each in several
     }
     found = train(Views(source, source.texts, made), plans, training=FeatureTraining(steps=400, batch=256, learning_rate=5e-3))
     judged, unseen = {}, Made(seed=2)
@@ -176,11 +179,25 @@ def test_what_fine_tuning_added_is_found_and_nothing_between_equal_models() -> N
     assert len(new) >= 1
     decoders = torch.nn.functional.normalize(dictionary.tensors["decoder.0"][torch.tensor(new["latent"].to_numpy())][:, WIDTH:], dim=1)
     assert (decoders @ NEW).max() > 0.95
-    # what the base holds too is shared, and equal models have nothing of their own
+    # what the base holds too is shared, and equal models have nothing of their own though no latent begins as one that they share
     assert (latents["by_norm"] == "shared").sum() > 20
     _, same = trained()["same"]
     assert not (same["judged"] != "").any()
     assert (same["by_norm"] == "shared").sum() > 20
+
+
+def test_equal_models_can_be_said_to_differ_where_their_decoders_were_left_apart() -> None:
+    # both hold f (u + 0.2 v); the second's decoders say v twice, once against the other, and the first's hardly say it
+    u, v = torch.eye(WIDTH)[0], torch.eye(WIDTH)[1]
+    (several,) = (each for each in comparisons(("same",), {}) if each.control == "same")
+    layout = several.layout(WHERE, [WIDTH], 2, Rule("relu"))
+    decoders = [torch.cat([u + 0.05 * v, u - 0.8 * v]), torch.cat([0 * v, v])]
+    tensors = layout.tensors() | {"encoder.0": torch.cat([u, u]).expand(2, -1) / 2, "decoder.0": torch.stack(decoders)}
+    base = torch.rand(50, 1, generator=torch.Generator().manual_seed(0)) * (u + 0.2 * v)
+    latents = scaled_latents(dictionary := Dictionary.plain(layout, tensors), scaling_sums(dictionary, [base, base])[0])
+    judged = classified(latents, ExclusiveSettings()).iloc[1]
+    assert (judged["relative_norm"], judged["nu_error"], judged["nu_reconstruction"]) == pytest.approx((1, 0.15, 0.25), abs=1e-5)
+    assert (judged["by_norm"], judged["judged"]) == ("second only", "new")
 
 
 def test_the_planted_effect_is_found_and_tokens_that_do_not_belong_together_share_little() -> None:

@@ -102,7 +102,9 @@ class Layout:
         one_for_all = self.rule.name == "batchtopk"
         return found | dict.fromkeys(RULE_TENSORS[self.rule.name], () if one_for_all else (self.latents,))
 
-    def tensors(self, *, seed: int = 0, threshold: float = 0.001, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def tensors(
+        self, *, seed: int = 0, apart: bool = False, threshold: float = 0.001, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Return the tensors that training starts with.
 
         Decoder rows are random and of norm one, and the same at places that differ by their model alone, so that every latent begins as one that models share;
@@ -110,6 +112,7 @@ class Layout:
 
         Args:
             seed: Of the random rows.
+            apart: Draw the rows of every place by themselves, so that no latent begins as one that models share.
             threshold: Where JumpReLU's thresholds start.
             dtype: Their type.
         """
@@ -118,7 +121,7 @@ class Layout:
         for name, shape in self.shapes().items():
             if name.startswith(("encoder.", "decoder.")):
                 rows = torch.randn(shape, generator=generator, dtype=torch.float64)
-                if name.startswith("decoder."):
+                if name.startswith("decoder.") and not apart:
                     self._share(rows, self.groups[int(name.removeprefix("decoder."))])
                 made[name] = (rows / rows.norm(dim=1, keepdim=True)).to(dtype)
             else:

@@ -59,12 +59,14 @@ class Plan:
         objective: What it is trained for.
         learning_rate: Its own peak learning rate; None for that of the training.
         seed: Of its own first weights; None for that of the training.
+        apart: Whether the models that it reads start with decoders of their own (`Layout.tensors`).
     """
 
     layout: Layout
     objective: Objective = field(default_factory=Objective)
     learning_rate: float | None = None
     seed: int | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Training:
 
     def _learner(self, plan: Plan) -> Learner:
         seed = self.execution.seed if plan.seed is None else plan.seed
-        tensors = {name: tensor.to(self.device) for name, tensor in plan.layout.tensors(seed=seed).items()}
+        tensors = {name: tensor.to(self.device) for name, tensor in plan.layout.tensors(seed=seed, apart=plan.apart).items()}
         rate = plan.learning_rate or self.training.learning_rate
         return Learner(plan.layout, plan.objective, replace(self.training, learning_rate=rate), tensors)
 
@@ -303,7 +305,7 @@ def _beside(mapped: Mapping[Place, Tensor], where: Sequence[Place]) -> Tensor:
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
-    own = {} if plan.seed is None else {"seed": plan.seed}
+    own: dict[str, Any] = ({} if plan.seed is None else {"seed": plan.seed}) | ({"apart": True} if plan.apart else {})
     return {"layout": plan.layout.to_json(), "objective": asdict(plan.objective), "learning_rate": plan.learning_rate, **own}
 
 

@@ -150,7 +150,9 @@ def plans(request: Request) -> dict[str, Plan]:
         layout = comparison.layout(where, widths, settings.latents, rule)
         # what is found again in the other half must not hang on the first weights either
         seed = request.run.settings.seed + 1 if comparison.control == "half" else None
-        found[name] = Plan(layout, checked(replace(settings.objective, norms="free" if two else "unit"), layout), seed=seed)
+        # equal models with equal decoders would learn the same at every step: none could be new, whatever training does by chance
+        apart = comparison.control == "same"
+        found[name] = Plan(layout, checked(replace(settings.objective, norms="free" if two else "unit"), layout), seed=seed, apart=apart)
     return found
 
 

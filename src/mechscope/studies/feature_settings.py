@@ -30,8 +30,9 @@ class DictionaryComparison(Settings):
     difference: bool = setting(True, "Also train a dictionary of the difference of the two models' activations.")
     own_controls: str = setting(
         "same,half,planted,shuffled",
-        "Controls that need no other model, each one more training: same (base against base), half (the other half of the documents, which the models' own "
-        "crosscoder then does not see), planted (an effect of known truth), shuffled (tokens that do not belong together); none for none.",
+        "Controls that need no other model, each one more training: same (base against base, from decoders that start apart), half (the other half of the "
+        "documents, which the models' own crosscoder then does not see), planted (an effect of known truth), shuffled (tokens that do not belong together); "
+        "none for none.",
     )
     live: bool = setting(False, "Keep no activations on disk: the models run again in every round of the training.")
     causal_documents: Number = setting(48, "Documents, of those, on whose summaries it is tested what latents carry.")

@@ -113,9 +113,10 @@ def test_every_control_is_trained_with_the_same_budget_and_judged_by_the_same_th
         own = latents[latents["comparison"] == row["comparison"]]
         assert row["silent"] == (own["by_norm"] == "silent").sum()
         assert row["shrunk"] + row["decoupled"] + row["new"] + row["lost"] + row["unclear"] == row["first_only"] + row["second_only"]
-    # equal models have equal decoders from the first step on
-    assert (latents.query("comparison == 'same'")["relative_norm"] - 0.5).abs().max() < 1e-6
-    assert whole.feature_comparisons.set_index("comparison")["new"]["same"] == 0
+    # equal models start with decoders apart: what so short a training leaves of that is counted, by thresholds that let all pass
+    same = judged.set_index("comparison").loc["same"]
+    assert min(same["first_only"], same["second_only"], same["new"]) > 0
+    assert latents.query("comparison == 'same'")["relative_norm"].nunique() == 40
     # the other half starts elsewhere: latents found again there are no matter of the first weights
     kept = {name: features.Dictionary.load(whole.path / "dictionaries" / f"{name}.safetensors").about for name in ("crosscoder", "half")}
     assert [kept[name]["plans"][name].get("seed", kept[name]["seed"]) for name in kept] == [0, 1]
@@ -306,10 +307,11 @@ PLANTED = pd.DataFrame({"direction": [1, 2], "strength": 0.5, "found": [True, Tr
 
 
 def test_the_sentence_gives_the_latents_their_share_and_the_controls() -> None:
-    table = comparisons_table(crosscoder={"new": 8, "beyond": 7}, same={"control": "same"})
+    table = comparisons_table(crosscoder={"new": 8, "beyond": 7}, same={"control": "same", "second_only": 3})
     sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=carried_table(0.23))[0]
     assert sentence.startswith(
-        "7 latents are new beyond control; base against base has 0; put into the base they carry 23\u202f% [22.0, 24.0] of the gain on summaries, beside "
+        "7 latents are new beyond control; base against base has 0 (3 by decoders alone); put into the base they carry 23\u202f% [22.0, 24.0] "
+        "of the gain on summaries, beside "
         "4\u202f% [3.00, 5.00] for as many other latents and 1\u202f% [0.00, 2.00] for random vectors of their length; all of the difference there carries "
     )
     weak = carried_table(0.23)
@@ -327,9 +329,13 @@ def test_nothing_is_said_to_be_new_where_equal_models_have_as_many_and_nothing_i
     assert found.startswith(
         "No latent is new beyond control, of 9 that the tuned model alone has by its decoders and 2 by latent scaling too; base against base"
     )
-    equal = comparisons_table(crosscoder={"new": 3, "beyond": 3}, same={"control": "same", "new": 3})
+    equal = comparisons_table(crosscoder={"new": 5, "beyond": 3}, same={"control": "same", "new": 3})
     assert findings("feature-difference", feature_comparisons=equal, feature_planted=PLANTED)[0].startswith(
-        "No latent is new beyond control"
+        "No latent can be said to be new: 3 are, by thresholds and found again in the other half of the documents; base against base has 3 (9 by decoders"
+    )
+    alone = comparisons_table(crosscoder={"new": 1}, same={"control": "same", "new": 2})
+    assert findings("feature-difference", feature_comparisons=alone, feature_planted=PLANTED)[0].startswith(
+        "No latent can be said to be new: 1 is, by thresholds alone; base against base has 2 "
     )
     blind = findings("feature-difference", feature_comparisons=none, feature_planted=PLANTED.assign(found=False))[0]
     assert "withheld, as none is new beyond control, but of the planted directions none was found either" in blind

@@ -2,13 +2,14 @@
 
     crosscoder        base and tuned
     difference        an autoencoder of tuned − base
-    same              base and base: both decoders start alike and are told the same, so that nothing may be said not to be shared; a check, no measure of noise
+    same              base and base, from decoders that start apart: what training alone makes look like one model's own
     half              base and tuned, on the other half of the documents and from other first weights: what is found again there hangs on neither
     planted           base and the base with an effect of known truth: whether it would be found
     shuffled pairs    base and the tuned model's tokens in another order: what is shared when nothing belongs together
     others            base and a further training each, such as one of another seed: what is found again there is no matter of one training
 
-All have the same budget, batches and thresholds, and but for `half` the same first weights.
+All have the same budget, batches and thresholds, and but for `half` and `same` the same first weights. Decoders that start alike and are told the same stay
+alike to the bit, so that base against base would be nothing by construction; its own start is the harder one: no latent begins as one that models share.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechscope.report.gains import MAIN, beside_said, sets_of, share_said
+from mechscope.report.gains import MAIN
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.histograms import histogram_lines
 from mechscope.report.marks.tables import Cell, Row, Shown, Table
+from mechscope.report.new_latents import new_latents
 from mechscope.report.section import Section, Tables, number, table
 from mechscope.report.shared import THIS_PAIR, few_texts
-from mechscope.report.statements import Card, Caveat, Derived, Finding
+from mechscope.report.statements import Caveat, Derived, Finding
 from mechscope.report.theme import number as written
 from mechscope.report.theme import percent
 
 _BINS = 25
-_TOO_SMALL = "none is new beyond control, but of the planted directions none was found either: the dictionary is too small, or its training too short"
 # what each comparison compares, for a reader
 _SAID = {
     "crosscoder": "base and tuned model",
@@ -218,7 +218,7 @@ def _findings(tables: Tables) -> list[Finding]:
         return []
     rows = {row["comparison"]: row for _, row in compared.iterrows()}
     main, same = rows[MAIN], rows.get("same")
-    found = [_added(tables, main, same)]
+    found = [new_latents(tables, main, same)]
     if (planted := tables.get("feature_planted")) is not None:
         number_found = Derived("feature_planted", (("found", "==", True),))
         every = Derived("feature_planted")
@@ -252,43 +252,6 @@ def _how_far(difference: Any) -> str:
     if difference is None or pd.isna(difference.get("moved")):
         return ""
     return f"; fine-tuning moves them by {percent(difference['moved'])} of it on average"
-
-
-def _added(tables: Tables, main: Any, same: Any) -> Finding:
-    """Say how many latents are new beyond control (or by thresholds, without one), and what they carry of the gain, beside as many others."""
-    alone, planted = pd.isna(main["beyond"]), tables.get("feature_planted")
-    beyond = int(main["new"] if alone else main["beyond"])
-    kind = "new by thresholds, without a control of other documents" if alone else "new beyond control"
-    beside = "" if same is None else f"; base against base has {written(int(same['new']))}"
-    quoted = (main,) if same is None else (main, same)
-    # the answer to the section's question comes first, whatever else is larger
-    options: dict[str, Any] = {"n": main["n"], "table": "feature_comparisons", "effect": float("inf")}
-    if not beyond or (same is not None and int(same["new"]) >= beyond):
-        if planted is not None and not planted["found"].any():
-            return Finding("whether fine-tuning added latents", rows=quoted, withheld=_TOO_SMALL, **options)
-        of = f", of {written(int(main['second_only']))} that the tuned model alone has by its decoders and {written(int(main['new']))} by latent scaling too"
-        if alone and beyond:
-            are = "is" if beyond == 1 else "are"
-            return Finding(f"No latent can be said to be new: {written(beyond)} {are} by thresholds alone{beside}", rows=quoted, **options)
-        return Finding(f"No latent is {kind}{of}{beside}", rows=quoted, card=Card("0", f"latents are {kind}"), **options)
-    plural = "latent is" if beyond == 1 else "latents are"
-    card = Card(written(beyond), f"{plural} {kind}")
-    said = f"{written(beyond)} {plural} {kind}{beside}"
-    own = dict(sets_of(tables["feature_carried"], "put into base")) if "feature_carried" in tables else {}
-    if (new := own.get("new by thresholds" if alone else "new")) is None:
-        return Finding(said, rows=quoted, card=card, **options)
-    if new["withheld"]:
-        return Finding(f"{said}; what they carry of the gain is withheld: {new['withheld']}", rows=(*quoted, new), card=card, **options)
-    whole = own.get("whole difference")
-    most = "" if whole is None else f"; all of the difference there carries {share_said(whole)}"
-    return Finding(
-        f"{said}; put into the base they carry {share_said(new)} of the gain on summaries{beside_said(own, 'for')}{most}",
-        n=new["n"],
-        rows=(*quoted, *own.values()),
-        effect=float("inf"),
-        card=card,
-        table="feature_carried",
-    )
 
 
 def _others(tables: Tables) -> list[Finding]:
