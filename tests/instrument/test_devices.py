@@ -65,7 +65,7 @@ def test_the_fingerprint_does_not_depend_on_the_devices(family: str) -> None:
 def test_recordings_are_equal(family: str) -> None:
     def recorded(subject: Subject) -> dict[Any, Any]:
         inputs = model_inputs(texts().ids.to(subject.device), texts().real)
-        with torch.no_grad(), record(subject, *SITES) as recording:
+        with torch.no_grad(), record(subject, *(site for site in SITES if site != "expert_output")) as recording:
             subject.model(**inputs, use_cache=False)
         return recording.values
 

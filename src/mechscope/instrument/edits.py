@@ -21,10 +21,14 @@ from mechscope.shapes import by_shape
 from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.placement import index_for, sent
 
-EditSite = Literal["embedding", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "mlp_output", "residual"]
+EditSite = Literal[
+    "embedding", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "expert_output", "mlp_output", "residual"
+]
 # in the order in which a block reaches them; `embedding` is what the first block reads
 EDIT_SITES: tuple[str, ...] = get_args(EditSite)
 HEAD_SITES = frozenset({"query", "key", "value", "pattern", "z"})
+# sites whose values have an axis of heads or experts before the last
+_OF_UNITS = HEAD_SITES | {"expert_output"}
 Value = Tensor | float | Callable[[Tensor], Tensor]
 Rows = slice | Sequence[int]
 
@@ -34,8 +38,9 @@ class Edit:
     """One change of one site of one layer.
 
     Values have the layout in which `record` gives the site: ``(batch, token, head, d_head)`` for query, key, value and z (key and value may
-    hold key/value heads or query heads), ``(batch, head, query, key)`` for pattern, ``(batch, token, features)`` for the rest. A tensor of a smaller
-    shape is broadcast. Only the chosen heads, features, tokens and rows are replaced.
+    hold key/value heads or query heads), ``(batch, head, query, key)`` for pattern, ``(batch, token, expert, d_model)`` of the chosen experts for
+    expert_output, ``(batch, token, features)`` for the rest. A tensor of a smaller shape is broadcast. Only the chosen heads, experts, features, tokens
+    and rows are replaced.
 
     Attributes:
         site: Where in the block.
@@ -45,6 +50,7 @@ class Edit:
         features: Neurons or residual dimensions, None for all; of sites without heads.
         positions: ``(batch, token)``, True where a token is changed; None for all. Of a pattern: query tokens.
         rows: Rows of the batch that are changed; None for all. Value and positions then have one entry per chosen row.
+        experts: Experts, None for all; of site `expert_output`.
     """
 
     site: EditSite
@@ -54,6 +60,7 @@ class Edit:
     features: tuple[int, ...] | None = None
     positions: Bool[Tensor, "batch token"] | None = None
     rows: Rows | None = None
+    experts: tuple[int, ...] | None = None
 
     __repr__ = by_shape
 
@@ -129,15 +136,29 @@ def validate(changes: Sequence[Change], anatomy: Anatomy) -> None:
             continue
         if change.site == "embedding" and change.layer:
             raise SettingsError(f"the embedding is what layer 0 reads, not layer {change.layer}: for later layers change 'residual'")
+        if change.site == "expert_output":
+            _require_experts(change, anatomy)
+        elif change.experts is not None:
+            raise SettingsError(f"site {change.site!r} has no experts: leave experts out, or change 'expert_output'")
         if change.heads is not None and change.site not in HEAD_SITES:
             raise SettingsError(f"site {change.site!r} has no heads: leave heads out, or change 'z' (what a head computes)")
         if change.features is not None:
-            if change.site in HEAD_SITES:
-                raise SettingsError(f"site {change.site!r} is chosen by heads, not by features")
+            if change.site in _OF_UNITS:
+                chosen_by = "heads" if change.site in HEAD_SITES else "experts"
+                raise SettingsError(f"site {change.site!r} is chosen by {chosen_by}, not by features")
             width = anatomy.blocks[change.layer].d_mlp if change.site == "neuron" else anatomy.d_model
             for feature in change.features:
                 if not 0 <= feature < width:
                     raise SettingsError(f"feature {feature} of {change.site} in layer {change.layer} does not exist: there are {width}")
+
+
+def _require_experts(edit: Edit, anatomy: Anatomy) -> None:
+    experts = anatomy.blocks[edit.layer].experts
+    if experts is None:
+        raise SettingsError(f"the MLP of layer {edit.layer} is dense: it has no experts to change")
+    for expert in edit.experts or ():
+        if not 0 <= expert < experts.number:
+            raise SettingsError(f"expert m{edit.layer}.e{expert} does not exist: the layer has experts 0-{experts.number - 1}")
 
 
 def apply(edits: Sequence[Edit], current: Tensor) -> Tensor:
@@ -154,8 +175,8 @@ def apply(edits: Sequence[Edit], current: Tensor) -> Tensor:
 
 
 def _edited(edit: Edit, part: Tensor) -> Tensor:
-    """Change the rows an edit is about: ``(row, token, head, d_head)`` or ``(row, token, features)``."""
-    heads = edit.site in HEAD_SITES
+    """Change the rows an edit is about: ``(row, token, head, d_head)``, ``(row, token, expert, d_model)`` or ``(row, token, features)``."""
+    heads, units = edit.site in HEAD_SITES, edit.site in _OF_UNITS
     if callable(edit.value):
         value = sent(edit.value(part), part.device)
     else:
@@ -174,7 +195,7 @@ def _edited(edit: Edit, part: Tensor) -> Tensor:
             raise SettingsError(
                 f"positions of shape {tuple(where.shape)} do not fit {part.shape[0]} rows of {part.shape[1]} tokens at {edit.site} of layer {edit.layer}"
             )
-        keep = keep & (where[..., None, None] if heads else where[..., None])
+        keep = keep & (where[..., None, None] if units else where[..., None])
     _require_fit(edit, value, part)
     if not keep.ndim and value.shape == part.shape and value.dtype == part.dtype:
         return value.clone()  # all of it: nothing of what stood there stays in an autograd graph

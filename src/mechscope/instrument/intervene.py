@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, observed
 from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate, with_patterns
+from mechscope.instrument.experts import taken_apart, with_edits
 from mechscope.instrument.outputs import tensor_of, with_tensor
 from mechscope.instrument.patterns import pattern
 from mechscope.subject.load import Subject
@@ -39,8 +41,11 @@ def intervene(subject: Subject, *changes: Change) -> Iterator[None]:
         else:
             stack.enter_context(subject.active())
         for (layer, site), at in by_place.items():
-            if site not in _ATTENTION:
-                _hook(subject, layer, site, [change for change in at if isinstance(change, Edit)], stack)
+            edits = [change for change in at if isinstance(change, Edit)]
+            if site == "expert_output":
+                stack.enter_context(taken_apart(subject, layer, partial(with_edits, edits)))
+            elif site not in _ATTENTION:
+                _hook(subject, layer, site, edits, stack)
         yield
 
 

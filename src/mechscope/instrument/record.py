@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
+from mechscope.instrument.experts import ExpertOutputs, taken_apart
 from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.patterns import pattern
+from mechscope.instrument.routers import mixtures
 from mechscope.shapes import short
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import require_in_memory
@@ -37,6 +39,7 @@ Site = Literal[
     "attention_output",
     "mlp_input",
     "neuron",
+    "expert_output",
     "mlp_output",
     "logits",
 ]
@@ -55,30 +58,41 @@ class Recording:
     ``(batch, token, head, d_head)``; `key` and `value` ``(batch, token, kv_head, d_head)`` (query and key after rotary embedding);
     `head_output` (z W_O, times the family's factor, without the projection's bias) ``(batch, token, head, d_model)``; `pattern`
     ``(batch, head, query, key)``, whole;
-    `neuron` (what the MLP's last map reads) ``(batch, token, d_mlp)``; `logits` ``(batch, token, vocab)``. `embedding` and `logits` have
-    no layer and are kept under layer 0.
+    `neuron` (what the MLP's last map reads) ``(batch, token, d_mlp)``; `expert_output` (what each expert adds: its gate-weighted output, zero where a
+    token is not sent to it) ``(batch, token, expert, d_model)``, made when asked for of what `experts` keeps by slot; `logits`
+    ``(batch, token, vocab)``. `embedding` and `logits` have no layer and are kept under layer 0.
     """
 
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    experts: dict[int, ExpertOutputs] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         held: dict[tuple[str, str], list[int]] = {}
         for (site, layer), value in self.values.items():
             held.setdefault((site, short(value)), []).append(layer)
+        for layer, outputs in self.experts.items():
+            held.setdefault(("expert_output", f"{short(outputs.slots)} by slot"), []).append(layer)
         sites = [f"{site} {shape}{_layers(site, layers)}" for (site, shape), layers in held.items()]
         return f"Recording({', '.join(sites) or 'empty: no forward pass was run'})"
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         """Return one value by `(site, layer)`, or a site without layers by its name."""
         site, layer = (key, 0) if isinstance(key, str) else key
+        if site == "expert_output" and layer in self.experts:
+            return self.experts[layer].of()
         try:
             return self.values[site, layer]
         except KeyError:
-            held = ", ".join(sorted({name for name, _ in self.values})) or "nothing (no forward pass was run)"
+            held = (
+                ", ".join(sorted({name for name, _ in self.values} | {"expert_output" for _ in self.experts}))
+                or "nothing (no forward pass was run)"
+            )
             raise KeyError(f"site {site!r} at layer {layer} was not recorded; the recording holds {held}") from None
 
     def stack(self, site: Site) -> Float[Tensor, "layer ..."]:
         """Return a site's values of all recorded layers, stacked in order of the layers."""
+        if site == "expert_output":
+            return torch.stack([self.experts[layer].of() for layer in sorted(self.experts)])
         return torch.stack([value for (name, _), value in sorted(self.values.items()) if name == site])
 
 
@@ -98,6 +112,7 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
 
     Raises:
         SettingsError: A site or a layer does not exist.
+        ModelError: Experts are recorded, and the model has none, or they cannot be taken apart.
     """
     anatomy = subject.anatomy
     for site in sites:
@@ -114,6 +129,9 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
 
     with contextlib.ExitStack() as stack:
         _hook_modules(subject, sites, chosen, keep, stack)
+        if "expert_output" in sites:
+            for layer in mixtures(subject).keys() & set(chosen):
+                stack.enter_context(taken_apart(subject, layer, partial(_keep_experts, recording, layer, detach)))
         heads = _ATTENTION_SITES.intersection(sites)
         wanted = set(chosen)
 
@@ -125,6 +143,13 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
 
         stack.enter_context(observed(subject, tap if heads else None))
         yield recording
+
+
+def _keep_experts(recording: Recording, layer: int, detach: bool, outputs: ExpertOutputs) -> None:
+    if detach:
+        changed = {expert: value.detach() for expert, value in outputs.changed.items()}
+        outputs = replace(outputs, slots=outputs.slots.detach(), changed=changed)
+    recording.experts[layer] = outputs
 
 
 def _seen(subject: Subject, call: AttentionCall, site: str) -> Tensor:

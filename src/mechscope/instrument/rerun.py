@@ -6,7 +6,7 @@ changed runs ("units"), puts those that begin at the same place side by side as 
 1. a change inside attention (q, k, v, pattern, z, a knockout) begins after the projections: z is patched, W_O applied, and the rest of the
    block runs with attention replaced by that result;
 2. a change of the attention output begins there;
-3. a change of neurons or of the MLP output begins behind the block: residual + (new − old);
+3. a change of neurons, of experts or of the MLP output begins behind the block: residual + (new − old);
 4. a change of the residual stream begins with the next block.
 
 Changes further up act by `intervene` on their unit's rows. In the last block the MLP runs only where its result is read, and only these rows of
@@ -27,6 +27,7 @@ from torch import Tensor
 from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument.attention import AttentionCall, attend, observed
 from mechscope.instrument.edits import Change, Edit, apply, rewritten, validate, with_patterns
+from mechscope.instrument.experts import ExpertOutputs, with_edits
 from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.record import Recording, Site, record
@@ -44,6 +45,7 @@ _STAGE = {
     **dict.fromkeys(("query", "key", "value", "mask", "pattern", "z"), 1),
     "attention_output": 2,
     "neuron": 3,
+    "expert_output": 3,
     "mlp_output": 4,
     "residual": 5,
 }
@@ -174,7 +176,7 @@ class CachedRun:
         for index, unit in enumerate(units):
             validate(unit, self.subject.anatomy)
             for change in unit:
-                if change.site in ("neuron", "mlp_output") and not self.subject.adds:
+                if change.site in ("neuron", "expert_output", "mlp_output") and not self.subject.adds:
                     raise ModelError(
                         f"{self.subject.family}: what attention and MLPs write does not just add up to the residual stream, so a changed {change.site} "
                         "cannot be rerun from behind its block: change 'residual', or use intervene"
@@ -210,7 +212,7 @@ class CachedRun:
         """Let the last block work only where it is read: nothing comes after it that would look at other tokens."""
         last = self.subject.anatomy.n_layers - 1
         if start >= (last, 3) or any(
-            change.layer == last and change.site in ("attention_output", "neuron", "mlp_output") for change in later
+            change.layer == last and change.site in ("attention_output", "neuron", "expert_output", "mlp_output") for change in later
         ):
             return contextlib.nullcontext()  # no block runs, or those edits are made on whole texts
         block = self.subject.anatomy.blocks[last]
@@ -264,7 +266,8 @@ class CachedRun:
     def _behind(self, block: Block, layer: int, changes: Sequence[Change]) -> Tensor:
         """Change what the MLP wrote, or the residual stream behind the block."""
         hidden = self.recording["residual", layer]
-        neurons, outputs = _edits(changes, "neuron"), _edits(changes, "mlp_output")
+        neurons, experts, outputs = (_edits(changes, site) for site in ("neuron", "expert_output", "mlp_output"))
+        added: Tensor | float = with_edits(experts, self._experts(layer)).difference if experts else 0.0
         if neurons or outputs:
             old = written = self._recorded("mlp_output", layer)
             if neurons:
@@ -272,7 +275,9 @@ class CachedRun:
                 if block.mlp_behind is not None:
                     written = block.mlp_behind(written)
                 written = written if block.multiplier == 1.0 else written * block.multiplier
-            hidden = hidden + (apply(outputs, written) - old)
+            hidden = hidden + (apply(outputs, written + added) - old)
+        elif experts:
+            hidden = hidden + added
         return apply(_edits(changes, "residual"), hidden)
 
     def _recorded(self, site: str, layer: int) -> Tensor:
@@ -281,6 +286,14 @@ class CachedRun:
         except KeyError:
             raise SettingsError(
                 f"this run did not keep {site!r}: name the sites to change when it is made, e.g. sites=({site!r},)"
+            ) from None
+
+    def _experts(self, layer: int) -> ExpertOutputs:
+        try:
+            return self.recording.experts[layer]
+        except KeyError:
+            raise SettingsError(
+                "this run did not keep experts: name the sites to change when it is made, e.g. sites=('expert_output',)"
             ) from None
 
     def _walk(self, units: int) -> Walk:

@@ -140,8 +140,8 @@ def mixtures(subject: Subject) -> dict[int, Experts]:
     layers = {layer: block.experts for layer, block in enumerate(subject.anatomy.blocks) if block.experts is not None}
     if not layers:
         raise ModelError(
-            f"model {subject.source!r} ({subject.family}) has no experts: all its MLPs are dense. Routing is what mixtures of experts have (Mixtral, "
-            "Qwen-MoE, OLMoE, gpt-oss, DeepSeek, Granite-MoE, …)"
+            f"model {subject.source!r} ({subject.family}) has no experts: all its MLPs are dense; mixtures of experts are Mixtral, Qwen-MoE, "
+            "OLMoE, gpt-oss, DeepSeek, Granite-MoE, …"
         )
     return layers
 
