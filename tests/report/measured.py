@@ -113,7 +113,8 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         nodes = run(_job("features_graph"), None, **graph).graph_nodes
         latent = nodes["node"][nodes["kept"] & (nodes["kind"] == "latent")].iloc[0]
         file = Path(folder) / "groups.json"
-        file.write_text(json.dumps({"groups": [{"name": "a token and a latent", "nodes": ["embed@1", latent]}]}), encoding="utf-8")
+        groups = {"prompt": graph["prompt"], "groups": [{"name": "a token and a latent", "nodes": ["embed@1", latent]}]}
+        file.write_text(json.dumps(groups), encoding="utf-8")
         tables |= run(_job("features_graph"), None, groups=str(file), **graph).tables
         judge = {
             "explainer": "endpoint",
