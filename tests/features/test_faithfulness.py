@@ -82,6 +82,7 @@ def test_a_circuit_and_its_complement_are_the_plain_models(family: str, source: 
         inside = every if row["nodes"] < 0 else set(nodes[: row["nodes"]])
         kept = {"kept": inside | errors, "removed": inside - errors, "in circuit": inside}[row["errors"]]
         assert row["value"] == pytest.approx(float(by_hand(world, source, kept).mean()), rel=1e-7, abs=1e-9)
+        assert row["latents"] == sum(node.latent is not None for node in (every if row["nodes"] < 0 else nodes[: row["nodes"]]))
         assert np.isnan(row["faithfulness"])
         assert "too few texts" in row["withheld"]
     assert abs(float(whole - empty)) > 1e-3
@@ -132,6 +133,28 @@ def test_random_latents_are_others_than_the_circuits_as_far_as_there_are_any() -
     order = {each.place: [3, 1, 5, 8, 2]}
     drawn = [_circuits([each], ranked, size, "kept", order)[0][each.place].latents for size in (1, 2, 3)]
     assert drawn == [(3,), (1, 8), (1, 2, 3)]
+
+
+def test_random_latents_stand_where_the_circuits_would() -> None:
+    world = World("gpt2", "corrupt")
+    pairs, place = telling(world), world.places[0]
+    once = replace(pairs, pairs=pairs.pairs[: len(PAIRS)])
+    seen_active = np.flatnonzero((parts(world.standing[0], world.x[place])[0] * later(PAIRS)).abs().sum((0, 1)).numpy())
+    own, others = [Node(place, int(at)) for at in seen_active[:3]], [Node(place, int(at)) for at in seen_active[3:6]]
+    ranked = [own[0], Node(place), *own[1:]]
+    # as many as the circuit has: each draw is all of them
+    active = {place: [node.latent for node in others if node.latent is not None]}
+    table = faithfulness(world.subject, world.standing, pairs, ranked, sizes=[4], active=active, draws=2).set_index(["nodes", "errors"])
+    whole, empty = (float(value.mean()) for value in (metric(world.subject, once, {}), by_hand(world, "corrupt", set(), once)))
+    every, errors = set(every_node("gpt2")), {Node(each.place) for each in world.standing}
+    for name, kept in (("kept", errors), ("removed", set()), ("in circuit", {Node(place)})):
+        for latents, column in ((own, ""), (others, "random")):
+            inside = set(latents) | kept
+            left = every - set(latents) - {"kept": set(), "removed": errors, "in circuit": {Node(place)}}[name]
+            for nodes, of in ((inside, column or "faithfulness"), (left, f"{column}_complement" if column else "complement")):
+                expected = (float(by_hand(world, "corrupt", nodes, once).mean()) - empty) / (whole - empty)
+                assert table.loc[(4, name), of] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert table.loc[(4, "kept"), "random"] != pytest.approx(table.loc[(4, "kept"), "faithfulness"], rel=1e-3)
 
 
 def test_replacing_a_place_is_replacing_all_its_nodes() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
+from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 
 from mechscope.choices import NodeSource
@@ -19,7 +22,7 @@ from mechscope.errors import SettingsError
 from mechscope.features import Dictionary, Place, Rule, autoencoder, transcoder
 from mechscope.features.faithfulness import faithfulness
 from mechscope.features.node_edges import node_edges
-from mechscope.features.node_effects import node_effects, quadrature_of
+from mechscope.features.node_effects import NodeEffects, node_effects, quadrature_of
 from mechscope.features.node_patching import patch_nodes
 from mechscope.features.shift import check_judged
 from mechscope.features.standing import Node, Standing, in_order
@@ -230,6 +233,18 @@ def test_where_the_metric_is_linear_estimates_are_exact() -> None:
         np.testing.assert_allclose(estimate, truth, rtol=1e-9, atol=1e-12)
 
 
+def test_the_largest_effects_are_those_of_either_sign_from_the_threshold_on() -> None:
+    place = Place.parse("resid0")
+    dense = np.array([[1.0, -1.5, 0.0, 0.2, 0.0], [0.0, -0.5, 0.0, 0.0, 0.0]])
+    found = NodeEffects({place: sparse.csr_array(dense)}, {place: np.array([0.25, 0.25])}, np.zeros(2), "logit-diff")
+    effects = found.table.set_index("component")["effect"].to_dict()
+    # latents that are silent on all texts are no rows
+    assert effects == pytest.approx({"resid0.f0": 0.5, "resid0.f1": -1.0, "resid0.f3": 0.1, "resid0.error": 0.25})
+    assert [node.name for node in found.largest(0.0, 9)] == ["resid0.f1", "resid0.f0", "resid0.error", "resid0.f3"]
+    assert [node.name for node in found.largest(0.25, 9)] == ["resid0.f1", "resid0.f0", "resid0.error"]
+    assert [node.name for node in found.largest(0.0, 2)] == ["resid0.f1", "resid0.f0"]
+
+
 def every_node(family: str) -> list[Node]:
     return [node for each in standing(family) for node in (*(Node(each.place, latent) for latent in range(M)), Node(each.place))]
 
@@ -287,6 +302,17 @@ def test_edges_by_attribution_are_brute_force_differences(family: str) -> None:
         moved = (node_value(world, receiver, ends[0]) - node_value(world, receiver, ends[1])) / (2 * step)
         expected = (gradient(world, receiver) * moved).sum((1, 2)).mean()
         np.testing.assert_allclose(table[edge], float(expected), rtol=1e-3, atol=1e-8)
+
+
+def test_edges_that_are_zero_on_every_text_are_neither_rows_nor_tests() -> None:
+    world = World("gpt2", "corrupt")
+    # twice as many texts, as there are no tests of three
+    table = node_edges(world.subject, world.standing, replace(PAIRS, pairs=PAIRS.pairs * 2), every_node("gpt2")[::3], method="attribution")
+    silent = {node.name for node in every_node("gpt2") if not world.value[node].any()}
+    assert silent & {node.name for node in every_node("gpt2")[::3]}
+    assert not silent & set(table["sender"])
+    assert not ((table["effect"] == 0) & (table["se"] == 0)).any()
+    np.testing.assert_allclose(table["q"], false_discovery_control(table["p"]), rtol=1e-9)
 
 
 def test_integrated_edges_of_a_place_add_up_to_what_it_does_to_a_node() -> None:

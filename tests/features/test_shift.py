@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mechscope.choices import Filling
 from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.data.two_labels import GROUPS, BiasedSplit, TwoLabels, biased_split
 from mechscope.errors import DataError, SettingsError
 from mechscope.features import Dictionary, Node, Place, Rule, Standing, autoencoder, in_order, shift
 from mechscope.features.erasure import leace, mean_difference
 from mechscope.features.probes import Probe
-from mechscope.features.shift import ORIGINAL, RANDOM, _methods, _Pooled, _random
+from mechscope.features.shift import ORIGINAL, RANDOM, _methods, _Pooled, _random, _ranked
 from mechscope.instrument import Execution, record
 from tests import families
 from tests.features.test_node_effects import every_family, exact
@@ -103,6 +108,78 @@ def test_judged_by_hand_those_latents_are_ablated_and_no_others() -> None:
     assert rows["mean difference erased"]["worst"] == pytest.approx(worst, abs=1e-9)
 
 
+@pytest.mark.parametrize("filling", ["zero", "mean"])
+def test_every_method_is_what_it_is_by_hand(filling: Filling) -> None:
+    split, others = biased_split(labelled()), planted("gpt2")
+    nodes = [Node(PLACE, 0), Node(PLACE, families.WIDTH)]
+    found = shift(exact("gpt2"), others, split, PLACE, unintended=nodes, filling=filling, draws=1)
+    x = {
+        name: activations("gpt2", part.texts)
+        for name, part in (("train", split.train), ("develop", split.development), ("test", split.test))
+    }
+    row = others[0].decoders[0].numpy()
+    # two latents hold both directions of the row, so that means of theirs make the mean along it
+    rest = 0.0 if filling == "zero" else float((x["train"] @ row).mean())
+    without = {name: value + np.outer(rest - value @ row, row) for name, value in x.items()}
+    biased, least = Probe(x["train"], split.train.intended), leace(x["develop"], split.development.unintended)
+    plain = mean_difference(x["develop"], split.development.unintended)
+    said = {
+        "original": biased.says(x["test"]),
+        "latents ablated": biased.says(without["test"]),
+        "latents ablated, retrained": Probe(without["train"], split.train.intended).says(without["test"]),
+        "mean difference erased": Probe(plain(x["train"]), split.train.intended).says(plain(x["test"])),
+        "LEACE": Probe(least(x["train"]), split.train.intended).says(least(x["test"])),
+        "trained on balanced texts": Probe(x["develop"], split.development.intended).says(x["test"]),
+    }
+    members = [split.test.group(number) for number in range(4)]
+    for method, answers in said.items():
+        right = answers == split.test.intended
+        own = found.groups[found.groups["method"] == method].set_index(["intended", "unintended"])["accuracy"]
+        for group, member in zip(GROUPS, members, strict=True):
+            assert own[group] == pytest.approx(right[member].mean(), abs=1e-9)
+    assert len({tuple(answers) for answers in said.values()}) >= 4
+    # the retrained probe does not hang on what is filled in, the old one does
+    assert (said["latents ablated"] != said["latents ablated, retrained"]).any()
+
+
+def test_latents_are_ranked_by_the_size_of_their_effects_and_judged_by_their_shares() -> None:
+    others = planted("gpt2")
+    effects = {PLACE: np.array([1.0, -3.0, 0.0, 2.0])}
+    probes = {"intended": {PLACE: np.array([1.0, -1.0, 0.0, 2.0])}, "unintended": {PLACE: np.array([1.0, -30.0, 0.0, 9.0])}}
+    table = _ranked(others, effects, probes, 2, None)
+    assert table["component"].tolist() == ["resid1.f1", "resid1.f3"]
+    assert table["effect"].tolist() == [-3.0, 2.0]
+    assert table["intended"].tolist() == pytest.approx([1 / 4, 2 / 4])
+    assert table["unintended"].tolist() == pytest.approx([30 / 40, 9 / 40])
+    # though it does more to the unintended probe than to the intended one, f3 does a smaller part of all that is done
+    assert table["judged"].tolist() == [True, False]
+    assert _ranked(others, effects, probes, 9, None)["component"].tolist() == ["resid1.f1", "resid1.f3", "resid1.f0"]
+    by_hand = _ranked(others, effects, probes, 1, [Node(PLACE, 0)])
+    assert by_hand[["component", "judged"]].to_numpy().tolist() == [["resid1.f0", True], ["resid1.f1", False]]
+
+
+def test_random_latents_are_drawn_among_those_active_on_the_training_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    (each,), split = planted("gpt2"), biased_split(labelled())
+    bias = torch.zeros(2 * families.WIDTH, dtype=torch.float64)
+    bias[[3, 17, 40]] = -1e6
+    silent = replace(each.dictionary, tensors={**each.dictionary.tensors, "encoder_bias": bias})
+    drawn: list[np.ndarray] = []
+
+    def keep(_: Any, judged: Any, active: Mapping[Place, np.ndarray], *rest: Any) -> list[list[Node]]:
+        drawn.append(active[PLACE])
+        return []
+
+    # the package exports a function by the module's name
+    monkeypatch.setattr(import_module("mechscope.features.shift"), "_random", keep)
+    shift(exact("gpt2"), in_order([Standing.of(silent, exact("gpt2"))]), split, PLACE, filling="zero", draws=1)
+    with torch.no_grad(), record(exact("gpt2"), "residual") as recording:
+        exact("gpt2").plain(torch.tensor([pair.clean for pair in split.train.texts]), use_cache=False)
+    ever = (recording["residual", PLACE.layer][:, 1:] @ each.decoders.T > 0).flatten(0, 1).any(0)
+    expected = set(ever.nonzero()[:, 0].tolist()) - {3, 17, 40}
+    assert set(drawn[0].tolist()) == expected
+    assert len(expected) > families.WIDTH
+
+
 @every_family
 def test_effects_are_the_derivative_of_the_margin(family: str) -> None:
     part = biased_split(labelled()).development
@@ -183,6 +260,23 @@ def test_the_interval_of_the_worst_group_holds_its_value_whichever_group_each_dr
     assert row["worst"] == 0
     assert row["worst_low"] == pytest.approx(0, abs=1e-12)
     assert 0 < row["worst_high"] < 0.1
+
+
+def test_gains_are_over_the_original_in_the_group_that_it_tells_worst() -> None:
+    test = labelled()
+    groups = [np.flatnonzero(test.group(number)) for number in range(4)]
+    original, better = np.ones(len(test), dtype=bool), np.ones(len(test), dtype=bool)
+    original[groups[2][:40]] = False
+    original[groups[1][:10]] = False
+    better[groups[2][:10]] = False
+    better[groups[1][:30]] = False
+    rows: Any = _methods(test, {(ORIGINAL, -1): original, ("better", -1): better}).set_index("method").to_dict("index")
+    size, found = len(groups[2]), rows["better"]
+    assert found["gain"] == pytest.approx(30 / size)
+    assert 0 < found["gain_low"] < 30 / size < found["gain_high"]
+    assert found["worst"] == pytest.approx(1 - 30 / size)
+    assert found["accuracy"] == pytest.approx(1 - 40 / (4 * size))
+    assert rows[ORIGINAL]["gain"] == 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
