@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from mechscope.causal.cross import swapped
+from mechscope.difference import compare_weights
 from mechscope.errors import ModelError
 from mechscope.instrument import check_subject, load_pair, observed, record
 from mechscope.instrument.readout import Readout
@@ -57,9 +58,9 @@ KINDS: dict[str, tuple[str, Any, bool]] = {
 
 
 @torch.no_grad()
-def trained(family: str, config: Any, seed: int = 0) -> Any:
-    """Return a model with an adapter whose every trainable number has moved."""
-    model = get_peft_model(families.build(family, seed=seed), config).eval()
+def trained(model: Any, config: Any, seed: int = 0) -> Any:
+    """Return a model, or one of a family, with an adapter whose every trainable number has moved."""
+    model = get_peft_model(families.build(model, seed=seed) if isinstance(model, str) else model, config).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
@@ -246,3 +247,49 @@ def test_lora_trained_in_bfloat16_is_read_as_it_acts(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in merged.named_parameters())
     with observed(subject):
         assert torch.isfinite(subject.model(input_ids=IDS).logits).all()
+
+
+# by name: the family, whether its embedding is its unembedding, what an adapter does to one of them or both
+EMBEDDINGS: dict[str, tuple[str, bool, Any]] = {
+    "LoRA on an embedding": ("llama", False, LoraConfig(**{**LORA, "target_modules": ["embed_tokens", "q_proj"]})),
+    "LoRA on a tied embedding": ("gpt2", True, LoraConfig(**{**GPT2, "target_modules": ["wte", "c_attn"]})),
+    "LoRA on a tied unembedding": ("llama", True, LoraConfig(**{**LORA, "target_modules": ["lm_head", "q_proj"]})),
+    "a tied unembedding saved whole": ("gpt2", True, LoraConfig(**GPT2, modules_to_save=["lm_head"])),
+    "a tied embedding saved whole": ("gpt2", True, LoraConfig(**GPT2, modules_to_save=["wte"])),
+    "both saved whole": ("llama", True, LoraConfig(**LLAMA, modules_to_save=["lm_head", "embed_tokens"])),
+    "both saved as one": ("llama", True, LoraConfig(**LLAMA, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+@torch.no_grad()
+def test_embeddings_under_an_adapter_are_read_as_they_act_tied_or_not(name: str, tmp_path: Path) -> None:
+    """Compares with what the modules do: merging a tied one, PEFT changes the other too."""
+    family, tied, config = EMBEDDINGS[name]
+    base = save(tmp_path / "base", family, tie_word_embeddings=tied)
+    model = trained(load(base).model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    pair = load_pair(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(pair.tuned), raw(model))
+    torch.testing.assert_close(logits(pair.base), logits(load(base)))
+    moved = {}
+    for subject in (pair.base, pair.tuned):
+        weights = dict(subject.weights())
+        inputs: list[Tensor] = []
+        handle = subject.anatomy.unembedding.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        expected = logits(subject)
+        handle.remove()
+        torch.testing.assert_close(inputs[0] @ Readout.of(subject).weight.T, expected)
+        with subject.active():
+            rows = subject.anatomy.embedding(IDS)
+        (embedding,) = (value for key, value in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+        torch.testing.assert_close(embedding[IDS], rows)
+        if "lm_head.weight" in weights:
+            torch.testing.assert_close(weights["lm_head.weight"], Readout.of(subject).weight)
+        assert all(check.passed for check in check_subject(subject))
+        moved[subject.adapted] = (rows, Readout.of(subject).weight)
+    table = compare_weights(pair).table
+    changes = dict(zip(table["kind"].astype(str), table["change"].astype(float), strict=True))
+    for kind, one, other in zip(("embedding", "unembedding"), moved[False], moved[True], strict=True):
+        if kind in changes:
+            assert (changes[kind] == 0) == torch.equal(one, other)
