@@ -17,13 +17,28 @@ from mechscope.errors import DataError, ModelError
 from mechscope.features import Dictionary, FeatureTraining, Objective, Plan, Rule, train
 from mechscope.features.activations import Block
 from mechscope.features.affine import Affine, moments_of
-from mechscope.features.diffing import Plant, Recipe, Views, classified, comparisons, model_places, scaled_latents, scaling_sums
+from mechscope.features.diffing import (
+    Plant,
+    Recipe,
+    Views,
+    classified,
+    comparisons,
+    model_places,
+    require_change,
+    scaled_latents,
+    scaling_sums,
+)
 from mechscope.features.diffing.comparisons import views_of
 from mechscope.features.diffing.views import TokenIds, shuffled_within
 from mechscope.features.places import Place, places
-from mechscope.features.rows import Rows
+from mechscope.features.rows import Reader, Rows
+from mechscope.instrument import Execution
 from mechscope.settings.diffing import ExclusiveSettings
+from mechscope.settings.features import TokenSettings
+from mechscope.subject.load import load
+from tests import families
 from tests.features.planted import Planted
+from tests.features.test_harvest import texts as texts_of_lengths
 
 WHERE = places("resid1")
 (PLACE,) = WHERE
@@ -126,6 +141,20 @@ def test_a_place_that_fine_tuning_did_not_change_is_named() -> None:
     source = Unchanged()
     with pytest.raises(ModelError, match="base and tuned model do not differ at resid1: name a later place"):
         Views(source, source.texts, recipe("difference")).affine(replace(PLACE, model="difference"))
+
+
+def test_one_token_that_differs_is_a_change() -> None:
+    given, model = texts_of_lengths((12, 9, 14), seed=2), families.build("gpt2")
+    token = given.pairs[2].clean[5]
+    with torch.no_grad():
+        model.transformer.wte.weight[token] += 1
+    models = {"base": families.subject("gpt2"), "tuned": load(model)}
+    reader = Reader(models, model_places(WHERE, list(models)), TokenSettings())
+    require_change(reader, given, WHERE, Execution(8))
+    without = replace(given, pairs=tuple(pair for pair in given if token not in pair.clean))
+    assert len(without) > 0
+    with pytest.raises(ModelError, match="do not differ at resid1: name a later place"):
+        require_change(reader, without, WHERE, Execution(8))
 
 
 def test_planted_kinds_of_tokens_are_rare_and_make_up_their_share() -> None:

@@ -194,7 +194,7 @@ def train_all(request: Request) -> Tables:
     import pandas as pd
 
     from mechscope.features import Live, harvest, train
-    from mechscope.features.diffing import Views, model_places
+    from mechscope.features.diffing import Views, model_places, require_change
     from mechscope.features.diffing.cost import cost_of
 
     settings, wanted, where, texts, models = request.settings, plans(request), places_of(request), request.texts, models_of(request)
@@ -211,6 +211,7 @@ def train_all(request: Request) -> Tables:
         return Views(first, texts.learned, _recipe(request, first, texts.learned), other=other)
 
     probe = Live(models, texts.learned, model_places(where, list(models)), settings=settings.harvest, execution=request.run.execution)
+    require_change(probe.reader, texts.learned, where, request.run.execution)
     everything = texts.learned if texts.other is None else replace(texts.learned, pairs=(*texts.learned.pairs, *texts.other.pairs))
     cost = cost_of(
         probe.reader,

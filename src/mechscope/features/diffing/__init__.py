@@ -5,7 +5,7 @@ from mechscope.features.diffing.classes import BY_NORM, JUDGED, classified, foun
 from mechscope.features.diffing.comparisons import CROSSCODER, Comparison, Judged, comparisons, judge
 from mechscope.features.diffing.planted import Plant
 from mechscope.features.diffing.scaling import Decoders, ScalingSums, latent_scaling, scaled_latents, scaling_sums
-from mechscope.features.diffing.views import DIFFERENCE, Recipe, Views, model_places
+from mechscope.features.diffing.views import DIFFERENCE, Recipe, Views, model_places, require_change
 from mechscope.settings.diffing import ExclusiveSettings, PlantSettings
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "judge",
     "latent_scaling",
     "model_places",
+    "require_change",
     "scaled_latents",
     "scaling_sums",
 ]

@@ -28,13 +28,15 @@ from mechscope.features.activations import Block, Source
 from mechscope.features.affine import Affine, moments_of
 from mechscope.features.diffing.planted import Plant
 from mechscope.features.places import Place, places
-from mechscope.features.rows import Rows
+from mechscope.features.rows import TOKENS_PER_BATCH, Reader, Rows, blocks
+from mechscope.instrument import Execution
 from mechscope.stats.moments import Moments
 
 BASE, TUNED, DIFFERENCE = "base", "tuned", "difference"
 SAME, PLANTED, SHUFFLED = "same", "planted", "shuffled"
 HALF = {"halfbase": BASE, "halftuned": TUNED}
 """Views of the other half of the documents, and whose they are."""
+_UNCHANGED = "base and tuned model do not differ at {}: name a later place"
 
 
 class RowSource(Source, Protocol):
@@ -208,7 +210,7 @@ class Views:
             if place not in self._differences:
                 moments = self.moments(place)
                 if int(moments.count.max(initial=0)) > 1 and not np.any(moments.variance) and not np.any(moments.mean):
-                    raise ModelError(f"base and tuned model do not differ at {replace(place, model='')}: name a later place")
+                    raise ModelError(_UNCHANGED.format(replace(place, model="")))
                 self._differences[place] = Affine.fitted(moments)
             return self._differences[place]
         if place.model in HALF and self._other is not None:
@@ -228,6 +230,27 @@ class Views:
                 else:
                     moments.merge(own)
         return Moments((0,)) if moments is None else moments
+
+
+def require_change(reader: Reader, texts: Pairs, where: Sequence[Place], execution: Execution) -> None:
+    """Refuse places at which base and tuned model hold the same for every token; ends at the first tokens that differ.
+
+    Args:
+        reader: Reads both models at the places.
+        texts: What is learned from.
+        where: The places, without a model's name.
+        execution: Tokens of a batch.
+
+    Raises:
+        ModelError: The two models do not differ at a place.
+    """
+    alike = list(where)
+    for some in blocks(texts, range(len(texts)), TOKENS_PER_BATCH, 0):
+        values = reader.run(texts, some, execution).values
+        alike = [place for place in alike if torch.equal(*(values[replace(place, model=model)] for model in (BASE, TUNED)))]
+        if not alike:
+            return
+    raise ModelError(_UNCHANGED.format(alike[0]))
 
 
 def model_places(where: Sequence[Place], models: Sequence[str]) -> tuple[Place, ...]:
