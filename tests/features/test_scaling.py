@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechscope.errors import ModelError
+from mechscope.errors import DataError, ModelError
 from mechscope.features import crosscoder
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.diffing import Decoders, classified, found_again, latent_scaling, scaled_latents, scaling_sums
+from mechscope.features.diffing import Decoders, ScalingSums, classified, found_again, latent_scaling, scaled_latents, scaling_sums
 from mechscope.features.layout import Layout, autoencoder
 from mechscope.features.rules import Rule
 from mechscope.instrument import Execution, model_inputs, record
@@ -74,6 +74,46 @@ def test_tokens_in_parts_give_what_all_at_once_give_and_what_is_missed_token_by_
         torch.testing.assert_close(fit[model, 0], ((x - y) * each.scale).square().sum(1))
         torch.testing.assert_close(fit[model, 1], ((x - each.centre) * each.scale).square().sum(1))
     assert counts.tolist() == (oracle.encode(given, values) != 0).sum(1).tolist()
+
+
+def test_every_column_of_a_latent_is_worked_out_from_its_sums_and_its_two_decoders() -> None:
+    layout = crosscoder("base:resid1,tuned:resid1", (2, 2), 4, RULES[0])
+    tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layout.shapes().items()}
+    # the second model's is longer, at a right angle; the first's, along it; one that is silent; one that the second model alone has
+    tensors["decoder.0"] = torch.tensor([[3.0, 0, 0, 4], [5, 0, 3, 0], [1, 0, 1, 0], [0, 0, 0, 2]], dtype=torch.float64)
+    sums = ScalingSums(
+        10,
+        torch.tensor([2, 5, 0, 1]),
+        torch.tensor([8.0, 4, 0, 1], dtype=torch.float64),
+        torch.tensor([[64.0, -50, 0, 1], [-32, 10, 0, -8]], dtype=torch.float64),
+        torch.tensor([[12.8, 50, 0, 0], [64, 10, 0, 2]], dtype=torch.float64),
+    )
+    table = scaled_latents(Dictionary.plain(layout, tensors), sums)
+    nan = np.nan
+    expected: dict[str, list[float]] = {
+        "tokens": [2, 5, 0, 1],
+        "density": [0.2, 0.5, 0, 0.1],
+        "squares": [0.8, 0.4, 0, 0.1],
+        "energy": [0.8 * 25, 0.4 * 34, 0, 0.1 * 4],
+        "norm_first": [3, 5, 1, 0],
+        "norm_second": [4, 3, 1, 2],
+        "relative_norm": [0.625, 0.3, 0.5, 1],
+        # (Σ f⟨x − x̂, v⟩ + Σ f² ⟨D, v⟩) / (Σ f² ‖v‖²): 0 + 64 and 128 − 32 of 128; 100 − 50 and 60 + 10 of 100; 1 and 4 − 8 of 4
+        "beta_error": [0.75, 0.5, nan, -1],
+        "nu_error": [0.5 / 0.75, 0.7 / 0.5, nan, nan],
+        "beta_reconstruction": [0.5, 0.5, nan, 0.5],
+        "nu_reconstruction": [0.2, 0.2, nan, 0],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(table[name], values, atol=1e-12, err_msg=name)
+
+
+def test_texts_of_which_no_token_is_left_are_refused() -> None:
+    both = models("gpt2")
+    width = both.base.anatomy.d_model
+    given = oracle.dictionary(crosscoder("base:resid1,tuned:resid1", (width, width), 30, RULES[1]))
+    with pytest.raises(DataError, match=r"no token of the 5 texts .* is left: the first 100 of each"):
+        latent_scaling({"base": both.base, "tuned": both.tuned}, given, random_pairs(5), tokens=TokenSettings(first=100, outlier=None))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])

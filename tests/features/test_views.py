@@ -114,6 +114,9 @@ def test_the_order_of_shuffled_tokens_does_not_hang_on_the_batch() -> None:
     assert (order[own] - int(own.nonzero()[0])).tolist() == alone.tolist()
     assert (order == torch.arange(len(order))).float().mean() < 0.1
     assert order.tolist() != shuffled_within(rows, 5).tolist()
+    # every text has an order of its own
+    other = rows.text == 4
+    assert (order[other] - int(other.nonzero()[0])).tolist() != alone.tolist()
 
 
 def test_the_other_half_stands_beside_it_with_as_many_rows_and_units_of_its_own() -> None:
@@ -122,14 +125,42 @@ def test_the_other_half_stands_beside_it_with_as_many_rows_and_units_of_its_own(
     block = views.block(0)
     assert torch.equal(of(block, "halftuned"), other.rows(0).values[TUNED])
     assert len({len(value) for value in block.values()}) == 1
-    for view, expected in (("halfbase", other.affine(BASE)), ("same", source.affine(BASE)), ("shuffled", source.affine(TUNED))):
+    of_whom = {
+        "halfbase": other.affine(BASE),
+        "halftuned": other.affine(TUNED),
+        "same": source.affine(BASE),
+        "shuffled": source.affine(TUNED),
+    }
+    # what is planted stays as large as it is, in the base's units
+    of_whom["planted"] = source.affine(BASE)
+    for view, expected in of_whom.items():
         torch.testing.assert_close(views.affine(replace(PLACE, model=view)).centre, expected.centre)
+        assert views.affine(replace(PLACE, model=view)).scale == pytest.approx(expected.scale)
     moved = torch.cat([source.rows(number).values[TUNED] - source.rows(number).values[BASE] for number in range(2)])
     affine = views.affine(replace(PLACE, model="difference"))
     torch.testing.assert_close(affine.centre, moved.mean(0))
     assert affine.scale == pytest.approx(float((moved - moved.mean(0)).square().sum(1).mean() ** -0.5), rel=1e-5)
     # the mean of the difference is a part of how far tokens are moved
     assert views.recipe.moved([affine]) == pytest.approx(float(moved.square().sum(1).mean().sqrt()) / 3, rel=1e-5)
+
+
+def test_of_halves_that_are_not_as_long_as_much_is_read_as_both_have() -> None:
+    class Shorter(Made):
+        def __init__(self) -> None:
+            super().__init__(seed=1)
+            self.blocks = 1
+
+        def rows(self, number: int) -> Rows:
+            rows = super().rows(number)
+            return Rows({place: value[:70] for place, value in rows.values.items()}, rows.text[:70], rows.position[:70])
+
+    for source, other in ((Made(), Shorter()), (Shorter(), Made())):
+        views = Views(source, source.texts, recipe("halfbase", "difference"), other=other)
+        assert views.blocks == 1
+        block = views.block(0)
+        assert {len(value) for value in block.values()} == {70}
+        assert torch.equal(of(block, "halfbase"), other.rows(0).values[BASE][:70])
+        assert torch.equal(of(block, "base"), source.rows(0).values[BASE][:70])
 
 
 def test_a_place_that_fine_tuning_did_not_change_is_named() -> None:
@@ -173,7 +204,7 @@ def test_planted_kinds_of_tokens_are_rare_and_make_up_their_share() -> None:
 
 
 def test_a_recipe_comes_back_from_plain_values() -> None:
-    made = recipe("planted", plant=Plant(((7, 9), (11,)), 0.5, 3))
+    made = replace(recipe("planted", plant=Plant(((7, 9), (11,)), 0.5, 3)), seed=4)
     assert Recipe.from_json(made.to_json()) == made
 
 
