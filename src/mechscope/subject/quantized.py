@@ -16,6 +16,8 @@ from mechscope.errors import ModelError
 
 # formats that transformers itself turns into plain weights when it reads them, on every machine
 _UNPACKED = ("fp8", "mxfp4")
+# whose parameters and tensors hold packed bits, whatever type they say they have
+_PACKERS = ("bitsandbytes", "torchao", "optimum", "hqq", "compressed_tensors", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq", "quark")
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,8 +61,7 @@ def require_plain(source: str, model: nn.Module) -> None:
     """
     buffers = ((name, value) for name, value in model.named_buffers() if name.endswith("weight"))
     for name, value in chain(model.named_parameters(), buffers):
-        # a library's own kind of parameter or tensor: it may say that it holds float32
-        library = next((kind for kind in (type(value), type(value.data)) if kind.__module__.split(".")[0] != "torch"), None)
+        library = next((kind for kind in (type(value), type(value.data)) if kind.__module__.split(".")[0] in _PACKERS), None)
         if library is not None or value.dtype not in _PLAIN:
             method = quantization(getattr(model, "config", None)) or (
                 library.__module__.split(".")[0] if library else "a method that it does not name"
