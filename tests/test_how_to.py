@@ -53,7 +53,7 @@ def mixtures(folder: Path) -> None:
     """Save a tiny mixture of experts that reads what the embedded model reads, and another one of its kind."""
     tokenizer = AutoTokenizer.from_pretrained(newsroom_model_path())
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    widths = {"intermediate_size": 16, "num_local_experts": 4, "max_position_embeddings": 128}
+    widths = {"intermediate_size": 16, "num_local_experts": 4, "max_position_embeddings": 512}
     for name in ("MIXTURE", "MIXTURE-TUNED"):
         MixtralForCausalLM(MixtralConfig(**sizes, **widths)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -82,7 +82,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_of_a_page_runs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "read":
+    if name in ("read", "intervene"):
         mixtures(folder)
     for file, text in files(name).items():
         (folder / file).write_text(text, encoding="utf-8")

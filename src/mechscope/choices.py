@@ -13,7 +13,7 @@ Rows = Literal["all", "document", "summary"]
 MetricName = Literal["logit-diff", "probability", "loss", "kl"]
 LogitMetric = Literal["logit-diff", "target-logit"]
 """Metrics that weigh logits, which direct logit attribution takes apart."""
-PatchSite = Literal["head", "query", "key", "value", "pattern", "attention", "mlp", "neuron", "residual", "embedding", "latent"]
+PatchSite = Literal["head", "query", "key", "value", "pattern", "attention", "mlp", "neuron", "expert", "residual", "embedding", "latent"]
 AblationSource = Literal["zero", "mean", "resample", "corrupt"]
 VectorSite = Literal["residual", "attention", "mlp", "neuron", "embedding", "head"]
 """Sites that hold one vector per token; of `head` one per head."""

@@ -7,10 +7,11 @@ import torch
 from peft import PeftModel
 
 from mechscope.adapt.lora import attach, leak, total_parameters
-from mechscope.adapt.targets import Target, place, placement
+from mechscope.adapt.targets import Target, find_targets, place, placement
 from mechscope.errors import ModelError, SettingsError
 from mechscope.subject.components import Components
 from mechscope.subject.load import load
+from tests import families
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen3", "gemma2")
 
@@ -261,3 +262,13 @@ def test_an_adapter_is_not_adapted_again(make_subject):
 def test_a_rank_beyond_a_slice_is_refused_for_bare_targets():
     with pytest.raises(SettingsError, match="slice can hold"):
         placement([Target("x", 10, 10, conv1d=False, rows=(0, 1))], [3])
+
+
+def test_experts_are_refused_with_the_reason() -> None:
+    mixture = families.subject("gpt_oss")
+    with pytest.raises(
+        SettingsError, match=r"m1\.e2 is an expert: the experts of a layer share stacked weights, of which LoRA cannot adapt one alone"
+    ):
+        find_targets(mixture, Components.parse("a0.h1,m1.e2"))
+    with pytest.raises(SettingsError, match=r"no linear maps that LoRA could adapt \(its 4 experts share stacked weights\)"):
+        find_targets(mixture, Components.parse("m1"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tests.contract.entries.weights import OF_WEIGHTS
 
 # run on a family of their own
-OF_FAMILY = dict.fromkeys(("routing", "change of routing"), "gpt_oss")  # which has experts, and weighs them in the model's own type
+OF_FAMILY = dict.fromkeys(
+    ("routing", "change of routing", "ablate experts", "patch experts"), "gpt_oss"
+)  # which has experts, and weighs them in the model's own type
 
 # no batches of texts: neither padding, nor halving, nor repetition
 WITHOUT_BATCHES = {

@@ -25,6 +25,8 @@ Of {all} families {right} are right in all of this, {part} in all but what is na
 tiny model could be made. None gives a number that is wrong, and none ends in another error.
 
 The MLP of a mixture of experts is one part (`m3`): it is recorded, ablated, patched and an edge's end like any other; its single neurons are refused.
+Single experts (`m3.e5`) are recorded, ablated and patched, and `mechscope routing` measures how tokens are shared out among them, in the families whose MLP is
+a sum of experts behind a router of softmax or sigmoid; where it is not, these two refuse by name.
 Learned attention sinks (gpt-oss) are measured as one more key whose share is a number of its own.
 """
 

@@ -11,7 +11,8 @@ from mechscope.subject.components import Components
 from tests import families
 
 index = st.integers(0, 99)
-components = st.builds(Components, st.lists(st.tuples(index, index), max_size=6), st.lists(index, max_size=6), st.lists(index, max_size=6))
+pairs = st.lists(st.tuples(index, index), max_size=6)
+components = st.builds(Components, pairs, st.lists(index, max_size=6), st.lists(index, max_size=6), experts=pairs)
 
 
 @given(components)
@@ -21,7 +22,7 @@ def test_the_text_form_reads_back_as_the_same_selection(selection: Components) -
 
 @given(components, components)
 def test_set_operations_act_part_by_part_as_on_sets(one: Components, two: Components) -> None:
-    for name in ("heads", "mlps", "layers"):
+    for name in ("heads", "mlps", "layers", "experts"):
         first, second = set(getattr(one, name)), set(getattr(two, name))
         assert getattr(one | two, name) == tuple(sorted(first | second))
         assert getattr(one & two, name) == tuple(sorted(first & second))
@@ -31,7 +32,7 @@ def test_set_operations_act_part_by_part_as_on_sets(one: Components, two: Compon
 @given(components)
 def test_a_selection_is_true_if_it_holds_anything(selection: Components) -> None:
     assert bool(selection) == (str(selection) != "none")
-    assert len(selection) == len(selection.heads) + len(selection.mlps) + len(selection.layers)
+    assert len(selection) == sum(map(len, (selection.heads, selection.mlps, selection.layers, selection.experts)))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_a_selection_is_true_if_it_holds_anything(selection: Components) -> None
         ("a3.h5,a4.h1,layers:0", Components(heads=((3, 5), (4, 1)), layers=(0,))),
         ("layers:0-3,a5.h1", Components(heads=((5, 1),), layers=(0, 1, 2, 3))),
         ("layers:1,4-5,m2,layers:9", Components(mlps=(2,), layers=(1, 4, 5, 9))),
+        ("m3.e5,m3,m0.e12", Components(mlps=(3,), experts=((0, 12), (3, 5)))),
         (" a3.h5 , m3 ", Components(heads=((3, 5),), mlps=(3,))),
         ("none", Components()),
         ("", Components()),
@@ -56,7 +58,9 @@ def test_parts_are_sorted_and_without_repeats_so_equal_selections_are_equal_valu
     assert hash(Components.of_layers([5, 2, 2])) == hash(Components.parse("layers:2,5"))
 
 
-@pytest.mark.parametrize("text", ["h5", "a3", "a3.h", "layers:", "layers:2-", "m", "3", "a3h5", "m3;m4", "layers:a", "a-1.h2"])
+@pytest.mark.parametrize(
+    "text", ["h5", "a3", "a3.h", "layers:", "layers:2-", "m", "3", "a3h5", "m3;m4", "m3.e", "m3e5", "a3.e5", "layers:a", "a-1.h2"]
+)
 def test_a_part_that_is_not_understood_is_named_with_the_forms_that_are(text: str) -> None:
     with pytest.raises(SettingsError, match=r"component .* is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers"):
         Components.parse(text)

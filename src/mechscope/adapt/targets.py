@@ -86,7 +86,8 @@ def find_targets(subject: Any, components: Components, *, modules: LoraModules =
 
     Args:
         subject: The `Subject` whose weights would learn.
-        components: Heads free their slices of q, k, v and the output projection, MLPs (`m3`) their linear maps, whole layers what `modules` says.
+        components: Heads free their slices of q, k, v and the output projection, MLPs (`m3`) their linear maps (of a mixture of experts those that all tokens
+            pass: its experts share stacked weights and are left as they are), whole layers what `modules` says.
         modules: What a whole layer means: `"attention"` (q, k, v and output projection, LoRA's usual place), `"mlp"`, or `"all"`.
 
     Raises:
@@ -97,6 +98,12 @@ def find_targets(subject: Any, components: Components, *, modules: LoraModules =
     if not len(components):
         raise SettingsError("the selection of components is empty ('none'): name at least one layer, head or MLP to adapt")
     anatomy = subject.anatomy
+    if components.experts:
+        layer, expert = components.experts[0]
+        raise SettingsError(
+            f"m{layer}.e{expert} is an expert: the experts of a layer share stacked weights, of which LoRA cannot adapt one alone; adapt heads or layers "
+            "instead, or train everything (method full)"
+        )
     components.validate(anatomy)
     whole = set(components.layers) if modules in ("attention", "all") else set()
     mlps = set(components.mlps) | (set(components.layers) if modules in ("mlp", "all") else set())
@@ -169,7 +176,8 @@ def _attention_targets(block: Block, heads: list[int] | None) -> list[Target]:
 
 def _mlp_targets(model: Any, block: Block) -> list[Target]:
     if not block.mlp_linears:
-        raise SettingsError(f"the MLP of {block.name} has no linear maps that LoRA could adapt: leave it out of the selection")
+        why = "" if block.experts is None else f" (its {block.experts.number} experts share stacked weights)"
+        raise SettingsError(f"the MLP of {block.name} has no linear maps that LoRA could adapt{why}: leave it out of the selection")
     return [_target(name, model.get_submodule(name), None, None) for name in block.mlp_linears]
 
 

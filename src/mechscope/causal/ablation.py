@@ -2,6 +2,9 @@
 
 A component's value is replaced by zero (Olsson et al. 2022), by its mean over a reference set (Wang et al. 2022) or by its value on another text
 (resample; Chan et al. 2022). Zero and mean can lie far from anything the model ever computes; resampling stays in distribution.
+
+An expert (`m3.e5`) is ablated in what it adds: tokens go to the same experts as before, and gate weights are not shared out anew among the others. Its mean is
+over all tokens, zero where it gets none.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ def ablate_together(
         MechscopeError: Texts, components or metric do not fit the model or each other.
     """
     parsed = [Components.parse(chosen) if isinstance(chosen, str) else chosen for chosen in sets]
-    changed = [places_of(chosen, subject.anatomy) for chosen in parsed]
+    changed = [places_of(chosen, subject.anatomy, experts=True) for chosen in parsed]
     values, unchanged = _ablated(subject, pairs, changed, source, metric, execution)
     rows = [{"component": str(chosen), "site": "set", "layer": -1, "head": -1, "feature": -1, "positions": "all"} for chosen in parsed]
     return effects(rows, values, unchanged, metric=metric)

@@ -77,6 +77,10 @@ def attribution_patch(
         MechscopeError: Pairs, positions, components or options do not fit the model or each other.
     """
     where = chosen_places(subject.anatomy, site, components, standing)
+    if where[0].site == "expert_output":
+        raise SettingsError(
+            "single experts are patched exactly, not estimated: which of them a token is sent to has no gradient; use method exact"
+        )
     if softmax and where[0].site not in ("query", "key"):
         raise SettingsError(f"softmax is computed again for sites query and key, not for {where[0].kind!r}: leave softmax out")
     sites = list(dict.fromkeys(place.site for place in where))

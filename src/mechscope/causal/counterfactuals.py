@@ -53,7 +53,7 @@ def run_counterfactuals(
         raise SettingsError(f"base {base!r} is not known: a run reads the clean or the corrupt text")
     declared = {}
     for name, run in runs.items():
-        parts = [(places_of(Components.parse(text), subject.anatomy), source_named(source)) for text, source in run.items()]
+        parts = [(places_of(Components.parse(text), subject.anatomy, experts=True), source_named(source)) for text, source in run.items()]
         every = [place for where, _ in parts for place in where]
         if twice := [place for place in every if every.count(place) > 1]:
             raise SettingsError(f"run {name!r} gives {twice[0]} two sources: name it once")

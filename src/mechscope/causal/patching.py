@@ -46,12 +46,13 @@ def patch(
     Args:
         subject: The model.
         pairs: Clean and corrupt prompts, equally long.
-        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `residual`, `embedding`, or `latent` of dictionaries.
+        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `expert`, `residual`, `embedding`, or
+            `latent` of dictionaries.
         direction: `denoise` (clean values into the corrupt run) or `noise` (corrupt values into the clean run).
         metric: `logit-diff`, `probability`, `loss` or `kl`.
         positions: Tokens that are patched: `all`, `last`, `changed`, a segment's name, a position or several; `each` makes one row per position, a list
             of names one row per name.
-        components: Only these heads, MLPs, layers or latents.
+        components: Only these heads, MLPs, layers, experts or latents.
         source: Where the values come from, if not from the other text.
         standing: Dictionaries whose latents are meant.
         execution: Tokens of a batch (1,024 by default), progress.

@@ -2,7 +2,8 @@
 
 embed      embedding            resid3  residual stream behind block 3      a3      attention output of layer 3
 a3.h5      head (its z)         a3.h5<q>, <k>, <v>   its query, key, value   a3.h5<p>   its attention pattern
-m3         MLP output           m3.n17  neuron 17 of its MLP                   resid3.f17  latent 17 of the dictionary that stands there
+m3         MLP output           m3.n17  neuron 17 of its MLP                   m3.e5   expert 5 of its MLP
+resid3.f17 latent 17 of the dictionary that stands there
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.placement import sent
 
 # what a person may call a site
-ALIASES = {"head": "z", "q": "query", "k": "key", "v": "value", "attention": "attention_output", "mlp": "mlp_output", "embed": "embedding"}
+ALIASES = {
+    "head": "z",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "attention": "attention_output",
+    "mlp": "mlp_output",
+    "expert": "expert_output",
+    "embed": "embedding",
+}
 # what a table calls the site of a latent, and a person the site of all of them
 LATENT = "latent"
 _MARKS = {"query": "<q>", "key": "<k>", "value": "<v>", "pattern": "<p>", "z": ""}
@@ -36,7 +46,7 @@ class Place:
         site: Where in the block.
         layer: Which block.
         head: Which query head, of sites with heads.
-        feature: Which neuron, of site `neuron`.
+        feature: Which neuron, of site `neuron`; which expert, of `expert_output`.
     """
 
     site: EditSite
@@ -49,6 +59,8 @@ class Place:
             return f"a{self.layer}.h{self.head}{_MARKS[self.site]}"
         if self.site == "neuron":
             return f"m{self.layer}" if self.feature is None else f"m{self.layer}.n{self.feature}"
+        if self.site == "expert_output":
+            return f"m{self.layer}.e{self.feature}"
         prefix = {"attention_output": "a", "mlp_output": "m", "residual": "resid"}.get(self.site)
         return f"{prefix}{self.layer}" if prefix else "embed"
 
@@ -60,8 +72,9 @@ class Place:
     def edit(self, value: Value, positions: Tensor | None = None) -> Edit:
         """Return the edit that puts a value here."""
         heads = None if self.head is None else (self.head,)
-        features = None if self.feature is None else (self.feature,)
-        return Edit(self.site, self.layer, value, heads=heads, features=features, positions=positions)
+        chosen = None if self.feature is None else (self.feature,)
+        own = {"experts" if self.site == "expert_output" else "features": chosen}
+        return Edit(self.site, self.layer, value, heads=heads, positions=positions, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +134,7 @@ def latent_places(standing: Sequence[Standing], components: Components | str | N
 
 
 def chosen_places(anatomy: Anatomy, site: str, components: Components | str | None, standing: Sequence[Standing]) -> tuple[Place, ...]:
-    """List the places of a site as `places` does, or latents of dictionaries for the site `latent`; each takes its own of the components.
+    """List the places of a site as `places` does, or latents of dictionaries for the site `latent`; latents and experts are for sites of their own.
 
     Raises:
         SettingsError: As of these two.
@@ -129,7 +142,14 @@ def chosen_places(anatomy: Anatomy, site: str, components: Components | str | No
     components = Components.parse(components) if isinstance(components, str) else components
     if site == LATENT:
         return latent_places(standing, components)
-    return places(anatomy, site, components if components is None or not components.latents else components.without_latents)
+    if components is None or not len(components):
+        return places(anatomy, site, components)
+    own = components.without_latents if site_named(site) == "expert_output" else components.without_latents.without_experts
+    if not len(own):
+        raise SettingsError(
+            f"components {str(components)!r} name nothing that has site {site!r}: single experts have site expert, latents site latent"
+        )
+    return places(anatomy, site, own)
 
 
 def site_named(name: str) -> EditSite:
@@ -150,8 +170,8 @@ def places(anatomy: Anatomy, site: str, components: Components | str | None = No
     Args:
         anatomy: The model's parts.
         site: A site or its short name (`head`, `mlp`, …).
-        components: Only these: heads and whole layers for sites with heads, MLPs and whole layers for `mlp_output` and `neuron`, whole layers
-            for the others; None for all.
+        components: Only these: heads and whole layers for sites with heads, MLPs and whole layers for `mlp_output` and `neuron`, these and single experts
+            for `expert_output`, whole layers for the others; None for all.
 
     Raises:
         SettingsError: The site is not known, a component does not exist, or none of the components has such a site.
@@ -159,11 +179,13 @@ def places(anatomy: Anatomy, site: str, components: Components | str | None = No
     site = site_named(site)
     if isinstance(components, str):
         components = Components.parse(components)
-    chosen = None if components is None else components.validate(anatomy)
+    chosen = None if components is None else components.validate(anatomy, experts=site == "expert_output")
+    if site == "expert_output" and all(block.experts is None for block in anatomy.blocks):
+        raise SettingsError("the model has no experts: all its MLPs are dense; whole MLPs have site mlp")
     listed = tuple(_places(anatomy, site, chosen))
     if not listed:
         raise SettingsError(
-            f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, layers layers:2,3"
+            f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, experts m3.e5, layers layers:2,3"
         )
     return listed
 
@@ -179,8 +201,13 @@ def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iter
             if layer in whole or (layer, head) in heads:
                 yield Place(site, layer, head=head)
         return
-    if chosen is not None and site in ("mlp_output", "neuron"):
+    if chosen is not None and site in ("mlp_output", "neuron", "expert_output"):
         whole |= set(chosen.mlps)
+    if site == "expert_output":
+        named = set() if chosen is None else set(chosen.experts)
+        every = {(layer, index) for layer in whole if (own := anatomy.blocks[layer].experts) is not None for index in range(own.number)}
+        yield from (Place(site, layer, feature=index) for layer, index in sorted(named | every))
+        return
     for layer in sorted(whole):
         if site == "neuron":
             yield from (Place(site, layer, feature=index) for index in range(anatomy.blocks[layer].d_mlp))
@@ -188,10 +215,14 @@ def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iter
             yield Place(site, layer)
 
 
-def places_of(components: Components, anatomy: Anatomy) -> tuple[Place, ...]:
-    """Return the places that stand for components: z of heads, outputs of MLPs; a whole layer is its heads and its MLP."""
-    each = components.validate(anatomy).expand(anatomy.n_heads)
-    return (*(Place("z", layer, head=head) for layer, head in each.heads), *(Place("mlp_output", layer) for layer in each.mlps))
+def places_of(components: Components, anatomy: Anatomy, *, experts: bool = False) -> tuple[Place, ...]:
+    """Return the places that stand for components: z of heads, what MLPs and (where these are of use) experts add; a whole layer is its heads and its MLP."""
+    each = components.validate(anatomy, experts=experts).expand(anatomy.n_heads)
+    return (
+        *(Place("z", layer, head=head) for layer, head in each.heads),
+        *(Place("expert_output", layer, feature=expert) for layer, expert in each.experts),
+        *(Place("mlp_output", layer) for layer in each.mlps),
+    )
 
 
 def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value] | Bound, positions: Tensor | None = None) -> list[Edit]:
@@ -210,6 +241,11 @@ def edits_of(changed: Iterable[Place], value: Callable[[str, int], Value] | Boun
     for (site, layer), members in together.items():
         heads = None if members[0].head is None else tuple(place.head for place in members if place.head is not None)
         features = None if members[0].feature is None else tuple(place.feature for place in members if place.feature is not None)
+        if site == "expert_output" and features is not None:
+            if not isinstance(value, Bound):
+                raise SettingsError("experts take their values from a source: a text, zero, a mean")
+            edits.append(Edit(site, layer, value.experts(layer, features), experts=features, positions=positions))
+            continue
         edits.append(Edit(site, layer, value(site, layer), heads=heads, features=features, positions=positions))
     for standing, chosen in latents.items():
         if not isinstance(value, Bound):

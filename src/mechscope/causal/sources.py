@@ -26,7 +26,9 @@ from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.errors import SettingsError
 from mechscope.features import Standing
 from mechscope.instrument import CachedRun, record
+from mechscope.instrument.edits import Value
 from mechscope.instrument.execution import Execution
+from mechscope.instrument.experts import ExpertOutputs
 from mechscope.instrument.record import Site
 from mechscope.instrument.texts import over_texts
 from mechscope.instrument.walk import run_backbone
@@ -38,18 +40,22 @@ Which = Literal["clean", "corrupt"]
 
 
 class Bound:
-    """What a source gives for one batch: the value of any site of any layer, and of latents of a dictionary that stands there."""
+    """What a source gives for one batch: the value of any site of any layer, of experts, and of latents of a dictionary that stands there."""
 
     def __init__(
         self,
         value: Callable[[str, int], Tensor | float],
         reads: Callable[[Standing], Tensor],
         latents: Callable[[Standing, Sequence[int]], Tensor | float] | None = None,
+        experts: Callable[[int], ExpertOutputs] | None = None,
     ) -> None:
-        """Take a function of site and layer, one of dictionaries (`reads`), and one of latents where theirs do not follow from what it gives."""
+        """Take a function of site and layer, one of dictionaries (`reads`), one of latents where theirs do not follow from what it gives, and one of layers
+        for what experts add there, which is kept by slot.
+        """
         self._value = value
         self._reads = reads
         self._latents = latents
+        self._experts = experts
 
     def __call__(self, site: str, layer: int) -> Tensor | float:
         """Return the value of a site of a layer."""
@@ -67,6 +73,21 @@ class Bound:
         if not isinstance(given, Tensor):
             return given
         return standing.values(standing.place.flat(given), latents)
+
+    def experts(self, layer: int, experts: Sequence[int]) -> Value:
+        """Return what some experts of a layer become: a function, so that whole values of many are not held at once, or what broadcasts to them."""
+        if self._experts is not None:
+            outputs = self._experts(layer)
+            return lambda _: outputs.of(experts)
+        given = self("expert_output", layer)
+        # a mean has a row for every expert, a vector is the same for all
+        return given[..., list(experts), :] if isinstance(given, Tensor) and given.ndim > 1 else given
+
+    def outputs(self, layer: int) -> ExpertOutputs:
+        """Return what all experts of a layer add, of a source that is a run."""
+        if self._experts is None:
+            raise SettingsError("experts can be resampled from runs only")
+        return self._experts(layer)
 
 
 class Source(ABC):
@@ -104,7 +125,11 @@ class Text(Source):
             if self.which not in runs:
                 runs[self.which] = CachedRun(subject, getattr(batch, self.which), batch.real, sites=sites)
             run = runs[self.which]
-        return Bound(lambda site, layer: run.recording[site, layer], lambda each: each.reads(batch.real, each.read(run.recording)))
+        return Bound(
+            lambda site, layer: run.recording[site, layer],
+            lambda each: each.reads(batch.real, each.read(run.recording)),
+            experts=lambda layer: run.recording.experts[layer],
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,7 @@ class Resample(Source):
             given = values.reads(each)
             return each.reads(batch.real) & given[sent(other, given.device)[:, None], sent(token, given.device)]
 
-        return Bound(value, reads)
+        return Bound(value, reads, experts=lambda layer: values.outputs(layer).at(other[:, None].expand_as(token), token))
 
 
 @dataclass(frozen=True)
@@ -169,7 +194,7 @@ class Mean(Source):
     """Means over a reference set; see `mean_of`.
 
     Attributes:
-        values: By site and layer: ``(features)`` or ``(head, d_head)``, with a token axis in front if per position.
+        values: By site and layer: ``(features)``, ``(head, d_head)`` or ``(expert, d_model)``, with a token axis in front if per position.
         tokens: Length of the reference texts, if per position.
         latents: By place of a dictionary: ``(latent)``, the mean of every latent.
     """
@@ -252,6 +277,9 @@ def mean_of(
                 continue
             real = value.double()[batch.real.to(value.device)]
             totals[key] = real.unflatten(0, (len(batch), -1)).sum(0) if per_position else real.sum(0)
+        for layer, outputs in recording.experts.items():
+            whole = outputs.of().double()[sent(batch.real, outputs.slots.device)] if per_position else None
+            totals["expert_output", layer] = outputs.total(batch.real) if whole is None else whole.unflatten(0, (len(batch), -1)).sum(0)
         active: dict[str, tuple[int, Tensor]] = {}
         for each in standing:
             x = each.read(recording)

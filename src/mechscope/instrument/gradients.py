@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechscope.errors import SettingsError
 from mechscope.instrument.attention import AttentionCall, AttentionInputs, observed
 from mechscope.instrument.edits import EditSite
 from mechscope.instrument.outputs import tensor_of
@@ -73,7 +74,12 @@ def gradients(
         reading: Rows of the last residual stream that are read.
         scored: Turns them into one number per text.
         drop: One backward pass per layer, each with that layer's gradient dropped, instead of one.
+
+    Raises:
+        SettingsError: Of single experts there is none: which of them a token is sent to has no gradient.
     """
+    if site == "expert_output":
+        raise SettingsError("there is no gradient at single experts: which of them a token is sent to has none; use mlp_output")
     graph = _Graph(subject, site, keep_z=site in ("query", "key"))
     anatomy = subject.anatomy
     with torch.enable_grad(), observed(subject, graph.tap, rewrite=graph.rewrite), contextlib.ExitStack() as stack:

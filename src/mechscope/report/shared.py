@@ -79,7 +79,7 @@ def effect_columns(
         "site": Column(site),
         "layer": Column("its layer, −1 where there is none"),
         "head": Column("its head, −1 where there is none"),
-        "feature": Column("its neuron or latent, −1 where there is none"),
+        "feature": Column("its neuron, expert or latent, −1 where there is none"),
         "positions": Column(positions),
         "metric": Column("the metric"),
         "n": Column("texts"),

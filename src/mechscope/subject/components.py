@@ -2,8 +2,8 @@
 
 One immutable type says which heads, MLPs and whole layers are meant. The same value is what a table names, an intervention changes, a figure
 outlines and LoRA adapts. Its text form follows the circuit literature: `a3.h5` is head 5 of layer 3, `m3` the MLP of layer 3, `layers:2,3`
-whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection. `resid6.f1024` is latent 1024 of the dictionary
-that stands at a place; what takes latents is given their dictionaries with them.
+whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection. `m3.e5` is an expert of layer 3, where its MLP is a
+mixture of them. `resid6.f1024` is latent 1024 of the dictionary that stands at a place; what takes latents is given their dictionaries with them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)")
 _MLP = re.compile(r"m(\d+)")
+_EXPERT = re.compile(r"m(\d+)\.e(\d+)")
 _LATENT = re.compile(r"((?:resid|a|m)\d+(?:\.z)?)\.f(\d+)")
 _LAYERS = re.compile(r"layers:(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
+_KINDS = ("heads", "mlps", "layers", "latents", "experts")
 _PART = re.compile(r"layers:\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*(?=,|$)|[^,]+")
 
 
@@ -34,15 +36,17 @@ class Components:
         mlps: Layers whose MLP is meant.
         layers: Layers meant as a whole.
         latents: (place, latent) of dictionaries: `("resid6", 1024)`.
+        experts: (layer, expert) of MLPs that are mixtures of experts.
     """
 
     heads: tuple[tuple[int, int], ...] = ()
     mlps: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     latents: tuple[tuple[str, int], ...] = ()
+    experts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("heads", "mlps", "layers", "latents"):
+        for name in _KINDS:
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
 
     @classmethod
@@ -60,9 +64,10 @@ class Components:
         """Read the text form; the inverse of `str`.
 
             selection  = "none" | part { "," part }               blanks are ignored, an empty text is "none"
-            part       = head | mlp | layers | latent
+            part       = head | mlp | expert | layers | latent
             head       = "a" number ".h" number                   a3.h5: head 5 of layer 3
             mlp        = "m" number                               m3
+            expert     = "m" number ".e" number                   m3.e5: expert 5 of layer 3
             layers     = "layers:" span { "," span }              layers:0-3,5: whole layers, heads and MLP; further parts may follow
             span       = number [ "-" number ]                    both ends belong to it
             latent     = place ".f" number                        resid6.f1024, a6.f3, m6.f3, a6.z.f3: of the dictionary that stands there
@@ -79,6 +84,7 @@ class Components:
         mlps: list[int] = []
         layers: list[int] = []
         latents: list[tuple[str, int]] = []
+        experts: list[tuple[int, int]] = []
         text = re.sub(r"\s+", "", text)
         if text in ("", "none"):
             return cls()
@@ -87,6 +93,8 @@ class Components:
                 heads.append((int(match[1]), int(match[2])))
             elif match := _MLP.fullmatch(part):
                 mlps.append(int(match[1]))
+            elif match := _EXPERT.fullmatch(part):
+                experts.append((int(match[1]), int(match[2])))
             elif match := _LATENT.fullmatch(part):
                 latents.append((match[1], int(match[2])))
             elif match := _LAYERS.fullmatch(part):
@@ -99,20 +107,21 @@ class Components:
                 raise SettingsError(
                     f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers as 'layers:2,3,5', joined by commas"
                 )
-        return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents))
+        return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents), tuple(experts))
 
     def __str__(self) -> str:
         parts = [f"a{layer}.h{head}" for layer, head in self.heads] + [f"m{layer}" for layer in self.mlps]
+        parts += [f"m{layer}.e{expert}" for layer, expert in self.experts]
         if self.layers:
             parts.append("layers:" + ",".join(map(str, self.layers)))
         parts += [f"{place}.f{latent}" for place, latent in self.latents]
         return ",".join(parts) or "none"
 
     def __len__(self) -> int:
-        return len(self.heads) + len(self.mlps) + len(self.layers) + len(self.latents)
+        return sum(len(getattr(self, name)) for name in _KINDS)
 
     def __or__(self, other: Components) -> Components:
-        return Components(self.heads + other.heads, self.mlps + other.mlps, self.layers + other.layers, self.latents + other.latents)
+        return Components(**{name: getattr(self, name) + getattr(other, name) for name in _KINDS})
 
     def __and__(self, other: Components) -> Components:
         return self._keep(other, present=True)
@@ -121,25 +130,29 @@ class Components:
         return self._keep(other, present=False)
 
     def _keep(self, other: Components, *, present: bool) -> Components:
-        return Components(
-            tuple(x for x in self.heads if (x in other.heads) is present),
-            tuple(x for x in self.mlps if (x in other.mlps) is present),
-            tuple(x for x in self.layers if (x in other.layers) is present),
-            tuple(x for x in self.latents if (x in other.latents) is present),
-        )
+        return Components(**{name: tuple(x for x in getattr(self, name) if (x in getattr(other, name)) is present) for name in _KINDS})
 
     def expand(self, n_heads: int) -> Components:
         """Return the same parts with every whole layer written as its heads and its MLP."""
         heads = self.heads + tuple((layer, head) for layer in self.layers for head in range(n_heads))
-        return Components(heads, self.mlps + self.layers, latents=self.latents)
+        return Components(heads, self.mlps + self.layers, latents=self.latents, experts=self.experts)
 
     @property
     def without_latents(self) -> Components:
         """The parts of the model itself."""
         return replace(self, latents=())
 
-    def validate(self, anatomy: Anatomy) -> Components:
+    @property
+    def without_experts(self) -> Components:
+        """The parts that are not single experts."""
+        return replace(self, experts=())
+
+    def validate(self, anatomy: Anatomy, *, experts: bool = False) -> Components:
         """Return itself if every part exists in the model.
+
+        Args:
+            anatomy: The model's parts.
+            experts: Whether single experts are of use here; where they are not, they are refused.
 
         Raises:
             SettingsError: A part lies outside the model; the message names it and the model's size. Or one is a latent, which no model has by itself.
@@ -149,6 +162,12 @@ class Components:
                 f"component {place}.f{latent} is a latent of a dictionary, and heads, MLPs or layers are needed here: ablate, patch and steer take latents, "
                 "with --dictionary"
             )
+        for layer, expert in self.experts:
+            if not experts:
+                raise SettingsError(
+                    f"component m{layer}.e{expert} is an expert, and heads, MLPs or layers are needed here: ablate, patch and counterfactual take experts"
+                )
+            _require_expert(anatomy, layer, expert)
         size = f"the model has layers 0-{anatomy.n_layers - 1} with heads 0-{anatomy.n_heads - 1}"
         for layer, head in self.heads:
             if layer >= anatomy.n_layers or head >= anatomy.n_heads:
@@ -158,6 +177,16 @@ class Components:
                 if layer >= anatomy.n_layers:
                     raise SettingsError(f"component {name}{layer} does not exist: {size}")
         return self
+
+
+def _require_expert(anatomy: Anatomy, layer: int, expert: int) -> None:
+    if layer >= anatomy.n_layers:
+        raise SettingsError(f"component m{layer}.e{expert} does not exist: the model has layers 0-{anatomy.n_layers - 1}")
+    experts = anatomy.blocks[layer].experts
+    if experts is None:
+        raise SettingsError(f"component m{layer}.e{expert} does not exist: the MLP of layer {layer} is dense, it has no experts")
+    if expert >= experts.number:
+        raise SettingsError(f"component m{layer}.e{expert} does not exist: layer {layer} has experts 0-{experts.number - 1}")
 
 
 def chosen_heads(anatomy: Anatomy, heads: Components | str | None) -> tuple[tuple[int, int], ...]:

@@ -105,6 +105,8 @@ def alignment(case: Case, execution: Execution) -> Result:
 TECHNIQUES: dict[str, Technique] = {
     **{f"patch {site}": patched(site) for site in ("head", "key", "pattern", "attention", "mlp", "query", "value", "embedding")},
     "patch neurons": patched("neuron", components="m1"),
+    "patch experts": patched("expert", components="m1", positions="changed"),
+    "ablate experts": effects(causal.ablate, sites=("expert",), components="m0.e1,m1.e2,m2"),
     "patch positions": patched("head", positions="each", metric="loss", direction="noise"),
     "patch by kl": patched("residual", metric="kl"),
     "patch residual": patched("residual"),

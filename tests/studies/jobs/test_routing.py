@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
+from mechscope.causal import mean_of, run_counterfactuals
 from mechscope.errors import ModelError
 from mechscope.instrument import load
 from mechscope.studies.job import Result
+from mechscope.studies.jobs import ablate, counterfactual, patch
 from mechscope.studies.jobs.routing import JOB
 from mechscope.studies.runner import run_job
 from mechscope.subject import Subject, pair
@@ -86,6 +89,26 @@ def test_sentences_name_the_expert_with_most_load_and_the_one_that_moved_most() 
 
 def test_a_dense_model_is_refused_before_it_reads_a_token(tmp_path: Path) -> None:
     refuses(JOB, tmp_path / "run", ModelError, r"\(gpt2\) has no experts: all its MLPs are dense")
+
+
+@pytest.mark.parametrize(
+    ("job", "components", "site"), [(ablate.JOB, "m1.e2", "expert_output"), (patch.JOB, "m1.e2,m1.e0", "expert_output")]
+)
+def test_experts_are_components_of_ablation_and_patching(job: Any, components: str, site: str) -> None:
+    settings = job.resolve(model="given in memory", pairs="given in memory", components=components)
+    effects = run_job(job, settings, None, given={"model": subject(), "pairs": PAIRS}).effects
+    assert sorted(effects["component"]) == sorted(components.split(","))
+    assert set(effects["site"]) == {site}
+
+
+def test_a_run_may_take_an_expert_from_its_mean_and_other_parts_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps({"one": {"m1.e2": "mean", "a0.h1": "corrupt"}, "none": {}}), encoding="utf-8")
+    settings = counterfactual.JOB.resolve(model="given in memory", pairs="given in memory", runs=str(file))
+    result = run_job(counterfactual.JOB, settings, None, given={"model": subject(), "pairs": PAIRS}).counterfactual
+    source = mean_of(subject(), PAIRS, ("z", "expert_output"))
+    expected = run_counterfactuals(subject(), PAIRS, {"one": {"m1.e2": source, "a0.h1": "corrupt"}, "none": {}}).table
+    pd.testing.assert_frame_equal(result[expected.columns.tolist()], expected)
 
 
 def test_a_text_that_is_too_long_is_refused() -> None:

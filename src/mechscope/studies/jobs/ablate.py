@@ -48,9 +48,12 @@ class AblateSettings(OneModel, MaybeDictionaries, InsteadOfPairs, MaybePairs):
 
     panel: ClassVar[str] = "Ablation"
 
-    sites: str = setting("head,mlp", "What is ablated, joined by commas: head, mlp, attention, …, or latent: all latents of --dictionary.")
+    sites: str = setting(
+        "head,mlp", "What is ablated, joined by commas: head, mlp, attention, expert, …, or latent: all latents of --dictionary."
+    )
     components: str | None = setting(
-        None, 'Only these, e.g. "a3.h5,m3", "layers:2,3" or, with --dictionary, latents such as "resid6.f1024"; by default all.'
+        None,
+        'Only these, e.g. "a3.h5,m3", "layers:2,3", experts ("m3.e5") or, with --dictionary, latents such as "resid6.f1024"; by default all.',
     )
     source: AblationSource = setting("mean", "What an ablated component's value is replaced by.")
     mode: Literal["each", "keep"] = setting("each", "Leave one out, or keep only one.")
@@ -87,12 +90,13 @@ TEXTS: Input[Pairs] = Input("texts", _texts, lambda texts: texts.hash, record_pa
 
 
 def _sites(settings: AblateSettings) -> list[str]:
-    """Return the sites; where latents are named they are among them, and alone where nothing else is."""
+    """Return the sites; where experts or latents are named theirs are among them, and alone where nothing else is."""
     from mechscope.subject import Components
 
     sites, chosen = split_names(settings.sites), Components.parse(settings.components or "")
-    if chosen.latents:
-        return list(dict.fromkeys([*(sites if chosen.without_latents else ()), "latent"]))
+    further = [*(("expert",) if chosen.experts else ()), *(("latent",) if chosen.latents else ())]
+    if further:
+        return list(dict.fromkeys([*(sites if chosen.without_latents.without_experts else ()), *further]))
     return sites
 
 
@@ -141,7 +145,7 @@ def _title(names: Mapping[str, str]) -> str:
 
 JOB = Job(
     name="ablate",
-    help="Ablation: take heads, MLPs or latents of dictionaries out, one at a time, and see what it costs.",
+    help="Ablation: take heads, MLPs, experts or latents of dictionaries out, one at a time, and see what it costs.",
     panel="intervene",
     example="mechscope ablate gpt2 --pairs ioi --source mean --out runs/ablate-ioi",
     settings=AblateSettings,

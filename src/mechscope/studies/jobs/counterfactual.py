@@ -72,10 +72,13 @@ def _check(run: JobRun[CounterfactualSettings]) -> None:
 def _sources(run: JobRun[CounterfactualSettings], declared: Declared) -> dict[str, dict[str, str | Source]]:
     """Turn the names of sources into sources."""
     from mechscope.causal import Text, Vector, mean_of
+    from mechscope.subject import Components
 
     means = None
     if any(source == "mean" for parts in declared.values() for source in parts.values()):
-        means = mean_of(run.first, run[PAIRS], ("z", "mlp_output"), execution=run.execution)
+        experts = any(Components.parse(components).experts for parts in declared.values() for components in parts)
+        sites = ("z", "mlp_output", *(("expert_output",) if experts else ()))
+        means = mean_of(run.first, run[PAIRS], sites, execution=run.execution)
 
     def source_of(named: str | float) -> str | Source:
         if named == "mean" and means is not None:

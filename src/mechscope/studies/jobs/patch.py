@@ -24,7 +24,8 @@ class PatchSettings(OneModel, MaybeDictionaries, PromptPairs):
 
     site: PatchSite = setting("head", "What is patched; latent: the latents of --dictionary.")
     components: str | None = setting(
-        None, 'Only these, e.g. "a3.h5,m3", "layers:2,3" or, with --dictionary, latents such as "resid6.f1024"; by default all.'
+        None,
+        'Only these, e.g. "a3.h5,m3", "layers:2,3", experts ("m3.e5") or, with --dictionary, latents such as "resid6.f1024"; by default all.',
     )
     metric: MetricName = setting("logit-diff", "What is measured; loss is of a target span, kl compares with the clean run.")
     direction: Literal["denoise", "noise"] = setting("denoise", "Clean values into the corrupt run (denoise) or the reverse (noise).")
@@ -35,10 +36,12 @@ class PatchSettings(OneModel, MaybeDictionaries, PromptPairs):
 
 
 def _site(settings: PatchSettings) -> str:
-    """Return the site: that of latents where only such are named."""
+    """Return the site: that of experts or of latents where only such are named."""
     from mechscope.subject import Components
 
     chosen = Components.parse(settings.components or "")
+    if chosen.experts and not chosen.without_experts:
+        return "expert"
     return "latent" if chosen.latents and not chosen.without_latents else settings.site
 
 
