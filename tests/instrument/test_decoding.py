@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
+from mechscope.instrument import Edit, intervene, load, record
 from mechscope.instrument.decoding import continuations
 from mechscope.settings.decoding import Decoding
 from tests import families
@@ -69,3 +70,40 @@ def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
     found = continuations(model, rows, decoding=Decoding(max_new_tokens=8), pad=0, ends=[free[0][1]])
     assert found == [slow(model, row.tolist(), 8, {free[0][1]}) for row in rows]
     assert len(set(map(len, found))) > 1
+
+
+EDITS = [
+    Edit("z", 1, 0.0, heads=(2,)),
+    Edit("pattern", 0, lambda pattern: pattern.flip(1), heads=(0, 1)),
+    Edit("query", 2, lambda query: 1.5 * query),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.site)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen3", "gemma2", "gemma3", "mistral"])
+def test_a_users_own_generate_with_a_static_cache_is_changed_as_one_without_a_cache(family: str, edit: Edit) -> None:
+    model = families.build(family, torch.float64)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    model.generation_config = GenerationConfig(cache_implementation="static", **options)
+    subject = load(model)
+    plain = model.generate(torch.tensor([TEXT]))
+    with intervene(subject, edit):
+        found = model.generate(torch.tensor([TEXT]))
+        for step, logits in enumerate(found.logits):
+            ids = found.sequences[:, : len(TEXT) + step]
+            torch.testing.assert_close(logits, model(input_ids=ids, use_cache=False).logits[:, -1].float(), rtol=1e-5, atol=1e-5)
+    assert (found.logits[0] - plain.logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_patterns_while_a_static_cache_is_filled_are_those_of_the_text(family: str) -> None:
+    model = families.build(family, torch.float64)
+    subject, ids = load(model), torch.tensor([TEXT])
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        with record(subject, "pattern") as filled:
+            model(ids, past_key_values=cache)
+        with record(subject, "pattern") as alone:
+            model(ids, use_cache=False)
+    for layer in range(families.LAYERS):
+        torch.testing.assert_close(filled["pattern", layer][..., : len(TEXT)], alone["pattern", layer])

@@ -127,12 +127,14 @@ def _attention(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention: mechscope does not know what that does to the pattern"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    # keys beyond the queries without a mask: the slots of a static cache that is being filled, which no query sees
+    written = query.shape[2] if attention_mask is None and query.shape[2] > 1 else key.shape[2]
     watches = tuple(_WATCHES.get(module, ()))
     given = AttentionInputs(
         layer=watches[0].layer if watches else -1,
         query=query,
-        key=key,
-        value=value,
+        key=key[:, :, :written],
+        value=value[:, :, :written],
         scaling=scaling,
         mask=attention_mask,
         window=sliding_window,
