@@ -36,6 +36,15 @@ def test_one_half_of_the_pairs_finds_the_circuit_and_the_other_judges_it() -> No
     assert everything.scored_on is everything.judged_on is pairs
     few = CircuitRequest.of(Pairs(pairs.pairs[:5], "few"), DiscoverySettings(), seed=0)
     assert few.scored_on is few.judged_on
+    # copies under other names stand on their text's side, and are no more pairs than it
+    twice = Pairs((*pairs.pairs, *(replace(pair, id=f"copy of {pair.id}") for pair in pairs)), "twice")
+    again = CircuitRequest.of(twice, DiscoverySettings(), seed=0)
+    assert {pair.clean for pair in again.judged_on} == {pair.clean for pair in request.judged_on}
+    assert not {pair.clean for pair in again.judged_on} & {pair.clean for pair in again.scored_on}
+    copied = CircuitRequest.of(
+        Pairs(tuple(replace(pairs.pairs[at % 5], id=str(at)) for at in range(20)), "copies"), DiscoverySettings(), seed=0
+    )
+    assert copied.scored_on is copied.judged_on
 
 
 def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_the_pairs_that_find_it() -> None:

@@ -6,12 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mechscope.circuits.choosing import Manner
 from mechscope.circuits.graph import Graph
 from mechscope.circuits.sender_outputs import SenderOutputs, Source
 from mechscope.data.pairs import Pairs
+from mechscope.data.splits import held_out
 from mechscope.instrument.execution import Execution
 from mechscope.settings.discovery import DiscoverySettings
 from mechscope.subject import Subject
@@ -38,22 +37,18 @@ class CircuitRequest:
 
     @classmethod
     def of(cls, pairs: Pairs, settings: DiscoverySettings, *, seed: int) -> CircuitRequest:
-        """Divide pairs at random into those that edges are scored on and those that judge."""
-        judged = round(settings.held_out * len(pairs))
-        if not settings.held_out or min(judged, len(pairs) - judged) < FEWEST:
-            if settings.held_out:
-                log.warning(
-                    "%d pairs are too few to hold some out: the circuit is judged on the pairs it was found on",
-                    len(pairs),
-                    extra={"weakens": "circuit_summary"},
-                )
-            return cls(pairs, pairs, settings)
-        order = np.random.default_rng(seed).permutation(len(pairs))
-        scored_on, judged_on = (
-            Pairs(tuple(pairs.pairs[at] for at in sorted(which)), pairs.source, pairs.problems)
-            for which in (order[judged:].tolist(), order[:judged].tolist())
-        )
-        return cls(scored_on, judged_on, settings)
+        """Divide pairs at random into those that edges are scored on and those that judge; equal pairs fall on one side."""
+        different = len({(pair.clean, pair.corrupt) for pair in pairs})
+        judged = round(settings.held_out * different)
+        if settings.held_out and min(judged, different - judged) >= FEWEST:
+            return cls(*held_out(pairs, settings.held_out, seed), settings)
+        if settings.held_out:
+            log.warning(
+                "%d different pairs are too few to hold some out: the circuit is judged on the pairs it was found on",
+                different,
+                extra={"weakens": "circuit_summary"},
+            )
+        return cls(pairs, pairs, settings)
 
     @property
     def fingerprint(self) -> dict[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from mechscope.data.splits import held_out
 from mechscope.settings import Number, setting
 from mechscope.studies.gradients import Gradients, check_gradients, matrices_of
 from mechscope.studies.groups import OneModel
@@ -37,8 +38,8 @@ def _check(run: JobRun[GradientDirectionsSettings]) -> None:
 def _directions(run: JobRun[GradientDirectionsSettings]) -> Tables:
     texts = run[TEXTS]
     table = _of(run, texts).assign(n=len(texts))
-    if len(texts) > 1:
-        halves = [replace(texts, pairs=tuple(texts)[start::2]) for start in (0, 1)]
+    if len({pair.clean for pair in texts}) > 1:
+        halves = held_out(texts, 0.5, run.settings.seed, of_pairs=False)
         table["repeated"] = _repeated(table, [_of(run, half) for half in halves])
     return {"gradient_directions": table}
 
@@ -82,7 +83,9 @@ JOB = Job(
     settings=GradientDirectionsSettings,
     arguments=("model",),
     inputs=(MODELS, TEXTS),
-    stages=(Stage(name="gradient-directions", work=_directions, hangs_on=("matrices", "layers", "rank", "top"), inputs=(MODELS, TEXTS)),),
+    stages=(
+        Stage(name="gradient-directions", work=_directions, hangs_on=("matrices", "layers", "rank", "top", "seed"), inputs=(MODELS, TEXTS)),
+    ),
     sections=("gradient-directions",),
     title=_title,
     check=_check,
