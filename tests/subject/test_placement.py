@@ -11,20 +11,24 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mechscope import causal, circuits, lens, weights
+from mechscope.adapt.generate import summarize
 from mechscope.difference import compare_weights, measure
 from mechscope.difference.smallest import in_other_precision
 from mechscope.errors import ModelError
 from mechscope.instrument import check_subject, record
 from mechscope.instrument.walk import Walk, next_token_losses, unembed
+from mechscope.settings.decoding import Decoding
 from mechscope.subject import placement
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import pair
 from tests import families
 from tests.devices import assert_same, batch, device_map, prompts
 from tests.pretend import pretended, traffic
+from tests.subject.saved import logits
 
 PROMPTS = prompts()
 WAYS = ("one layer on disk", "everything on the CPU", "everything on disk")
@@ -66,6 +70,55 @@ def test_an_offloaded_model_is_measured_as_if_it_were_in_memory(family: str, way
         lambda subject: causal.attribution_patch(subject, PROMPTS).values,
     ):
         assert_same(technique(away[0]), technique(here[0]), tolerance=1e-5)
+
+
+def mapped(family: str, way: str, folder: Path, seed: int = 0) -> Subject:
+    """Return a model that transformers or accelerate have laid over devices, all of which are the CPU here."""
+    stored = folder / f"model{seed}"
+    families.build(family, seed=seed).save_pretrained(stored)
+    families.tokenizer().save_pretrained(stored)
+    if way == "by load":
+        return load(stored, device_map="auto")
+    if way == "hooks around every module":
+        model = families.build(family, seed=seed)
+        accelerate.hooks.add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
+        for module in list(model.modules())[1:]:
+            accelerate.hooks.add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        assert all(hasattr(module, "_hf_hook") for module in model.modules())
+    else:
+        places = "auto" if way == "auto" else dict.fromkeys(device_map(families.build(family)), "cpu")
+        model = AutoModelForCausalLM.from_pretrained(stored, device_map=places)
+    return load(model, tokenizer=families.tokenizer())
+
+
+@pytest.mark.parametrize("way", ["auto", "by load", "part by part", "hooks around every module"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_model_that_was_laid_over_devices_is_measured_as_any_other(family: str, way: str, tmp_path: Path) -> None:
+    laid = [mapped(family, way, tmp_path, seed) for seed in (0, 1)]
+    here = [load(families.build(family, seed=seed), tokenizer=families.tokenizer()) for seed in (0, 1)]
+    assert str(laid[0].device) == "cpu"
+    assert [check.name for check in check_subject(laid[0]) if not check.passed] == []
+    assert laid[0].fingerprint == here[0].fingerprint
+    assert_same(measure(pair(*laid), batch()), measure(pair(*here), batch()))
+    assert_same(causal.patch(laid[0], PROMPTS).values, causal.patch(here[0], PROMPTS).values, tolerance=1e-5)
+    assert_same(circuits.attribute_edges(laid[0], PROMPTS).mean, circuits.attribute_edges(here[0], PROMPTS).mean, tolerance=1e-5)
+    prompts = [[3, 5, 7], [4, 8, 9, 10, 11]]
+    written = [summarize(each.model, each.tokenizer, prompts, decoding=Decoding(max_new_tokens=4)) for each in (laid[0], here[0])]
+    assert written[0] == written[1]
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_model_that_was_laid_over_devices(tmp_path: Path) -> None:
+    base = mapped("llama", "hooks around every module", tmp_path)
+    expected = logits(load(families.build("llama")))
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base.model, config)
+    subject = load(adapted, tokenizer=families.tokenizer())
+    assert all(check.passed for check in check_subject(subject))
+    assert torch.equal(logits(subject.without_adapter()), expected)
+    tuned = logits(subject)
+    assert not torch.allclose(tuned, expected)
+    torch.testing.assert_close(logits(load(adapted.merge_and_unload())), tuned, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("said", "expected"), [(0, "cuda:0"), (1, "cuda:1"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), (None, "cpu")])
