@@ -124,6 +124,13 @@ def test_all_latents_of_all_dictionaries_are_estimated_at_once() -> None:
     at = every.table.set_index(["component", "positions"])["effect"]
     for row in some.table.to_dict("records"):
         assert row["effect"] == pytest.approx(at[row["component"], row["positions"]], rel=1e-9, abs=1e-12)
+    # each set of tokens by itself
+    for positions in ("all", "changed"):
+        alone = attribution_patch(model, PAIRS, site="latent", positions=positions, components=NAMES, standing=others).table
+        own = some.table[some.table["positions"] == positions].set_index("component")["effect"]
+        np.testing.assert_allclose(alone.set_index("component")["effect"], own, rtol=1e-9, atol=1e-12)
+    both = some.table.pivot(index="component", columns="positions", values="effect")
+    assert (both["all"] - both["changed"]).abs().max() > 1e-3
 
 
 def test_keeping_one_latent_sets_all_others_of_those_named() -> None:
