@@ -159,6 +159,45 @@ def test_random_vectors_are_as_long_as_the_latents_own_and_other_vectors() -> No
     assert len({tuple(found.into_base[name]) for name in sets}) == 3
 
 
+def test_random_vectors_of_two_places_are_others() -> None:
+    both, dictionary = models("gpt2"), given("base:resid0,base:resid1,tuned:resid0,tuned:resid1")
+    read: dict[int, list[Tensor]] = {1: [], 2: []}
+
+    def note(layer: int) -> Any:
+        return lambda module, args: read[layer].append(args[0].detach().clone())
+
+    handles = [both.base.anatomy.blocks[layer].module.register_forward_pre_hook(note(layer)) for layer in read]
+    try:
+        energy = carried(both, dictionary, TEXTS.first(1), {str(j): LatentSet((j,)) for j in range(30)}, tokens=TOKENS).energy
+        latent = int(max(energy, key=lambda name: energy[name]))
+        for inputs in read.values():
+            inputs.clear()
+        carried(both, dictionary, TEXTS.first(1), {"drawn": LatentSet((latent,), draw=1)}, tokens=TOKENS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # what the block behind each place reads, first undisturbed, last with the vectors put in: a multiple of one vector
+    one, two = (torch.linalg.svd((inputs[-1] - inputs[0])[0, 2:], full_matrices=False) for inputs in read.values())
+    assert one.S[1] < 1e-9 * one.S[0]
+    assert two.S[1] < 1e-9 * two.S[0]
+    assert abs(float(one.Vh[0] @ two.Vh[0])) < 0.9
+
+
+def test_tokens_above_a_known_norm_are_left_alone() -> None:
+    both, dictionary = models("gpt2"), given("base:resid1,tuned:resid1")
+    base, tuned = (torch.cat([run(subject, list(text.clean), [1])[0][0][2:] for text in TEXTS]) for subject in (both.base, both.tuned))
+    norms = base.norm(dim=1)
+    limit = float(norms.median()) + 1e-6
+    moved = (tuned - base).square().sum(1)
+    whole = {"whole": LatentSet(instead="whole")}
+    # of places that are not read nothing is taken
+    found = carried(both, dictionary, TEXTS, whole, tokens=TOKENS, limits={"base:resid1": limit, "base:resid2": 0.0})
+    assert found.energy["whole"] == pytest.approx(float(moved[norms <= limit].mean()))
+    none = carried(both, dictionary, TEXTS, whole, tokens=TOKENS, limits={"tuned:resid1": 0.0})
+    assert none.energy["whole"] == 0
+    np.testing.assert_allclose(none.into_base["whole"], none.base, rtol=1e-12)
+
+
 def test_where_heads_and_mlps_write_all_of_the_difference_makes_the_last_block_the_other_models() -> None:
     # what the last block adds, and what it read: nothing else of the tuned model stands behind them
     both = models("gpt2")
@@ -212,6 +251,8 @@ def test_other_latents_are_those_that_are_about_as_large() -> None:
     assert len({alike([0, 3], energy, seed=seed) for seed in range(20)}) > 3
     # of fewer latents than that, all there are
     assert alike([0, 1, 3, 4], energy, seed=0) == (5, 6, 7, 8)
+    # the one that is never active is not among them
+    assert alike([0, 1, 3, 4, 5], energy, seed=0) == (6, 7, 8)
 
 
 @pytest.mark.parametrize(
