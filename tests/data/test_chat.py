@@ -145,7 +145,7 @@ def test_white_space_that_is_an_added_token_ends_no_turn() -> None:
 @pytest.mark.parametrize(
     ("template", "prompt", "message"),
     [
-        (None, PROMPTS[0], "has no chat template: leave chat out, or name the tokenizer of a chat model"),
+        (None, PROMPTS[0], "has no chat template, which setting 'chat' needs: leave it out, or pass tokenizer=…"),
         (CHATML, "Sum this up: {summary}", r"must hold \{document\} once, and behind it \{summary\} once or not at all"),
         (CHATML, "{summary} {document}", r"must hold \{document\} once"),
         ("{{ raise_exception('only a system may speak') }}", PROMPTS[0], "cannot be applied .*: only a system may speak"),

@@ -158,7 +158,7 @@ def test_a_bakeoff_writes_summaries_of_conversations(articles: str, tmp_path: Pa
 
 def test_a_tokenizer_without_a_chat_template_is_one_line(articles: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", None)
-    with pytest.raises(DataError, match="has no chat template: leave chat out, or name the tokenizer of a chat model with tokenizer"):
+    with pytest.raises(DataError, match="has no chat template, which setting 'chat' needs: leave it out, or pass tokenizer=…"):
         mechscope.diff(base, made(1), articles, chat=True)
     with pytest.raises(DataError, match="has no tokenizer, whose chat template is to be applied"):
         mechscope.diff(made(), made(1), articles, chat=True)

@@ -58,7 +58,7 @@ def _made(text: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{name} has no chat template: leave chat out, or name the tokenizer of a chat model with tokenizer (it must have the model's vocabulary)"
+            f"{name} has no chat template, which setting 'chat' needs: leave it out, or pass tokenizer=… with that of a chat model of the same vocabulary"
         )
     if [match.group(1) for match in FIELD.finditer(text)] not in (["document"], ["document", "summary"]):
         raise DataError(f"template {text!r} must hold {{document}} once, and behind it {{summary}} once or not at all")
