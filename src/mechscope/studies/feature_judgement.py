@@ -40,7 +40,7 @@ def judge_all(request: Request) -> Tables:
     latents[CROSSCODER] = own.assign(beyond=beyond, again=np.nan if half is None else own["latent"].map(half))
     tables = {
         "feature_comparisons": pd.DataFrame(
-            [_comparison_row(request, each, judged[each.name], latents.get(each.name), trained) for each in compared(request)]
+            [_comparison_row(each, judged[each.name], latents.get(each.name), trained) for each in compared(request)]
         ),
         "feature_latents": pd.concat(
             [
@@ -57,7 +57,7 @@ def judge_all(request: Request) -> Tables:
         tables["feature_differences"] = pd.DataFrame({"component": names, **{name: each.numpy() for name, each in columns.items()}})
     if again:
         tables["feature_again"] = pd.concat(
-            [_again(request, table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
+            [_again(table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
         )
     if "planted" in latents:
         tables["feature_planted"] = _planted(request, trained, texts.judged, latents["planted"])
@@ -81,9 +81,7 @@ def _named(table: pd.DataFrame, dictionary: Dictionary) -> pd.DataFrame:
     return found if "beyond" in found else found.assign(beyond=None, again=np.nan)
 
 
-def _comparison_row(
-    request: Request, comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained
-) -> dict[str, Any]:
+def _comparison_row(comparison: Comparison, judged: Judged, latents: pd.DataFrame | None, trained: Trained) -> dict[str, Any]:
     from mechscope.features.diffing import BY_NORM, DIFFERENCE, JUDGED
     from mechscope.stats.shares import share_of
 
@@ -114,7 +112,7 @@ def _comparison_row(
     return row
 
 
-def _again(request: Request, table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
+def _again(table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
     import pandas as pd
 
     from mechscope.features.diffing import CROSSCODER

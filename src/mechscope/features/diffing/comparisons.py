@@ -145,7 +145,7 @@ def judge(
 
 def _judged(dictionary: Dictionary, views: Block, text: Tensor, texts: int) -> Judged:
     inputs = [views[place].to(dictionary.device, dictionary.dtype) for place in dictionary.layout.inputs]
-    sums, counts, fit = scaling_sums(dictionary, inputs) if len(inputs) > 1 and inputs_differ(dictionary) else _sums(dictionary, inputs)
+    sums, counts, fit = scaling_sums(dictionary, inputs) if reads_two_models(dictionary) else _sums(dictionary, inputs)
     per_token = torch.cat([fit.flatten(0, 1), counts[None].double(), torch.ones(1, len(text), dtype=torch.float64)])
     by_text = torch.zeros(len(per_token), texts, dtype=torch.float64).index_add_(1, text, per_token).numpy()
     models = len(fit)
@@ -153,7 +153,7 @@ def _judged(dictionary: Dictionary, views: Block, text: Tensor, texts: int) -> J
     return Judged(sums, pairs[:, 0], pairs[:, 1], by_text[-2], by_text[-1])
 
 
-def inputs_differ(dictionary: Dictionary) -> bool:
+def reads_two_models(dictionary: Dictionary) -> bool:
     """Tell whether a dictionary reads two models."""
     return len({place.model for place in dictionary.layout.inputs}) > 1
 
