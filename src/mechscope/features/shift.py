@@ -24,7 +24,6 @@ from mechscope.data.scoring import PerText, check_fits, per_text
 from mechscope.data.two_labels import GROUPS, BiasedSplit, TwoLabels
 from mechscope.errors import SettingsError
 from mechscope.features.cut import Cut, counted, cuts
-from mechscope.features.erasure import leace, mean_difference
 from mechscope.features.node_effects import TOKENS_PER_BATCH
 from mechscope.features.node_patching import Chosen, Fillings, Means, node_means, without
 from mechscope.features.places import Place
@@ -32,7 +31,9 @@ from mechscope.features.probes import Probe
 from mechscope.features.standing import Node, Standing, require
 from mechscope.instrument import Edit, Execution, Walk, intervene, record
 from mechscope.instrument.attention import observed
+from mechscope.probing import Eraser, erase_means, leace
 from mechscope.shapes import by_shape
+from mechscope.stats.co_moments import CoMoments
 from mechscope.stats.inference import paired_difference, share_interval
 from mechscope.subject import Subject
 
@@ -115,12 +116,17 @@ def shift(
         if method == RETRAINED:
             said[SHIFT, -1] = biased.says(x["test"])
         said[method, draw] = Probe(x["train"], train.intended).says(x["test"])
-    for method, fit in ((DIFFERENCE, mean_difference), (LEACE, leace)):
-        erase = fit(plain["development"], develop.unintended)
-        said[method, -1] = Probe(erase(plain["train"]), train.intended).says(erase(plain["test"]))
+    told = torch.from_numpy(develop.unintended)[:, None].long()
+    balanced = CoMoments.of(torch.from_numpy(plain["development"])[None], told, (2,))
+    for method, eraser in ((DIFFERENCE, erase_means(balanced)), (LEACE, leace(balanced))):
+        said[method, -1] = Probe(_erased(eraser, plain["train"]), train.intended).says(_erased(eraser, plain["test"]))
     said[BALANCED, -1] = Probe(plain["development"], develop.intended).says(plain["test"])
     right = {key: answer == test.intended for key, answer in said.items()}
     return Shift(table, _groups(test, right), _methods(test, right))
+
+
+def _erased(eraser: Eraser, x: Float[np.ndarray, "text width"]) -> Float[np.ndarray, "text width"]:
+    return eraser(torch.from_numpy(x)[None])[0].numpy()
 
 
 def check_shift(subject: Subject, standing: Sequence[Standing], place: Place, filling: str) -> None:

@@ -44,6 +44,15 @@ class CoMoments:
         self._gram = torch.zeros(sites, width, width, dtype=torch.float64)
         self._sums = torch.zeros(sites, sum(self.classes), width, dtype=torch.float64)
 
+    @classmethod
+    def of(
+        cls, x: Float[Tensor, "site row width"], labels: Int[Tensor, "row labeling"] | None = None, classes: Sequence[int] = ()
+    ) -> CoMoments:
+        """Return the statistics of rows that are all at hand; arguments as those of `update`, and the number of classes of each labeling."""
+        moments = cls(x.shape[0], x.shape[2], classes)
+        moments.update(x, labels)
+        return moments
+
     def __repr__(self) -> str:
         labelings = f", {len(self.classes)} labelings" if self.classes else ""
         return f"CoMoments({self.n:,} rows of width {self.width} at {self.sites} sites{labelings})"
