@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import poisson
+from scipy.stats import chisquare, poisson
 
-from mechscope.stats.chance import poisson_weights, stable_hash
+from mechscope.stats.chance import drawn, poisson_weights, stable_hash
 
 
 def test_a_hash_is_the_same_on_every_machine_and_in_every_process() -> None:
@@ -39,3 +39,22 @@ def test_weights_of_two_documents_are_uncorrelated() -> None:
 
 def test_more_replicates_begin_with_the_same_weights() -> None:
     np.testing.assert_array_equal(poisson_weights(0, "a", 50), poisson_weights(0, "a", 500)[:50])
+
+
+def test_numbers_are_hashed_by_splitmix64() -> None:
+    # the first numbers of the published generator from seed 0 and from 1234567
+    assert drawn(0, np.array([0]))[0] == 0xE220A8397B1DCDAF
+    assert drawn(1234567, np.array([0]))[0] == 6457827717110365317
+    # one number after another, each in the state that the last left
+    assert drawn(5, np.array([3]), np.array([8]))[0] == drawn(int(drawn(5, np.array([3]))[0]), np.array([8]))[0]
+
+
+def test_what_is_drawn_for_neighbours_falls_anywhere() -> None:
+    """Remainders of positions side by side are as even as those of independent numbers, one by one and in pairs."""
+    text, position = (part.ravel() for part in np.indices((40, 500)))
+    remainders = drawn(0, text, position) % 32
+    for counts in (
+        np.bincount(remainders.astype(int), minlength=32),
+        np.bincount((remainders[1:] * 32 + remainders[:-1]).astype(int), minlength=1024),
+    ):
+        assert chisquare(counts).pvalue > 1e-3

@@ -167,5 +167,6 @@ def _work(layout: Layout, batch: int, bytes_each: int) -> int:
     # a rule without k has half of its latents active until its penalty has acted
     entries = batch * (rule.k or layout.latents // 2)
     rows = batch * sum((*layout.input_widths, *layout.output_widths))
-    # across tokens a block is sorted with its indices; otherwise it has beside it what is compared
-    return block * (8 * bytes_each if rule.name == "batchtopk" else 2 * bytes_each) + entries * _BYTES_PER_ENTRY + 4 * bytes_each * rows
+    # across tokens a block is sorted with its indices; topk compares what is there, unless by norm; others have a mask or what is compared beside it
+    copies = 8 if rule.name == "batchtopk" else 1 if rule.name == "topk" and not rule.by_norm else 2
+    return copies * bytes_each * block + entries * _BYTES_PER_ENTRY + 4 * bytes_each * rows

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from mechscope.features.observed import Seen
 from mechscope.shapes import by_shape
+from mechscope.stats.chance import drawn
 
 # candidates that wait before they are put among what is kept
 _WAITING = 100_000
@@ -142,18 +143,6 @@ def _found(listed: np.ndarray, places: np.ndarray, wanted: np.ndarray) -> np.nda
     return np.where(listed[at] == wanted, places[at], -1)
 
 
-def _draw(seed: int, *parts: np.ndarray) -> np.ndarray:
-    """Return a hash of numbers, 64 bits each: splitmix64 (Steele et al. 2014) of one after another."""
-    state = np.full(np.broadcast(*parts).shape, seed, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = (state ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state ^= state >> np.uint64(31)
-    return state
-
-
 class _Activations(ABC):
     """Some activations of every unit; which, a kind of them says."""
 
@@ -243,7 +232,7 @@ class Drawn(_Activations):
         self._ceiling = np.full(units, np.iinfo(np.uint64).max, dtype=np.uint64)
 
     def draws(self, seen: Entries) -> np.ndarray:
-        return _draw(seen.seed, seen.unit, seen.text[seen.row], seen.position[seen.row])
+        return drawn(seen.seed, seen.unit, seen.text[seen.row], seen.position[seen.row])
 
     def within(self, seen: Entries, draw: np.ndarray) -> np.ndarray:
         return draw <= self._ceiling[seen.unit]
@@ -271,7 +260,7 @@ class Tokens:
     def candidates(self, seen: Entries) -> Part | None:
         if not self.count:
             return None
-        draw = _draw(seen.seed, np.full(1, _TOKEN), seen.text, seen.position)
+        draw = drawn(seen.seed, np.full(1, _TOKEN), seen.text, seen.position)
         at = (draw <= self._ceiling).nonzero()[0]
         at = at[draw[at].argsort()[: self.count]]
         about = np.stack([draw[at], seen.text[at].astype(np.uint64), seen.position[at].astype(np.uint64)], axis=1)

@@ -3,7 +3,7 @@
 A resampling weight or a place in a sample must not depend on the order in which documents arrive, on the process that sees them, or on a
 restart. So no generator runs through the documents: each (seed, name) is hashed by BLAKE2b, and the hash is the random number, or the key
 of a counter-based generator (Philox) where many are needed. Only raw bits are taken from that generator, since NumPy promises those, and
-not its distributions, to stay the same between versions.
+not its distributions, to stay the same between versions. Where the names are numbers, an array of them is hashed at once by splitmix64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 from scipy.stats import poisson
 
 # P(w <= 20) differs from 1 by 2e-20, less than half a unit in the last place of float64
@@ -32,6 +32,23 @@ def poisson_weights(seed: int, name: str, replicates: int) -> Int[np.ndarray, " 
     bits = np.random.Philox(key=key).random_raw(replicates)
     uniform = (np.asarray(bits) >> np.uint64(11)) * 2.0**-53
     return np.searchsorted(_POISSON_CDF, uniform, side="right").astype(np.int64)
+
+
+def drawn(seed: int, *parts: Int[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+    """Return a hash of numbers, 64 bits each: splitmix64 (Steele et al. 2014) of one after another, for many at once.
+
+    Args:
+        seed: Where the hash begins.
+        parts: Arrays that fit each other, such as the number of a text and a position in it.
+    """
+    state = np.full(np.broadcast(*parts).shape, seed, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return state
 
 
 def _digest(seed: int, name: str) -> bytes:

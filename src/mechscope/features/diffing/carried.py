@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from mechscope.features.diffing.views import BASE, DIFFERENCE, TUNED, model_plac
 from mechscope.features.places import Place
 from mechscope.features.rows import Reader, limits_at
 from mechscope.instrument import CachedRun, Edit, Execution
-from mechscope.instrument.edits import EditSite
 from mechscope.settings.features import TokenSettings
 from mechscope.shapes import by_shape
 from mechscope.subject import Pair
@@ -225,14 +224,13 @@ def _energy(shifts: Mapping[Place, Float[Tensor, "token width"]], kept: Bool[Ten
 def _edit(
     place: Place, own: Float[Tensor, "batch token width"], shift: Float[Tensor, "token width"], kept: Bool[Tensor, "batch token"]
 ) -> Edit:
-    def value(current: Tensor) -> Tensor:
+    def value(_: Tensor) -> Tensor:
         # not what arrives there: a place before it was changed too
         changed = own.clone()
         changed[kept.to(own.device)] += shift.to(own)
-        # heads of z are given apart
-        return changed.view_as(current)
+        return changed
 
-    return Edit(cast(EditSite, place.site), place.layer, value, positions=kept)
+    return place.edit(value, kept)
 
 
 def contributed(dictionary: Dictionary, squares: Float[np.ndarray, " latent"]) -> Float[np.ndarray, " latent"]:

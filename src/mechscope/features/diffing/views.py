@@ -30,6 +30,7 @@ from mechscope.features.diffing.planted import Plant
 from mechscope.features.places import Place, places
 from mechscope.features.rows import TOKENS_PER_BATCH, Reader, Rows, blocks
 from mechscope.instrument import Execution
+from mechscope.stats.chance import drawn
 from mechscope.stats.moments import Moments
 
 BASE, TUNED, DIFFERENCE = "base", "tuned", "difference"
@@ -137,15 +138,12 @@ def _wide(x: Tensor) -> Tensor:
 
 def shuffled_within(rows: Rows, seed: int) -> Int[Tensor, " row"]:
     """Return for every row another one of the same text, each once; whatever batch the text stands in."""
-    text, position = (part.numpy().astype(np.uint64) for part in (rows.text, rows.position))
-    # Fibonacci hashing: the order of products modulo 2^64 is no order of positions
-    with np.errstate(over="ignore"):
-        keys = (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ (text + np.uint64(seed + 1)) * np.uint64(0xC2B2AE3D27D4EB4F)
-        keys = (keys ^ (keys >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    text, position = rows.text.numpy(), rows.position.numpy()
+    keys = drawn(seed, text, position)
     places = np.lexsort((position, text))
-    drawn = np.lexsort((keys, text))
+    by_chance = np.lexsort((keys, text))
     order = np.empty(len(text), dtype=np.int64)
-    order[places] = drawn
+    order[places] = by_chance
     return torch.from_numpy(order)
 
 

@@ -20,6 +20,7 @@ from mechscope.features.reservoirs import Kept, Span
 from mechscope.features.windows import Watched, apart, watch
 from mechscope.instrument import Execution
 from mechscope.settings.features import ExplainSettings
+from mechscope.stats.chance import drawn
 
 # random activations that are drawn for each window that is wanted: some overlap
 _DRAWN = 3
@@ -210,7 +211,7 @@ class _Half:
         """Return where the window of a token begins: anywhere such that the token is in it, but not among tokens that are left out."""
         length = len(self.texts.pairs[text].clean)
         # by the token's own place, so that it hangs on nothing else
-        back = (position * 2654435761 + text * 40503) % 2**32 % self._window
+        back = int(drawn(0, np.array(text), np.array(position))) % self._window
         return min(max(position - back, self._first), max(length - self._window, self._first))
 
     def active(self, kept: Kept, count: int) -> list[tuple[int, int, Window]]:
