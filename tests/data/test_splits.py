@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mechscope.data.pairs import Pairs, PromptPair
-from mechscope.data.splits import held_out, judged_on
+from mechscope.data.splits import folds, held_out, judged_on
 from mechscope.errors import DataError
 
 
@@ -54,3 +54,20 @@ def test_where_only_clean_texts_are_read_they_alone_decide_what_is_equal() -> No
         straddling += bool({pair.clean for pair in train} & {pair.clean for pair in test})
     # as pairs they differ
     assert straddling > 5
+
+
+def test_folds_have_as_many_of_every_stratum_and_equal_texts_fall_into_one() -> None:
+    random = np.random.default_rng(0)
+    texts = [(int(each),) for each in random.integers(40, size=200)]
+    strata = [text[0] % 3 for text in texts]
+    fold = folds(texts, 5, 0, strata=strata, source="made")
+    of_text: dict[tuple[int, ...], set[int]] = {}
+    for text, each in zip(texts, fold.tolist(), strict=True):
+        of_text.setdefault(text, set()).add(each)
+    assert all(len(each) == 1 for each in of_text.values())
+    for stratum in range(3):
+        counts = np.bincount([min(each) for text, each in of_text.items() if text[0] % 3 == stratum], minlength=5)
+        assert counts.max() - counts.min() <= 1
+    assert not np.array_equal(fold, folds(texts, 5, 1, strata=strata, source="made"))
+    with pytest.raises(DataError, match="made has 2 different texts, 3 folds need as many"):
+        folds([1, 2, 1], 3, 0, strata=[0, 0, 0], source="made")

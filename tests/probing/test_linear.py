@@ -12,7 +12,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
 from mechscope.errors import DataError
-from mechscope.probing import PENALTIES, LinearProbe, chosen_penalty, difference_in_means, lda, mass_mean, r_squared, ridge
+from mechscope.probing import PENALTIES, LinearProbe, chosen_penalties, difference_in_means, lda, mass_mean, r_squared, ridge
 from mechscope.stats.co_moments import CoMoments
 
 D = 6
@@ -67,7 +67,7 @@ def test_lda_equals_scikit_learns_with_either_priors_and_with_shrinkage() -> Non
     within = sum((x[y == each] - x[y == each].mean(0)).T @ (x[y == each] - x[y == each].mean(0)) for each in range(3)) / 500
     means = np.stack([x[y == each].mean(0) for each in range(3)])
     shrunk = within + 0.2 * np.trace(np.cov(x.T, bias=True)) / D * np.eye(D)
-    np.testing.assert_allclose(lda(learned, shrinkage=0.2).weights[0], np.linalg.solve(shrunk, means.T).T, rtol=1e-9)
+    np.testing.assert_allclose(lda(learned, shrinkage=0.2).weights[0], np.linalg.solve(shrunk, (means - x.mean(0)).T).T, rtol=1e-9)
 
 
 def test_mass_mean_is_the_turned_difference_of_means_read_halfway() -> None:
@@ -104,7 +104,7 @@ def test_the_penalty_is_the_best_on_the_other_rows_of_all_that_are_tried() -> No
     held = random.normal(size=(3000, 40))
     held[:, 0] += 1.2 * held_y
     learned, judged = moments_of(x, y), moments_of(held, held_y)
-    chosen = float(chosen_penalty(learned, judged))
+    chosen = float(chosen_penalties(learned, judged))
     scores = {penalty: float(r_squared(ridge(learned, penalty=penalty), judged)) for penalty in PENALTIES}
     assert chosen == max(scores, key=lambda each: scores[each])
     assert chosen > 0.05, "with as many dimensions as rows hardly any shrinkage is worse"
@@ -146,17 +146,27 @@ def test_rows_that_are_all_the_same_are_told_as_one_class() -> None:
     x = np.tile(np.random.default_rng(5).normal(size=D) * 1e3, (50, 1))
     learned = moments_of(x, y)
     assert len(set(lda(learned, shrinkage=0.1).says(torch.from_numpy(x)[None])[0].tolist())) == 1
-    assert torch.isfinite(chosen_penalty(learned, learned)).all()
+    assert torch.isfinite(chosen_penalties(learned, learned)).all()
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     x, *_ = gaussian(30)
-    with pytest.raises(DataError, match="class 1 of labeling 0 has no rows"):
-        lda(moments_of(x, np.zeros(30, dtype=int)))
+    for fit in (difference_in_means, lda, ridge):
+        with pytest.raises(DataError, match="labeling 0 has rows of 1 of its 2 classes"):
+            fit(moments_of(x, np.zeros(30, dtype=int)))
     wide = np.random.default_rng(6).normal(size=(10, 20))
     for fit in (lda, ridge):
-        with pytest.raises(DataError, match="10 rows of width 20 have a singular covariance at site 0: give shrinkage above 0"):
+        with pytest.raises(DataError, match="the covariance is singular, as where there are fewer rows"):
             fit(moments_of(wide, np.arange(10) % 2))
     lda(moments_of(wide, np.arange(10) % 2), shrinkage=1e-3)
     with pytest.raises(DataError, match="a probe of 3 classes has no one direction"):
         _ = difference_in_means(moments_of(x, np.arange(30) % 3, 3)).direction
+
+
+@pytest.mark.parametrize("fit", [difference_in_means, lda, ridge])
+def test_a_class_without_rows_changes_nothing_and_is_never_said(fit: Callable[[CoMoments], LinearProbe]) -> None:
+    x, y, _, _ = gaussian(300)
+    rows = torch.from_numpy(x)[None]
+    two, three = fit(moments_of(x, y)), fit(moments_of(x, 2 * y, 3))
+    torch.testing.assert_close(three.weights[:, [0, 2]], two.weights)
+    assert (three.says(rows) == 2 * two.says(rows)).all()

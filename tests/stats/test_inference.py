@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 from mechscope.stats.inference import (
     MIN_TEXTS,
     benjamini_hochberg,
+    draw_p,
     estimate,
     interval,
     p_value,
@@ -220,3 +221,14 @@ def test_series_that_do_not_vary_have_no_rank_correlation() -> None:
     few = rank_correlation(np.arange(5.0), np.array([0.0, 2.0, 1.0, 3.0, 4.0]))
     assert few.rho == pytest.approx(0.9)
     assert np.isnan([few.low, few.high]).all()
+
+
+def test_one_more_draw_is_no_surprise_and_a_far_one_is() -> None:
+    random = np.random.default_rng(0)
+    draws, more = random.normal(3.0, 2.0, size=(12, 4000)), random.normal(3.0, 2.0, size=4000)
+    p = draw_p(more, draws)
+    # uniform, as 12 draws' own spread is taken into account: .05 to four standard errors
+    assert abs((p < 0.05).mean() - 0.05) < 4 * (0.05 * 0.95 / 4000) ** 0.5
+    assert abs((p < 0.5).mean() - 0.5) < 4 * (0.25 / 4000) ** 0.5
+    assert (draw_p(draws.mean(0) + 20.0, draws) < 1e-3).all()
+    assert draw_p(np.array([1.0, 2.0]), np.ones((5, 2))).tolist() == [1.0, 0.0]

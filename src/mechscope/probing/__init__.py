@@ -1,19 +1,36 @@
-"""What a model's activations tell of its texts: linear probes in closed form, and erasing what they tell."""
+"""What a model's activations tell of its texts: linear probes in closed form, beside controls; and erasing what they tell."""
 
+from mechscope.probing.activations import Activations, Component, ProbeSite, components_of
+from mechscope.probing.controls import untrained
 from mechscope.probing.erasure import Eraser, erase_means, inlp, leace
-from mechscope.probing.linear import PENALTIES, LinearProbe, chosen_penalty, difference_in_means, lda, mass_mean, r_squared, ridge
+from mechscope.probing.linear import PENALTIES, LinearProbe, chosen_penalties, difference_in_means, lda, mass_mean, r_squared, ridge
+from mechscope.probing.passes import Method
+from mechscope.probing.probe import Probing, probe
+from mechscope.probing.tasks import Task, document_task, task_of, token_task
 
 __all__ = [
     "PENALTIES",
+    "Activations",
+    "Component",
     "Eraser",
     "LinearProbe",
-    "chosen_penalty",
+    "Method",
+    "ProbeSite",
+    "Probing",
+    "Task",
+    "chosen_penalties",
+    "components_of",
     "difference_in_means",
+    "document_task",
     "erase_means",
     "inlp",
     "lda",
     "leace",
     "mass_mean",
+    "probe",
     "r_squared",
     "ridge",
+    "task_of",
+    "token_task",
+    "untrained",
 ]

@@ -165,9 +165,9 @@ class CoMoments:
         mean = self._sum / (self.n or float("nan"))
         return self._gram / (self.n or float("nan")) - mean[:, :, None] * mean[:, None]
 
-    def counts(self, labeling: int = 0) -> Float[Tensor, " class"]:
-        """How many rows each class of a labeling has."""
-        return self._counts[self._columns(labeling)]
+    def counts(self, labeling: int | None = 0) -> Float[Tensor, " class"]:
+        """How many rows each class of a labeling has; with None of all labelings side by side."""
+        return self._counts if labeling is None else self._counts[self._columns(labeling)]
 
     def class_means(self, labeling: int = 0) -> Float[Tensor, "site class width"]:
         """Mean over the rows of each class of a labeling; NaN where it has none."""
@@ -177,17 +177,19 @@ class CoMoments:
 
     def within(self, labeling: int = 0) -> Float[Tensor, "site width width"]:
         """Covariance within the classes of a labeling, pooled: of rows less their class's mean (divided by n)."""
-        means = self._deviations(labeling)
+        means = self.class_deviations(labeling)
         return self.covariance - torch.einsum("k,lki,lkj->lij", self.counts(labeling) / self.n, means, means)
 
-    def cross_covariance(self, labeling: int = 0) -> Float[Tensor, "site width class"]:
-        """Covariance of rows with the indicators of a labeling's classes (divided by n)."""
-        return (self._deviations(labeling) * (self.counts(labeling) / self.n)[:, None]).transpose(1, 2)
+    def cross_covariance(self, labeling: int | None = 0) -> Float[Tensor, "site width class"]:
+        """Covariance of rows with the indicators of a labeling's classes (divided by n); with None of all labelings side by side."""
+        share = self.counts(labeling) / self.n
+        return (self.class_deviations(labeling) * share[:, None]).transpose(1, 2)
 
-    def _deviations(self, labeling: int) -> Float[Tensor, "site class width"]:
-        """Return class means less the mean, 0 for classes without rows."""
+    def class_deviations(self, labeling: int | None = 0) -> Float[Tensor, "site class width"]:
+        """Class means less the mean over all rows, 0 where a class has no rows; with None of all labelings side by side."""
+        columns = slice(None) if labeling is None else self._columns(labeling)
         counts = self.counts(labeling)
-        means = self._sums[:, self._columns(labeling)] / counts.clamp(min=1)[:, None]
+        means = self._sums[:, columns] / counts.clamp(min=1)[:, None]
         return (means - (self._sum / self.n)[:, None]) * (counts > 0)[:, None]
 
     def _columns(self, labeling: int) -> slice:

@@ -234,6 +234,23 @@ def rank_p(value: float, others: Float[np.ndarray, " n"]) -> tuple[float, float]
     return (1 + int((others >= value).sum())) / n, (1 + int((others <= value).sum())) / n
 
 
+def draw_p(value: ArrayLike, draws: Float[np.ndarray, "draw ..."]) -> np.ndarray:
+    """Return the two-sided p of "this value is one more draw of those", elementwise, where draws are close to normal: few of them then tell a small p.
+
+    Args:
+        value: What is compared.
+        draws: Draws under the null, along the first axis; two at least.
+
+    Returns:
+        p by Student's t with one degree of freedom fewer than draws; 1 where neither draws nor the value differ, 0 where the value alone does.
+    """
+    draws = np.asarray(draws, dtype=np.float64)
+    n, away = len(draws), np.abs(np.asarray(value, dtype=np.float64) - draws.mean(0))
+    error = draws.std(0, ddof=1) * np.sqrt(1 + 1 / n)
+    t = np.divide(away, error, out=np.where(away > 0, np.inf, 0.0), where=error > 0)
+    return 2 * distributions.t.sf(t, n - 1)
+
+
 def _broadcast(
     mean: ArrayLike, standard_error: ArrayLike, n: ArrayLike, skewness: ArrayLike, fewest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
