@@ -66,7 +66,7 @@ def test_before_and_after_fine_tuning_are_told_on_the_same_texts(tmp_path: Path)
     own, bases = (of(result, "embed", model="tuned", probe=whose)["balanced"] for whose in ("its own", "the base's"))
     # other random embeddings: the base's probe reads nothing of them
     assert own > bases + 0.2
-    (said,) = [each for each in findings("probe", **result.tables) if "fine-tuning changed the balanced accuracy" in each]
+    (said,) = [each for each in findings("probe", **result.tables) if "fine-tuning changed the balanced accuracy (a share) by" in each]
     assert "degrees apart" in said
     shown(result, "probe")
 

@@ -192,18 +192,18 @@ def _changed(own: pd.DataFrame, tables: Tables) -> list[Finding]:
     turned = directions[directions["component"] == component].iloc[0]
     rows: tuple[Any, ...] = (more, moved)
     text = (
-        f"at {component}, where the base tells {more['task']} best, fine-tuning changed the balanced accuracy by {_share(more)}; the base's probe "
-        f"differs from the tuned model's own by {_share(moved)} there"
+        f"at {component}, where the base tells {more['task']} best, fine-tuning changed the balanced accuracy (a share) by {_difference(more)}; the base's probe "
+        f"differs from the tuned model's own by {_difference(moved)} there"
     )
     if pd.notna(turned["angle"]) and pd.notna(turned["alike"]):
         rows = (*rows, turned)
         text += f"; the directions along which class means differ lie {estimated(turned, 'angle')} degrees apart, "
-        text += f"those of two halves of the texts in the base {written(turned['alike'])}"
+        text += f"those of two halves of the texts {written(turned['alike'])} in the base and {written(turned['apart'])} across both models"
     return [Finding(text, n=more["n"], rows=rows, effect=abs(float(more["difference"])), table="probe_contrasts")]
 
 
-def _share(row: pd.Series) -> str:
-    return estimated(row, "difference", share=True, sign=True)
+def _difference(row: pd.Series) -> str:
+    return estimated(row, "difference", sign=True)
 
 
 def _caveats(tables: Tables) -> list[Caveat]:
@@ -215,7 +215,8 @@ def _caveats(tables: Tables) -> list[Caveat]:
         ),
         Caveat(
             "Intervals are over texts, for these probes; folds learn from texts they share, so that other texts to learn from would change accuracies more. "
-            "Simulated where there is nothing to tell, they miss the truth about twice as often as they say; p over shuffled labels does not rest on them.",
+            "Simulated where there is nothing to tell, they miss the truth two to three times as often as they say; p over shuffled labels does not rest on "
+            "them.",
             weakens="probe_accuracy",
         ),
         Caveat("What a linear probe tells is there to be read. Whether the model reads it, only an intervention shows."),
