@@ -192,8 +192,8 @@ def _changed(own: pd.DataFrame, tables: Tables) -> list[Finding]:
     turned = directions[directions["component"] == component].iloc[0]
     rows: tuple[Any, ...] = (more, moved)
     text = (
-        f"at {component}, where the base tells {more['task']} best, fine-tuning changed the balanced accuracy (a share) by {_difference(more)}; the base's probe "
-        f"differs from the tuned model's own by {_difference(moved)} there"
+        f"at {component}, where the base tells {more['task']} best, fine-tuning changed the balanced accuracy (a share) by {_difference(more)}; "
+        f"the base's probe differs from the tuned model's own by {_difference(moved)} there"
     )
     if pd.notna(turned["angle"]) and pd.notna(turned["alike"]):
         rows = (*rows, turned)
