@@ -13,13 +13,15 @@ Rows = Literal["all", "document", "summary"]
 MetricName = Literal["logit-diff", "probability", "loss", "kl"]
 LogitMetric = Literal["logit-diff", "target-logit"]
 """Metrics that weigh logits, which direct logit attribution takes apart."""
-PatchSite = Literal["head", "query", "key", "value", "pattern", "attention", "mlp", "neuron", "expert", "residual", "embedding", "latent"]
+PatchSite = Literal[
+    "head", "query", "key", "value", "pattern", "attention", "mixer", "mlp", "neuron", "expert", "residual", "embedding", "latent"
+]
 AblationSource = Literal["zero", "mean", "resample", "corrupt"]
-VectorSite = Literal["residual", "attention", "mlp", "neuron", "embedding", "head"]
+VectorSite = Literal["residual", "attention", "mixer", "mlp", "neuron", "embedding", "head"]
 """Sites that hold one vector per token; of `head` one per head."""
 Among = Literal["vocabulary", "answers"]
 """Among which tokens the likeliest is sought: all, or the right and wrong answers."""
-LensSite = Literal["residual", "attention_output", "mlp_output", "head_output"]
+LensSite = Literal["residual", "attention_output", "mixer_output", "mlp_output", "head_output"]
 MatrixKind = Literal["query_key_value", "attention_output", "mlp_up", "mlp_down"]
 """Weight matrices that read or write the residual stream."""
 LensNorm = Literal["applied", "frozen"]

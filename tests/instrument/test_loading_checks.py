@@ -46,7 +46,7 @@ def test_a_check_that_compares_with_zero_still_fails_where_only_one_side_is_zero
     subject = load(model)
     block = subject.anatomy.blocks[1]
     blocks = list(subject.anatomy.blocks)
-    blocks[1] = replace(block, query=replace(block.query, starts=(8, 0, 16, 24)))
+    blocks[1] = replace(block, heads=replace(block.own_heads, query=replace(block.query, starts=(8, 0, 16, 24))))
     wrong = replace(subject, anatomy=replace(subject.anatomy, blocks=tuple(blocks)))
     assert "each head's slice of the weights is where it should be" in {item.name for item in check_subject(wrong) if not item.passed}
 

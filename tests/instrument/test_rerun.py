@@ -16,7 +16,7 @@ from mechscope.subject.load import Subject
 from tests import families
 
 # those of dense families; experts are in test_experts
-EDIT_SITES = tuple(site for site in ALL_SITES if site != "expert_output")
+EDIT_SITES = tuple(site for site in ALL_SITES if site not in ("expert_output", "mixer_output"))
 TEXTS, OTHERS = families.documents(seed=0), families.documents(seed=1)
 every_padding = pytest.mark.parametrize("padding", ["none", "left", "right"])
 every_family = pytest.mark.parametrize("family", families.FAMILIES)

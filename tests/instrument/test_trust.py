@@ -30,7 +30,7 @@ def failed(checks: tuple[Check, ...]) -> set[str]:
 def with_block(subject: Subject, layer: int, **changes: Any) -> Subject:
     """Return the subject with another idea of one block."""
     blocks = list(subject.anatomy.blocks)
-    blocks[layer] = replace(blocks[layer], **changes)
+    blocks[layer] = replace(blocks[layer], heads=replace(blocks[layer].own_heads, **changes))
     return replace(subject, anatomy=replace(subject.anatomy, blocks=tuple(blocks)))
 
 

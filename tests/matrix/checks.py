@@ -77,6 +77,9 @@ def _calls(subject: Subject, batch: families.Texts) -> list[AttentionCall]:
 def _maps(world: World, model: Any, row: int) -> list[Tensor]:
     """Return the maps of the layers that attend."""
     given = world.alone(model, world.texts[row], output_attentions=True).attentions
+    anatomy = world.subject.anatomy
+    if len(given) == anatomy.n_layers:  # some families give weights of their linear attention out as maps
+        given = [given[layer] for layer in anatomy.attending]
     return [one[0].double() for one in given if one is not None]
 
 
@@ -181,13 +184,36 @@ def _streams(world: World, text: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def ablation(world: World) -> float:
-    """Compare a head's ablation in every layer with the plain model whose own attention has that head's output at zero."""
+    """Compare a head's ablation in every layer that attends with the plain model whose own attention has that head's output at zero; elsewhere the mixer's."""
     worst, head = 0.0, 1
-    for layer in range(world.subject.anatomy.n_layers):
+    for layer in world.subject.anatomy.attending:
         with head_off(world.plain, layer, head):
             expected = [world.alone(world.plain, text).logits[0] for text in world.texts]
         for batch, chosen in _batches(world):
             with intervene(world.subject, Edit("z", layer, 0.0, heads=(head,))):
+                found = world.subject.model(**model_inputs(batch.ids, batch.real), use_cache=False).logits
+            for row in chosen:
+                worst = max(worst, off(batch.rows(found, row), expected[row]))
+            again = CachedRun(world.subject, batch.ids, batch.real, sites=("z",))
+            ((_, rows),) = again.rerun([[Edit("z", layer, 0.0, heads=(head,))]], Reading.of(batch.real))
+            worst = max(worst, off(unembed(world.subject, rows[0]), torch.cat([expected[row] for row in chosen])))
+    return max(worst, _mixers_off(world))
+
+
+def _mixers_off(world: World) -> float:
+    """Compare a mixer's ablation with the plain model in which a hook lets it give zeros."""
+    worst = 0.0
+
+    def nothing(_: Any, args: Any, output: Any) -> Any:
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    names = {id(module): name for name, module in world.subject.plain.named_modules()}
+    for layer in world.subject.anatomy.mixing:
+        plain = world.plain.get_submodule(names[id(world.subject.anatomy.blocks[layer].mixing.write)])
+        with _hooked((plain, nothing)):
+            expected = [world.alone(world.plain, text).logits[0] for text in world.texts]
+        for batch, chosen in _batches(world):
+            with intervene(world.subject, Edit("mixer_output", layer, 0.0)):
                 found = world.subject.model(**model_inputs(batch.ids, batch.real), use_cache=False).logits
             for row in chosen:
                 worst = max(worst, off(batch.rows(found, row), expected[row]))
@@ -196,14 +222,18 @@ def ablation(world: World) -> float:
 
 @torch.no_grad()
 def resumed(world: World) -> float:
-    """Compare reruns from the middle of the model with hooks on the plain one: a changed residual stream, MLP output, attention output."""
+    """Compare reruns from the middle of the model with hooks on the plain one: a changed residual stream, MLP output, and what attention or a mixer adds."""
+    layers = {world.subject.anatomy.n_layers // 2, *world.subject.anatomy.mixing[:1]}
+    return max(_resumed(world, layer) for layer in layers)
+
+
+def _resumed(world: World, layer: int) -> float:
     worst = 0.0
     anatomy = world.subject.anatomy
-    layer = anatomy.n_layers // 2
     generator = torch.Generator().manual_seed(3)
     shift = torch.randn(anatomy.d_model, generator=generator).to(world.subject.dtype)
     block = anatomy.blocks[layer]
-    places: dict[EditSite, Any] = {"residual": block.module, "mlp_output": block.mlp_write, "attention_output": block.attention_write}
+    places: dict[EditSite, Any] = {"residual": block.module, "mlp_output": block.mlp_write, block.mixing_site: block.mixing.write}
     names = {id(module): name for name, module in world.subject.plain.named_modules()}
     for site, module in places.items():
         if site != "residual" and not world.subject.adds:

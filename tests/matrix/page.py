@@ -17,8 +17,8 @@ two texts of different length, unpadded and padded on either side, beside plain 
 - *logits*: of an observed, padded batch, and walked block by block; in float64 and (of the median token) in bfloat16
 - *entropy*, *KL*: of every head's pattern, and its divergence from another model's, beside those of the attention maps
 - *residual stream*: behind every block
-- *head ablation*: one head of every layer without its output
-- *resumed forward*: the residual stream, attention output and MLP output of one layer changed, run on from there
+- *head ablation*: one head of every layer that attends without its output, in one pass and rerun; in other layers what mixes tokens there
+- *resumed forward*: the residual stream, what attention or another mixer adds, and the MLP output of one layer changed, run on from there
 - *edge attribution*: scores of edge attribution patching beside finite differences
 
 Of {all} families {right} are right in all of this, {part} in all but what is named, {refused} are refused when they are loaded, and of {unbuilt} no
@@ -27,6 +27,10 @@ tiny model could be made. None gives a number that is wrong, and none ends in an
 The MLP of a mixture of experts is one part (`m3`): it is recorded, ablated, patched and an edge's end like any other; its single neurons are refused.
 Single experts (`m3.e5`) are recorded, ablated and patched, and `mechscope routing` measures how tokens are shared out among them, in the families whose MLP is
 a sum of experts behind a router of softmax or sigmoid; where it is not, these two refuse by name.
+In hybrid stacks (Qwen3-Next, Jamba, Bamba, Granite, OLMo and LFM hybrids, MiniMax) the layers that attend are measured as attention under their own numbers,
+and tables of heads hold only these; what mixes tokens in the others (linear attention, a state-space model, a short convolution) is one component, `mixer3`,
+recorded (site `mixer_output`), ablated, patched, exchanged between models and a part of direct logit attribution. Edges, paths and attribution graphs need
+heads in every layer and refuse by name. In Falcon-H1, which mixes in both ways in every layer, only attention is a component.
 Learned attention sinks (gpt-oss) are measured as one more key whose share is a number of its own.
 """
 

@@ -26,11 +26,18 @@ FAST = {
     "deepseek_v3": {"edge attribution"},  # keys and values from a latent
     "olmoe": {"edge attribution"},
     "bitnet": {"edge attribution"},
+    "lfm2": {"edge attribution"},  # hybrids: short convolutions,
+    "jamba": {"edge attribution"},  # state-space models,
+    "bamba": {"edge attribution"},  # whose code unpacks what its blocks return,
+    "granitemoehybrid": {"edge attribution"},
+    "olmo_hybrid": {"edge attribution"},  # linear attention,
+    "qwen3_next": {"edge attribution"},  # beside gated heads,
+    "minimax": {"edge attribution"},  # called as attention is called
 }
 REFUSED = {
     "mamba": "has no attention heads",
     "bloom": "0 of 3 layers went through transformers' attention interface",
-    "qwen3_next": "only some of the blocks in model.layers attend",
+    "recurrent_gemma": "block model.layers.0 has no attention module as known here, and of what else may mix tokens",
     "granitemoeshared": "adds what block_sparse_moe and shared_mlp write together",
     "moshi": r"q_proj (MoshiLinear) is no linear map with one weight",
     "falcon": "interleaves 1 key/value heads with 4 query heads",

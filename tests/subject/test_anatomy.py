@@ -160,10 +160,13 @@ def test_an_architecture_without_known_readers_is_refused_with_the_lists_found()
         discover(model)
 
 
-def test_a_hybrid_stack_is_refused_with_the_block_that_differs() -> None:
+def test_a_block_without_attention_or_another_mixer_is_refused() -> None:
     model = families.build("llama")
     model.model.layers[2].self_attn = nn.Identity()
-    with pytest.raises(ModelError, match=r"block model\.layers\.2 has no attention module like its first block"):
+    with pytest.raises(
+        ModelError,
+        match=r"block model\.layers\.2 has no attention module as known here, and of what else may mix tokens \(linear_attn, mamba, conv\) it has nothing",
+    ):
         discover(model)
 
 

@@ -184,6 +184,7 @@ def _components(anatomy: Anatomy, settings: BakeOffSettings, strategy: Strategy,
         case "random_layers":
             return Components.of_layers(random_layers(anatomy.n_layers, layers, seed))
         case "random_circuit":
+            anatomy.require_all_attending("strategy random_circuit")
             return random_circuit(settings.circuit, anatomy.n_layers, anatomy.n_heads, seed)
         case _:
             return settings.layers

@@ -87,8 +87,9 @@ def find_targets(subject: Any, components: Components, *, modules: LoraModules =
     Args:
         subject: The `Subject` whose weights would learn.
         components: Heads free their slices of q, k, v and the output projection, MLPs (`m3`) their linear maps (of a mixture of experts those that all tokens
-            pass: its experts share stacked weights and are left as they are), whole layers what `modules` says.
-        modules: What a whole layer means: `"attention"` (q, k, v and output projection, LoRA's usual place), `"mlp"`, or `"all"`.
+            pass: its experts share stacked weights and are left as they are), mixers (`mixer3`) theirs, whole layers what `modules` says.
+        modules: What a whole layer means: `"attention"` (q, k, v and output projection, LoRA's usual place; in a layer that does not attend its mixer's
+            linear maps), `"mlp"`, or `"all"`.
 
     Raises:
         SettingsError: The selection is empty or names what the model lacks.
@@ -109,6 +110,12 @@ def find_targets(subject: Any, components: Components, *, modules: LoraModules =
     mlps = set(components.mlps) | (set(components.layers) if modules in ("mlp", "all") else set())
     targets: list[Target] = []
     for layer, block in enumerate(anatomy.blocks):
+        if block.mixer is not None:
+            if layer in whole or layer in components.mixers:
+                targets.extend(_target(name, subject.plain.get_submodule(name), None, None) for name in block.mixer.linears)
+            if layer in mlps:
+                targets.extend(_mlp_targets(subject.plain, block))
+            continue
         heads = None if layer in whole else [head for number, head in components.heads if number == layer]
         if heads is None or heads:
             targets.extend(_attention_targets(block, heads))
@@ -161,7 +168,7 @@ def _attention_targets(block: Block, heads: list[int] | None) -> list[Target]:
     """List the attention maps of one block; `heads` None frees them whole. Query, key and value that share a module are one target."""
     features: dict[str, set[int]] = {}
     slices: dict[str, Slice] = {}
-    for piece in (block.query, block.key, block.value, block.output):
+    for piece in block.own_heads.slices.values():
         slices[piece.name] = piece
         owned = features.setdefault(piece.name, set())
         for head in heads or ():

@@ -113,7 +113,7 @@ def random_like(components: Components, anatomy: Anatomy, n: int, *, seed: int =
     Raises:
         SettingsError: The set has no heads, or fills its layers, so that there is no other set like it.
     """
-    heads = components.validate(anatomy).expand(anatomy.n_heads).heads
+    heads = components.validate(anatomy).expand(anatomy.n_heads, anatomy.mixing).heads
     profile = Counter(layer for layer, _ in heads)
     if not profile:
         raise SettingsError(f"components {str(components)!r} hold no heads: there are no random head sets like them")

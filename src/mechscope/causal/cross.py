@@ -51,8 +51,8 @@ def cross_patch(
     Args:
         pair: The two models.
         texts: What both read (the clean texts).
-        levels: `layer` (attention and MLP output together), `attention`, `mlp`, `head` (z), `residual` (all up to a layer; activations only),
-            `embedding`, `unembedding` (with the final norm; weights only).
+        levels: `layer` (attention, or what mixes tokens instead, and MLP output together), `attention`, `mixer` (of layers that do not attend), `mlp`,
+            `head` (z), `residual` (all up to a layer; activations only), `embedding`, `unembedding` (with the final norm; weights only).
         sets: Further sets of heads, MLPs and layers, each exchanged as one.
         by: `activations` or `weights`.
         metric: What fine-tuning was to improve; `loss` of the target tokens.

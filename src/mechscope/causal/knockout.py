@@ -124,6 +124,8 @@ def _cuts(
     """Return the columns that name each cut, and the cuts."""
     if not 1 <= window <= anatomy.n_layers:
         raise SettingsError(f"a window of {window} layers does not fit a model of {anatomy.n_layers}: choose 1 to {anatomy.n_layers}")
+    if not each_head:  # past a cut, what mixes tokens in other layers would still carry what is looked for
+        anatomy.require_all_attending("cutting attention over windows of layers")
     chosen: dict[int, list[int]] | None = None
     if heads is not None:
         chosen = {}

@@ -1,7 +1,8 @@
 """What two models exchange at once: a component's sites, and the weights that are its own.
 
-A layer is its attention and its MLP; a head is its z, and its slices of the q, k, v and output projections (in grouped-query families the key and
-value it shares with its group are counted as its own too). Biases that belong to no head (of the output projection) are the attention's.
+A layer is its attention (or what mixes tokens there instead) and its MLP; a head is its z, and its slices of the q, k, v and output projections (in
+grouped-query families the key and value it shares with its group are counted as its own too). Biases that belong to no head (of the output projection)
+are the attention's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.linear import is_conv1d
 
 Index = tuple[slice, ...]
-LEVELS = ("layer", "attention", "mlp", "head", "residual", "embedding", "unembedding")
+LEVELS = ("layer", "attention", "mixer", "mlp", "head", "residual", "embedding", "unembedding")
 _WHOLE: tuple[Index, ...] = ((slice(None),),)
 
 
@@ -63,7 +64,7 @@ def set_of(subject: Subject, chosen: Components | str) -> Part:
     components = Components.parse(chosen) if isinstance(chosen, str) else chosen
     components.validate(subject.anatomy)
     whole = [_layer(subject, layer) for layer in components.layers]
-    single = Components(components.heads, components.mlps)
+    single = Components(components.heads, components.mlps, mixers=components.mixers)
     weights: dict[str, tuple[Index, ...]] = {}
     for part in (*whole, *(_place_part(subject, place) for place in places_of(single, subject.anatomy))):
         for name, where in part.weights.items():
@@ -81,12 +82,16 @@ def _level(subject: Subject, level: str) -> Iterator[Part]:
         for layer, head in anatomy.heads():
             yield _place_part(subject, Place("z", layer, head=head))
     else:
-        for layer in range(anatomy.n_layers):
+        if level == "mixer" and not anatomy.mixing:
+            raise SettingsError("level 'mixer': all layers of the model attend; exchange level 'attention'")
+        for layer in {"attention": anatomy.attending, "mixer": anatomy.mixing}.get(level, tuple(range(anatomy.n_layers))):
             match level:
                 case "layer":
                     yield _layer(subject, layer)
                 case "attention":
                     yield _place_part(subject, Place("attention_output", layer))
+                case "mixer":
+                    yield _place_part(subject, Place("mixer_output", layer))
                 case "mlp":
                     yield _place_part(subject, Place("mlp_output", layer))
                 case "residual":
@@ -96,7 +101,7 @@ def _level(subject: Subject, level: str) -> Iterator[Part]:
 def _layer(subject: Subject, layer: int) -> Part:
     block = subject.anatomy.blocks[layer]
     columns = {"component": f"layers:{layer}", "site": "layer", "layer": layer, "head": -1, "feature": -1, "positions": "all"}
-    places = (Place("attention_output", layer), Place("mlp_output", layer))
+    places = (Place(block.mixing_site, layer), Place("mlp_output", layer))
     return Part(columns, places, _under(subject, f"{block.name}."), layer)
 
 
@@ -104,8 +109,8 @@ def _place_part(subject: Subject, place: Place) -> Part:
     block = subject.anatomy.blocks[place.layer]
     if place.head is not None:
         weights = _of_head(block, place.head)
-    elif place.site == "attention_output":
-        weights = _under(subject, f"{block.attention_name}.")
+    elif place.site == block.mixing_site:
+        weights = _under(subject, f"{block.mixing.name}.")
     else:
         weights = _under(subject, block.mlp_prefix)
     return Part(place_columns(place), (place,), weights, place.layer)
@@ -117,7 +122,7 @@ def _under(subject: Subject, prefix: str) -> dict[str, tuple[Index, ...]]:
 
 def _of_head(block: Block, head: int) -> dict[str, tuple[Index, ...]]:
     weights: dict[str, tuple[Index, ...]] = {}
-    for part in (block.query, block.key, block.value, block.output):
+    for part in block.own_heads.slices.values():
         features = slice(part.starts[head], part.starts[head] + part.width)
         for key, index in _pieces(part, features):
             name = f"{part.name}.{key}"

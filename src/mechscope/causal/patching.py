@@ -46,7 +46,7 @@ def patch(
     Args:
         subject: The model.
         pairs: Clean and corrupt prompts, equally long.
-        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mlp`, `neuron`, `expert`, `residual`, `embedding`, or
+        site: `head` (z), `query`, `key`, `value`, `pattern`, `attention`, `mixer`, `mlp`, `neuron`, `expert`, `residual`, `embedding`, or
             `latent` of dictionaries.
         direction: `denoise` (clean values into the corrupt run) or `noise` (corrupt values into the clean run).
         metric: `logit-diff`, `probability`, `loss` or `kl`.

@@ -109,6 +109,11 @@ def path_patch(
     anatomy = subject.anatomy
     if any(block.multiplier != 1.0 for block in anatomy.blocks):
         raise ModelError(f"{subject.family} scales what its blocks add (residual_multiplier): path patching is not supported")
+    anatomy.require_all_attending("path patching")
+    if not subject.heads_write:
+        raise ModelError(
+            f"{subject.family}: something (a gate, a norm) stands between its heads and their output projection: path patching is not supported"
+        )
     if not receivers:
         raise SettingsError("no receiver was given: name at least one, such as 'logits' or 'a5.h1<k>'")
     wanted = [Receiver.parse(text, anatomy) for text in receivers]

@@ -2,6 +2,7 @@
 
 embed      embedding            resid3  residual stream behind block 3      a3      attention output of layer 3
 a3.h5      head (its z)         a3.h5<q>, <k>, <v>   its query, key, value   a3.h5<p>   its attention pattern
+mixer3     what layer 3, which does not attend, mixes tokens by
 m3         MLP output           m3.n17  neuron 17 of its MLP                   m3.e5   expert 5 of its MLP
 resid3.f17 latent 17 of the dictionary that stands there
 """
@@ -29,6 +30,7 @@ ALIASES = {
     "k": "key",
     "v": "value",
     "attention": "attention_output",
+    "mixer": "mixer_output",
     "mlp": "mlp_output",
     "expert": "expert_output",
     "embed": "embedding",
@@ -61,7 +63,7 @@ class Place:
             return f"m{self.layer}" if self.feature is None else f"m{self.layer}.n{self.feature}"
         if self.site == "expert_output":
             return f"m{self.layer}.e{self.feature}"
-        prefix = {"attention_output": "a", "mlp_output": "m", "residual": "resid"}.get(self.site)
+        prefix = {"attention_output": "a", "mixer_output": "mixer", "mlp_output": "m", "residual": "resid"}.get(self.site)
         return f"{prefix}{self.layer}" if prefix else "embed"
 
     @property
@@ -171,7 +173,8 @@ def places(anatomy: Anatomy, site: str, components: Components | str | None = No
         anatomy: The model's parts.
         site: A site or its short name (`head`, `mlp`, …).
         components: Only these: heads and whole layers for sites with heads, MLPs and whole layers for `mlp_output` and `neuron`, these and single experts
-            for `expert_output`, whole layers for the others; None for all.
+            for `expert_output`, mixers and whole layers for `mixer_output`, whole layers for the others; None for all. Layers that do not attend have no
+            site of attention.
 
     Raises:
         SettingsError: The site is not known, a component does not exist, or none of the components has such a site.
@@ -182,10 +185,12 @@ def places(anatomy: Anatomy, site: str, components: Components | str | None = No
     chosen = None if components is None else components.validate(anatomy, experts=site == "expert_output")
     if site == "expert_output" and all(block.experts is None for block in anatomy.blocks):
         raise SettingsError("the model has no experts: all its MLPs are dense; whole MLPs have site mlp")
+    if site == "mixer_output" and not anatomy.mixing:
+        raise SettingsError("all layers of the model attend: no mixers to change; what attention adds has site attention")
     listed = tuple(_places(anatomy, site, chosen))
     if not listed:
         raise SettingsError(
-            f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, experts m3.e5, layers layers:2,3"
+            f"components {str(chosen)!r} name nothing that has site {site!r}: heads are written a3.h5, MLPs m3, mixers mixer3, experts m3.e5, layers layers:2,3"
         )
     return listed
 
@@ -203,6 +208,10 @@ def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iter
         return
     if chosen is not None and site in ("mlp_output", "neuron", "expert_output"):
         whole |= set(chosen.mlps)
+    if site == "mixer_output":
+        whole = (whole | (set() if chosen is None else set(chosen.mixers))) & set(anatomy.mixing)
+    if site == "attention_output":
+        whole &= set(anatomy.attending)
     if site == "expert_output":
         named = set() if chosen is None else set(chosen.experts)
         every = {(layer, index) for layer in whole if (own := anatomy.blocks[layer].experts) is not None for index in range(own.number)}
@@ -216,10 +225,14 @@ def _places(anatomy: Anatomy, site: EditSite, chosen: Components | None) -> Iter
 
 
 def places_of(components: Components, anatomy: Anatomy, *, experts: bool = False) -> tuple[Place, ...]:
-    """Return the places that stand for components: z of heads, what MLPs and (where these are of use) experts add; a whole layer is its heads and its MLP."""
-    each = components.validate(anatomy, experts=experts).expand(anatomy.n_heads)
+    """Return the places that stand for components: z of heads, what mixers, MLPs and (where these are of use) experts add.
+
+    A whole layer is its heads, or its mixer, and its MLP.
+    """
+    each = components.validate(anatomy, experts=experts).expand(anatomy.n_heads, anatomy.mixing)
     return (
         *(Place("z", layer, head=head) for layer, head in each.heads),
+        *(Place("mixer_output", layer) for layer in each.mixers),
         *(Place("expert_output", layer, feature=expert) for layer, expert in each.experts),
         *(Place("mlp_output", layer) for layer in each.mlps),
     )

@@ -33,7 +33,7 @@ from mechscope.shapes import by_shape
 from mechscope.subject import Subject
 
 # sites that hold one vector per token (of z: per token and head)
-VECTOR_SITES = ("embedding", "residual", "attention_output", "neuron", "mlp_output", "z")
+VECTOR_SITES = ("embedding", "residual", "attention_output", "mixer_output", "neuron", "mlp_output", "z")
 
 
 @dataclass(frozen=True)

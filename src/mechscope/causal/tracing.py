@@ -59,8 +59,8 @@ def causal_trace(
         MechscopeError: A text has no such segment, or the settings do not fit the model.
     """
     where = places(subject.anatomy, site)
-    if where[0].site not in ("residual", "mlp_output", "attention_output"):
-        raise SettingsError(f"site {site!r} is not traced: use residual, mlp or attention")
+    if where[0].site not in ("residual", "mlp_output", "attention_output", "mixer_output"):
+        raise SettingsError(f"site {site!r} is not traced: use residual, mlp, attention or mixer")
     if samples < 1 or noise <= 0:
         raise SettingsError(f"noise {noise:g} and samples {samples}: both must be above zero")
     if not 1 <= window <= subject.anatomy.n_layers:

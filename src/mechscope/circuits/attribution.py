@@ -82,8 +82,7 @@ def attribute_edges(
     _check_method(method, steps=steps, points=points, metric=metric, source=source)
     check_fits(subject, pairs)
     require_source(pairs, source)
-    wiring = Wiring(subject)
-    graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
+    graph, wiring = Graph.of(subject), Wiring(subject)
     gathered, keep = PerText(pairs), len(pairs) * len(graph) <= _MOST_PER_TEXT
     total = np.zeros(len(graph))
 

@@ -62,8 +62,8 @@ class CircuitRuns:
         Raises:
             MechscopeError: The pairs, the metric or the model cannot be used.
         """
+        self.graph = Graph.of(subject)
         self.subject, self.batch, self.wiring = subject, batch, Wiring(subject)
-        self.graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, self.wiring.parallel)
         self._clean = CachedRun(subject, batch.clean, batch.real, sites=SITES)
         # where mixtures are made: on the device of what the first block reads
         self._device = self._clean.input_of(0).device

@@ -45,8 +45,9 @@ class Graph:
         """Return the graph of a model; whether its blocks are parallel is seen on a tiny forward pass.
 
         Raises:
-            ModelError: Heads or MLPs read the residual stream in a way that is not supported.
+            ModelError: Heads or MLPs read the residual stream in a way that is not supported, or some layers do not attend.
         """
+        subject.anatomy.require_all_attending("a graph of edges between heads and MLPs")
         return cls(subject.anatomy.n_layers, subject.anatomy.n_heads, Wiring(subject).parallel)
 
     @cached_property

@@ -41,8 +41,7 @@ def flow_routes(subject: Subject, pairs: Pairs, *, execution: Execution = Execut
         MechscopeError: The texts do not fit the model.
     """
     check_fits(subject, pairs)
-    wiring = Wiring(subject)
-    graph = Graph(subject.anatomy.n_layers, subject.anatomy.n_heads, wiring.parallel)
+    graph, wiring = Graph.of(subject), Wiring(subject)
     gathered = PerText(pairs)
 
     def shares(batch: PairBatch) -> dict[str, np.ndarray]:

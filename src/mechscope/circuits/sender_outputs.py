@@ -77,6 +77,7 @@ class SenderOutputs:
             MechscopeError: There are no texts, or they do not fit the model.
         """
         check_fits(subject, texts)
+        subject.anatomy.require_all_attending("a graph of edges between heads and MLPs")
         wiring = Wiring(subject)
 
         def summed(batch: PairBatch) -> tuple[int, list[Tensor]]:

@@ -25,14 +25,33 @@ class Accumulated:
     """Statistics over the documents measured so far."""
 
     def __init__(
-        self, *, n_layers: int, n_heads: int, gini: bool = False, replicates: int = 200, geometry_documents: int = 300, seed: int = 0
+        self,
+        *,
+        n_layers: int,
+        n_heads: int,
+        n_attending: int | None = None,
+        gini: bool = False,
+        replicates: int = 200,
+        geometry_documents: int = 300,
+        seed: int = 0,
     ) -> None:
-        """Start with no documents; pooled states of at most `geometry_documents` are kept, and the seed is that of bootstrap and sample."""
+        """Start with no documents.
+
+        Args:
+            n_layers: How many layers.
+            n_heads: Heads of a layer.
+            n_attending: How many layers have heads; None for all.
+            gini: Whether Gini coefficients are measured.
+            replicates: Bootstrap replicates.
+            geometry_documents: Most documents whose pooled states are kept.
+            seed: Of bootstrap and sample.
+        """
+        n_attending = n_layers if n_attending is None else n_attending
         self.head_measures = HEAD_MEASURES + (GINI_MEASURES if gini else ())
-        self.heads = ThirdMoments((len(ROWS), len(self.head_measures), n_layers, n_heads))
+        self.heads = ThirdMoments((len(ROWS), len(self.head_measures), n_attending, n_heads))
         self.layers = ThirdMoments((len(ROWS), len(LAYER_MEASURES), n_layers))
         self.outputs = ThirdMoments((len(ROWS), len(OUTPUT_MEASURES)))
-        self.resampled = Resampled((len(ROWS), len(RESAMPLED), n_layers, n_heads), replicates, seed)
+        self.resampled = Resampled((len(ROWS), len(RESAMPLED), n_attending, n_heads), replicates, seed)
         self.pooled = BottomK(geometry_documents, seed)
 
     def update(self, measured: Measured) -> None:
@@ -51,7 +70,7 @@ class Accumulated:
             getattr(self, name).merge(getattr(other, name))
 
     def replicates(self, name: str, rows: str) -> np.ndarray:
-        """Return the bootstrap replicates of a head measure's mean over documents, ``(replicate, layer, head)``."""
+        """Return the bootstrap replicates of a head measure's mean over documents, ``(replicate, layer, head)``, of the layers that attend."""
         return self.resampled.replicates_mean()[:, ROWS.index(rows), RESAMPLED.index(name)]
 
     def pooled_states(self, side: str, rows: str, layer: int) -> np.ndarray:

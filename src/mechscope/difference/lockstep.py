@@ -78,8 +78,9 @@ class Measured:
 
     Attributes:
         ids: The documents' ids.
-        heads: ``(document, rows, measure, layer, head)``.
-        layers: ``(document, rows, measure, layer)``.
+        heads: ``(document, rows, measure, layer, head)`` of the layers that attend.
+        layers: ``(document, rows, measure, layer)``; in a layer that does not attend what would be its heads' mean is NaN, but for `write_change` and
+            `write_change_own`, which are of its mixer.
         outputs: ``(document, rows, measure)``; the rows of a next-token distribution are those of the token it predicts.
         pooled: ``(sampled document, side, rows, layer, d_model)``: mean residual stream after each block, float32.
         sampled: The ids of the documents of `pooled`.
@@ -187,20 +188,25 @@ def launch(
         again = [SameInput(pair, batch, chosen) for pair, chosen in zip(pairs, same_input or [None] * len(pairs), strict=True)]
         hidden = [walk.hidden for walk in walks]
         for layer in range(subjects[0].anatomy.n_layers):
+            attends = subjects[0].anatomy.blocks[layer].attends
             given, hidden, written = hidden, [], []
             for walk, stream in zip(walks, given, strict=True):
                 hidden.append(walk.step(layer, stream))
                 written.append(recorders[id(walk.subject.plain)].take(hidden[-1]))
             for number, (base, tuned) in enumerate(places):
                 here = rows.to(hidden[base].device)
-                of_heads = _attention(calls[base], calls[tuned], padding, here, gini=number in gini, method=method)
+                if attends:
+                    of_heads = _attention(calls[base], calls[tuned], padding, here, gini=number in gini, method=method)
+                else:
+                    of_heads = torch.full((*here.shape[:2], _PATTERNS, 1), torch.nan, dtype=torch.float64, device=here.device)
                 own = write_changes(writers[number], layer, written[base], written[tuned], here)
                 recorder = recorders[id(pairs[number].tuned.plain)]
                 same = again[number].changes(writers[number], layer, given[base], written[base], recorder, here)
                 of_heads = torch.cat([of_heads[:, :, :_PATTERNS], same.heads, own.heads, of_heads[:, :, _PATTERNS:]], dim=2)
                 stream = _residual(hidden[base], hidden[tuned].to(here.device), here)
                 of_layer = torch.cat([_mean_over_heads(of_heads), stream, same.mlp, own.mlp], dim=2)
-                heads[number].append(of_heads.to(real.device))
+                if attends:
+                    heads[number].append(of_heads.to(real.device))
                 layers[number].append(of_layer.to(real.device))
             states = [_pooled(stream, rows, sampled).to(real.device) for stream in hidden]
             for whole, (base, tuned) in zip(pooled, places, strict=True):

@@ -45,7 +45,7 @@ class Difference:
     """What fine-tuning changed.
 
     Attributes:
-        heads: One row per kind of query rows, layer and head (`heads.parquet`).
+        heads: One row per kind of query rows, layer that attends, and head (`heads.parquet`).
         layers: One row per kind of query rows and layer (`layers.parquet`).
         weights: One row per weight matrix (`weights.parquet`).
         outputs: Next-token KL and losses (`outputs.parquet`).
@@ -68,7 +68,7 @@ class Difference:
         return {"heads": self.heads, "layers": self.layers, "weights": self.weights, "outputs": self.outputs}
 
     def replicates(self, name: str, rows: str = "all") -> np.ndarray:
-        """Return bootstrap means of `kl_base_tuned`, `entropy_change` or `write_change`, ``(replicate, layer, head)``."""
+        """Return bootstrap means of `kl_base_tuned`, `entropy_change` or `write_change`, ``(replicate, layer, head)``, of the layers that attend."""
         return self.accumulated.replicates(name, rows)
 
 
@@ -152,6 +152,7 @@ def differences(
             Accumulated(
                 n_layers=pair.base.anatomy.n_layers,
                 n_heads=pair.base.anatomy.n_heads,
+                n_attending=len(pair.base.anatomy.attending),
                 gini=gini and name in whole,
                 replicates=replicates if name in whole else 0,
                 geometry_documents=geometry_documents,
@@ -221,7 +222,7 @@ def assemble(
     accumulated: Accumulated, weights: WeightDifference, problems: dict[str, int], smallest: SmallestEffects | None = None
 ) -> Difference:
     """Turn accumulated statistics into tables."""
-    heads = heads_table(accumulated, weights.heads, smallest)
+    heads = heads_table(accumulated, weights.heads, smallest, layers=weights.attending)
     return Difference(
         heads=heads,
         layers=layers_table(accumulated, heads, weights.layers, smallest),

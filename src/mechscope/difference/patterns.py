@@ -16,7 +16,8 @@ def attention_patterns(pair: Pair, example: Example) -> dict[str, Tensor]:
     """Return both models' attention patterns over one document.
 
     Returns:
-        `base` and `tuned`, each ``(layer, head, query, key)`` in float16: four significant digits, a quarter of the memory of float64.
+        `base` and `tuned`, each ``(layer, head, query, key)`` of the layers that attend, in float16: four significant digits, a quarter of the memory of
+        float64.
     """
     ids = torch.tensor([example.input_ids])
     patterns = {}

@@ -101,8 +101,9 @@ def select(
 
     Args:
         rule: One of `RULES`. `*_by_kl` rank by mean KL(base ‖ tuned), `heads_by_entropy` by |entropy change|, `heads_by_write` by
-            how much of what a head writes changed on the same input, `layers_by_write` by the mean of its heads' and of its MLP's, `*_by_score`
-            by the combined score of `mechscope.stats.ranking`, `last_layers` by depth, `random_*` by the seed.
+            how much of what a head writes changed on the same input, `layers_by_write` by the mean of its heads' (or its mixer's) and of its MLP's,
+            `*_by_score` by the combined score of `mechscope.stats.ranking`, `last_layers` by depth, `random_*` by the seed. Layers that do not attend are
+            no candidates of rules that rank by attention.
         heads: The heads table.
         layers: The layers table.
         number: How many to choose; by default `default_number` layers, or as many heads as those layers hold.
@@ -248,25 +249,34 @@ def _score(
     rule = _rule(name)
     heads, layers = _of_rows(heads, "heads", rows), _of_rows(layers, "layers", rows)
     heads, layers = heads.sort_values(["layer", "head"]), layers.sort_values("layer")
-    n_layers, n_heads = len(layers), len(heads) // max(len(layers), 1)
-    grid = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    if list(layers["layer"]) != list(range(n_layers)) or list(zip(heads["layer"], heads["head"], strict=True)) != grid:
+    n_layers, attending = len(layers), sorted(set(heads["layer"]))
+    n_heads = len(heads) // max(len(attending), 1)
+    grid = [(layer, head) for layer in attending for head in range(n_heads)]
+    if (
+        list(layers["layer"]) != list(range(n_layers))
+        or not set(attending) <= set(range(n_layers))
+        or list(zip(heads["layer"], heads["head"], strict=True)) != grid
+    ):
         raise SettingsError(
             f"the heads and layers tables have {len(heads)} heads and {n_layers} layers for rows={rows!r}: "
-            "give each layer once and the same heads for every layer, counted from 0"
+            "give each layer once and the same heads for every layer that has heads, counted from 0"
         )
+    attends = layers["layer"].isin(attending)
+    if any(layers.loc[~attends, column].isna().any() for column in rule.columns if rule.kind == "layer" and column in layers):
+        # what the rule ranks by is nothing that layers without heads have
+        layers = layers[attends]
     table = layers if rule.kind == "layer" else heads
     layer = table["layer"].to_numpy(dtype=np.int64)
-    head = np.full(n_layers, -1) if rule.kind == "layer" else table["head"].to_numpy(dtype=np.int64)
+    head = np.full(len(layers), -1) if rule.kind == "layer" else table["head"].to_numpy(dtype=np.int64)
     names = [str(Components.of_layers([i]) if j < 0 else Components.of_heads([(i, j)])) for i, j in zip(layer, head, strict=True)]
-    columns = [_column(column, table, rule.kind, names, replicates or {}, (n_layers, n_heads)) for column in rule.columns]
+    columns = [_column(column, table, rule.kind, names, replicates or {}, (attending, n_heads)) for column in rule.columns]
     batch = np.broadcast_shapes(*(c.shape[:-1] for c in columns)) if columns else ()
     stacked = np.stack([np.broadcast_to(c, (*batch, len(names))) for c in columns]) if columns else np.zeros((0, len(names)))
     scores = rule.score(stacked, names, seed)
     if replicates and scores.ndim == 1:
         scores = np.broadcast_to(scores, (len(next(iter(replicates.values()))), len(names)))
     if number is None:
-        number = default_number(n_layers) * (1 if rule.kind == "layer" else n_heads)
+        number = default_number(len(layers)) if rule.kind == "layer" else default_number(len(attending)) * n_heads
     if not 1 <= number <= len(names):
         raise SettingsError(f"{number} {rule.kind}s to select by {name}: the model has {len(names)}, choose from 1 to {len(names)}")
     return _Ranked(rule.kind, layer, head, names, scores, number)
@@ -285,16 +295,22 @@ def _of_rows(table: pd.DataFrame, name: str, rows: str) -> pd.DataFrame:
 
 
 def _column(
-    column: str, table: pd.DataFrame, kind: Kind, names: list[str], replicates: Mapping[str, np.ndarray], shape: tuple[int, int]
+    column: str, table: pd.DataFrame, kind: Kind, names: list[str], replicates: Mapping[str, np.ndarray], grid: tuple[list[int], int]
 ) -> np.ndarray:
-    """Return a column over the candidates: resampled (replicates, n) where that was done, else (n,) from the table."""
+    """Return a column over the candidates: resampled (replicates, n) where that was done, else (n,) from the table; `grid`: layers with heads, heads."""
     if column in replicates:
         resampled = np.asarray(replicates[column], dtype=np.float64)
+        shape = len(grid[0]), grid[1]
         if resampled.ndim != 3 or resampled.shape[1:] != shape:
             raise SettingsError(
                 f"resampled {column} has shape {resampled.shape}: give (replicates, {shape[0]}, {shape[1]}) for these tables"
             )
-        return resampled.mean(axis=2) if kind == "layer" else resampled.reshape(len(resampled), -1)
+        if kind == "head":
+            return resampled.reshape(len(resampled), -1)
+        # a layer without heads keeps its value from the table
+        whole = np.tile(table[column].to_numpy(dtype=np.float64), (len(resampled), 1))
+        whole[:, np.isin(table["layer"], grid[0])] = resampled.mean(axis=2)
+        return whole
     if column not in table.columns:
         raise SettingsError(
             f"the {kind}s table has no column {column!r}, which the rule ranks by: choose another rule or run the difference again"

@@ -7,7 +7,7 @@ corrected over all heads (layers) of that kind of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -46,13 +46,16 @@ _HEADS = (
 )
 
 
-def heads_table(accumulated: Accumulated, weight_change: np.ndarray, smallest: SmallestEffects | None = None) -> pd.DataFrame:
-    """Build the table `heads`, one row per kind of rows, layer and head; `weight_change` is ``(layer, head)``."""
+def heads_table(
+    accumulated: Accumulated, weight_change: np.ndarray, smallest: SmallestEffects | None = None, *, layers: Sequence[int]
+) -> pd.DataFrame:
+    """Build the table `heads`, one row per kind of rows, layer and head; `weight_change` is ``(layer, head)``, `layers` are those that attend."""
     estimates = estimate(accumulated.heads)
     names = accumulated.head_measures
     wanted = (*_HEADS, *(name for name in GINI_MEASURES if name in names))
     n_layers, n_heads = weight_change.shape
     layer, head = (index.ravel() for index in np.indices((n_layers, n_heads)))
+    layer = np.array(layers)[layer]
     tables = []
     for index, rows in enumerate(ROWS):
         columns = _columns(estimates, names, index)
@@ -91,14 +94,15 @@ def layers_table(
                 "layer": list(layers),
                 "n": columns["kl_base_tuned_n"],
                 **{name: columns[name] for name in LAYER_MEASURES[:3]},
-                "share_focused": [float(focused[rows, layer]) for layer in layers],
+                "share_focused": [float(focused.get((rows, layer), np.nan)) for layer in layers],
                 **{name: columns[name] for name in LAYER_MEASURES[3:]},
                 "cka": [_geometry(cka, accumulated, rows, layer) for layer in layers],
                 "rsa": [_geometry(rsa, accumulated, rows, layer) for layer in layers],
                 "weight_change": weight_change,
             }
         )
-        table["score"] = layer_score(table)
+        # layers without heads have no attention to be ranked by
+        table["score"] = layer_score(table[table["layer"].isin(heads["layer"])])
         bounds = {f"{name}_{end}": columns[f"{name}_{end}"] for name in LAYER_MEASURES for end in ("se", "low", "high")}
         bounds |= {f"{name}_n": columns[f"{name}_n"] for name in LAYER_MEASURES if "write_change" in name}
         bounds |= _verdicts("layers", accumulated.layers, LAYER_MEASURES, index, smallest)

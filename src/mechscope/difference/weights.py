@@ -41,13 +41,16 @@ class WeightDifference:
 
     Attributes:
         table: One row per matrix and vector; the columns of `weights.parquet`.
-        heads: ``(layer, head)``: relative change of a head's slices of query, key, value and output projection together.
+        heads: ``(layer, head)``: relative change of a head's slices of query, key, value and output projection (and gate, in families that have one)
+            together; of the layers that attend.
         layers: ``(layer,)``: relative change of all weights of a block together.
+        attending: The layers that attend.
     """
 
     table: pd.DataFrame
     heads: np.ndarray
     layers: np.ndarray
+    attending: tuple[int, ...]
 
     __repr__ = by_shape
 
@@ -90,7 +93,7 @@ def compare_weights_of(pairs: Sequence[Pair], *, spectra: bool = True, execution
     execution.told("comparing weights", len(sizes), len(sizes))
     tables = [pd.DataFrame([row for name in base for row in rows[name][number]]) for number, (base, _) in enumerate(sides)]
     return [
-        WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table))
+        WeightDifference(table, _heads(pair, base, tuned), _layers(pair, table), pair.base.anatomy.attending)
         for pair, (base, tuned), table in zip(pairs, sides, tables, strict=True)
     ]
 
@@ -138,8 +141,8 @@ def _require_alike(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]
 
 
 def _readers(subject: Subject) -> Iterator[tuple[int, str, Slice]]:
-    for layer, block in enumerate(subject.anatomy.blocks):
-        for part, where in (("query", block.query), ("key", block.key), ("value", block.value), ("output", block.output)):
+    for layer in subject.anatomy.attending:
+        for part, where in subject.anatomy.blocks[layer].own_heads.slices.items():
             yield layer, part, where
 
 
@@ -151,6 +154,8 @@ def _parts(pair: Pair, name: str, base: Tensor, tuned: Tensor) -> list[tuple[str
     tuned = tuned.to(base.device)
     if key == "weight" and base.ndim == 2 and is_conv1d(pair.base.plain.get_submodule(module_name)):
         base, tuned = base.T, tuned.T
+    if base.ndim == 3 and key in ("weight", "bias"):  # a convolution over tokens
+        return [("", base.flatten(1), tuned.flatten(1))]
     if base.ndim == 3:  # experts side by side
         return [(f"e{expert}", own, other) for expert, (own, other) in enumerate(zip(base, tuned, strict=True))]
     fused = [(part, where) for _, part, where in _readers(pair.base) if where.name == module_name]
@@ -177,7 +182,9 @@ def _place(subject: Subject, name: str, part: str) -> tuple[int, str]:
 
 
 def _unnamed(block: Block, name: str) -> str:
-    """Return the kind of a block's parameter that no linear map holds."""
+    """Return the kind of a block's parameter that no linear map of attention or the MLP holds."""
+    if block.mixer is not None and name.startswith(f"{block.mixer.name}."):
+        return "mixer"
     if block.experts is not None and name.startswith(f"{block.experts.name}."):
         return "expert"
     return "router" if block.experts is not None and name.startswith(block.mlp_prefix) else "norm"
@@ -186,7 +193,7 @@ def _unnamed(block: Block, name: str) -> str:
 def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.ndarray:
     """Return the relative change of every head's own slices; a shared key/value slice counts for each head that reads it."""
     anatomy = pair.base.anatomy
-    squares: list[list[Tensor]] = [[] for _ in range(anatomy.n_layers)]
+    squares: dict[int, list[Tensor]] = {layer: [] for layer in anatomy.attending}
     for layer, _, where in _readers(pair.base):
         first, second = (weights[f"{where.name}.weight"] for weights in (base, tuned))
         own, new = (_by_stored_head(where, weight) for weight in (first, second.to(first.device)))
@@ -195,7 +202,7 @@ def _heads(pair: Pair, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> np.
         of_heads = of_stored[:, index_for([stored.index(start) for start in where.starts], of_stored)]
         squares[layer].append(of_heads.to(pair.base.device))
     # fetched once: a wait for every head's number would leave the device without work
-    change, size = torch.stack([torch.stack(parts).sum(0) for parts in squares], dim=1).cpu().numpy()
+    change, size = torch.stack([torch.stack(parts).sum(0) for parts in squares.values()], dim=1).cpu().numpy()
     relative: np.ndarray = np.sqrt(change / size)
     return relative
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mechscope.data.prompt import Batch
 from mechscope.difference.rows import row_means
+from mechscope.errors import ModelError
 from mechscope.instrument import Walk
 from mechscope.instrument.kernels import statistics_dtype
 from mechscope.instrument.norms import Norm, recognised
@@ -42,21 +43,21 @@ class Written:
     """What the parts of one block read and wrote.
 
     Attributes:
-        read: What the output projection read: the heads' z, ``(batch, token, head · d_head)``.
-        attention: What attention added to the residual stream, ``(batch, token, d_model)``.
+        attention: What attention added to the residual stream, or what mixes tokens in a layer that does not attend, ``(batch, token, d_model)``.
         mlp: What the MLP added.
+        read: What the output projection read: the heads' z, ``(batch, token, head · d_head)``; None in a layer that does not attend.
         projected: What the output projection returned, where a norm stands behind it.
     """
 
-    read: Float[Tensor, "batch token features"]
     attention: Float[Tensor, "batch token d_model"]
     mlp: Float[Tensor, "batch token d_model"]
+    read: Float[Tensor, "batch token features"] | None = None
     projected: Float[Tensor, "batch token d_model"] | None = None
 
     def of_texts(self, at: list[int]) -> Written:
         """Return the same of some texts of the batch."""
-        read, attention, mlp = (value[index_for(at, value)] for value in (self.read, self.attention, self.mlp))
-        return Written(read, attention, mlp, None if self.projected is None else self.projected[index_for(at, self.projected)])
+        parts = {name: value for name, value in vars(self).items() if value is not None}
+        return Written(**{name: value[index_for(at, value)] for name, value in parts.items()})
 
 
 class Recorder:
@@ -110,12 +111,13 @@ def writing(subject: Subject) -> Iterator[Recorder]:
     recorder, handles = Recorder(), []
     for block in subject.anatomy.blocks:
         handles += [
-            block.output.module.register_forward_pre_hook(recorder.read),
-            block.attention_write.register_forward_hook(recorder.attention),
+            block.mixing.write.register_forward_hook(recorder.attention),
             block.mlp_write.register_forward_hook(recorder.mlp),
         ]
-        if block.attention_write is not block.attention:
-            handles.append(block.output.module.register_forward_hook(recorder.projected))
+        if block.attends:
+            handles.append(block.output.module.register_forward_pre_hook(recorder.read))
+            if block.attention_write is not block.attention:
+                handles.append(block.output.module.register_forward_hook(recorder.projected))
     try:
         yield recorder
     finally:
@@ -143,12 +145,14 @@ class Writers:
             # columns of [W; ΔW]ᵀ keep their digits one by one, so a small ΔW is not lost beside W
             stacked = torch.cat([base, tuned.to(base.device) - base], dim=1)
             self._factors[layer] = torch.linalg.qr(stacked.mT, mode="r").R.mT.contiguous()
-            if len(self._factors) == self.anatomy.n_layers:
+            if len(self._factors) == len(self.anatomy.attending):
                 self._weights = []
         return self._factors[layer]
 
     def handed_over(self, side: int, layer: int, written: Written) -> Float[Tensor, "batch token head d_head"]:
         """Return each head's z as its weights read it: times the scale of a norm behind attention."""
+        if written.read is None:
+            raise ModelError(f"layer {layer} does not attend: it has no heads that write")
         z = written.read.to(statistics_dtype(written.read.dtype)).unflatten(-1, (self.anatomy.n_heads, self.anatomy.d_head))
         norm = self._norm(side, layer)
         if norm is None or written.projected is None:
@@ -183,7 +187,7 @@ class Writers:
 
 def _output_weights(subject: Subject) -> dict[str, Tensor]:
     """Return the output projections of all layers as they act, an adapter's change included."""
-    wanted = {f"{block.output.name}.weight" for block in subject.anatomy.blocks}
+    wanted = {f"{block.output.name}.weight" for block in subject.anatomy.blocks if block.attends}
     return {name: weight for name, weight in subject.weights() if name in wanted}
 
 
@@ -192,7 +196,7 @@ class WriteChanges:
     """How much what a layer's parts write changed, relative to what the base's write: per document and kind of row.
 
     Attributes:
-        heads: ``(batch, rows, 1, head)``.
+        heads: ``(batch, rows, 1, head)``; in a layer that does not attend one number, of its mixer.
         mlp: ``(batch, rows, 1)``.
     """
 
@@ -207,8 +211,11 @@ def write_changes(writers: Writers, layer: int, base: Written, tuned: Written, r
 
     A ratio of means and not a mean of ratios: on tokens where a head writes next to nothing (it attends to the first one) a ratio means nothing.
     """
-    heads = [row_means(x.to(rows.device), rows) for x in _of_heads(writers, layer, base, tuned)]
-    mlp = [row_means(x.to(rows.device)[:, None], rows) for x in _of_mlp(base, tuned)]
+    if base.read is None:
+        heads = [row_means(x.to(rows.device)[:, None], rows) for x in _of_whole(base.attention, tuned.attention)]
+    else:
+        heads = [row_means(x.to(rows.device), rows) for x in _of_heads(writers, layer, base, tuned)]
+    mlp = [row_means(x.to(rows.device)[:, None], rows) for x in _of_whole(base.mlp, tuned.mlp)]
     return WriteChanges(_ratio(*heads)[:, :, None], _ratio(*mlp))
 
 
@@ -227,10 +234,10 @@ def _of_heads(writers: Writers, layer: int, base: Written, tuned: Written) -> tu
     return (moved @ factor).norm(dim=-1), (z.transpose(1, 2) @ factor[:, :width, :width]).norm(dim=-1)
 
 
-def _of_mlp(base: Written, tuned: Written) -> tuple[Tensor, Tensor]:
-    """Return the same of a layer's MLP, both ``(batch, token)``."""
-    first = base.mlp.to(statistics_dtype(base.mlp.dtype))
-    second = tuned.mlp.to(first.device).to(statistics_dtype(tuned.mlp.dtype))
+def _of_whole(base: Float[Tensor, "batch token d_model"], tuned: Float[Tensor, "batch token d_model"]) -> tuple[Tensor, Tensor]:
+    """Return the same of what a layer's MLP or mixer writes, both ``(batch, token)``."""
+    first = base.to(statistics_dtype(base.dtype))
+    second = tuned.to(first.device).to(statistics_dtype(tuned.dtype))
     return (second - first).norm(dim=-1), first.norm(dim=-1)
 
 
@@ -263,7 +270,8 @@ class SameInput:
             rows: Which query rows are averaged.
         """
         anatomy, (texts, kinds) = writers.anatomy, rows.shape[:2]
-        heads = torch.full((texts, kinds, 1, anatomy.n_heads), torch.nan, dtype=torch.float64, device=rows.device)
+        parts = anatomy.n_heads if anatomy.blocks[layer].attends else 1
+        heads = torch.full((texts, kinds, 1, parts), torch.nan, dtype=torch.float64, device=rows.device)
         mlp = torch.full((texts, kinds, 1), torch.nan, dtype=torch.float64, device=rows.device)
         if self._walk is None:
             return WriteChanges(heads, mlp)

@@ -113,7 +113,10 @@ class Latents:
         first = dictionary.layout.inputs[0]
         self._subject = subject_of(models, first)
         # what an MLP reads stands behind the attention of its own block
-        self._layers = tuple(range(first.layer + 1)) if heads else ()
+        anatomy = self._subject.anatomy
+        # where something stands between heads and W_O, what they write is not z times a weight
+        wanted = heads and self._subject.heads_write
+        self._layers = tuple(layer for layer in anatomy.attending if layer <= first.layer) if wanted else ()
         self.head_names = [f"a{layer}.h{head}" for layer in self._layers for head in range(self._subject.anatomy.n_heads)]
         self._grams = {layer: _gram(self._subject, layer) for layer in self._layers}
 

@@ -105,7 +105,7 @@ def run_probes(
         execution: Tokens of a batch (4,096 by default), progress.
 
     Returns:
-        The numbers, in the order of the texts.
+        The numbers, in the order of the texts; of the layers that attend.
 
     Raises:
         SettingsError: There are no texts.
@@ -120,7 +120,7 @@ def run_probes(
         with observed(subject, tap):
             run_backbone(subject, batch.clean, batch.real)
         # fetched when all layers are on their way: no device is waited for in between
-        values = torch.stack([layers[layer].cpu() for layer in range(subject.anatomy.n_layers)])
+        values = torch.stack([layers[layer].cpu() for layer in subject.anatomy.attending])
         return {"values": values.movedim(1, -1).numpy()}
 
     gathered = PerText(texts)

@@ -90,31 +90,38 @@ def copying_roles(subject: Subject, *, n: int = 256, effective: bool = False, ex
     forms, vocabulary, anatomy = Forms(subject), Vocabulary(subject, effective=effective), subject.anatomy
     order = torch.randperm(vocabulary.size, generator=torch.Generator().manual_seed(execution.seed))
     tokens, steps = order[:n].sort().values, successions(subject)
-    own = np.empty((len(tokens), anatomy.n_layers, anatomy.n_heads))
-    next_one = np.empty((len(steps), anatomy.n_layers, anatomy.n_heads))
-    turned = np.empty((2, DRAWS, anatomy.n_layers, anatomy.n_heads))
+    layers = anatomy.attending
+    own = np.empty((len(tokens), len(layers), anatomy.n_heads))
+    next_one = np.empty((len(steps), len(layers), anatomy.n_heads))
+    turned = np.empty((2, DRAWS, len(layers), anatomy.n_heads))
     chance = np.array([1 / len(step.others) for step in steps])
     random = np.random.default_rng(execution.seed)
     for layer, head in anatomy.heads():
         form = forms.ov(layer, head)
         a, b = vocabulary.read(form, layer), vocabulary.written(form.right)
-        own[:, layer, head] = _ranks(a, b.to(a), tokens)
-        next_one[:, layer, head] = [_succeeds(a[step.token], b.to(a), step) for step in steps]
+        row = layers.index(layer)
+        own[:, row, head] = _ranks(a, b.to(a), tokens)
+        next_one[:, row, head] = [_succeeds(a[step.token], b.to(a), step) for step in steps]
         for draw, turn in enumerate(torch.from_numpy(orthogonal(anatomy.d_head, DRAWS, random)).to(a)):
             # among the sampled tokens alone, which are as good as all
-            turned[0, draw, layer, head] = _ranks(a[tokens] @ turn, b[tokens].to(a), torch.arange(len(tokens))).mean() - 0.5
-            turned[1, draw, layer, head] = (
+            turned[0, draw, row, head] = _ranks(a[tokens] @ turn, b[tokens].to(a), torch.arange(len(tokens))).mean() - 0.5
+            turned[1, draw, row, head] = (
                 np.mean([_succeeds(a[step.token] @ turn, b.to(a), step) for step in steps] - chance) if steps else np.nan
             )
-        execution.told("reading what heads copy", layer * anatomy.n_heads + head + 1, anatomy.n_layers * anatomy.n_heads)
+        execution.told("reading what heads copy", row * anatomy.n_heads + head + 1, len(layers) * anatomy.n_heads)
     names = tuple(map(str, tokens.tolist()))
     even = np.full_like(own, 0.5)
-    roles = [RoleScores(COPYING, names, own, even, turned[0]), RoleScores(NEGATIVE_OV, names, 1 - own, even, -turned[0])]
+    roles = [
+        RoleScores(COPYING, names, own, even, turned[0], layers=layers),
+        RoleScores(NEGATIVE_OV, names, 1 - own, even, -turned[0], layers=layers),
+    ]
     if not steps:
         log.info("%s: its tokenizer has too few days, months, numbers and letters as single tokens for the role successor", subject.source)
     else:
         ids = tuple(f"{step.token}>{step.others[0]}" for step in steps)
-        roles.append(RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance[:, None, None], next_one.shape).copy(), turned[1]))
+        roles.append(
+            RoleScores(SUCCESSOR, ids, next_one, np.broadcast_to(chance[:, None, None], next_one.shape).copy(), turned[1], layers=layers)
+        )
     return tuple(roles)
 
 

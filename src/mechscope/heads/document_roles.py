@@ -89,10 +89,12 @@ def document_roles(
     _check_lead(encoded, lead)
     values = run_probes(subject, pairs, _Documents(lead), execution=execution)
     roles = (WITHIN_DOCUMENT, WITHIN_SUMMARY, TO_DOCUMENT, *(() if lead is None else (LEAD,)), RETRIEVAL)
-    texts = tuple(pair.id for pair in pairs)
+    texts, layers = tuple(pair.id for pair in pairs), subject.anatomy.attending
     turned = run_probes(subject, pairs.first(TEXTS), Turns(subject, seed=execution.seed).each(_retrieved_of), execution=execution)
     chance = {RETRIEVAL: mean_excess(turned[..., 0, :], turned[..., 1, :])}
-    return tuple(RoleScores(role, texts, values[..., at, 0], values[..., at, 1], chance.get(role)) for at, role in enumerate(roles))
+    return tuple(
+        RoleScores(role, texts, values[..., at, 0], values[..., at, 1], chance.get(role), layers=layers) for at, role in enumerate(roles)
+    )
 
 
 def lead_spans(

@@ -85,10 +85,13 @@ def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution
     check_fits(subject, pairs)
     clean = run_probes(subject, pairs, _facts, execution=execution)
     corrupt = run_probes(subject, pairs.swapped(), _followed, execution=execution)
-    texts = tuple(pair.id for pair in pairs)
+    texts, layers = tuple(pair.id for pair in pairs), subject.anatomy.attending
     few, followed = pairs.first(TEXTS), Turns(subject, seed=execution.seed).each(_followed)
     turned = mean_excess(*(run_probes(subject, of, followed, execution=execution) for of in (few, few.swapped())))
-    return (RoleScores(ENTITY, texts, clean[..., 0], corrupt, turned), RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2]))
+    return (
+        RoleScores(ENTITY, texts, clean[..., 0], corrupt, turned, layers=layers),
+        RoleScores(SALIENCE, texts, clean[..., 1], clean[..., 2], layers=layers),
+    )
 
 
 def entity_pairs(tokenizer: PreTrainedTokenizerBase | None, n: int, *, seed: int = 0, max_tokens: int) -> Pairs:

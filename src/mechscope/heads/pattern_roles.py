@@ -99,14 +99,14 @@ def pattern_roles(subject: Subject, *, n: int = 32, execution: Execution = Execu
     turned = run_probes(subject, few, turns.each(_looks), execution=execution)
     turned_control = run_probes(subject, few.swapped(), turns.each(_looks), execution=execution)
     again, behind, previous, offset_null, previous_null, sink_null, sink, broad = (control[..., at] for at in range(8))
-    evenly = control[: len(few), ..., 3:5, None]
+    evenly, layers = control[: len(few), ..., 3:5, None], subject.anatomy.attending
     return (
-        RoleScores(PREVIOUS, names, previous, previous_null, mean_excess(turned_control[..., 2, :], evenly[..., 1, :])),
-        RoleScores(DUPLICATE, names, repeated[..., 0], again, mean_excess(turned[..., 0, :], turned_control[..., 0, :])),
-        RoleScores(INDUCTION, names, repeated[..., 1], behind, mean_excess(turned[..., 1, :], turned_control[..., 1, :])),
-        RoleScores(OFFSET, names, behind, offset_null, mean_excess(turned_control[..., 1, :], evenly[..., 0, :])),
-        RoleScores(SINK, names, sink, sink_null),
-        RoleScores(BROAD, names, broad, broad * 0 + 1),
+        RoleScores(PREVIOUS, names, previous, previous_null, mean_excess(turned_control[..., 2, :], evenly[..., 1, :]), layers=layers),
+        RoleScores(DUPLICATE, names, repeated[..., 0], again, mean_excess(turned[..., 0, :], turned_control[..., 0, :]), layers=layers),
+        RoleScores(INDUCTION, names, repeated[..., 1], behind, mean_excess(turned[..., 1, :], turned_control[..., 1, :]), layers=layers),
+        RoleScores(OFFSET, names, behind, offset_null, mean_excess(turned_control[..., 1, :], evenly[..., 0, :]), layers=layers),
+        RoleScores(SINK, names, sink, sink_null, layers=layers),
+        RoleScores(BROAD, names, broad, broad * 0 + 1, layers=layers),
     )
 
 

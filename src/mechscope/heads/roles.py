@@ -59,6 +59,7 @@ class RoleScores:
         score: ``(text, layer, head)``; NaN where a text says nothing.
         null: What chance gives on the same text, in the same shape.
         turned: ``(draw, layer, head)``: the mean excess of the same heads under each random turn; without, no head is given the role.
+        layers: Which layers these are: those that attend; None for all, counted from zero.
     """
 
     role: Role
@@ -66,6 +67,7 @@ class RoleScores:
     score: Float[np.ndarray, "text layer head"]
     null: Float[np.ndarray, "text layer head"]
     turned: Float[np.ndarray, "draw layer head"] | None = None
+    layers: tuple[int, ...] | None = None
 
     __repr__ = by_shape
 
@@ -75,6 +77,8 @@ class RoleScores:
                 f"role {self.role.name!r}: scores {self.score.shape} and nulls {self.null.shape} for {len(self.texts)} texts: "
                 "give both as (text, layer, head)"
             )
+        if self.layers is not None and len(self.layers) != self.score.shape[1]:
+            raise DataError(f"role {self.role.name!r}: scores of {self.score.shape[1]} layers for layers {self.layers}: name each of them")
         if self.turned is not None and self.turned.shape[1:] != self.score.shape[1:]:
             raise DataError(
                 f"role {self.role.name!r}: scores {self.score.shape} and turned heads {self.turned.shape}: give those as (draw, layer, head)"
@@ -123,7 +127,7 @@ def _table(scores: RoleScores, model: str) -> pd.DataFrame:
         "q": q,
         "has_role": (above.mean >= threshold) & (q <= _FALSE_DISCOVERIES) & (above.low > 0),
     }
-    return _rows({"model": model, "role": scores.role.name}, above.n, columns)
+    return _rows({"model": model, "role": scores.role.name}, above.n, columns, scores.layers)
 
 
 def _chance(scores: RoleScores, excess: Float[np.ndarray, "layer head"]) -> tuple[Float[np.ndarray, "layer head"], float]:
@@ -134,8 +138,9 @@ def _chance(scores: RoleScores, excess: Float[np.ndarray, "layer head"]) -> tupl
     return q, max(scores.role.least, reached(scores.turned, int((q <= _FALSE_DISCOVERIES).sum()), _FALSE_DISCOVERIES))
 
 
-def _rows(names: Mapping[str, str], n: np.ndarray, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def _rows(names: Mapping[str, str], n: np.ndarray, columns: Mapping[str, np.ndarray], layers: tuple[int, ...] | None) -> pd.DataFrame:
     layer, head = (index.ravel() for index in np.indices(n.shape))
+    layer = layer if layers is None else np.array(layers)[layer]
     component = [f"a{one}.h{two}" for one, two in zip(layer, head, strict=True)]
     values = {name: value.ravel() for name, value in columns.items()}
     return pd.DataFrame({**names, "layer": layer, "head": head, "component": component, "n": n.ravel(), **values})
@@ -175,7 +180,7 @@ def role_changes(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> pd.
         # a head that stands at the threshold crosses it by next to nothing
         surely = np.where(q < _FALSE_DISCOVERIES, np.sign(columns["change"]), 0)
         columns |= {"q": q, "gained": has_after & ~has_before & (surely > 0), "lost": has_before & ~has_after & (surely < 0)}
-        tables.append(_rows({"role": one.role.name}, (~silent).sum(0), columns))
+        tables.append(_rows({"role": one.role.name}, (~silent).sum(0), columns, one.layers))
         wholes.append(_of_all_heads(one.role, *(_text_means(scores.score, silent) for scores in (one, two))))
     order = ["role", *_HEAD, "n", *_CHANGE, "q", "gained", "lost"]
     if not tables:
@@ -197,7 +202,7 @@ def _paired(base: Sequence[RoleScores], tuned: Sequence[RoleScores]) -> list[tup
     if names[0] != names[1]:
         raise DataError(f"base is scored for the roles {names[0]}, tuned for {names[1]}: score both for the same")
     for one, two in zip(base, tuned, strict=True):
-        if one.texts != two.texts or one.score.shape != two.score.shape:
+        if one.texts != two.texts or one.score.shape != two.score.shape or one.layers != two.layers:
             raise DataError(
                 f"role {one.role.name!r}: base has {one.score.shape} scores (text, layer, head), tuned {two.score.shape}, or of other texts: "
                 "score both on the same texts"

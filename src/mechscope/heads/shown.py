@@ -45,6 +45,8 @@ def attention_edges(
     for layer, head in heads:
         if not (0 <= layer < anatomy.n_layers and 0 <= head < anatomy.n_heads):
             raise SettingsError(f"head a{layer}.h{head} does not exist: the model has {anatomy.n_layers} layers of {anatomy.n_heads} heads")
+        if layer in anatomy.mixing:
+            raise SettingsError(f"head a{layer}.h{head} does not exist: {anatomy.instead(layer)}")
     if not 0 < len(input_ids) <= anatomy.max_positions:
         raise DataError(f"the text has {len(input_ids):,} tokens, the model reads 1 to {anatomy.max_positions:,}")
     wanted: dict[int, list[int]] = defaultdict(list)

@@ -105,12 +105,12 @@ def roles_on(subject: Subject, pairs: Pairs, *, execution: Execution = Execution
     check_fits(subject, pairs)  # before a name is looked up in the unembedding
     names = _names(pairs)
     score, null = (_Jobs(subject, names).run(texts, execution) for texts in (pairs, pairs.swapped()))
-    texts = tuple(pair.id for pair in pairs)
+    texts, layers = tuple(pair.id for pair in pairs), subject.anatomy.attending
     few, turns = pairs.first(TEXTS), Turns(subject, seed=execution.seed)
     turned = [run_probes(subject, of, turns.each(_Jobs(subject, names)), execution=execution) for of in (few, few.swapped())]
     # the direct effect of turned heads lacks the final norm's scale, and is not ascribed
     chance = [None if role.least is None else mean_excess(*(one[..., at, :] for one in turned)) for at, role in enumerate(ROLES)]
-    return tuple(RoleScores(role, texts, score[..., at], null[..., at], chance[at]) for at, role in enumerate(ROLES))
+    return tuple(RoleScores(role, texts, score[..., at], null[..., at], chance[at], layers=layers) for at, role in enumerate(ROLES))
 
 
 def _place(pair: PromptPair, name: str) -> int:

@@ -206,7 +206,8 @@ def observed(subject: Subject, tap: Tap | None = None, *, rewrite: Rewrite | Non
     before = config._attn_implementation
     if before != NAME:
         subject.plain.set_attn_implementation(NAME)
-    entries = [(block.attention, _Watch(layer, tap, rewrite)) for layer, block in enumerate(subject.anatomy.blocks)]
+    blocks = subject.anatomy.blocks
+    entries = [(blocks[layer].attention, _Watch(layer, tap, rewrite)) for layer in subject.anatomy.attending]
     for module, entry in entries:
         _WATCHES.setdefault(module, []).append(entry)
     try:

@@ -22,7 +22,18 @@ from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.placement import index_for, sent
 
 EditSite = Literal[
-    "embedding", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "expert_output", "mlp_output", "residual"
+    "embedding",
+    "query",
+    "key",
+    "value",
+    "pattern",
+    "z",
+    "attention_output",
+    "mixer_output",
+    "neuron",
+    "expert_output",
+    "mlp_output",
+    "residual",
 ]
 # in the order in which a block reaches them; `embedding` is what the first block reads
 EDIT_SITES: tuple[str, ...] = get_args(EditSite)
@@ -129,6 +140,10 @@ def validate(changes: Sequence[Change], anatomy: Anatomy) -> None:
             raise SettingsError(f"site {change.site!r} cannot be changed: the sites are {', '.join(EDIT_SITES)}")
         if not 0 <= change.layer < anatomy.n_layers:
             raise SettingsError(f"layer {change.layer} does not exist: the model has layers 0-{anatomy.n_layers - 1}")
+        layer_mixes = change.layer in anatomy.mixing
+        of_attention = change.site in HEAD_SITES or change.site in ("attention_output", "mask")
+        if (of_attention and layer_mixes) or (change.site == "mixer_output" and not layer_mixes):
+            raise SettingsError(f"layer {change.layer} has no {change.site} to change: {anatomy.instead(change.layer)}")
         for head in change.heads or ():
             if not 0 <= head < anatomy.n_heads:
                 raise SettingsError(f"head a{change.layer}.h{head} does not exist: the model has heads 0-{anatomy.n_heads - 1}")

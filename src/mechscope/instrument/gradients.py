@@ -85,11 +85,12 @@ def gradients(
     with torch.enable_grad(), observed(subject, graph.tap, rewrite=graph.rewrite), contextlib.ExitStack() as stack:
         walk = Walk(subject, input_ids, None if real is None or bool(real.all()) else real)
         graph.hook(stack, drop=drop)
-        if site not in ("attention_output", "neuron", "mlp_output"):
+        if site not in ("attention_output", "mixer_output", "neuron", "mlp_output"):
             last = anatomy.blocks[-1]
             rows = (reading.example * input_ids.shape[1] + reading.position).unique()
-            for first, end in ((last.output.module, last.output.module), (last.mlp_read, last.mlp_write)):
-                stack.enter_context(only_at(first, end, rows))
+            if last.attends:
+                stack.enter_context(only_at(last.output.module, last.output.module, rows))
+            stack.enter_context(only_at(last.mlp_read, last.mlp_write, rows))
         start = walk.hidden.detach().requires_grad_()
         if site == "embedding":
             graph.values[0] = start
@@ -115,7 +116,7 @@ def gradients(
         return value.transpose(1, 2) if site in ("query", "key", "value") else by_token(value)
 
     # of what is added to the residual stream, not of what the module gives
-    factors = [anatomy.blocks[layer].multiplier if site in ("attention_output", "mlp_output") else 1.0 for layer in layers]
+    factors = [anatomy.blocks[layer].multiplier if site in ("attention_output", "mixer_output", "mlp_output") else 1.0 for layer in layers]
     values = {layer: shaped(graph.values[layer], factor) for layer, factor in zip(layers, factors, strict=True)}
     by_layer = [
         {layer: shaped(g, 1 / factor) for layer, g, factor in zip(layers, one[: len(layers)], factors, strict=True)} for one in passes
@@ -166,14 +167,14 @@ class _Graph:
             match self.site:
                 case "residual":
                     self._catch(stack, block.module, layer)
-                case "attention_output":
-                    self._catch(stack, block.attention_write, layer)
+                case "attention_output" | "mixer_output" if self.site == block.mixing_site:
+                    self._catch(stack, block.mixing.write, layer)
                 case "mlp_output":
                     self._catch(stack, block.mlp_write, layer)
                 case "neuron":
                     self._catch_input(stack, block.mlp_down, layer)
             if drop:
-                for module in (block.attention_write, block.mlp_write):
+                for module in (block.mixing.write, block.mlp_write):
                     self._drop(stack, module, layer)
 
     def _catch(self, stack: contextlib.ExitStack, module: nn.Module, layer: int) -> None:

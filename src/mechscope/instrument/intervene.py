@@ -76,7 +76,7 @@ def _hook(subject: Subject, layer: int, site: str, edits: list[Edit], stack: con
     shape: dict[str, Any] = {}
 
     # what is edited is what is added to the residual stream
-    factor = block.multiplier if site in ("attention_output", "mlp_output") else 1.0
+    factor = block.multiplier if site in ("attention_output", "mixer_output", "mlp_output") else 1.0
 
     def changed(value: Tensor) -> Tensor:
         if factor != 1.0:
@@ -111,8 +111,8 @@ def _hook(subject: Subject, layer: int, site: str, edits: list[Edit], stack: con
             on_input(block.module)
         case "neuron":
             on_input(block.mlp_down)
-        case "attention_output":
-            on_output(block.attention_write)
+        case "attention_output" | "mixer_output":
+            on_output(block.mixing.write)
         case "mlp_output":
             on_output(block.mlp_write)
         case "residual":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mechscope.errors import ModelError
 from mechscope.instrument.attention import AttentionInputs, attend, observed
 from mechscope.instrument.outputs import tensor_of
-from mechscope.instrument.substitutes import stubbed
+from mechscope.instrument.substitutes import stubbed, writing_instead
 from mechscope.instrument.walk import Walk
 from mechscope.subject.anatomy import Block, Slice
 from mechscope.subject.load import Subject
@@ -98,6 +98,9 @@ def _outputs(block: Block, given: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
         where = slices[part]
         module = where.module
         sharing = [name for name in PARTS if slices[name].module is module]
+        if part == "query" and block.own_heads.gate is not None:
+            # each head's gate stands behind its query; attention is over before it acts
+            values = torch.cat([values, torch.zeros_like(values)], dim=-1)
         if len(sharing) == 1:
             outputs[module] = values.flatten(2)
             continue
@@ -120,13 +123,10 @@ def _first_of_each(part: Slice) -> list[int]:
 
 @contextmanager
 def without_attention(subject: Subject, layer: int, like: Tensor) -> Iterator[None]:
-    """Let a block's attention write nothing, so that its MLP reads the block's input."""
+    """Let a block's attention, or what mixes tokens there instead, write nothing, so that its MLP reads the block's input."""
     block = subject.anatomy.blocks[layer]
     nothing = torch.zeros_like(like)
-    with ExitStack() as stack:
-        stack.enter_context(stubbed(block.attention, (nothing, None)))
-        if block.attention_write is not block.attention:
-            stack.enter_context(stubbed(block.attention_write, nothing))
+    with writing_instead(block, nothing, nothing):
         yield
 
 

@@ -2,7 +2,8 @@
 
 `record` is a context manager: inside it any forward pass of the model (its own call, a `Walk`, `generate`) fills the recording with the
 chosen sites and nothing else. Values are those of the last pass. What is written to the residual stream is recorded as it is added, so
-h_L = embedding + Σ attention_output + Σ mlp_output for families that add plainly (checked at load).
+h_L = embedding + Σ attention_output + Σ mlp_output for families that add plainly (checked at load); of layers that mix tokens in another way than by
+attention `mixer_output` stands in its place.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechscope.errors import SettingsError
+from mechscope.errors import ModelError, SettingsError
 from mechscope.instrument.attention import AttentionCall, observed
 from mechscope.instrument.experts import ExpertOutputs, taken_apart
 from mechscope.instrument.outputs import tensor_of
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.routers import mixtures
 from mechscope.shapes import short
+from mechscope.subject.anatomy import Anatomy
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import require_in_memory
 
@@ -37,6 +39,7 @@ Site = Literal[
     "z",
     "head_output",
     "attention_output",
+    "mixer_output",
     "mlp_input",
     "neuron",
     "expert_output",
@@ -53,8 +56,8 @@ _ATTENTION_SITES = {"query", "key", "value", "pattern", "z", "head_output"}
 class Recording:
     """What was recorded, by site and layer.
 
-    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mlp_input` (what the MLP reads: behind its norm), `mlp_output`
-    ``(batch, token, d_model)``; `query` and `z`
+    Shapes: `embedding`, `residual` (after the block), `attention_output`, `mixer_output` (of layers that do not attend), `mlp_input` (what the MLP
+    reads: behind its norm), `mlp_output` ``(batch, token, d_model)``; `query` and `z`
     ``(batch, token, head, d_head)``; `key` and `value` ``(batch, token, kv_head, d_head)`` (query and key after rotary embedding);
     `head_output` (z W_O, times the family's factor, without the projection's bias) ``(batch, token, head, d_model)``; `pattern`
     ``(batch, head, query, key)``, whole;
@@ -89,6 +92,11 @@ class Recording:
             )
             raise KeyError(f"site {site!r} at layer {layer} was not recorded; the recording holds {held}") from None
 
+    def mixed(self, layer: int) -> Float[Tensor, "batch token d_model"]:
+        """Return what a layer's attention, or what mixes tokens there instead, added to the residual stream: whichever was recorded."""
+        site = "mixer_output" if ("mixer_output", layer) in self.values else "attention_output"
+        return self[site, layer]
+
     def stack(self, site: Site) -> Float[Tensor, "layer ..."]:
         """Return a site's values of all recorded layers, stacked in order of the layers."""
         if site == "expert_output":
@@ -107,11 +115,11 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
     Args:
         subject: The model.
         sites: What to record, for example `"residual", "z"`.
-        layers: Which layers; None for all.
+        layers: Which layers; None for all. In a hybrid stack sites of attention are those of the layers that attend, `mixer_output` is the others'.
         detach: Cut the values from the autograd graph.
 
     Raises:
-        SettingsError: A site or a layer does not exist.
+        SettingsError: A site or a layer does not exist, or a named layer does not have any of the sites.
         ModelError: Experts are recorded, and the model has none, or they cannot be taken apart.
     """
     anatomy = subject.anatomy
@@ -122,6 +130,7 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
     for layer in chosen:
         if not 0 <= layer < anatomy.n_layers:
             raise SettingsError(f"layer {layer} does not exist: the model has layers 0-{anatomy.n_layers - 1}")
+    _require_sites(anatomy, sites, chosen if layers is not None else ())
     recording = Recording()
 
     def keep(site: str, layer: int, value: Tensor) -> None:
@@ -145,6 +154,16 @@ def record(subject: Subject, *sites: Site, layers: Collection[int] | None = None
         yield recording
 
 
+def _require_sites(anatomy: Anatomy, sites: Collection[str], layers: Collection[int]) -> None:
+    """Refuse layers of which nothing would be recorded, and mixers in a model that attends everywhere; raises SettingsError."""
+    if "mixer_output" in sites and set(sites) == {"mixer_output"} and not anatomy.mixing:
+        raise SettingsError("the model has no mixers besides attention: all its layers attend; what attention adds is attention_output")
+    for layer in layers:
+        absent = {"mixer_output"} if layer in anatomy.attending else _ATTENTION_SITES | {"attention_output"}
+        if sites and absent.issuperset(sites):
+            raise SettingsError(f"layer {layer} has no {', '.join(sites)}: {anatomy.instead(layer)}")
+
+
 def _keep_experts(recording: Recording, layer: int, detach: bool, outputs: ExpertOutputs) -> None:
     if detach:
         changed = {expert: value.detach() for expert, value in outputs.changed.items()}
@@ -163,6 +182,11 @@ def _seen(subject: Subject, call: AttentionCall, site: str) -> Tensor:
 def head_outputs(subject: Subject, call: AttentionCall) -> Float[Tensor, "batch token head d_model"]:
     """Return what each head writes: its z times its slice of W_O, without the projection's bias."""
     output = subject.anatomy.blocks[call.layer].output
+    if not subject.heads_write:
+        raise ModelError(
+            f"{subject.family}: something (a gate, a norm) stands between its heads and their output projection, so what single heads write cannot be "
+            "recorded; z and attention_output can"
+        )
     require_in_memory(subject.source, output.module, "recording head outputs")
     whole, _ = subject.linear(output.module)
     weight = torch.stack([output.take(whole, head) for head in range(subject.anatomy.n_heads)])  # (head, d_model, d_head)
@@ -209,8 +233,8 @@ def _hook_modules(
         block = anatomy.blocks[layer]
         if "residual" in sites:
             on_output(block.module, "residual", layer)
-        if "attention_output" in sites:
-            on_output(block.attention_write, "attention_output", layer, block.multiplier)
+        if block.mixing_site in sites:
+            on_output(block.mixing.write, block.mixing_site, layer, block.multiplier)
         if {"mlp_input", "mlp_output", "neuron"}.intersection(sites):
             on_input(block.module, lambda hidden: tokens.update(shape=hidden.shape[:2]))
         if "mlp_output" in sites:

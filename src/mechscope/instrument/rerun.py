@@ -31,7 +31,7 @@ from mechscope.instrument.experts import ExpertOutputs, with_edits
 from mechscope.instrument.intervene import intervene
 from mechscope.instrument.patterns import pattern
 from mechscope.instrument.record import Recording, Site, record
-from mechscope.instrument.substitutes import fused_activations, only_at, stubbed
+from mechscope.instrument.substitutes import fused_activations, only_at, stubbed, writing_instead
 from mechscope.instrument.walk import Walk
 from mechscope.shapes import by_shape
 from mechscope.subject.anatomy import Block
@@ -44,6 +44,7 @@ _STAGE = {
     "embedding": 0,
     **dict.fromkeys(("query", "key", "value", "mask", "pattern", "z"), 1),
     "attention_output": 2,
+    "mixer_output": 2,
     "neuron": 3,
     "expert_output": 3,
     "mlp_output": 4,
@@ -192,17 +193,22 @@ class CachedRun:
 
     def _run_from(self, start: tuple[int, int], units: list[Unit], reading: Reading) -> Tensor:
         layer, stage = start
+        # where something stands between heads and W_O, the block's own code makes of z what is written
+        whole = stage == 1 and not self.subject.heads_write
         if layer == self.subject.anatomy.n_layers:  # nothing is changed
             return self.read(reading).expand(len(units), -1, -1)
         later = [
             change.on_rows(slice(number * self.batch, (number + 1) * self.batch))
             for number, unit in enumerate(units)
             for change in unit
-            if change.layer > layer or (stage < 3 and _STAGE[change.site] > stage)
+            if whole or change.layer > layer or (stage < 3 and _STAGE[change.site] > stage)
         ]
         walk = self._walk(len(units))
         with intervene(self.subject, *later), self._last_block(start, len(units), later, reading):
-            hidden, layer = self._begin(walk, layer, stage, units)
+            if whole:
+                hidden = self.input_of(layer).repeat(len(units), 1, 1)
+            else:
+                hidden, layer = self._begin(walk, layer, stage, units)
             hidden = walk.run(hidden, start=layer)
         return reading.take(hidden.unflatten(0, (len(units), self.batch)))
 
@@ -212,14 +218,16 @@ class CachedRun:
         """Let the last block work only where it is read: nothing comes after it that would look at other tokens."""
         last = self.subject.anatomy.n_layers - 1
         if start >= (last, 3) or any(
-            change.layer == last and change.site in ("attention_output", "neuron", "expert_output", "mlp_output") for change in later
+            change.layer == last and change.site in ("attention_output", "mixer_output", "neuron", "expert_output", "mlp_output")
+            for change in later
         ):
             return contextlib.nullcontext()  # no block runs, or those edits are made on whole texts
         block = self.subject.anatomy.blocks[last]
         wanted = (reading.example * self.length + reading.position).unique()
         rows = (torch.arange(units)[:, None] * self.batch * self.length + wanted.to("cpu")).flatten()
         stack = contextlib.ExitStack()
-        stack.enter_context(only_at(block.output.module, block.output.module, rows))
+        if block.attends:
+            stack.enter_context(only_at(block.output.module, block.output.module, rows))
         stack.enter_context(only_at(block.mlp_read, block.mlp_write, rows))
         return stack
 
@@ -238,12 +246,10 @@ class CachedRun:
             attention = block.output.module(z.flatten(2))
             with stubbed(block.attention, (attention, None)):
                 return walk.step(layer, given), layer + 1
-        written = torch.cat([apply(_edits(changes, "attention_output"), self._recorded("attention_output", layer)) for changes in now])
+        site = block.mixing_site
+        written = torch.cat([apply(_edits(changes, site), self._recorded(site, layer)) for changes in now])
         written = written if block.multiplier == 1.0 else written / block.multiplier  # what is added, before the block multiplies it
-        if block.attention_write is block.attention:
-            with stubbed(block.attention, (written, None)):
-                return walk.step(layer, given), layer + 1
-        with stubbed(block.attention, (given, None)), stubbed(block.attention_write, written):
+        with writing_instead(block, written, given):
             return walk.step(layer, given), layer + 1
 
     def _z(self, layer: int, changes: Sequence[Change]) -> Tensor:

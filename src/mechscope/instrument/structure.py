@@ -2,7 +2,7 @@
 
 A norm is the module of a block whose output reaches the reader and which reads the residual stream. Where something else stands there (a norm over
 all heads' queries as in OLMo 2, a residual stream that is normalised itself as in OPT 350m, a norm between heads and their output projection as in
-BitNet) the model is refused by name.
+BitNet) the model is refused by name. What mixes tokens in a layer that does not attend is not taken apart, only what it adds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Layer:
     """The norms of one block.
 
     Attributes:
-        attention_norm: What its heads read through; None for the bare residual stream.
+        attention_norm: What its heads read through; None for the bare residual stream, and where the layer does not attend.
         mlp_norm: What its MLP reads through.
         written_norm: What stands behind attention (Gemma 2/3).
     """
@@ -62,14 +62,17 @@ def discovered(subject: Subject) -> Structure:
         hidden = walk.hidden
         for layer, block in enumerate(anatomy.blocks):
             seen, hidden = _seen(walk, layer, hidden)
-            if not calls:
+            if not calls and block.attends:
                 raise ModelError(f"{subject.family}: block {layer} does not call its attention where it can be observed")
             norms, reads_block_input = _layer_of(subject.family, layer, block, seen)
             layers.append(norms)
             if reads_block_input is not None:
                 parallel.append(reads_block_input)
-            _require_plain_writing(subject.family, layer, block, seen, calls[-1].z, hidden)
-            _require_separate_heads(walk, layer, block)
+            if block.attends:
+                _require_plain_heads(subject.family, layer, block, seen, calls[-1].z)
+            _require_plain_writing(subject.family, layer, block, seen, hidden)
+            if layer == anatomy.attending[0]:
+                _require_separate_heads(walk, layer)
     if len(set(parallel)) > 1:
         raise ModelError(f"{subject.family}: some blocks are parallel and others are not: it cannot be taken apart")
     return Structure(tuple(layers), any(parallel))
@@ -101,6 +104,10 @@ def _seen(walk: Walk, layer: int, hidden: Tensor) -> tuple[Seen, Tensor]:
 def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer, bool | None]:
     """Return a block's norms, and whether its MLP reads what the block reads; None where its heads write nothing, so that both look alike."""
     given = seen[block.module][0]
+    written = block.multiplier * seen[block.mixing.write][1]
+    if not block.attends:
+        mlp_norm, parallel = _mlp_norm(family, layer, block, seen, given, written)
+        return Layer(None, mlp_norm, None), parallel if bool(written.any()) else None
     read = seen[block.query.module][0]
     if not all(torch.equal(seen[getattr(block, part).module][0], read) for part in PARTS):
         what = (
@@ -112,7 +119,18 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
             f"{family}: the queries, keys and values of block {layer} read different things ({what}): it cannot be taken apart"
         )
     attention_norm = _between(family, layer, "attention", block, seen, given, read)
-    written = block.multiplier * seen[block.attention_write][1]
+    mlp_norm, parallel = _mlp_norm(family, layer, block, seen, given, written)
+    behind = None
+    if block.attention_write is not block.attention:
+        # an adapter that trains norms too keeps two of them behind one
+        behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1], written)
+        if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
+            raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: it cannot be taken apart")
+    return Layer(attention_norm, mlp_norm, behind), parallel if bool(written.any()) else None
+
+
+def _mlp_norm(family: str, layer: int, block: Block, seen: Seen, given: Tensor, written: Tensor) -> tuple[Norm | None, bool]:
+    """Return what a block's MLP reads through, and whether it reads what the block reads, without what its mixing of tokens wrote."""
     mlp_in = seen[block.mlp_read][0]
     candidates = [(norm, source) for norm, source in _norms_to(block, seen, mlp_in)]
     sources = [source for _, source in candidates] or [mlp_in]
@@ -123,14 +141,7 @@ def _layer_of(family: str, layer: int, block: Block, seen: Seen) -> tuple[Layer,
             "it cannot be taken apart"
         )
     expected = given if parallel else given + written
-    mlp_norm = next((recognised(family, norm, source) for norm, source in candidates if _close(source, expected)), None)
-    behind = None
-    if block.attention_write is not block.attention:
-        # an adapter that trains norms too keeps two of them behind one
-        behind = recognised(family, [module for module in block.attention_write.modules() if module in seen][-1], written)
-        if behind.centred or behind.shift is not None or getattr(base_layer(block.output.module), "bias", None) is not None:
-            raise ModelError(f"{family}: a norm with a mean or bias stands behind attention in block {layer}: it cannot be taken apart")
-    return Layer(attention_norm, mlp_norm, behind), parallel if bool(written.any()) else None
+    return next((recognised(family, norm, source) for norm, source in candidates if _close(source, expected)), None), parallel
 
 
 def _norms_to(block: Block, seen: Seen, output: Tensor) -> list[tuple[nn.Module, Tensor]]:
@@ -158,8 +169,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())))
 
 
-def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, z: Tensor, after: Tensor) -> None:
-    """Refuse models whose heads do not write z times W_O, or whose blocks do not just add what their heads and MLP write."""
+def _require_plain_heads(family: str, layer: int, block: Block, seen: Seen, z: Tensor) -> None:
+    """Refuse models whose heads do not write z times W_O."""
     read, projected = seen[block.output.module]
     written = seen[block.attention_write]
     bare = written[1] if block.attention_write is block.attention else written[0]
@@ -167,17 +178,21 @@ def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, z:
         raise ModelError(
             f"{family}: something (a norm, a gate) stands between the heads of block {layer} and what they write: it cannot be taken apart"
         )
-    if not _close(after.flatten(0, 1), seen[block.module][0] + block.multiplier * (written[1] + seen[block.mlp_write][1])):
+
+
+def _require_plain_writing(family: str, layer: int, block: Block, seen: Seen, after: Tensor) -> None:
+    """Refuse models whose blocks do not just add what their heads (or what mixes tokens instead) and MLP write."""
+    if not _close(after.flatten(0, 1), seen[block.module][0] + block.multiplier * (seen[block.mixing.write][1] + seen[block.mlp_write][1])):
         raise ModelError(
             f"{family}: block {layer} does more than add what its heads and MLP write to the residual stream (a norm, a factor, another part): "
             "it cannot be taken apart"
         )
 
 
-def _require_separate_heads(walk: Walk, layer: int, block: Block) -> None:
+def _require_separate_heads(walk: Walk, layer: int) -> None:
     """Refuse models in which one head's query or key depends on another head's projection."""
     anatomy = walk.subject.anatomy
-    if anatomy.n_heads == 1 or layer:
+    if anatomy.n_heads == 1:
         return
     generator = torch.Generator().manual_seed(0)
     shape = (*walk.hidden.shape[:2], anatomy.n_heads, anatomy.d_head)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mechscope.instrument.outputs import tensor_of, with_tensor
+from mechscope.subject.anatomy import Block
 from mechscope.subject.load import Subject
 from mechscope.subject.placement import sent
 
@@ -38,6 +39,19 @@ def fused_activations(subject: Subject) -> Iterator[None]:
 def stubbed(module: nn.Module, output: Any) -> Iterator[None]:
     """Let a module return a given output instead of running; its hooks still see it."""
     with acting_as(module, lambda *args, **kwargs: output):
+        yield
+
+
+@contextlib.contextmanager
+def writing_instead(block: Block, written: Tensor, given: Tensor) -> Iterator[None]:
+    """Let a block's attention, or what mixes tokens there instead, write something given without running; `given` is any tensor of the stream's shape."""
+    mixing = block.mixing
+    alone = mixing.write is mixing.module
+    first = written if alone else given
+    pair = block.mixer is None or block.mixer.pair
+    with stubbed(mixing.module, (first, None) if pair else first), contextlib.ExitStack() as stack:
+        if not alone:
+            stack.enter_context(stubbed(mixing.write, written))
         yield
 
 

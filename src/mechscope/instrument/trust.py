@@ -28,8 +28,12 @@ from mechscope.subject.placement import fetched
 log = logging.getLogger(__name__)
 
 _ADDS = "the parts add up to the residual stream"
+_HEADS_WRITE = "the heads' outputs and W_O give the attention output"
 # rounding of one forward pass relative to the size of the values compared; some families take their own softmax in float32 whatever the type
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+# of mixers that compute in float32 whatever the type (linear attention inverts matrices in it)
+_RECURRENT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,13 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
     failed = [item for item in checks if not item.passed]
     for item in failed:
         log.warning(
-            "%s: check %r failed (off by %.1e, allowed %.1e): %s will not be right",
+            "%s: check %r failed (off by %.1e, allowed %.1e): %s %s",
             _named(subject) if isinstance(source, nn.Module) else source,
             item.name,
             item.error,
             item.tolerance,
             item.needed_for,
+            "are refused" if item.name == _HEADS_WRITE else "will not be right",
             extra={"weakens": ""},
         )
     if required := [item for item in failed if item.required]:
@@ -80,7 +85,8 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
             f"model {subject.source!r} ({subject.family}) is not measured rightly by mechscope: {names}. "
             "`mechscope inspect` shows every check; load(…, check=False) loads it all the same, to investigate"
         )
-    return replace(subject, adds=all(item.passed for item in checks if item.name == _ADDS))
+    holds = {item.name: item.passed for item in checks}
+    return replace(subject, adds=holds[_ADDS], heads_write=holds[_HEADS_WRITE])
 
 
 def _named(subject: Subject) -> str:
@@ -121,6 +127,8 @@ def load_pair(base: str | Path, tuned: str | Path, *, resize: Literal["refuse", 
 def check_subject(subject: Subject) -> tuple[Check, ...]:
     """Run the probe and return every check with what it found."""
     tolerance = _TOLERANCE[subject.dtype]
+    if subject.anatomy.mixing:
+        tolerance = max(tolerance, _RECURRENT)
     ids, real = _probe(subject)
     inputs = {**model_inputs(ids, real), "use_cache": False}
     with subject.active():
@@ -131,15 +139,15 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
         calls: list[AttentionCall] = []
         with (
             observed(subject, calls.append),
-            record(subject, "embedding", "residual", "z", "attention_output", "mlp_output") as recording,
+            record(subject, "embedding", "residual", "z", "attention_output", "mixer_output", "mlp_output") as recording,
         ):
             seen = subject.model(**inputs).logits
         with observed(subject, lambda call: call.z.clone()):
             unchanged = subject.model(**inputs).logits
         after = _behind_padding(subject, ids)
-    if len(calls) != subject.anatomy.n_layers:
+    if len(calls) != len(subject.anatomy.attending):
         raise ModelError(
-            f"model {subject.source!r} ({subject.family}): {len(calls)} of {subject.anatomy.n_layers} layers went through transformers' attention "
+            f"model {subject.source!r} ({subject.family}): {len(calls)} of {len(subject.anatomy.attending)} layers went through transformers' attention "
             "interface, so attention cannot be observed: this family is not supported"
         )
     _require_sizes(subject, calls[0])
@@ -165,7 +173,7 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
         check(
             "each head's slice of the weights is where it should be", _slices(subject, calls, ids, real), "weight change and LoRA per head"
         ),
-        check("the heads' outputs and W_O give the attention output", _outputs(subject, recording), "head outputs", required=False),
+        check(_HEADS_WRITE, _outputs(subject, recording), "head outputs", required=False),
         check(
             _ADDS,
             _decomposition(subject, recording, real),
@@ -239,7 +247,8 @@ def _entropy_error(call: AttentionCall, real: Tensor) -> float:
 def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Tensor) -> float:
     """Compare the value (and, up to length, the query and key) of every head with its own slice of the reader's output."""
     outputs: dict[int, Tensor] = {}
-    readers = {reader.module for block in subject.anatomy.blocks for reader in (block.query, block.key, block.value)}
+    blocks = [subject.anatomy.blocks[layer] for layer in subject.anatomy.attending]
+    readers = {reader.module for block in blocks for reader in (block.query, block.key, block.value)}
     handles = [module.register_forward_hook(lambda module, _, output: outputs.__setitem__(id(module), output)) for module in readers]
     try:
         with subject.active(), observed(subject):
@@ -249,7 +258,7 @@ def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Ten
             handle.remove()
     worst = 0.0
     heads = range(subject.anatomy.n_heads)
-    for call, block in zip(calls, subject.anatomy.blocks, strict=True):
+    for call, block in zip(calls, blocks, strict=True):
         first = 0  # the first token of the unpadded row has position zero, where rotary embedding turns nothing
         for reader, seen, norms in (
             (block.value, call.value, ()),
@@ -283,7 +292,8 @@ def _turned(own: Tensor, seen: Tensor) -> float:
 
 def _outputs(subject: Subject, recording: Recording) -> float:
     worst = 0.0
-    for layer, block in enumerate(subject.anatomy.blocks):
+    for layer in subject.anatomy.attending:
+        block = subject.anatomy.blocks[layer]
         if block.attention_write is not block.attention:  # a norm stands between the heads and the residual stream
             continue
         z = recording["z", layer].flatten(2)
@@ -300,7 +310,7 @@ def _outputs(subject: Subject, recording: Recording) -> float:
 def _decomposition(subject: Subject, recording: Recording, real: Tensor) -> float:
     total = recording["embedding"]
     for layer in range(subject.anatomy.n_layers):
-        total = total + (recording["attention_output", layer] + recording["mlp_output", layer]).to(total.device)
+        total = total + (recording.mixed(layer) + recording["mlp_output", layer]).to(total.device)
     return _error(total, recording["residual", subject.anatomy.n_layers - 1], real)
 
 

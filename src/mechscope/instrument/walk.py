@@ -41,8 +41,15 @@ class Walk:
         """Run the embedding and note every block's arguments; `real` is False where a token is padding, None if there is no padding."""
         self.subject = subject
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        with _substituted([block.module for block in subject.anatomy.blocks], self._note):
-            run_backbone(subject, input_ids, real)
+        blocks = [block.module for block in subject.anatomy.blocks]
+        try:
+            with _substituted(blocks, self._note):
+                run_backbone(subject, input_ids, real)
+        except ValueError:
+            # the model's code may unpack a pair that its blocks return (Bamba); what fails otherwise fails again
+            self._arguments.clear()
+            with _substituted(blocks, lambda *args, **kwargs: (self._note(*args, **kwargs), None)):
+                run_backbone(subject, input_ids, real)
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -137,7 +144,7 @@ def model_inputs(input_ids: Int[Tensor, "batch token"], real: Bool[Tensor, "batc
 
 
 @contextlib.contextmanager
-def _substituted(blocks: list[nn.Module], substitute: Callable[..., Tensor]) -> Iterator[None]:
+def _substituted(blocks: list[nn.Module], substitute: Callable[..., Any]) -> Iterator[None]:
     """Replace the blocks' forward for the duration; what stood there (accelerate puts its own) is put back in any case.
 
     Hooks are taken off with it: a recording around a walk must not take what the substitutes hand on for a residual stream.

@@ -34,8 +34,9 @@ class Part:
     """A summand of a metric.
 
     Attributes:
-        component: Its name: `a3.h5`, `m3`, `a3 bias`, `m3 bias`, `embed`, `position`, `constant`.
-        kind: `embedding`, `position`, `head`, `attention bias`, `mlp` (what the neurons write), `mlp bias` or `constant`.
+        component: Its name: `a3.h5`, `mixer3`, `m3`, `a3 bias`, `m3 bias`, `embed`, `position`, `constant`.
+        kind: `embedding`, `position`, `head`, `attention bias`, `mixer` (of a layer that does not attend), `mlp` (what the neurons write), `mlp bias` or
+            `constant`.
         layer: −1 where there is none.
         head: −1 where there is none.
     """
@@ -93,9 +94,12 @@ class Decomposition:
         if self._positions:
             parts.append(Part("position", "position"))
         for layer in range(anatomy.n_layers):
-            parts += [Part(f"a{layer}.h{head}", "head", layer, head) for head in range(anatomy.n_heads)]
-            if self.wiring.writer(layer)[1] is not None:
-                parts.append(Part(f"a{layer} bias", "attention bias", layer))
+            if layer in anatomy.mixing:
+                parts.append(Part(f"mixer{layer}", "mixer", layer))
+            else:
+                parts += [Part(f"a{layer}.h{head}", "head", layer, head) for head in range(anatomy.n_heads)]
+                if self.wiring.writer(layer)[1] is not None:
+                    parts.append(Part(f"a{layer} bias", "attention bias", layer))
             parts.append(Part(f"m{layer}", "mlp", layer))
             if anatomy.blocks[layer].experts is None and self._down(layer)[1] is not None:
                 parts.append(Part(f"m{layer} bias", "mlp bias", layer))
@@ -122,12 +126,16 @@ class Decomposition:
                 columns = [columns[0] - of_position, of_position]
             hidden = walk.hidden
             for layer in range(self.subject.anatomy.n_layers):
+                block = self.subject.anatomy.blocks[layer]
                 # a mixture of experts has no neurons: its MLP is one part
-                inside: tuple[Site, ...] = () if self.subject.anatomy.blocks[layer].last_map is None else ("neuron",)
-                with record(self.subject, "z", *inside, "mlp_output", layers=[layer]) as written:
+                inside: tuple[Site, ...] = () if block.last_map is None else ("neuron",)
+                with record(self.subject, "z" if block.attends else "mixer_output", *inside, "mlp_output", layers=[layer]) as written:
                     hidden = walk.step(layer, hidden)
-                columns.append(self.heads(layer, taken.take(written["z", layer][None])[0], direction))
-                columns += self._bias(self.wiring.writer(layer)[1], direction)
+                if block.attends:
+                    columns.append(self.heads(layer, taken.take(written["z", layer][None])[0], direction))
+                    columns += self._bias(self.wiring.writer(layer)[1], direction)
+                else:
+                    columns.append(self._along(taken, written["mixer_output", layer], direction))
                 mlp, each = self._mlp(layer, written, taken, direction, each=layer in neurons)
                 columns += mlp
                 if each is not None:
@@ -224,7 +232,8 @@ def norm_behind_mlp(subject: Subject, layer: int) -> Norm | None:
     block = subject.anatomy.blocks[layer]
     if block.mlp_behind is None:
         return None
-    norm = recognised(subject.family, block.mlp_behind, oriented_weight(block.output.module)[:, 0])
+    some = block if block.attends else subject.anatomy.blocks[subject.anatomy.attending[0]]
+    norm = recognised(subject.family, block.mlp_behind, oriented_weight(some.output.module)[:, 0])
     if norm.centred or norm.shift is not None:
         raise ModelError(f"{subject.family}: a norm with a mean or bias stands behind the MLP of block {layer}: it cannot be taken apart")
     return norm

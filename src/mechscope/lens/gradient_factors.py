@@ -72,11 +72,11 @@ def matrices_of(subject: Subject, kinds: Collection[str], layers: Collection[int
     with subject.active():
         for layer in chosen:
             block = subject.anatomy.blocks[layer]
-            readers = dict.fromkeys(part.name for part in (block.query, block.key, block.value))
-            names: dict[str, list[tuple[str, Norm | None]]] = {
-                "query_key_value": [(name, None) for name in readers],
-                "attention_output": [(block.output.name, wiring.written_norm(layer))],
-            }
+            names: dict[str, list[tuple[str, Norm | None]]] = {"query_key_value": [], "attention_output": []}
+            if block.attends:
+                readers = dict.fromkeys(part.name for part in (block.query, block.key, block.value))
+                names["query_key_value"] = [(name, None) for name in readers]
+                names["attention_output"] = [(block.output.name, wiring.written_norm(layer))]
             if {"mlp_up", "mlp_down"}.intersection(kinds) and block.mlp_down is not None:  # a mixture of experts says that it has none
                 names["mlp_up"] = [(name, None) for name in block.mlp_linears[:-1]]
                 names["mlp_down"] = [(block.mlp_linears[-1], norm_behind_mlp(subject, layer))]
@@ -87,6 +87,10 @@ def matrices_of(subject: Subject, kinds: Collection[str], layers: Collection[int
                     if block.multiplier != 1.0 and kind in ("attention_output", "mlp_down"):
                         gain = oriented_weight(module).new_tensor(block.multiplier) if gain is None else gain * block.multiplier
                     matrices.append(Matrix(kind, layer, name, module, kind in ("attention_output", "mlp_down"), gain))
+    if not matrices:
+        raise SettingsError(
+            f"none of layers {', '.join(map(str, chosen))} has the matrices {', '.join(kinds)}: {subject.anatomy.instead(chosen[0])}"
+        )
     return matrices
 
 

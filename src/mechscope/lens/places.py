@@ -26,7 +26,7 @@ class LensPlace:
     """What is read.
 
     Attributes:
-        site: `residual`, `attention_output`, `mlp_output` or `head_output`.
+        site: `residual`, `attention_output`, `mixer_output` (of layers that do not attend), `mlp_output` or `head_output`.
         layer: The block; −1 for the embedding.
         head: −1 where there is none.
     """
@@ -37,12 +37,12 @@ class LensPlace:
 
     @property
     def component(self) -> str:
-        """Its name: `embed`, `resid3` (after block 3), `a3`, `a3.h5`, `m3`."""
+        """Its name: `embed`, `resid3` (after block 3), `a3`, `a3.h5`, `mixer3`, `m3`."""
         if self.site == "residual":
             return "embed" if self.layer < 0 else f"resid{self.layer}"
         if self.site == "head_output":
             return f"a{self.layer}.h{self.head}"
-        return f"{'a' if self.site == 'attention_output' else 'm'}{self.layer}"
+        return f"{ {'attention_output': 'a', 'mixer_output': 'mixer'}.get(self.site, 'm') }{self.layer}"
 
 
 def places_of(subject: Subject, sites: Sequence[str], layers: Collection[int] | None = None) -> tuple[LensPlace, ...]:
@@ -67,6 +67,10 @@ def places_of(subject: Subject, sites: Sequence[str], layers: Collection[int] | 
     places = []
     for site in sorted(set(sites), key=SITES.index):
         for layer in chosen:
+            if layer in subject.anatomy.mixing and site in ("head_output", "attention_output"):
+                continue  # it does not attend
+            if site == "mixer_output" and layer not in subject.anatomy.mixing:
+                continue
             if site == "head_output" and layer >= 0:
                 places += [LensPlace(site, layer, head) for head in range(n_heads)]
             elif site == "residual" or layer >= 0:

@@ -2,12 +2,14 @@
 
 residual           `embed`, `resid0`, …      the embedding, and the stream behind each block
 attention_output   `a0`, …                   what attention adds to it
+mixer_output       `mixer0`, …               what mixes tokens in a layer that does not attend adds to it
 mlp_output         `m0`, …                   what the MLP adds to it
 head               `a0.h0`, …                what a head hands to the output projection
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +26,11 @@ from mechscope.probing.tasks import Reading
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
-ProbeSite = Literal["residual", "attention_output", "mlp_output", "head"]
+ProbeSite = Literal["residual", "attention_output", "mixer_output", "mlp_output", "head"]
 _RECORDED: dict[ProbeSite, tuple[Site, ...]] = {
     "residual": ("embedding", "residual"),
     "attention_output": ("attention_output",),
+    "mixer_output": ("mixer_output",),
     "mlp_output": ("mlp_output",),
     "head": ("z",),
 }
@@ -47,17 +50,29 @@ def components_of(subject: Subject, site: ProbeSite) -> tuple[Component, ...]:
     Raises:
         SettingsError: There is no such site.
     """
-    layers, heads = range(subject.anatomy.n_layers), range(subject.anatomy.n_heads)
+    layers, heads = _layers(subject, site), range(subject.anatomy.n_heads)
     match site:
         case "residual":
             return (Component("embed", -1), *(Component(f"resid{layer}", layer) for layer in layers))
         case "attention_output":
             return tuple(Component(f"a{layer}", layer) for layer in layers)
+        case "mixer_output":
+            if not layers:
+                raise SettingsError("the model has no mixers besides attention: all its layers attend; probe attention_output")
+            return tuple(Component(f"mixer{layer}", layer) for layer in layers)
         case "mlp_output":
             return tuple(Component(f"m{layer}", layer) for layer in layers)
         case "head":
             return tuple(Component(f"a{layer}.h{head}", layer) for layer in layers for head in heads)
     raise SettingsError(f"site {site!r} is not probed: the sites are {', '.join(_RECORDED)}")
+
+
+def _layers(subject: Subject, site: ProbeSite) -> Sequence[int]:
+    """Return the layers that have a site: in a hybrid stack some attend, and others mix tokens in another way."""
+    anatomy = subject.anatomy
+    if site == "mixer_output":
+        return anatomy.mixing
+    return anatomy.attending if site in ("attention_output", "head") else range(anatomy.n_layers)
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ class Activations:
         return torch.stack([sent(self._read(value, batch), self.subject.device) for value in self._values(recording)])
 
     def _values(self, recording: Recording) -> list[Float[Tensor, "batch token width"]]:
-        layers = range(self.subject.anatomy.n_layers)
+        layers = _layers(self.subject, self.site)
         match self.site:
             case "residual":
                 return [recording["embedding"], *(recording["residual", layer] for layer in layers)]

@@ -64,10 +64,9 @@ def measure_importance(
     """
     execution = replace(execution, tokens_per_batch=execution.tokens(_TOKENS))
     sets = layer_sets(chosen.layers, pair.base.anatomy.n_layers, seed=execution.seed)
-    by_activations = cross_patch(pair, texts, levels=("layer", "attention", "mlp", "head"), sets=sets, execution=execution)
-    by_weights = cross_patch(
-        pair, texts, levels=("layer", "attention", "mlp", "embedding", "unembedding"), by="weights", execution=execution
-    )
+    mixing = ("attention", "mixer") if pair.base.anatomy.mixing else ("attention",)
+    by_activations = cross_patch(pair, texts, levels=("layer", *mixing, "mlp", "head"), sets=sets, execution=execution)
+    by_weights = cross_patch(pair, texts, levels=("layer", *mixing, "mlp", "embedding", "unembedding"), by="weights", execution=execution)
     base, tuned = by_activations["into_base"], by_activations["into_tuned"].unchanged
     gain = base.unchanged - tuned
     no_gain = share_of(gain, gain, absent=_NO_GAIN, positive=True).withheld

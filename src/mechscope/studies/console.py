@@ -248,7 +248,7 @@ def show_verified(path: Path, files: pd.DataFrame) -> bool:
 def show_model(subject: Subject, checks: tuple[Check, ...]) -> bool:
     """Print a model's parts and the load-time checks; return whether all passed."""
     anatomy = subject.anatomy
-    first = anatomy.blocks[0]
+    first = anatomy.blocks[anatomy.attending[0]]
     facts = {
         "family": subject.family,
         "layers": anatomy.n_layers,
@@ -259,7 +259,8 @@ def show_model(subject: Subject, checks: tuple[Check, ...]) -> bool:
         "parameters": f"{sum(p.numel() for p in subject.plain.parameters()):,}",
         "type, device": f"{subject.dtype}, {subject.device}".removeprefix("torch."),
         "adapter": "yes" if subject.is_adapter else "no",
-        "first block": first.name,
+        **({"do not attend": f"layers {', '.join(map(str, anatomy.mixing))}"} if anatomy.mixing else {}),
+        "first block" if not anatomy.mixing else "first block that attends": first.name,
         "query, key, value": ", ".join(dict.fromkeys(part.name for part in (first.query, first.key, first.value))),
         "output projection": first.output.name,
         "MLP": ", ".join(first.mlp_linears) if first.experts is None else f"{first.experts.number} experts ({first.experts.name})",

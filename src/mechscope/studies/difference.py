@@ -14,6 +14,7 @@ from mechscope.instrument import Execution
 from mechscope.settings.smallest import SmallestSettings
 from mechscope.store.stage import Stage
 from mechscope.studies.groups import Measuring
+from mechscope.studies.noted import note_layers_without_heads
 from mechscope.subject import Pair
 
 RESAMPLED = ("kl_base_tuned", "entropy_change", "write_change")
@@ -44,6 +45,7 @@ def measure_difference(
     Returns:
         The tables `heads`, `layers`, `weights`, `outputs` and `smallest_effects`; with further pairs also `pairs`.
     """
+    note_layers_without_heads(pair.base, "heads")
     smallest = smallest_effects(
         pair.base, encoded.examples, given=_given(settings.smallest), documents=settings.smallest.documents, seed=execution.seed
     )

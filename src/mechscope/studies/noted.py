@@ -10,7 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechscope.subject import Subject
+
+log = logging.getLogger(__name__)
 
 
 class _Notes(logging.Handler):
@@ -36,3 +41,16 @@ def noting() -> Iterator[list[dict[str, Any]]]:
         yield notes.noted
     finally:
         ours.removeHandler(notes)
+
+
+def note_layers_without_heads(subject: Subject, table: str) -> None:
+    """Say once, beside a table of heads or of attention, which layers of a hybrid stack do not attend."""
+    mixing = subject.anatomy.mixing
+    if mixing:
+        log.warning(
+            "%s: layers %s do not attend (%s), so they have no heads",
+            subject.family,
+            ", ".join(map(str, mixing)),
+            ", ".join(sorted({type(mixer.module).__name__ for block in subject.anatomy.blocks if (mixer := block.mixer) is not None})),
+            extra={"weakens": table},
+        )

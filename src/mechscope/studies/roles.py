@@ -15,13 +15,14 @@ from mechscope.circuits.cards import component_cards
 from mechscope.circuits.graph import Circuit, Graph
 from mechscope.data.pairs import Pairs
 from mechscope.data.prompt import Example
-from mechscope.errors import DataError
-from mechscope.heads import document_roles, entity_roles, head_roles, lead_spans, role_changes, roles_table, task_roles
+from mechscope.errors import DataError, ModelError
+from mechscope.heads import copying_roles, document_roles, entity_roles, lead_spans, pattern_roles, role_changes, roles_table, task_roles
 from mechscope.heads.pattern_roles import repeated_texts
 from mechscope.heads.roles import RoleScores
 from mechscope.heads.shown import attention_edges
 from mechscope.instrument.execution import Execution
 from mechscope.studies.inputs import Documents
+from mechscope.studies.noted import note_layers_without_heads
 from mechscope.subject import Components, Subject
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,16 @@ def score_roles(
     subject: Subject, documents: Documents | None, *, probes: int, execution: Execution = Execution()
 ) -> tuple[RoleScores, ...]:
     """Score all roles that a model's tokenizer and the documents allow; arguments as for `role_tables`."""
-    scores = list(head_roles(subject, probes=probes, execution=execution))
+    note_layers_without_heads(subject, "head_roles")
+    scores = list(pattern_roles(subject, n=probes, execution=execution))
+    try:
+        scores += copying_roles(subject, execution=execution)
+    except ModelError as error:
+        log.warning("the head roles about what heads copy are left out: %s", error, extra={"weakens": "head_roles"})
     for roles, texts in ((task_roles, "sentences about two names"), (entity_roles, "news articles")):
         try:
             scores += roles(subject, n=probes, execution=execution)
-        except DataError as error:
+        except (DataError, ModelError) as error:
             log.warning("the head roles on %s are left out: %s", texts, str(error).split(" (")[0], extra={"weakens": "head_roles"})
     if documents is not None:
         try:

@@ -35,8 +35,8 @@ def check_selection(settings: Selecting, anatomy: Anatomy) -> None:
         SettingsError: It has not as many layers or heads.
     """
     for kind, number, most in (
-        ("layers", settings.selected_layers, anatomy.n_layers),
-        ("heads", settings.selected_heads, anatomy.n_layers * anatomy.n_heads),
+        ("layers", settings.selected_layers, len(anatomy.attending)),
+        ("heads", settings.selected_heads, len(anatomy.attending) * anatomy.n_heads),
     ):
         if number is not None and number > most:
             raise SettingsError(f"setting 'selected_{kind}' is {number}: this model has {most} {kind}, choose 1 to {most}")

@@ -1,12 +1,14 @@
-"""What is where in a model: blocks, attention, MLP, experts, norms, and each head's slice of the weights.
+"""What is where in a model: blocks, attention, other mixers of tokens, MLP, experts, norms, and each head's slice of the weights.
 
-How it is found out stands in `discovery`.
+In a hybrid stack some blocks attend and others mix tokens in another way (linear attention, a state-space model, a short convolution): these have no
+heads, and one mixer whose output they add. How it is found out stands in `discovery`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -75,12 +77,63 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The attention of one block, and where its heads are stored.
+
+    Attributes:
+        name: Path of its module in the plain Hugging Face model.
+        module: The attention module.
+        write: Module whose output is what attention adds to the residual stream (a norm after attention where the family has one).
+        gate: Where each head's gate is made, which its output is multiplied with (Qwen3-Next); None without.
+    """
+
+    name: str
+    module: nn.Module
+    query: Slice
+    key: Slice
+    value: Slice
+    output: Slice
+    write: nn.Module
+    gate: Slice | None = None
+
+    __repr__ = by_shape
+
+    @property
+    def slices(self) -> dict[str, Slice]:
+        """All that belongs to single heads, by the name of the part."""
+        own = {"query": self.query, "key": self.key, "value": self.value, "output": self.output}
+        return own if self.gate is None else {**own, "gate": self.gate}
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What mixes a block's tokens other than attention: linear attention, a state-space model, a short convolution.
+
+    Attributes:
+        name: Path of its module in the plain Hugging Face model.
+        module: Its module.
+        write: Module whose output is what it adds to the residual stream.
+        linears: Paths of its linear maps.
+        pair: Whether its module returns a pair, as attention does.
+    """
+
+    name: str
+    module: nn.Module
+    write: nn.Module
+    linears: tuple[str, ...]
+    pair: bool = False
+
+    __repr__ = by_shape
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block.
 
     Attributes:
         name: Path of the block in the plain Hugging Face model.
-        attention_write: Module whose output is what attention adds to the residual stream (a norm after attention where the family has one).
+        heads: Its attention; None where it does not attend.
+        mixer: What mixes tokens instead; None where it attends.
         mlp_write: Module whose output is what the MLP adds (a norm after the MLP where the family has one).
         mlp_read: Module whose input is what the MLP reads.
         mlp_linears: Paths of the MLP's linear maps; of a mixture of experts those that all tokens pass.
@@ -88,18 +141,13 @@ class Block:
         mlp_behind: The norm between the MLP and the residual stream, in families that have one.
         last_map: The MLP's last linear map; None for a mixture of experts, which has no single one.
         experts: The experts, where the MLP is a mixture of them.
-        multiplier: The family's factor on what attention and MLP add (Granite). What is recorded and edited is what is added: with it.
+        multiplier: The family's factor on what attention (or the mixer) and MLP add (Granite). What is recorded and edited is what is added: with it.
     """
 
     name: str
     module: nn.Module
-    attention: nn.Module
-    attention_name: str
-    query: Slice
-    key: Slice
-    value: Slice
-    output: Slice
-    attention_write: nn.Module
+    heads: Attention | None
+    mixer: Mixer | None
     mlp_write: nn.Module
     mlp_read: nn.Module
     mlp_linears: tuple[str, ...]
@@ -110,6 +158,66 @@ class Block:
     multiplier: float = 1.0
 
     __repr__ = by_shape
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention heads."""
+        return self.heads is not None
+
+    @property
+    def own_heads(self) -> Attention:
+        """Its attention; raises ModelError where the block does not attend."""
+        if self.heads is None:
+            kind = "something else" if self.mixer is None else type(self.mixer.module).__name__
+            raise ModelError(
+                f"{self.name} does not attend: it mixes tokens by {kind}, which has no heads; it is measured as a whole, mixer…"
+            )
+        return self.heads
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module; this and what follows raise ModelError where the block does not attend."""
+        return self.own_heads.module
+
+    @property
+    def attention_name(self) -> str:
+        """Path of the attention module."""
+        return self.own_heads.name
+
+    @property
+    def attention_write(self) -> nn.Module:
+        """Module whose output is what attention adds to the residual stream."""
+        return self.own_heads.write
+
+    @property
+    def query(self) -> Slice:
+        """Where the heads' queries are made."""
+        return self.own_heads.query
+
+    @property
+    def key(self) -> Slice:
+        """Where the heads' keys are made."""
+        return self.own_heads.key
+
+    @property
+    def value(self) -> Slice:
+        """Where the heads' values are made."""
+        return self.own_heads.value
+
+    @property
+    def output(self) -> Slice:
+        """Where the heads' outputs are projected to the residual stream."""
+        return self.own_heads.output
+
+    @property
+    def mixing(self) -> Attention | Mixer:
+        """What mixes its tokens, by attention or otherwise."""
+        return self.own_heads if self.mixer is None else self.mixer
+
+    @property
+    def mixing_site(self) -> Literal["attention_output", "mixer_output"]:
+        """What the site is called at which this is recorded and edited."""
+        return "attention_output" if self.mixer is None else "mixer_output"
 
     @property
     def mlp_down(self) -> nn.Module:
@@ -161,8 +269,32 @@ class Anatomy:
 
     __repr__ = by_shape
 
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        return tuple(layer for layer, block in enumerate(self.blocks) if block.attends)
+
+    @cached_property
+    def mixing(self) -> tuple[int, ...]:
+        """The layers that mix tokens in another way."""
+        return tuple(layer for layer, block in enumerate(self.blocks) if block.mixer is not None)
+
+    def instead(self, layer: int) -> str:
+        """Say, of a layer that lacks a site of attention or of a mixer, what it has instead."""
+        if layer not in self.mixing:
+            return "it attends, and what attention adds is attention_output"
+        return f"layers {', '.join(map(str, self.mixing))} do not attend, so they have no heads; what mixes tokens there adds mixer_output"
+
+    def require_all_attending(self, purpose: str) -> None:
+        """Refuse a hybrid stack for what needs heads in every layer; raises ModelError that names the purpose and the layers that do not attend."""
+        if self.mixing:
+            kinds = sorted({type(mixer.module).__name__ for block in self.blocks if (mixer := block.mixer) is not None})
+            raise ModelError(
+                f"{purpose} needs a model that attends in every layer: layers {', '.join(map(str, self.mixing))} mix tokens by {' and '.join(kinds)}"
+            )
+
     def heads(self) -> Iterator[tuple[int, int]]:
-        """Yield every (layer, head)."""
-        for layer in range(self.n_layers):
+        """Yield every (layer, head) of the layers that attend."""
+        for layer in self.attending:
             for head in range(self.n_heads):
                 yield layer, head

@@ -3,13 +3,14 @@
 One immutable type says which heads, MLPs and whole layers are meant. The same value is what a table names, an intervention changes, a figure
 outlines and LoRA adapts. Its text form follows the circuit literature: `a3.h5` is head 5 of layer 3, `m3` the MLP of layer 3, `layers:2,3`
 whole layers (every head and the MLP); parts are joined by commas, and `none` is the empty selection. `m3.e5` is an expert of layer 3, where its MLP is a
-mixture of them. `resid6.f1024` is latent 1024 of the dictionary that stands at a place; what takes latents is given their dictionaries with them.
+mixture of them. `mixer3` is what mixes tokens in a layer 3 that does not attend (linear attention, a state-space model, a short convolution): such a layer
+is its mixer and its MLP. `resid6.f1024` is latent 1024 of the dictionary that stands at a place; what takes latents is given their dictionaries with them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 _HEAD = re.compile(r"a(\d+)\.h(\d+)")
 _MLP = re.compile(r"m(\d+)")
 _EXPERT = re.compile(r"m(\d+)\.e(\d+)")
+_MIXER = re.compile(r"mixer(\d+)")
 _LATENT = re.compile(r"((?:resid|a|m)\d+(?:\.z)?)\.f(\d+)")
 _LAYERS = re.compile(r"layers:(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
-_KINDS = ("heads", "mlps", "layers", "latents", "experts")
+_KINDS = ("heads", "mlps", "layers", "latents", "experts", "mixers")
 _PART = re.compile(r"layers:\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*(?=,|$)|[^,]+")
 
 
@@ -37,6 +39,7 @@ class Components:
         layers: Layers meant as a whole.
         latents: (place, latent) of dictionaries: `("resid6", 1024)`.
         experts: (layer, expert) of MLPs that are mixtures of experts.
+        mixers: Layers that do not attend, whose mixer is meant.
     """
 
     heads: tuple[tuple[int, int], ...] = ()
@@ -44,6 +47,7 @@ class Components:
     layers: tuple[int, ...] = ()
     latents: tuple[tuple[str, int], ...] = ()
     experts: tuple[tuple[int, int], ...] = ()
+    mixers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _KINDS:
@@ -64,11 +68,12 @@ class Components:
         """Read the text form; the inverse of `str`.
 
             selection  = "none" | part { "," part }               blanks are ignored, an empty text is "none"
-            part       = head | mlp | expert | layers | latent
+            part       = head | mlp | mixer | expert | layers | latent
             head       = "a" number ".h" number                   a3.h5: head 5 of layer 3
             mlp        = "m" number                               m3
+            mixer      = "mixer" number                           mixer3: what mixes tokens in layer 3, which does not attend
             expert     = "m" number ".e" number                   m3.e5: expert 5 of layer 3
-            layers     = "layers:" span { "," span }              layers:0-3,5: whole layers, heads and MLP; further parts may follow
+            layers     = "layers:" span { "," span }              layers:0-3,5: whole layers, heads (or mixer) and MLP; further parts may follow
             span       = number [ "-" number ]                    both ends belong to it
             latent     = place ".f" number                        resid6.f1024, a6.f3, m6.f3, a6.z.f3: of the dictionary that stands there
 
@@ -85,6 +90,7 @@ class Components:
         layers: list[int] = []
         latents: list[tuple[str, int]] = []
         experts: list[tuple[int, int]] = []
+        mixers: list[int] = []
         text = re.sub(r"\s+", "", text)
         if text in ("", "none"):
             return cls()
@@ -93,6 +99,8 @@ class Components:
                 heads.append((int(match[1]), int(match[2])))
             elif match := _MLP.fullmatch(part):
                 mlps.append(int(match[1]))
+            elif match := _MIXER.fullmatch(part):
+                mixers.append(int(match[1]))
             elif match := _EXPERT.fullmatch(part):
                 experts.append((int(match[1]), int(match[2])))
             elif match := _LATENT.fullmatch(part):
@@ -107,10 +115,11 @@ class Components:
                 raise SettingsError(
                     f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers as 'layers:2,3,5', joined by commas"
                 )
-        return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents), tuple(experts))
+        return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents), tuple(experts), tuple(mixers))
 
     def __str__(self) -> str:
         parts = [f"a{layer}.h{head}" for layer, head in self.heads] + [f"m{layer}" for layer in self.mlps]
+        parts += [f"mixer{layer}" for layer in self.mixers]
         parts += [f"m{layer}.e{expert}" for layer, expert in self.experts]
         if self.layers:
             parts.append("layers:" + ",".join(map(str, self.layers)))
@@ -132,10 +141,11 @@ class Components:
     def _keep(self, other: Components, *, present: bool) -> Components:
         return Components(**{name: tuple(x for x in getattr(self, name) if (x in getattr(other, name)) is present) for name in _KINDS})
 
-    def expand(self, n_heads: int) -> Components:
-        """Return the same parts with every whole layer written as its heads and its MLP."""
-        heads = self.heads + tuple((layer, head) for layer in self.layers for head in range(n_heads))
-        return Components(heads, self.mlps + self.layers, latents=self.latents, experts=self.experts)
+    def expand(self, n_heads: int, mixing: Collection[int] = ()) -> Components:
+        """Return the same parts with every whole layer written as its heads (its mixer, of the layers in `mixing`, which do not attend) and its MLP."""
+        heads = self.heads + tuple((layer, head) for layer in self.layers if layer not in mixing for head in range(n_heads))
+        mixers = self.mixers + tuple(layer for layer in self.layers if layer in mixing)
+        return replace(self, heads=heads, mlps=self.mlps + self.layers, layers=(), mixers=mixers)
 
     @property
     def without_latents(self) -> Components:
@@ -172,11 +182,22 @@ class Components:
         for layer, head in self.heads:
             if layer >= anatomy.n_layers or head >= anatomy.n_heads:
                 raise SettingsError(f"component a{layer}.h{head} does not exist: {size}")
+            if layer in anatomy.mixing:
+                raise SettingsError(f"component a{layer}.h{head} does not exist: {_without_heads(anatomy)}")
+        for layer in self.mixers:
+            if layer not in anatomy.mixing:
+                others = f": {_without_heads(anatomy)}" if anatomy.mixing else ", as all layers do"
+                why = f"layer {layer} attends{others}" if layer < anatomy.n_layers else size
+                raise SettingsError(f"component mixer{layer} does not exist: {why}")
         for name, group in (("m", self.mlps), ("layers:", self.layers)):
             for layer in group:
                 if layer >= anatomy.n_layers:
                     raise SettingsError(f"component {name}{layer} does not exist: {size}")
         return self
+
+
+def _without_heads(anatomy: Anatomy) -> str:
+    return f"layers {', '.join(map(str, anatomy.mixing))} do not attend; what mixes tokens there is written mixer{anatomy.mixing[0]}"
 
 
 def _require_expert(anatomy: Anatomy, layer: int, expert: int) -> None:
@@ -197,7 +218,7 @@ def chosen_heads(anatomy: Anatomy, heads: Components | str | None) -> tuple[tupl
     """
     if heads is None:
         return tuple(anatomy.heads())
-    chosen = (Components.parse(heads) if isinstance(heads, str) else heads).validate(anatomy).expand(anatomy.n_heads).heads
+    chosen = (Components.parse(heads) if isinstance(heads, str) else heads).validate(anatomy).expand(anatomy.n_heads, anatomy.mixing).heads
     if not chosen:
         raise SettingsError(f"components {str(heads)!r} hold no heads: name some, such as 'a3.h5', or whole layers")
     return chosen

@@ -1,21 +1,22 @@
 """Finding out what is where in a Hugging Face model.
 
-The anatomy is discovered, not declared per family: the block list is the one `ModuleList` as long as the model is deep whose members hold an
-attention module; an attention module is one with known reader and writer names. Only the names that libraries use (`q_proj`, `c_attn`, …)
-and the ways to store q, k and v (apart, side by side, interleaved by head, keys and values behind a latent) are listed here. What the discovery
-concludes is verified on a tiny forward pass when the model is loaded (`mechscope.instrument.trust`), so a wrong guess is reported and never used
-silently.
+The anatomy is discovered, not declared per family: the block list is the one `ModuleList` as long as the model is deep some of whose members hold an
+attention module; an attention module is one with known reader and writer names, in a layer that the configuration does not call something else. Only the
+names that libraries use (`q_proj`, `c_attn`, …) and the ways to store q, k and v (apart, side by side, interleaved by head, keys and values behind a latent)
+are listed here. What the discovery concludes is verified on a tiny forward pass when the model is loaded (`mechscope.instrument.trust`), so a wrong guess is
+reported and never used silently.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mechscope.errors import ModelError
-from mechscope.subject.anatomy import Anatomy, Block, Experts, Slice
+from mechscope.subject.anatomy import Anatomy, Attention, Block, Experts, Mixer, Slice
 from mechscope.subject.linear import base_layer, oriented_weight
 
 Layout = Literal["side_by_side", "interleaved"]
@@ -25,6 +26,11 @@ _FUSED: dict[str, Layout] = {"c_attn": "side_by_side", "qkv_proj": "side_by_side
 # queries and, behind a latent, keys and values (DeepSeek)
 _LATENT = (("q_b_proj", "q_proj"), "kv_b_proj")
 _WRITERS = ("o_proj", "out_proj", "dense", "c_proj")
+# what mixes tokens otherwise, and what MiniMax calls its linear attention, as it calls its attention
+_MIXERS = ("linear_attn", "mamba", "conv")
+_MIXER_NAMED_ATTENTION = "self_attn"
+# layers that configurations say mix tokens by something else than softmax attention
+_OTHERWISE = ("linear_attention", "mamba", "conv", "recurrent")
 _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp")
 # norms between what a sublayer computed and the residual stream: behind the MLP, and then behind attention
 _BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
@@ -51,8 +57,12 @@ def discover(model: Any) -> Anatomy:
     path, stack = _find_blocks(model, n_layers, family)
     holder = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
     d_head = _head_width(config, family) or d_model // n_heads
-    blocks = tuple(_read_block(f"{path}.{index}", block, config, d_head, family) for index, block in enumerate(stack))
-    kv_heads = len(set(blocks[0].value.starts))
+    kinds = _layer_kinds(config, n_layers)
+    blocks = tuple(_read_block(f"{path}.{index}", block, kinds[index], config, d_head, family) for index, block in enumerate(stack))
+    first = next((block for block in blocks if block.attends), None)
+    if first is None:
+        raise ModelError(f"{family}: none of the {n_layers} layers attends: there is no attention to study")
+    kv_heads = len(set(first.value.starts))
     unembedding = model.get_output_embeddings()
     if unembedding is None:
         raise ModelError(f"{type(model).__name__} has no output embedding: mechscope studies causal language models (…ForCausalLM)")
@@ -61,8 +71,8 @@ def discover(model: Any) -> Anatomy:
         n_heads=n_heads,
         n_kv_heads=kv_heads,
         d_model=d_model,
-        d_head=blocks[0].value.width,
-        d_query=blocks[0].query.width,
+        d_head=first.value.width,
+        d_query=first.query.width,
         vocab_size=oriented_weight(unembedding).shape[0],
         max_positions=int(getattr(config, "max_position_embeddings", None) or 2**31),
         blocks=blocks,
@@ -109,19 +119,21 @@ def _refuse(config: Any, family: str) -> None:
 
 def _find_blocks(model: nn.Module, n_layers: int, family: str) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
-    stacks = [(name, module) for name, module in lists if _find_attention(module[0]) is not None]
+    stacks = [(name, module) for name, module in lists if any(_find_attention(block) is not None for block in module)]
     if len(stacks) == 1:
         return stacks[0]
-    if hybrid := next((name for name, module in lists if any(_find_attention(block) is not None for block in module)), None):
-        raise ModelError(
-            f"{family}: only some of the blocks in {hybrid} attend, others mix tokens in another way: hybrid stacks are not supported"
-        )
     names = ", ".join(name for name, _ in lists) or "none"
     known = ", ".join((*_SEPARATE, *_FUSED))
     raise ModelError(
         f"{family}: of its lists of {n_layers} blocks ({names}), {len(stacks)} hold attention modules as known here (maps named {known}), where one "
         "should: this architecture is not supported"
     )
+
+
+def _layer_kinds(config: Any, n_layers: int) -> list[str]:
+    """Return what the configuration calls each layer, empty where it says nothing."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return [str(kind) for kind in kinds] if len(kinds) == n_layers else [""] * n_layers
 
 
 def _find_attention(block: nn.Module) -> tuple[str, nn.Module] | None:
@@ -142,29 +154,14 @@ def _latent(attention: nn.Module) -> str | None:
     return next((name for name in queries if getattr(attention, name, None) is not None), None)
 
 
-def _read_block(path: str, block: Any, config: Any, d_head: int, family: str) -> Block:
-    named = _find_attention(block)
-    if named is None:
-        raise ModelError(f"{family}: block {path} has no attention module like its first block; hybrid stacks are not supported")
-    attention_name, attention = f"{path}.{named[0]}", named[1]
-    n_heads = int(config.num_attention_heads)
-    writer = next(name for name in _WRITERS if hasattr(attention, name))
-    for name, module in (
-        (name, getattr(attention, name)) for name in (*_SEPARATE, *_FUSED, writer) if getattr(attention, name, None) is not None
-    ):
-        if getattr(base_layer(module), "weight", None) is None:
-            raise ModelError(f"{family}: {attention_name}.{name} ({type(module).__name__}) is no linear map with one weight: not supported")
-    readers = _readers(attention, attention_name, n_heads, d_head, config, family)
-    width = readers[2].width
-    output = Slice(f"{attention_name}.{writer}", getattr(attention, writer), "input", tuple(h * width for h in range(n_heads)), width)
-    if oriented_weight(output.module).shape[1] != n_heads * width:
-        raise ModelError(
-            f"{family}: {output.name} reads {oriented_weight(output.module).shape[1]} features, {n_heads} heads of width {width} give "
-            f"{n_heads * width}: this architecture is not supported"
-        )
-    mlp_read, mlp, prefix = _find_mlp(block, path, family)
+def _read_block(path: str, block: Any, kind: str, config: Any, d_head: int, family: str) -> Block:
     behind_mlp = next((norm for name in _BEHIND_MLP if (norm := getattr(block, name, None)) is not None), None)
-    behind_attention = next((norm for name in _BEHIND_ATTENTION if (norm := getattr(block, name, None)) is not None), None)
+    behind_mixing = next((norm for name in _BEHIND_ATTENTION if (norm := getattr(block, name, None)) is not None), None)
+    write = None if behind_mlp is None else behind_mixing
+    named = None if kind in _OTHERWISE else _find_attention(block)
+    mixer = None if named is not None else _find_mixer(block, path, kind, write, family)
+    heads = None if named is None else _read_attention(path, named, write, config, d_head, family)
+    mlp_read, mlp, prefix = _find_mlp(block, path, family)
     experts = _find_experts(block, path, prefix)
     linears = _linears(block, path, prefix)
     if not linears and experts is None:
@@ -174,11 +171,8 @@ def _read_block(path: str, block: Any, config: Any, d_head: int, family: str) ->
     return Block(
         path,
         block,
-        attention,
-        attention_name,
-        *readers,
-        output,
-        attention if behind_mlp is None or behind_attention is None else behind_attention,
+        heads,
+        mixer,
         mlp if behind_mlp is None else behind_mlp,
         mlp_read,
         linears,
@@ -188,6 +182,43 @@ def _read_block(path: str, block: Any, config: Any, d_head: int, family: str) ->
         experts,
         float(getattr(config, "residual_multiplier", None) or 1.0),
     )
+
+
+def _find_mixer(block: nn.Module, path: str, kind: str, write: nn.Module | None, family: str) -> Mixer:
+    known = (*_MIXERS, *((_MIXER_NAMED_ATTENTION,) if kind in _OTHERWISE else ()))
+    names = [name for name in known if isinstance(getattr(block, name, None), nn.Module)]
+    if len(names) != 1:
+        raise ModelError(
+            f"{family}: block {path} has no attention module as known here, and of what else may mix tokens ({', '.join(known)}) it has "
+            f"{' and '.join(names) or 'nothing'}: this architecture is not supported"
+        )
+    module: nn.Module = getattr(block, names[0])
+    linears = _linears(block, path, f"{names[0]}.")
+    return Mixer(f"{path}.{names[0]}", module, module if write is None else write, linears, pair=names[0] == _MIXER_NAMED_ATTENTION)
+
+
+def _read_attention(path: str, named: tuple[str, nn.Module], write: nn.Module | None, config: Any, d_head: int, family: str) -> Attention:
+    attention_name, attention = f"{path}.{named[0]}", named[1]
+    n_heads = int(config.num_attention_heads)
+    writer = next(name for name in _WRITERS if hasattr(attention, name))
+    for name, module in (
+        (name, getattr(attention, name)) for name in (*_SEPARATE, *_FUSED, writer) if getattr(attention, name, None) is not None
+    ):
+        if getattr(base_layer(module), "weight", None) is None:
+            raise ModelError(f"{family}: {attention_name}.{name} ({type(module).__name__}) is no linear map with one weight: not supported")
+    readers = _readers(attention, attention_name, n_heads, d_head, config, family)
+    gate = None
+    if _is_gated(attention, n_heads, d_head):
+        query = readers[0]
+        gate = replace(query, starts=tuple(start + query.width for start in query.starts))
+    width = readers[2].width
+    output = Slice(f"{attention_name}.{writer}", getattr(attention, writer), "input", tuple(h * width for h in range(n_heads)), width)
+    if oriented_weight(output.module).shape[1] != n_heads * width:
+        raise ModelError(
+            f"{family}: {output.name} reads {oriented_weight(output.module).shape[1]} features, {n_heads} heads of width {width} give "
+            f"{n_heads * width}: this architecture is not supported"
+        )
+    return Attention(attention_name, attention, *readers, output, attention if write is None else write, gate)
 
 
 def _linears(block: nn.Module, path: str, prefix: str) -> tuple[str, ...]:
@@ -234,6 +265,9 @@ def _readers(attention: Any, name: str, n_heads: int, d_head: int, config: Any, 
         for reader in _SEPARATE:
             module = getattr(attention, reader)
             stored = oriented_weight(module).shape[0] // d_head
+            if reader == "q_proj" and _is_gated(attention, n_heads, d_head):
+                slices.append(Slice(f"{name}.{reader}", module, "output", tuple(2 * head * d_head for head in range(n_heads)), d_head))
+                continue
             if stored == 0 or n_heads % stored:
                 raise ModelError(
                     f"{family}: {name}.{reader} holds {stored} heads of width {d_head}, which does not divide {n_heads} query heads"
@@ -242,6 +276,14 @@ def _readers(attention: Any, name: str, n_heads: int, d_head: int, config: Any, 
             slices.append(Slice(f"{name}.{reader}", module, "output", starts, d_head))
         return slices[0], slices[1], slices[2]
     return _fused_readers(attention, name, n_heads, d_head, family)
+
+
+def _is_gated(attention: Any, n_heads: int, d_head: int) -> bool:
+    """Tell whether each head's query is followed by a gate of the same width (Qwen3-Next)."""
+    queries, writer = getattr(attention, "q_proj", None), next(getattr(attention, name) for name in _WRITERS if hasattr(attention, name))
+    if queries is None or oriented_weight(writer).shape[1] != n_heads * d_head:
+        return False
+    return oriented_weight(queries).shape[0] == 2 * n_heads * d_head
 
 
 def _fused_readers(attention: nn.Module, name: str, n_heads: int, d_head: int, family: str) -> tuple[Slice, Slice, Slice]:

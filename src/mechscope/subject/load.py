@@ -51,6 +51,7 @@ class Subject:
         source: Where it came from, as the caller wrote it.
         adapted: Whether a PEFT adapter is active; False on the view that `without_adapter` returns.
         adds: Whether what attention and MLPs write adds up to the residual stream, as the check at load found.
+        heads_write: Whether heads write their z times their slice of W_O, with nothing (a gate, a norm) in between, as the check at load found.
         displaced: Weights of the base that putting the adapter on has changed: with it off, the model is not its base.
     """
 
@@ -61,6 +62,7 @@ class Subject:
     adapted: bool = False
     displaced: tuple[str, ...] = ()
     adds: bool = True
+    heads_write: bool = True
 
     @property
     def plain(self) -> PreTrainedModel:

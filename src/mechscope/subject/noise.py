@@ -70,7 +70,9 @@ def noise_pairs(pair: Pair, draws: int, *, seed: int = 0) -> Iterator[Pair]:
         for name, base in pair.base.weights():
             with torch.no_grad():
                 parameters[name].copy_(_noisy(base, changes[name], _generator(seed, draw, name)))
-        yield Pair(pair.base, Subject(model, pair.base.tokenizer, anatomy, f"{pair.base.source} + noise {draw}"), pair.vocab_size)
+        source = f"{pair.base.source} + noise {draw}"
+        noisy = Subject(model, pair.base.tokenizer, anatomy, source, adds=pair.base.adds, heads_write=pair.base.heads_write)
+        yield Pair(pair.base, noisy, pair.vocab_size)
 
 
 @torch.no_grad()
@@ -106,9 +108,10 @@ def plain_copy(subject: Subject) -> torch.nn.Module:
 
 
 def _cuts(subject: Subject, name: str, weight: Tensor, shared: int) -> list[tuple[int, Tensor | None]]:
-    """Say how a stored parameter is cut into query, key and value: not at all where it is one matrix, but for tokens that one model lacks."""
+    """Say how a stored parameter is cut into query, key and value (and gate): not at all where it is one matrix, but for tokens that one model lacks."""
     module, _, _ = name.rpartition(".")
-    readers = [where for block in subject.anatomy.blocks for where in (block.query, block.key, block.value) if where.name == module]
+    blocks = (subject.anatomy.blocks[layer] for layer in subject.anatomy.attending)
+    readers = [where for block in blocks for part, where in block.own_heads.slices.items() if part != "output" and where.name == module]
     if len(readers) < 2:
         return [(0, None if not weight.ndim or shared == len(weight) else torch.arange(shared, device=weight.device))]
     axis = 1 if weight.ndim == 2 and is_conv1d(subject.plain.get_submodule(module)) else 0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mechscope.errors import ModelError
 from mechscope.subject.load import Subject
 
-_SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head")
+_SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "attending")
 
 
 @dataclass(frozen=True)

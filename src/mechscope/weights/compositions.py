@@ -56,13 +56,13 @@ def composition(subject: Subject, *, kinds: Sequence[Kind] = KINDS, offset: int 
     anatomy, forms = subject.anatomy, Forms(subject)
     senders: list[Tensor] = []
     parts: list[pd.DataFrame] = []
-    for layer in range(anatomy.n_layers):
-        execution.told("composition", layer, anatomy.n_layers)
-        for kind in kinds if layer else ():
+    for place, layer in enumerate(anatomy.attending):
+        execution.told("composition", place, len(anatomy.attending))
+        for kind in kinds if senders else ():
             readers = torch.stack([_reader(forms, kind, layer, head, offset) for head in range(anatomy.n_heads)])
-            parts += [_pairs(kind, earlier, layer, sender, readers) for earlier, sender in enumerate(senders)]
+            parts += [_pairs(kind, earlier, layer, sender, readers) for earlier, sender in zip(anatomy.attending, senders, strict=False)]
         senders.append(torch.stack([forms.ov(layer, head).onto_right() for head in range(anatomy.n_heads)]))
-    execution.told("composition", anatomy.n_layers, anatomy.n_layers)
+    execution.told("composition", len(anatomy.attending), len(anatomy.attending))
     if not parts:
         return pd.DataFrame(columns=list(COMPOSITION_COLUMNS))
     order = pd.CategoricalDtype(list(kinds), ordered=True)

@@ -54,6 +54,7 @@ class FrozenRun:
         """
         if not 1 <= len(ids) <= subject.anatomy.max_positions:
             raise SettingsError(f"the prompt has {len(ids)} tokens: {subject.source!r} reads 1 to {subject.anatomy.max_positions:,}")
+        subject.anatomy.require_all_attending("an attribution graph")
         self.subject, self.ids, self.dtype = subject, tuple(map(int, ids)), statistics_dtype(subject.dtype)
         self._wiring, self.readout = Wiring(subject), Readout.of(subject)
         self.parallel = self._wiring.parallel

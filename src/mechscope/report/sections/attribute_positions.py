@@ -18,7 +18,8 @@ _PARTS, _POSITIONS, _TEXTS, _TOP = 24, 60, 3, 40
 
 _PART = {
     "component": "the part, such as embed, a3.h5, a3 bias, m3",
-    "kind": "embedding, position, head, attention bias, mlp, mlp bias, constant, cap (of the logits), residual (rounding)",
+    "kind": "embedding, position, head, attention bias, mixer (of a layer that does not attend), mlp, mlp bias, constant, cap (of the logits), residual "
+    "(rounding)",
     "layer": "its layer, −1 where there is none",
     "head": "its head, −1 where there is none",
 }

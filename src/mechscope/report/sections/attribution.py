@@ -28,7 +28,8 @@ _TOP = 40
 
 _PART = {
     "component": "the part, such as embed, a3.h5, a3 bias, m3",
-    "kind": "embedding, position, head, attention bias, mlp, mlp bias, constant, cap (of the logits), residual (rounding)",
+    "kind": "embedding, position, head, attention bias, mixer (of a layer that does not attend), mlp, mlp bias, constant, cap (of the logits), residual "
+    "(rounding)",
     "layer": "its layer, −1 where there is none",
     "head": "its head, −1 where there is none",
 }
@@ -115,8 +116,9 @@ def _layers(effects: pd.DataFrame) -> pd.DataFrame:
         if (outside["kind"] == kind).any():
             sums.append((kind, outside.loc[outside["kind"] == kind, "effect"].sum()))
     for layer, own in effects[effects["layer"] >= 0].groupby("layer", sort=True):
-        attention = own["kind"].isin(["head", "attention bias"])
-        for words, part in ((f"attention {layer}", own[attention]), (f"MLP {layer}", own[~attention])):
+        attention, mixer = own["kind"].isin(["head", "attention bias"]), own["kind"] == "mixer"
+        by_part = ((f"attention {layer}", attention), (f"mixer {layer}", mixer), (f"MLP {layer}", ~attention & ~mixer))
+        for words, part in ((words, own[chosen]) for words, chosen in by_part):
             if len(part):
                 sums.append((words, part["effect"].sum()))
     rest = outside[~outside["kind"].isin(["embedding", "position"])]

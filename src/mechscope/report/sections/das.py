@@ -22,7 +22,7 @@ _METHODS = {
 DAS = table(
     "One row per layer and subspace.",
     component="the place",
-    site="residual, attention_output, mlp_output, neuron, embedding or z (a head's output)",
+    site="residual, attention_output, mixer_output, mlp_output, neuron, embedding or z (a head's output)",
     layer="its layer",
     head="its head, −1 where there is none",
     position="the tokens whose representation was exchanged",

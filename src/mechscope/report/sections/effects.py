@@ -28,7 +28,8 @@ EFFECTS = table(
     "One row per changed place.",
     **effect_columns(
         component="the changed place",
-        site="z (a head's output), query, key, value, pattern, attention_output, mlp_output, neuron, expert_output, residual, embedding, latent",
+        site="z (a head's output), query, key, value, pattern, attention_output, mixer_output, mlp_output, neuron, expert_output, residual, embedding, "
+        "latent",
     ),
     normalised=replace(NORMALISED, optional=True),
     withheld=replace(WITHHELD, optional=True),

@@ -35,7 +35,11 @@ COLUMNS: dict[str, Column | str] = {
     "kl_base_tuned": number("KL(base ‖ tuned) of the attention rows, mean over heads", "nats", *_SURE),
     "kl_tuned_base": number("KL(tuned ‖ base) of the attention rows, mean over heads", "nats", *_SURE),
     "entropy_change": number("change of attention entropy, mean over heads", "nats", *_SURE),
-    "write_change": number("change of what its heads write on the same input over what the base's write, mean over heads", "share", *_SURE),
+    "write_change": number(
+        "change of what its heads write on the same input over what the base's write, mean over heads; where it does not attend, of its mixer",
+        "share",
+        *_SURE,
+    ),
     "write_change_n": "documents on which tuned blocks also ran on the base's residual stream; 0 for further pairs",
     "write_change_own": number("the same, each model on its own residual stream", "share", *_SURE),
     "write_change_own_n": "documents of that",
@@ -116,7 +120,7 @@ def _figures(tables: Tables) -> list[Figure]:
             zero=True,
         ),
         curves(
-            {"write_change": "heads", "mlp_write_change": "MLP"},
+            {"write_change": _writers(layers), "mlp_write_change": "MLP"},
             *("layer-writes", "Change of what each layer writes", "share of what the base's writes"),
             "Both models given the base's residual stream: only the layer's own weights make a difference.",
         ),
@@ -183,19 +187,24 @@ def _views(tables: Tables) -> list[Shown]:
     return shown
 
 
+def _writers(layers: pd.DataFrame) -> str:
+    """Say what writes in these layers besides MLPs: in a hybrid stack those without attention have a mixer instead of heads."""
+    return "heads or mixer" if (layers["kl_base_tuned"].isna() & layers["write_change"].notna()).any() else "heads"
+
+
 def _brief(layers: pd.DataFrame) -> View:
     """Return what fits a terminal: where a layer attends and what its heads write, with intervals."""
     view = (
         Table(layers).words("layer", "layer").numbers("kl_base_tuned", "KL of attention", ends=("kl_base_tuned_low", "kl_base_tuned_high"))
     )
-    view.numbers("write_change", "heads write", ends=("write_change_low", "write_change_high"))
+    view.numbers("write_change", f"{_writers(layers)} write", ends=("write_change_low", "write_change_high"))
     return view.numbers("mlp_write_change", "MLP writes", ends=("mlp_write_change_low", "mlp_write_change_high")).view()
 
 
 def _numbers(layers: pd.DataFrame, kind: str, selected: set[int], beside: Beside) -> View:
     view = Table(layers)
     view.cells("layer", "layer", lambda row: Cell(str(row["layer"]), sort=float(row["layer"]), strong=row["layer"] in selected))
-    for quantity, heading in _SHOWN.items():
+    for quantity, heading in {**_SHOWN, "write_change": f"{_writers(layers)} write"}.items():
         sign = quantity == "entropy_change"
         view.numbers(quantity, heading, ends=(f"{quantity}_low", f"{quantity}_high"), sign=sign)
         if beside.counts:

@@ -28,6 +28,7 @@ MEASURES = {
 SITES = {
     "residual": "residual stream",
     "attention_output": "attention output",
+    "mixer_output": "mixer output",
     "mlp_output": "MLP output",
     "head_output": "head output",
 }
@@ -38,10 +39,10 @@ _HALF = 0.5
 _TEXT, _LENS = "id of the text", "logit, or tuned (through a trained map to the last layer)"
 _MODEL = "base, tuned or model"
 _PLACE = {
-    "site": "what is read: residual, attention_output, mlp_output, head_output",
+    "site": "what is read: residual, attention_output, mixer_output (of layers that do not attend), mlp_output, head_output",
     "layer": "its layer, −1 for the embedding",
     "head": "its head, −1 where there is none",
-    "component": "its name: embed, resid3 (after block 3), a3, a3.h5, m3",
+    "component": "its name: embed, resid3 (after block 3), a3, a3.h5, mixer3, m3",
 }
 _ROWS = "positions that count: all, or those that predict the target (the summary or the answer)"
 
@@ -135,7 +136,7 @@ def _figures(tables: Tables) -> list[Figure]:
             if residual[measure].notna().any():
                 name = f"lens-{measure.replace('_', '-')}"
                 drawn.append(_curves(residual, measure, name=name, title=title, axis=axis, caption=caption, series=series, dash=dash))
-        blocks = _first_lens(summary[summary["site"].isin(["attention_output", "mlp_output"])])
+        blocks = _first_lens(summary[summary["site"].isin(["attention_output", "mixer_output", "mlp_output"])])
         if blocks["log_probability"].notna().any():
             title = "What attention and MLPs write, read by the lens"
             caption = "Each block's own output, read alone: what it says about the next token."

@@ -30,7 +30,7 @@ _TOOLTIP = {
 # what every table of interventions says of a place and of what changing it does
 _PLACE: dict[str, Column | str] = {
     "component": "what was changed",
-    "site": "layer, attention_output, mlp_output, z (a head's output), embedding, unembedding; set where several were changed together",
+    "site": "layer, attention_output, mixer_output, mlp_output, z (a head's output), embedding, unembedding; set where several were changed together",
     "layer": "its layer, −1 where there is none",
     "head": "its head, −1 where there is none",
     "feature": "its neuron, −1 where there is none",

@@ -17,13 +17,14 @@ from mechscope.report.theme import label, percent
 _SITES = {
     "residual": "the residual stream",
     "attention_output": "attention output",
+    "mixer_output": "mixer output",
     "mlp_output": "MLP output",
     "head_output": "heads' output",
 }
 
 SPECTRUM = table(
     "One row per place and band.",
-    site="residual, attention_output, mlp_output or head_output",
+    site="residual, attention_output, mixer_output (of layers that do not attend), mlp_output or head_output",
     layer="its layer, −1 for the embedding",
     head="its head, −1 where there is none",
     component="its name: embed, resid3 (after block 3), a3, a3.h5, m3",

@@ -24,7 +24,7 @@ TRACE = table(
     "One row per layer and role of a token.",
     **effect_columns(
         component="the restored place; with a window the layers around it too",
-        site="residual, mlp_output or attention_output",
+        site="residual, mlp_output, attention_output or mixer_output",
         positions="the role of the restored tokens: first, middle and last subject token, first subsequent token, further tokens, last token",
     ),
     normalised=NORMALISED,

@@ -27,7 +27,7 @@ class LensSettings(ModelAndTuned, Texts):
 
     panel: ClassVar[str] = "Lens"
 
-    sites: str = setting("residual", "Where to read, joined by commas: residual, attention_output, mlp_output, head_output.")
+    sites: str = setting("residual", "Where to read, joined by commas: residual, attention_output, mixer_output, mlp_output, head_output.")
     norm: LensNorm = setting("applied", "The final norm: applied to what is read, or with the final stream's scale.")
     top: Number = setting(5, "Tokens kept per place.")
     grid_texts: Number = setting(3, "Texts that are kept token by token.")

@@ -22,7 +22,9 @@ class SpectrumSettings(OneModel, Texts):
 
     panel: ClassVar[str] = "Spectrum"
 
-    sites: str = setting("residual", "What is taken apart, joined by commas: residual, attention_output, mlp_output, head_output.")
+    sites: str = setting(
+        "residual", "What is taken apart, joined by commas: residual, attention_output, mixer_output, mlp_output, head_output."
+    )
     layers: str | None = setting(None, 'Layers, such as "0-5,11"; by default all, and the embedding.')
     bands: Number = setting(20, "Bands of equal width into which the directions of the residual stream are cut, the brightest first.")
 

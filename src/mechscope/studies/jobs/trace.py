@@ -21,7 +21,7 @@ class TraceSettings(OneModel, PromptPairs):
 
     panel: ClassVar[str] = "Tracing"
 
-    site: Literal["residual", "mlp", "attention"] = setting("residual", "What is restored.")
+    site: Literal["residual", "mlp", "attention", "mixer"] = setting("residual", "What is restored.")
     segment: str = setting(
         "subject", "Segment whose embeddings are corrupted; facts:FILE has `subject`, generated tasks have segments of their own."
     )

@@ -30,9 +30,9 @@ _FOCUSED = "62\u202f% of heads became more focused (the paper does not say of wh
 
 
 def _measured(tables: Tables, scope: Scope) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return heads and layers of the query rows that count, and the selection by the rule that counts."""
+    """Return heads and layers (those that attend) of the query rows that count, and the selection by the rule that counts."""
     heads, layers, selection = tables["heads"], tables["layers"], tables["selection"]
-    layers = layers[layers["rows"] == scope.rows].sort_values("layer")
+    layers = layers[(layers["rows"] == scope.rows) & layers["layer"].isin(heads["layer"])].sort_values("layer")
     return heads[heads["rows"] == scope.rows], layers, selection[selection["rule"] == scope.rule]
 
 
@@ -177,7 +177,7 @@ def change_concentrated(tables: Tables, scope: Scope) -> Judgement:
 
 def _concentration(heads: pd.DataFrame, layers: pd.DataFrame) -> float:
     """Return the share of the KL in the quarter of the layers with most; NaN where there is no KL."""
-    kl = np.sort(layers["kl_base_tuned"].to_numpy(dtype=np.float64))
+    kl = np.sort(layers.loc[layers["layer"].isin(heads["layer"]), "kl_base_tuned"].to_numpy(dtype=np.float64))
     return float(kl[-default_number(len(kl)) :].sum() / kl.sum()) if kl.sum() > 0 else NAN
 
 
