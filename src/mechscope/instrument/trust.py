@@ -86,7 +86,8 @@ def load(source: str | Path | nn.Module, *, check: bool = True, **options: Any) 
             "`mechscope inspect` shows every check; load(…, check=False) loads it all the same, to investigate"
         )
     holds = {item.name: item.passed for item in checks}
-    return replace(subject, adds=holds[_ADDS], heads_write=holds[_HEADS_WRITE])
+    # what was not tested is taken to hold
+    return replace(subject, adds=holds.get(_ADDS, True), heads_write=holds.get(_HEADS_WRITE, True))
 
 
 def _named(subject: Subject) -> str:
