@@ -22,7 +22,7 @@ two texts of different length, unpadded and padded on either side, beside plain 
 - *edge attribution*: scores of edge attribution patching beside finite differences
 
 Of {all} families {right} are right in all of this, {part} in all but what is named, {refused} are refused when they are loaded, and of {unbuilt} no
-tiny model could be made. None gives a number that is wrong, and none ends in another error.
+tiny model could be made. {wrong}
 
 The MLP of a mixture of experts is one part (`m3`): it is recorded, ablated, patched and an edge's end like any other; its single neurons are refused.
 Single experts (`m3.e5`) are recorded, ablated and patched, and `mechscope routing` measures how tokens are shared out among them, in the families whose MLP is
@@ -43,7 +43,9 @@ def page(outcomes: Iterable[Outcome]) -> str:
     refused = [one for one in found if not one.loads and not one.unbuilt]
     unbuilt = [one for one in found if one.unbuilt]
     numbers = {"all": len(found), "right": len(right), "part": len(part), "refused": len(refused), "unbuilt": len(unbuilt)}
-    lines = [_TOP.format(version=transformers.__version__, **numbers)]
+    faults = [f"{one.family} ({'; '.join(one.faults)})" for one in found if one.faults]
+    wrong = f"Known to be wrong: {', '.join(faults)}." if faults else "None gives a number that is wrong, and none ends in another error."
+    lines = [_TOP.format(version=transformers.__version__, wrong=wrong, **numbers)]
     lines += ["## Right in everything\n", *_table(("family", "class"), [(one.family, one.name, *_untold(one)) for one in right])]
     lines += ["\n## Right but for what is named\n"]
     lines += _table(("family", "class", "is not measured"), [(one.family, one.name, _reasons(one)) for one in part])
