@@ -150,3 +150,19 @@ def test_norms_are_found_in_layers_that_attend_and_in_those_that_do_not(family: 
     wiring = Wiring(subject(family))
     assert [wiring.attention_norm(layer) is not None for layer in range(3)] == [False, True, False]
     assert all(wiring.mlp_norm(layer) is not None for layer in range(3))
+
+
+@pytest.mark.parametrize(("family", "holds"), [("gemma2", True), ("granitemoe", True), ("afmoe", False), ("beam", False)])
+def test_what_stands_between_heads_and_their_projection_is_seen_beside_norms_and_factors_behind_it(family: str, holds: bool) -> None:
+    plain = build(family, 0, torch.float64)
+    if family == "granitemoe":
+        plain.config.residual_multiplier = 0.5
+        for block in plain.model.layers:
+            block.residual_multiplier = 0.5
+    here, batch, edit = load(plain), families.padded(TEXTS, "left"), Edit("z", 1, 0.0, heads=(2,))
+    assert here.heads_write is holds
+    with intervene(here, edit):
+        expected = here.model(**model_inputs(batch.ids, batch.real), use_cache=False).logits[batch.real]
+    run = CachedRun(here, batch.ids, batch.real, sites=("z",))
+    ((_, rows),) = run.rerun([[edit]], Reading.of(batch.real))
+    assert_close(unembed(here, rows[0]), expected)

@@ -26,6 +26,8 @@ FAST = {
     "deepseek_v3": {"edge attribution"},  # keys and values from a latent
     "olmoe": {"edge attribution"},
     "bitnet": {"edge attribution"},
+    "afmoe": {"edge attribution"},  # gated heads before a norm,
+    "beam": {"edge attribution"},
     "lfm2": {"edge attribution"},  # hybrids: short convolutions,
     "jamba": {"edge attribution"},  # state-space models,
     "bamba": {"edge attribution"},  # whose code unpacks what its blocks return,

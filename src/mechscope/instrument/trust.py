@@ -295,8 +295,6 @@ def _outputs(subject: Subject, recording: Recording) -> float:
     worst = 0.0
     for layer in subject.anatomy.attending:
         block = subject.anatomy.blocks[layer]
-        if block.attention_write is not block.attention:  # a norm stands between the heads and the residual stream
-            continue
         z = recording["z", layer].flatten(2)
         with fetched(block.output.module):
             try:
@@ -304,7 +302,10 @@ def _outputs(subject: Subject, recording: Recording) -> float:
             except ModelError:  # an adapter there that no weight can stand for
                 return torch.inf
             written = nn.functional.linear(z, weight.to(z.device), None if bias is None else bias.to(z.device))
-        worst = max(worst, _error(written, recording["attention_output", layer]))
+        if block.attention_write is not block.attention:  # a norm stands between the heads and the residual stream
+            with subject.active():
+                written = block.attention_write(written)
+        worst = max(worst, _error(written * block.multiplier, recording["attention_output", layer]))
     return worst
 
 
