@@ -82,6 +82,7 @@ class Pretended(Tensor):
         self.held, self.place = inner, place
         return self
 
+    # torch's stubs have attributes where a subclass has to have properties, and the two dispatch methods without their arguments
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """Where it pretends to lie."""

@@ -23,6 +23,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.slips import slip
 
 PAIRS = random_pairs()
 SITES = ("embedding", "residual", "query", "key", "value", "pattern", "z", "attention_output", "neuron", "mlp_output")
@@ -253,4 +254,4 @@ def test_options_that_make_no_sense_are_refused() -> None:
     with pytest.raises(SettingsError, match="grad_drop leaves out one layer at a time, and this model has only one"):
         attribution_patch(load(families.build("gpt2", n_layer=1)), PAIRS, grad_drop=True)
     with pytest.raises(SettingsError, match="direction 'both' is not known"):
-        attribution_patch(subject, PAIRS, direction="both")  # type: ignore[arg-type]  # what a user may write
+        attribution_patch(subject, PAIRS, direction=slip("both"))

@@ -18,6 +18,7 @@ from mechscope.subject import Pair, Subject, pair
 from mechscope.subject.load import load
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.slips import slip
 
 FOUR = ("gpt2", "llama", "gpt_neox", "qwen3")
 TEXTS = random_pairs()
@@ -146,4 +147,4 @@ def test_levels_that_do_not_exist_or_do_not_fit_are_named() -> None:
     with pytest.raises(SettingsError, match="level 'residual' cannot be exchanged by weights, only by activations"):
         cross_patch(both, TEXTS, levels=("residual",), by="weights")
     with pytest.raises(SettingsError, match="not by 'gradients'"):
-        cross_patch(both, TEXTS, by="gradients")  # type: ignore[arg-type]  # what a user may write
+        cross_patch(both, TEXTS, by=slip("gradients"))

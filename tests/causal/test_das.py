@@ -22,6 +22,7 @@ from mechscope.subject.load import Subject
 from tests import families
 from tests.causal.pairs import random_pairs
 from tests.causal.planted import TEST, TRAIN, logits, planted
+from tests.slips import slip
 
 FOUR = pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen3"])
 PLACES: list[tuple[str, int, int | None]] = [
@@ -200,7 +201,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(DataError, match=r"pair 'pair 1\.0' names no answer"):
         train_das(subject, Pairs((replace(TRAIN.pairs[0], answers=()),), "none"), layer=1)
     with pytest.raises(SettingsError, match="among 'tokens' is not known"):
-        das(subject, TRAIN, TEST, among="tokens")  # type: ignore[arg-type]  # a slip of the keyboard
+        das(subject, TRAIN, TEST, among=slip("tokens"))
     with pytest.raises(DataError, match=r"pair 'pair 1\.0' names no wrong answer"):
         das(subject, TEST, Pairs((replace(TRAIN.pairs[0], wrong_answers=()),), "none"), among="answers")
     with pytest.raises(DataError, match="5 pairs are too few to find how many dimensions"):

@@ -24,7 +24,7 @@ from mechscope.studies.jobs.steer import JOB as STEER
 from mechscope.subject import Components
 from tests.causal.pairs import telling_pairs
 from tests.features import oracle
-from tests.features.test_node_effects import PAIRS, decoders, every_family, exact, later, metric, parts, seen, standing
+from tests.features.node_world import PAIRS, decoders, every_family, exact, later, metric, parts, seen, standing
 from tests.studies.jobs.running import PAIRS as PAIRS_OF_JOBS
 from tests.studies.jobs.running import refuses, run, shown, subject
 

@@ -19,6 +19,7 @@ from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.slips import slip
 
 PAIRS = random_pairs(3)
 FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen3", "gemma2", "phi")
@@ -175,6 +176,6 @@ def test_what_cannot_receive_is_named() -> None:
         with pytest.raises(SettingsError, match=message):
             path_patch(subject, PAIRS, "a0.h0", [text])
     with pytest.raises(SettingsError, match="direction 'both' is not known: use denoise"):
-        path_patch(subject, PAIRS, "a0.h0", ["logits"], direction="both")  # type: ignore[arg-type]  # what a user may write
+        path_patch(subject, PAIRS, "a0.h0", ["logits"], direction=slip("both"))
     with pytest.raises(SettingsError, match="no receiver was given"):
         path_patch(subject, PAIRS, "a0.h0", [])

@@ -14,6 +14,7 @@ from mechscope.circuits.graph import Circuit, Graph, edges_at
 from mechscope.circuits.overlap import robustness
 from mechscope.circuits.scores import Cost, EdgeScores
 from mechscope.errors import DataError, SettingsError
+from tests.slips import slip
 
 SMALL, MEDIUM = Graph(1, 1), Graph(2, 2)
 
@@ -248,6 +249,6 @@ def test_scores_that_are_not_of_the_graph_are_refused() -> None:
     with pytest.raises(DataError, match="none of the edges has a score"):
         choose((MEDIUM, np.full(46, np.nan)), number=1)
     with pytest.raises(SettingsError, match="rule 'threshold' has no curve over fractions"):
-        fractions_curve((MEDIUM, np.ones(46)), rule="threshold")  # type: ignore[arg-type]  # what a user may write
+        fractions_curve((MEDIUM, np.ones(46)), rule=slip("threshold"))
     with pytest.raises(SettingsError, match=r"a fraction of 1.5"):
         fractions_curve((MEDIUM, np.ones(46)), (0.5, 1.5))

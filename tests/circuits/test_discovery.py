@@ -27,6 +27,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
+from tests.slips import slip
 
 PAIRS = random_pairs(2, lengths=(7,))  # one batch, so that passes can be counted
 QUICK: dict[str, Any] = {"thresholds": (0.05,), "pruning_steps": 4}
@@ -203,7 +204,7 @@ def test_a_metric_or_source_that_is_not_known_and_texts_that_do_not_differ_are_r
     with pytest.raises(DataError, match="metric 'accuracy' is not known"):
         discover(subject, PAIRS, method=method, metric="accuracy", **QUICK)
     with pytest.raises(SettingsError, match=r"source 'noise' is not known|the source must be 'corrupt'"):
-        discover(subject, PAIRS, method=method, source="noise", **QUICK)  # type: ignore[arg-type]  # what a user may write
+        discover(subject, PAIRS, method=method, source=slip("noise"), **QUICK)
     same = Pairs((PAIRS.pairs[0], replace(PAIRS.pairs[1], corrupt=PAIRS.pairs[1].clean)), "same")
     with pytest.raises(DataError, match="pair 'pair 1' has the same clean and corrupt text"):
         discover(subject, same, method=method, **QUICK)

@@ -24,6 +24,7 @@ from mechscope.subject.load import Subject, load
 from tests import families
 from tests.causal.pairs import random_pairs
 from tests.circuits.brute import TOLERANCE, brute_written, read_metric
+from tests.slips import slip
 
 FOUR = ("gpt2", "gpt_neox", "llama", "gemma2")
 PAIRS = random_pairs(4)
@@ -163,9 +164,9 @@ def test_a_single_texts_run_is_no_mean_for_texts_of_other_lengths() -> None:
 
 def test_a_source_that_is_not_known_is_named() -> None:
     with pytest.raises(SettingsError, match="source 'mean' is not known: closed edges take values of the corrupt run, of means"):
-        CircuitRuns(subject_of("gpt2"), BATCH, source="mean")  # type: ignore[arg-type]  # what a user may write
+        CircuitRuns(subject_of("gpt2"), BATCH, source=slip("mean"))
     with pytest.raises(SettingsError, match="source None is not known"):
-        CircuitRuns(subject_of("gpt2"), BATCH, source=None)  # type: ignore[arg-type]  # what a user may write
+        CircuitRuns(subject_of("gpt2"), BATCH, source=slip(None))
 
 
 def test_texts_without_a_corrupt_version_need_another_source() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mechscope.data.pair_files import read_facts, read_pairs
 from mechscope.errors import DataError
+from tests.slips import slip
 
 Write = Callable[[Sequence[object]], Path]
 
@@ -212,7 +213,7 @@ def test_options_that_make_no_sense_are_errors(jsonl: Write, gpt2: PreTrainedTok
     with pytest.raises(DataError, match="limit is 0: ask for at least 1 pair"):
         read_pairs(jsonl([GOOD]), gpt2, limit=0)
     with pytest.raises(DataError, match='on_problem \'ignore\': choose "error" or "skip"'):
-        read_pairs(jsonl([GOOD]), gpt2, on_problem="ignore")  # type: ignore[arg-type]  # what a user may write
+        read_pairs(jsonl([GOOD]), gpt2, on_problem=slip("ignore"))
 
 
 def test_control_tokens_written_in_a_prompt_are_meant(words: PreTrainedTokenizerBase, jsonl: Write) -> None:

@@ -18,6 +18,7 @@ from mechscope.data.prompt import Batch, Encoded, Example, Padding, batches, col
 from mechscope.data.spans import locate
 from mechscope.data.template import Template
 from mechscope.errors import DataError
+from tests.slips import slip
 
 TEXTS = (
     ("Maria Lopez opened a new library in Marlow on Monday. “It was time,” said Lopez.", "Lopez opened a library in Marlow."),
@@ -328,8 +329,8 @@ def test_batches_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="tokens_per_batch is 0"):
         list(batches([example(3)], tokens_per_batch=0, pad_id=0))
     with pytest.raises(DataError, match="padding 'middle'"):
-        collate([example(3)], pad_id=0, padding="middle")  # type: ignore[arg-type]  # what a user may write
+        collate([example(3)], pad_id=0, padding=slip("middle"))
     with pytest.raises(DataError, match="at least one example"):
         collate([], pad_id=0)
     with pytest.raises(DataError, match="rows 'title'"):
-        collate([example(3)], pad_id=0).rows("title")  # type: ignore[arg-type]  # what a user may write
+        collate([example(3)], pad_id=0).rows(slip("title"))

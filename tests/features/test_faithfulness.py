@@ -17,7 +17,7 @@ from mechscope.features.faithfulness import _circuits, doubling, faithfulness
 from mechscope.features.node_patching import node_means, patch_nodes, patch_places
 from mechscope.features.places import Place
 from mechscope.features.standing import Node, Standing
-from tests.features.test_node_effects import (
+from tests.features.node_world import (
     PAIRS,
     World,
     decoders,

@@ -21,7 +21,7 @@ from mechscope.features.probes import Probe
 from mechscope.features.shift import ORIGINAL, RANDOM, _methods, _Pooled, _random, _ranked
 from mechscope.instrument import Execution, record
 from tests import families
-from tests.features.test_node_effects import every_family, exact
+from tests.features.node_world import every_family, exact
 
 PLACE = Place("residual", 1)
 # the unintended label is a word in three, the intended one a word in six

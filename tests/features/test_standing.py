@@ -25,7 +25,7 @@ from mechscope.features.standing import Node, Standing, in_order
 from mechscope.instrument import Execution, load
 from mechscope.subject import Subject
 from tests import families
-from tests.features.test_node_effects import PAIRS, add, decoders, made, metric, parts, seen
+from tests.features.node_world import PAIRS, add, decoders, made, metric, parts, seen
 
 # a token whose embedding is a thousand times that of others: where it stands, so large is the residual stream
 HUGE = 2

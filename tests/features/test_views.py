@@ -209,8 +209,8 @@ def test_a_recipe_comes_back_from_plain_values() -> None:
 
 
 @cache
-def trained() -> dict[str, tuple[Dictionary, pd.DataFrame]]:
-    """Train dictionaries on all views at once, and judge them on activations that they have not seen."""
+def trained() -> tuple[dict[str, tuple[Dictionary, pd.DataFrame]], Plant]:
+    """Train dictionaries on all views at once, and judge them on activations that they have not seen; and what was planted."""
     source, several = Made(), comparisons(("same", "planted", "shuffled pairs"), {}, difference=False)
     plant = Plant.chosen(source.texts, directions=2, share=0.03, strength=0.6, seed=0)
     made = replace(recipe(plant=plant), views=views_of(several))
@@ -229,19 +229,19 @@ def trained() -> dict[str, tuple[Dictionary, pd.DataFrame]]:
             each.dictionary,
             classified(scaled_latents(each.dictionary, scaling_sums(each.dictionary, inputs)[0]), ExclusiveSettings()),
         )
-    judged["plant"] = plant  # type: ignore[assignment]
-    return judged
+    return judged, plant
 
 
 def test_what_fine_tuning_added_is_found_and_nothing_between_equal_models() -> None:
-    dictionary, latents = trained()["crosscoder"]
+    judged, _ = trained()
+    dictionary, latents = judged["crosscoder"]
     new = latents[latents["judged"] == "new"]
     assert len(new) >= 1
     decoders = torch.nn.functional.normalize(dictionary.tensors["decoder.0"][torch.tensor(new["latent"].to_numpy())][:, WIDTH:], dim=1)
     assert (decoders @ NEW).max() > 0.95
     # what the base holds too is shared, and equal models have nothing of their own though no latent begins as one that they share
     assert (latents["by_norm"] == "shared").sum() > 20
-    _, same = trained()["same"]
+    _, same = judged["same"]
     assert not (same["judged"] != "").any()
     assert (same["by_norm"] == "shared").sum() > 20
 
@@ -261,11 +261,11 @@ def test_equal_models_can_be_said_to_differ_where_their_decoders_were_left_apart
 
 
 def test_the_planted_effect_is_found_and_tokens_that_do_not_belong_together_share_little() -> None:
-    dictionary, latents = trained()["planted"]
-    plant: Any = trained()["plant"]
+    judged, plant = trained()
+    dictionary, latents = judged["planted"]
     new = torch.tensor(latents[latents["judged"] == "new"]["latent"].to_numpy())
     decoders = torch.nn.functional.normalize(dictionary.tensors["decoder.0"][new][:, WIDTH:].double(), dim=1)
     assert (plant.directions(PLACE, WIDTH) @ decoders.T).max(dim=1).values.min() > 0.9
-    _, shuffled = trained()["shuffled pairs"]
-    _, together = trained()["crosscoder"]
+    _, shuffled = judged["shuffled pairs"]
+    _, together = judged["crosscoder"]
     assert (shuffled["by_norm"] == "shared").sum() < 0.2 * (together["by_norm"] == "shared").sum()

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mechscope.data.pairs import collate_pairs
 from mechscope.heads import copying_roles, pattern_roles, roles_table
 from mechscope.heads.turned import Turns, commuting, false_share, orthogonal, reached
 from mechscope.instrument import AttentionCall, Walk, observed
@@ -17,6 +18,7 @@ from mechscope.instrument.execution import Execution
 from mechscope.subject.load import load
 from mechscope.weights import position_turn
 from tests import families
+from tests.contract.technique import texts
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -46,7 +48,7 @@ def test_scores_of_turned_heads_depend_on_distance_alone_where_those_of_heads_do
         turned.append(call)
         return call.z
 
-    Turns(subject, seed=0, draws=2).each(kept)(calls[0], None)  # type: ignore[arg-type]  # no batch is read
+    Turns(subject, seed=0, draws=2).each(kept)(calls[0], collate_pairs(texts((5, 5)).pairs))
     assert len(turned) == 2
     for call in turned:
         for part in ("query", "value", "z"):

@@ -14,6 +14,7 @@ from mechscope.instrument.walk import model_inputs
 from mechscope.subject.load import Subject
 from tests import families
 from tests.instrument import attention_oracle as oracle
+from tests.slips import slip
 
 TEXTS = families.documents()
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
@@ -115,7 +116,10 @@ def test_stacked_sites_stand_in_order_of_the_layers() -> None:
 
 def test_an_unknown_site_and_a_layer_outside_the_model_are_refused() -> None:
     subject = families.subject("llama")
-    with pytest.raises(SettingsError, match="site 'resid' cannot be recorded: the sites are embedding, residual"), record(subject, "resid"):  # type: ignore[arg-type]  # what a user may write
+    with (
+        pytest.raises(SettingsError, match="site 'resid' cannot be recorded: the sites are embedding, residual"),
+        record(subject, slip("resid")),
+    ):
         pass
     with pytest.raises(SettingsError, match="layer 3 does not exist: the model has layers 0-2"), record(subject, "z", layers=[3]):
         pass

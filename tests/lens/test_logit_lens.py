@@ -24,6 +24,7 @@ from mechscope.lens.reading import CHANGES, LensReading, compare_lenses
 from mechscope.stats.inference import benjamini_hochberg
 from mechscope.subject.load import Subject, load
 from tests import families
+from tests.slips import slip
 from tests.stats.skewed import mean_test
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -335,6 +336,6 @@ def test_rows_and_texts_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="'plain' has neither a target span nor answers"):
         reading.summary(rows="target")
     with pytest.raises(SettingsError, match="use all or target"):
-        reading.summary(rows="some")  # type: ignore[arg-type]  # what a user may write
+        reading.summary(rows=slip("some"))
     with pytest.raises(DataError, match="vocabulary has 97"):
         logit_lens(subject, Pairs((PromptPair("far", (500,), (500,)),), "by hand"))

@@ -16,6 +16,7 @@ from mechscope.lens import spectroscopy
 from mechscope.lens.spectroscopy import Bands, bands, logit_spectrum, suppress_bands
 from mechscope.subject.linear import oriented_weight
 from tests import families
+from tests.slips import slip
 from tests.stats.skewed import mean_test
 
 SOME = ("gpt2", "llama", "gpt_neox", "gemma2", "opt")
@@ -191,7 +192,7 @@ def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(SettingsError, match="bands 0-19"):
         suppress_bands(subject, pairs, [20])
     with pytest.raises(SettingsError, match="use all or target"):
-        suppress_bands(subject, pairs, [0], rows="some")  # type: ignore[arg-type]  # what a user may write
+        suppress_bands(subject, pairs, [0], rows=slip("some"))
     with pytest.raises(DataError, match="target"):
         suppress_bands(subject, Pairs((PromptPair("plain", (5, 6), (5, 6)),), "by hand"), [0], rows="target")
     narrow = Bands(torch.eye(8), torch.ones(8), (0, 8))

@@ -110,12 +110,14 @@ def test_maps_of_zero_are_the_logit_lens() -> None:
 def test_a_map_stands_between_the_stream_and_the_norm(family: str) -> None:
     subject, pairs = families.subject(family, torch.float64), texts(1)
     maps, anatomy = random_maps(subject), subject.anatomy
+    norm = anatomy.final_norm
+    assert norm is not None
     reading = logit_lens(subject, pairs, translators=maps)
     output = subject.plain(torch.tensor([pairs.pairs[0].clean]), output_hidden_states=True)
     for at, layer in enumerate(range(-1, families.LAYERS - 1)):
         own = maps.maps[LensPlace("residual", layer)]
         hidden = output.hidden_states[layer + 1][0]
-        logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ own.weight.T + own.bias))  # type: ignore[misc]  # every family here has a final norm
+        logits = anatomy.unembedding(norm(hidden + hidden @ own.weight.T + own.bias))
         if anatomy.logit_softcap is not None:
             logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
         expected = logits.log_softmax(-1).topk(5).values
@@ -135,7 +137,8 @@ def test_the_first_step_follows_the_gradient_of_the_mean_divergence(family: str)
     hidden, final = output.hidden_states[1].detach().flatten(0, 1), output.logits.detach().flatten(0, 1).log_softmax(-1)
     weight = torch.zeros(32, 32, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(32, dtype=torch.float64, requires_grad=True)
-    logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ weight.T + bias))  # type: ignore[misc]  # every family here has a final norm
+    assert anatomy.final_norm is not None
+    logits = anatomy.unembedding(anatomy.final_norm(hidden + hidden @ weight.T + bias))
     if anatomy.logit_softcap is not None:
         logits = torch.tanh(logits / anatomy.logit_softcap) * anatomy.logit_softcap
     kl = (final.exp() * (final - logits.log_softmax(-1))).sum(-1).mean()

@@ -21,6 +21,7 @@ from mechscope.probing.activations import ProbeSite
 from mechscope.probing.passes import Folded, co_moments, together
 from mechscope.probing.tasks import CONTROL, LABELS, SHUFFLED, Reading
 from tests import families
+from tests.slips import slip
 
 FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox")
 # the words that tell a text's class, and two that tell nothing
@@ -246,4 +247,4 @@ def test_tasks_are_found_by_name_and_what_cannot_be_told_is_refused_before_anyth
     with pytest.raises(SettingsError, match="labels are shuffled 1 times, 5 are the least"):
         probe(subject, task, shuffles=1)
     with pytest.raises(SettingsError, match="site 'query' is not probed: the sites are residual"):
-        components_of(subject, "query")  # type: ignore[arg-type]
+        components_of(subject, slip("query"))

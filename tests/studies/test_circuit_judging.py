@@ -22,6 +22,7 @@ from mechscope.studies.circuit_request import CircuitRequest
 from mechscope.studies.circuits import judge_circuit
 from mechscope.studies.paper_2505_17073.circuits import circuit_changed, few_edges_carry_gain
 from mechscope.studies.paper_2505_17073.judgement import Scope
+from tests.slips import slip
 from tests.studies.running import MODEL, measure
 
 
@@ -72,12 +73,12 @@ def test_without_a_size_the_circuit_is_the_smallest_that_is_faithful_enough_on_t
 )
 def test_too_much_of_the_models_effect_is_no_more_faithful_than_too_little(shares: tuple[float, ...], size: float) -> None:
     curve = SimpleNamespace(table=pd.DataFrame({"fraction": [0.01, 0.1, 0.5], "faithfulness": shares}))
-    assert circuits._smallest(curve, 0.9, model="a model") == size  # type: ignore[arg-type]  # all of a curve that is read
+    assert circuits._smallest(slip(curve), 0.9, model="a model") == size
 
 
 def test_a_size_that_no_faithfulness_chose_is_said_with_the_model(caplog: pytest.LogCaptureFixture) -> None:
     curve = SimpleNamespace(table=pd.DataFrame({"faithfulness": [np.nan, np.nan]}), notes={"faithfulness": "nothing differs"})
-    assert circuits._smallest(curve, 0.9, model="news/base") == circuits.FALLBACK  # type: ignore[arg-type]  # all of a curve that is read
+    assert circuits._smallest(slip(curve), 0.9, model="news/base") == circuits.FALLBACK
     assert caplog.messages == ["in news/base nothing differs; its circuit is the 5 % strongest edges"]
 
 

@@ -148,7 +148,8 @@ def _require_vocabulary(source: str, folder: Path, base: str, model: Any) -> Non
         return
     try:
         with safe_open(folder / _FILE, framework="pt") as stored:
-            shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            names = stored.keys()
+            shapes = {name: list(stored.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError):
         return  # said in its own words when it is read
     outer = {id(module): name for name, module in model.named_modules()}

@@ -86,6 +86,7 @@ def parameters_now(module: nn.Module, *, adapted: bool) -> dict[str, Tensor]:
     try:
         merged = copy.deepcopy(layer)
         merged.merge(adapter_names=names)
+    # in these ways peft's kinds of layer say that they cannot: no method, one that is not written, shapes or modes that do not fit
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ModelError(
             f"an adapter's layer of kind {type(layer).__module__.split('.')[2]} ({type(layer).__name__}) cannot be merged into its map, so there is no weight "
