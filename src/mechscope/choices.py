@@ -48,7 +48,7 @@ LoraModules = Literal["attention", "mlp", "all"]
 """Linear maps of a layer that LoRA adapts."""
 CORPORA = ("newsroom",)
 """Documents that are generated and named by a word."""
-PAIR_TASKS = ("ioi", "greater_than", "docstring", "induction")
+PAIR_TASKS = ("ioi", "greater_than", "docstring", "induction", "repeated")
 """Prompt pairs that are generated and named by a word."""
 PAIR_KINDS = ("newsroom", "facts", "salience")
 """Prompt pairs that are named by a word and, behind a colon, a role or a source."""

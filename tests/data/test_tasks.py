@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mechscope.choices import PAIR_TASKS
 from mechscope.data.newsroom import newsroom_tokenizer
 from mechscope.data.pairs import Pairs, PromptPair
-from mechscope.data.tasks import TASKS, docstring, generate_pairs, greater_than, induction, ioi
+from mechscope.data.tasks import TASKS, docstring, generate_pairs, greater_than, induction, ioi, repeated
 from mechscope.errors import DataError
 
 
@@ -121,6 +121,31 @@ def test_repeated_tokens_of_a_tokenizer_are_ordinary_ones_behind_its_start_token
         repeats(pair, 1, 16)
 
 
+def test_a_repeated_text_is_scored_where_the_first_half_foretells_it(tinystories: PreTrainedTokenizerBase) -> None:
+    lengths = set()
+    for pair in repeated(tinystories, 40):
+        ((begin, end),) = pair.segments["second"]
+        half = end - begin
+        lengths.add(half)
+        assert (begin, end) == (1 + half, len(pair.clean))
+        assert pair.clean[0] == pair.corrupt[0] == tinystories.bos_token_id
+        first, again, other = pair.clean[1:begin], pair.clean[begin:], pair.corrupt[begin:]
+        assert pair.corrupt[:begin] == pair.clean[:begin]
+        assert first == again
+        assert len({*first, *other}) == 2 * half
+        assert not {*tinystories.all_special_ids} & {*first, *other}
+        # nothing foretells the first token of the second half
+        assert pair.target == (begin + 1, end)
+    assert (min(lengths), max(lengths)) == (12, 24)
+
+
+def test_repeated_texts_draw_only_what_there_is_a_row_for(tinystories: PreTrainedTokenizerBase) -> None:
+    assert max(max(pair.clean + pair.corrupt) for pair in repeated(tinystories, 10, below=300)) < 300
+    texts = repeated(30, 20, longest=7)
+    assert {len(pair.clean) for pair in texts} == {14}
+    assert max(max(pair.clean) for pair in texts) < 30
+
+
 def test_the_shortest_induction_is_two_tokens_and_the_first_again() -> None:
     (pair,) = induction(3, 1, length=2)
     assert (len(pair.clean), pair.clean[0]) == (3, pair.clean[2])
@@ -131,7 +156,7 @@ def test_the_shortest_induction_is_two_tokens_and_the_first_again() -> None:
     [
         (
             lambda: generate_pairs("ravens", newsroom_tokenizer(), 1),
-            "task 'ravens' is not known: choose ioi, greater_than, docstring, induction",
+            "task 'ravens' is not known: choose ioi, greater_than, docstring, induction, repeated",
         ),
         (lambda: generate_pairs("ioi", newsroom_tokenizer(), 0), "ioi was asked for 0 pairs: ask for at least 1"),
         (lambda: greater_than(newsroom_tokenizer(), 1), "does not make two-digit tokens: ' 1363' becomes ' 13', '6', '3', not ' 13', '63'"),
@@ -141,6 +166,7 @@ def test_the_shortest_induction_is_two_tokens_and_the_first_again() -> None:
         ),
         (lambda: induction(16, 1), "16 tokens to draw from, 17 are needed: choose a length below 16"),
         (lambda: induction(50, 1, length=1), "length is 1: at least 2 tokens are needed"),
+        (lambda: repeated(3, 1), "A has 1 of 3 ordinary tokens: at least 2 are needed"),
         (lambda: induction(3, 100, length=2), "only 6 different pairs turned up, 100 were asked for: ask for fewer"),
     ],
 )

@@ -141,6 +141,7 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         tables |= run(_job("features_shift"), None, **shifted).tables
     for name, settings in _JOBS.items():
         tables |= run(_job(name), None, **settings).tables
+    tables |= run(_job("ablate"), None, components="a1.h2,a2.h0", mode="together", random_sets=3).tables
     positions = _job("positions")
     read = resolve(positions.settings, model="given in memory", offsets=4, components="layers:0-1")
     tables |= run_job(positions, read, None, given={"model": subject()}).tables

@@ -1,8 +1,8 @@
 r"""Prompt pairs made by rule, for any tokenizer.
 
 Four tasks whose circuits in GPT-2 are known: indirect objects (Wang et al. 2022), years (Hanna et al. 2023), docstrings (Heimersheim and Janiak
-2023) and repeated random tokens (induction; Olsson et al. 2022). Texts are put together from pieces, and what differs between clean and corrupt
-is one token each: the two line up by construction and every position has a known meaning. Words that a tokenizer cuts up are left out;
+2023) and repeated random tokens (Olsson et al. 2022; `induction` asks for one next token, `repeated` scores the whole repetition). Texts are put
+together from pieces: clean and corrupt line up by construction and every position has a known meaning. Words that a tokenizer cuts up are left out;
 too few left is an error that names them. Pair `i` of a seed does not depend on how many are made.
 """
 
@@ -67,6 +67,7 @@ DESCRIPTIONS = (
     "how far it goes",
 )
 CENTURIES = range(11, 18)  # as in the paper; years in common use (1900, 2000) are often single tokens
+SHORTEST, LONGEST = 12, 24  # tokens that are repeated: long enough that chance is small, short enough for a model of 64 positions
 FIRST_YEAR = 1  # the corrupt prompts begin in the year 01, after which nearly every year is possible
 
 
@@ -200,11 +201,7 @@ def induction(vocab: PreTrainedTokenizerBase | int, n: int, *, seed: int = 0, le
     """
     if length < 2:
         raise DataError(f"induction: length is {length}: at least 2 tokens are needed for one to follow another")
-    tokens: Sequence[int] = range(vocab) if isinstance(vocab, int) else ()
-    start: tuple[int, ...] = ()
-    if not isinstance(vocab, int):
-        special = {*vocab.all_special_ids, *(at for at, token in vocab.added_tokens_decoder.items() if token.special)}
-        tokens, start = [at for at in sorted(vocab.get_vocab().values()) if at not in special], Pieces(vocab).start_ids
+    tokens, start = _ordinary(vocab)
     if len(tokens) <= length:
         raise DataError(f"induction: {len(tokens)} tokens to draw from, {length + 1} are needed: choose a length below {len(tokens)}")
 
@@ -220,7 +217,51 @@ def induction(vocab: PreTrainedTokenizerBase | int, n: int, *, seed: int = 0, le
     return _collect("induction", make, n, seed)
 
 
-TASKS: dict[str, Callable[..., Pairs]] = {"ioi": ioi, "greater_than": greater_than, "docstring": docstring, "induction": induction}
+def repeated(vocab: PreTrainedTokenizerBase | int, n: int, *, seed: int = 0, longest: int = LONGEST, below: int | None = None) -> Pairs:
+    """Make random texts A A (clean) with their controls A B (corrupt), all tokens of A and B different.
+
+    Segment "second" is the second half. The target is the second half but for its first token, which nothing foretells: the loss there is low for a model
+    that copies from the first half, and near that of random tokens in the control. Lengths of A differ, 12 tokens or more where there is room, so that no
+    distance is all texts'. Source: Olsson et al. 2022, "In-context Learning and Induction Heads".
+
+    Args:
+        vocab: a tokenizer, whose special tokens are left out and whose start token is set; or the size of a vocabulary, all of which is used.
+        n: how many pairs.
+        seed: of the random choices.
+        longest: most tokens of A.
+        below: only token ids below this are drawn: a tokenizer may know words that the model has no row for.
+
+    Raises:
+        DataError: fewer than 2 tokens of A are possible, or fewer than `n` different pairs can be made.
+    """
+    tokens, start = _ordinary(vocab, below)
+    longest = min(longest, len(tokens) // 2)
+    if longest < 2:
+        raise DataError(
+            f"repeated: A has {longest} of {len(tokens)} ordinary tokens: at least 2 are needed, and as many others for the control"
+        )
+
+    def make(rng: random.Random, number: int) -> PromptPair:
+        length = rng.randint(min(SHORTEST, longest), longest)
+        drawn = rng.sample(tokens, 2 * length)
+        first, other, begin = drawn[:length], drawn[length:], len(start) + length
+        span = (begin, begin + length)
+        clean, corrupt = (*start, *first, *first), (*start, *first, *other)
+        return PromptPair(f"repeated-{seed}-{number}", clean, corrupt, target=(begin + 1, begin + length), segments={"second": (span,)})
+
+    return _collect("repeated", make, n, seed)
+
+
+def _ordinary(vocab: PreTrainedTokenizerBase | int, below: int | None = None) -> tuple[Sequence[int], tuple[int, ...]]:
+    """Return the tokens to draw from, and what a text begins with."""
+    if isinstance(vocab, int):
+        return range(vocab if below is None else min(vocab, below)), ()
+    special = {*vocab.all_special_ids, *(at for at, token in vocab.added_tokens_decoder.items() if token.special)}
+    ids = (at for at in sorted(vocab.get_vocab().values()) if at not in special)
+    return [at for at in ids if below is None or at < below], Pieces(vocab).start_ids
+
+
+TASKS: dict[str, Callable[..., Pairs]] = {task.__name__: task for task in (ioi, greater_than, docstring, induction, repeated)}
 
 
 def generate_pairs(task: str, tokenizer: PreTrainedTokenizerBase, n: int, *, seed: int = 0) -> Pairs:

@@ -8,16 +8,15 @@ Lengths differ, so that no distance is all texts'. What heads reach by chance is
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechscope.data.pairs import PairBatch, Pairs, PromptPair
+from mechscope.data.pairs import PairBatch, Pairs
 from mechscope.data.pieces import Pieces
+from mechscope.data.tasks import LONGEST, repeated
 from mechscope.errors import DataError
 from mechscope.heads.attention import masses_at, run_probes
 from mechscope.heads.roles import Role, RoleScores
@@ -30,8 +29,6 @@ from mechscope.subject import Subject
 _OLSSON = "Olsson et al. 2022, In-context Learning and Induction Heads"
 # a tenth of a row's attention more than chance gives is worth a name
 _LEAST = 0.1
-# tokens of the repeated part: long enough that chance is small, short enough for a model of 64 positions
-_SHORTEST, _LONGEST = 12, 24
 
 PREVIOUS = Role(
     name="previous-token",
@@ -111,36 +108,17 @@ def pattern_roles(subject: Subject, *, n: int = 32, execution: Execution = Execu
 
 
 def repeated_texts(subject: Subject, n: int, *, seed: int = 0) -> Pairs:
-    """Make random texts A A (clean) with their controls A B (corrupt), all tokens of A and B different; the segment "second" is the second half.
+    """Make random texts A A (clean) with their controls A B (corrupt) that a model can read, see `mechscope.data.tasks.repeated`.
 
     Raises:
         DataError: The model has too few tokens or positions.
     """
-    tokens, start = _ordinary(subject)
-    longest = min(_LONGEST, (subject.anatomy.max_positions - len(start)) // 2, len(tokens) // 2)
-    if longest < 2:
-        raise DataError(
-            f"{subject.source} has {len(tokens)} ordinary tokens and reads {subject.anatomy.max_positions}: repeated random text needs at least 4 of each"
-        )
-    pairs = []
-    for number in range(n):
-        rng = random.Random(f"{seed}/{number}")
-        length = rng.randint(min(_SHORTEST, longest), longest)
-        drawn = rng.sample(tokens, 2 * length)
-        first, other, begin = drawn[:length], drawn[length:], len(start) + length
-        segments = {"second": ((begin, begin + length),)}
-        pairs.append(PromptPair(f"repeated-{seed}-{number}", (*start, *first, *first), (*start, *first, *other), segments=segments))
-    return Pairs(tuple(pairs), f"{n} repeated random texts, seed {seed}")
-
-
-def _ordinary(subject: Subject) -> tuple[Sequence[int], tuple[int, ...]]:
-    """Return the tokens to draw from and what a text begins with."""
-    tokenizer, size = subject.tokenizer, subject.anatomy.vocab_size
-    if tokenizer is None:
-        return range(size), ()
-    special = {*tokenizer.all_special_ids, *(at for at, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    # a tokenizer may know words that the model has no row for
-    return [at for at in sorted(tokenizer.get_vocab().values()) if at not in special and at < size], Pieces(tokenizer).start_ids
+    tokenizer, size, most = subject.tokenizer, subject.anatomy.vocab_size, subject.anatomy.max_positions
+    start = len(Pieces(tokenizer).start_ids) if tokenizer is not None else 0
+    try:
+        return repeated(tokenizer or size, n, seed=seed, longest=min(LONGEST, (most - start) // 2), below=size)
+    except DataError as error:
+        raise DataError(f"{subject.source}, which reads {most} tokens, cannot read repeated random text: {error}") from error
 
 
 def _places(batch: PairBatch, device: torch.device) -> tuple[Tensor, Tensor]:

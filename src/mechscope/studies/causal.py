@@ -18,14 +18,15 @@ import numpy as np
 import pandas as pd
 
 from mechscope.causal import Effects, ablate_together, cross_patch, mean_of, random_like
+from mechscope.causal.places import places_of
 from mechscope.choices import AblationSource
 from mechscope.data.pairs import Pairs
 from mechscope.errors import SettingsError
 from mechscope.instrument import Execution
-from mechscope.stats.inference import rank_correlation, rank_p
+from mechscope.stats.inference import paired_difference, rank_correlation, rank_p
 from mechscope.stats.shares import share_of, shares_of
 from mechscope.studies.selection import Chosen
-from mechscope.subject import Components, Pair
+from mechscope.subject import Components, Pair, Subject
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def measure_importance(
         "cross_model": cross,
         "layer_sets": layer_sets_table(base, tuned),
         "ablation": ablation_table(
-            pair, texts, chosen.heads, source=source, random_sets=random_sets, withheld=no_gain, execution=execution
+            pair.tuned, texts, chosen.heads, source=source, random_sets=random_sets, withheld=no_gain, execution=execution
         ),
         "importance": importance_table(changed["heads"], changed["layers"], cross, rows=rows),
     }
@@ -154,25 +155,39 @@ def layer_sets_table(effects: Effects, tuned: np.ndarray) -> pd.DataFrame:
 
 
 def ablation_table(
-    pair: Pair, texts: Pairs, heads: Components, *, source: AblationSource, random_sets: int, withheld: str = "", execution: Execution
+    subject: Subject,
+    texts: Pairs,
+    selected: Components,
+    *,
+    source: AblationSource,
+    random_sets: int,
+    metric: str = "loss",
+    withheld: str = "",
+    execution: Execution,
 ) -> pd.DataFrame:
-    """Ablate the selected heads together in the tuned model, and random sets with as many heads in each layer; arguments as above.
+    """Ablate selected heads together, and random sets with as many heads in each layer.
 
     Args:
-        pair: The models.
-        texts: Held-out documents.
-        heads: The selected heads.
-        source: What ablated heads are replaced by.
+        subject: The model; in a study the tuned one.
+        texts: The texts; in a study held-out documents.
+        selected: The selected heads. MLPs and whole mixers among them are ablated too, and then nothing is like them: no random set is drawn.
+        source: What ablated components are replaced by.
         random_sets: How many random sets.
+        metric: What is read.
         withheld: Why nothing is to be said of what these heads matter for: there is no gain. Empty where there is one.
         execution: Tokens of a batch, seed of the random sets, progress.
 
     Returns:
-        One row per set: `kind` (`selected` or `random`), the columns of `ablate_together`, and on the selected one `p_random` and
-        `p_less`: the share of sets, itself counted, whose ablation costs at least, and at most, as much; and `withheld`.
+        One row per set, the selected one first: `kind` (`selected` or `random`), the columns of `ablate_together`; on the selected one `p_random` and
+        `p_less`: the share of sets, itself counted, whose effect is at least, and at most, as large; `more`, `more_low`, `more_high`: its effect minus the
+        random sets' mean effect with a 95 % interval over texts; and `withheld`.
     """
+    anatomy = subject.anatomy
+    places = places_of(selected, anatomy, experts=True)
     try:
-        controls = random_like(heads, pair.tuned.anatomy, random_sets, seed=execution.seed)
+        if any(place.site != "z" for place in places):
+            raise SettingsError(f"components {str(selected)!r} are not heads alone")
+        controls = random_like(selected, anatomy, random_sets, seed=execution.seed)
     except SettingsError as error:
         log.warning(
             "no random head sets to compare the selected heads with: %s",
@@ -180,12 +195,15 @@ def ablation_table(
             extra={"weakens": "ablation", "withheld": "whether the selected heads cost more than others"},
         )
         controls = []
-    replacement = mean_of(pair.tuned, texts, ("z",)) if source == "mean" else source
-    table = ablate_together(pair.tuned, texts, [heads, *controls], source=replacement, execution=execution).table
+    replacement = mean_of(subject, texts, sorted({place.site for place in places})) if source == "mean" else source
+    effects = ablate_together(subject, texts, [selected, *controls], source=replacement, metric=metric, execution=execution)
+    table, costs = effects.table, effects.table["effect"].to_numpy()
     table["kind"] = ["selected", *["random"] * len(controls)]
-    table[["p_random", "p_less"]] = np.nan
-    costs = table["effect"].to_numpy()
-    table.loc[0, ["p_random", "p_less"]] = rank_p(costs[0], costs[1:])
+    table[["p_random", "p_less", "more", "more_low", "more_high"]] = np.nan
+    if controls:
+        more = paired_difference(effects.values[0], effects.values[1:].mean(0))
+        ends = [float(more.mean), float(more.low), float(more.high)]
+        table.loc[0, ["p_random", "p_less", "more", "more_low", "more_high"]] = [*rank_p(costs[0], costs[1:]), *ends]
     table["withheld"] = [withheld, *[""] * len(controls)]
     return table
 

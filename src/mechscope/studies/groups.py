@@ -15,7 +15,7 @@ from mechscope.settings.smallest import SmallestSettings
 DEFAULT_TEMPLATE = "Article: {document}\nSummary: {summary}"
 # what a source of prompt pairs may be, for help
 PAIRS = (
-    "Prompt pairs: a JSONL file (clean, corrupt, answers, wrong_answers), a generated task (ioi, greater_than, docstring, induction), "
+    "Prompt pairs: a JSONL file (clean, corrupt, answers, wrong_answers), a generated task (ioi, greater_than, docstring, induction, repeated), "
     "newsroom:ROLE (who, what, where, when, count), facts:FILE (prompt, subject, answer; no corrupt text), or salience:DOCUMENTS (with "
     "summaries; the corrupt text lacks the salient sentence)."
 )

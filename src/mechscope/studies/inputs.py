@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # pairs of a generated task where nobody says how many
 _GENERATED = 100
+# generated tasks that are made of token ids, not of words
+_OF_TOKENS = ("induction", "repeated")
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,12 @@ def read_prompt_pairs(
     from mechscope.data.tasks import TASKS, generate_pairs
 
     number = limit or _GENERATED
-    if source == "induction" and subject.tokenizer is None and not chat:
-        return TASKS["induction"](subject.anatomy.vocab_size, number, seed=seed)
+    if source in _OF_TOKENS and subject.tokenizer is None and not chat:
+        return TASKS[source](subject.anatomy.vocab_size, number, seed=seed)
     if subject.tokenizer is None:
-        raise DataError(f"model {subject.source!r} has no tokenizer, which text pairs need; only the task 'induction' works without")
+        raise DataError(
+            f"model {subject.source!r} has no tokenizer, which text pairs need; only the tasks {' and '.join(map(repr, _OF_TOKENS))} work without"
+        )
     if source.startswith("salience:"):
         # more documents than pairs: some have no sentence that is salient
         corpus = load_documents(source.removeprefix("salience:"), limit=2 * number, seed=seed)

@@ -54,6 +54,7 @@ ABLATION = table(
     kind="selected, or random: as many heads in each layer",
     p_random=number("selected set only: share of random sets, itself counted, whose ablation costs at least as much", "share"),
     p_less=number("the same, at most as much", "share"),
+    more=number("selected set only: its effect minus the random sets' mean effect", "nats per token", "low", "high", optional=True),
     withheld="selected set only: why nothing is said of what it matters for; empty where it is",
 )
 LAYER_SETS = table(

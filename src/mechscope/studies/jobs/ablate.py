@@ -1,4 +1,4 @@
-"""`mechscope ablate`: heads, MLPs or other places taken out, one at a time, on prompt pairs or on documents with their summaries."""
+"""`mechscope ablate`: heads, MLPs or other places taken out, one at a time or together, on prompt pairs or on documents with their summaries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechscope.choices import AblationSource, MetricName
 from mechscope.errors import SettingsError
-from mechscope.settings import Number, Settings, setting
+from mechscope.settings import Count, Number, Settings, setting
 from mechscope.studies.dictionary_files import DICTIONARIES, MaybeDictionaries, autoencoders
 from mechscope.studies.groups import PAIRS, DocumentFormat, OneModel, PairFormat
 from mechscope.studies.inputs import MODELS, prompt_pairs, read_documents, record_pairs
@@ -56,7 +56,11 @@ class AblateSettings(OneModel, MaybeDictionaries, InsteadOfPairs, MaybePairs):
         'Only these, e.g. "a3.h5,m3", "layers:2,3", experts ("m3.e5") or, with --dictionary, latents such as "resid6.f1024"; by default all.',
     )
     source: AblationSource = setting("mean", "What an ablated component's value is replaced by.")
-    mode: Literal["each", "keep"] = setting("each", "Leave one out, or keep only one.")
+    mode: Literal["each", "keep", "together"] = setting(
+        "each",
+        "Leave one out, keep only one, or take all of --components out together, beside random sets with as many heads in each layer.",
+    )
+    random_sets: Count = setting(40, "With --mode together: random sets of heads.")
     metric: MetricName | None = setting(None, "Metric; by default loss with --data and logit-diff with --pairs.")
     tokens_per_batch: Number | None = setting(1024, "Most tokens of a batch of texts, padding included; decides the memory.")
 
@@ -64,13 +68,15 @@ class AblateSettings(OneModel, MaybeDictionaries, InsteadOfPairs, MaybePairs):
         """Refuse settings that contradict each other.
 
         Raises:
-            SettingsError: Pairs and data are both given, or neither, or documents are to have a corrupt text.
+            SettingsError: Pairs and data are both given, or neither; documents are to have a corrupt text; or nothing is named to be taken out together.
         """
         super().__post_init__()
         if (self.pairs is None) is (self.data is None):
             raise SettingsError("give either pairs (a file or a task) or data (documents with summaries) to ablate on")
         if self.data is not None and self.source == "corrupt":
             raise SettingsError("source 'corrupt' needs pairs with a corrupt text, and documents have none: use mean, resample or zero")
+        if self.mode == "together" and self.components is None:
+            raise SettingsError("mode 'together' takes out what components name, and they name nothing: give some, such as \"a1.h2,a3.h0\"")
 
     @property
     def judged_by(self) -> MetricName:
@@ -102,9 +108,14 @@ def _sites(settings: AblateSettings) -> list[str]:
 
 def _check(run: JobRun[AblateSettings]) -> None:
     from mechscope.causal.ablation import ablated_places
+    from mechscope.causal.places import places_of
+    from mechscope.subject import Components
 
-    settings = run.settings
-    ablated_places(run.first.anatomy, _sites(settings), settings.components, autoencoders(run))
+    settings, anatomy = run.settings, run.first.anatomy
+    if settings.mode == "together":
+        places_of(Components.parse(settings.components or ""), anatomy, experts=True)
+    else:
+        ablated_places(anatomy, _sites(settings), settings.components, autoencoders(run))
     check_pairs(run.first, run[TEXTS], metric=settings.judged_by)
 
 
@@ -113,6 +124,8 @@ def _effects(run: JobRun[AblateSettings]) -> Tables:
     from mechscope.causal.places import site_named
 
     settings, subject, texts = run.settings, run.first, run[TEXTS]
+    if settings.mode == "together":
+        return _together(run)
     sites, standing = _sites(settings), autoencoders(run)
     averaged = [site_named(site) for site in sites if site != "latent"]
     effects = ablate(
@@ -130,8 +143,25 @@ def _effects(run: JobRun[AblateSettings]) -> Tables:
     return {"effects": effects.table}
 
 
+def _together(run: JobRun[AblateSettings]) -> Tables:
+    from mechscope.studies.causal import ablation_table
+    from mechscope.subject import Components
+
+    settings = run.settings
+    table = ablation_table(
+        run.first,
+        run[TEXTS],
+        Components.parse(settings.components or ""),
+        source=settings.source,
+        random_sets=settings.random_sets,
+        metric=settings.judged_by,
+        execution=run.execution,
+    )
+    return {"ablated_together": table}
+
+
 def _hangs_on(settings: AblateSettings) -> tuple[str, ...]:
-    names = ("sites", "components", "source", "mode", "metric", "seed")
+    names = ("sites", "components", "source", "mode", "metric", "seed", *(("random_sets",) if settings.mode == "together" else ()))
     # values are drawn among the texts of a batch
     return (*names, "tokens_per_batch") if settings.source == "resample" else names
 
@@ -145,14 +175,14 @@ def _title(names: Mapping[str, str]) -> str:
 
 JOB = Job(
     name="ablate",
-    help="Ablation: take heads, MLPs, experts or latents of dictionaries out, one at a time, and see what it costs.",
+    help="Ablation: take heads, MLPs, experts or latents of dictionaries out, one at a time or together, and see what it costs.",
     panel="intervene",
     example="mechscope ablate gpt2 --pairs ioi --source mean --out runs/ablate-ioi",
     settings=AblateSettings,
     arguments=("model",),
     inputs=(MODELS, TEXTS, DICTIONARIES),
     stages=(EFFECTS,),
-    sections=("effects",),
+    sections=("effects", "ablated-together"),
     title=_title,
     check=_check,
 )
