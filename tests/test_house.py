@@ -21,7 +21,7 @@ FLOORS = (
     ("instrument", "stats"),
     ("data",),
     ("difference", "lens", "causal", "circuits", "heads", "weights", "features", "probing"),
-    ("adapt",),
+    ("adapt", "groundtruth"),
     ("report",),
     ("studies",),
     ("commands",),

@@ -51,6 +51,7 @@ PANELS = {
     "runs": "Models and runs",
 }
 _GROUPS = {
+    "benchmark": "Methods judged where the answer is known.",
     "features": "Dictionaries of features: train them, measure them, read what their latents stand for.",
     "study": "Whole studies: from models and documents to a report.",
 }

@@ -149,6 +149,9 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     routed: dict[str, Any] = {"model": "given in memory", "tuned": "given in memory", "pairs": "given in memory"}
     job = _job("routing")
     tables |= run_job(job, resolve(job.settings, **routed), None, given={**mixtures, "pairs": random_pairs(8)}).tables
+    truth, judged = _job("groundtruth"), _job("benchmark_circuits")
+    tables |= run_job(truth, truth.resolve(name="counting", pairs=4), None).tables
+    tables |= run_job(judged, judged.resolve(programs="induction", methods="eap,exact", pairs=6, draws=50), None).tables
     # its dictionaries' own tables are those of the job above
     tables = {**compare_by_dictionaries(None).tables, **tables}
     return {

@@ -273,15 +273,24 @@ def _slices(subject: Subject, calls: list[AttentionCall], ids: Tensor, real: Ten
                 continue
             for head in heads:
                 # behind a latent the map runs with one more axis, for heads
-                own = outputs[id(reader.module)].reshape(*ids.shape, -1)[..., reader.features(head).to(seen.device)]
+                whole = outputs[id(reader.module)].reshape(*ids.shape, -1)
+                own = whole[..., reader.features(head).to(seen.device)]
                 if not norms:
                     worst = max(worst, _error(own, seen[:, head], real))
                 else:
                     own = own[0, first] if norm is None else norm(own[0, first])
                     # behind a latent a key has a second part, which all heads share and rotary embedding turns
                     width = block.key.width
-                    worst = max(worst, _turned(own[:width], seen[0, head, first, :width]))
+                    # what is nothing but rounding beside other heads and tokens points nowhere: a head made by hand may read no first token
+                    there = [_but_rounding(one[:width], of) for one, of in ((own, whole), (seen[0, head, first], seen))]
+                    worst = max(worst, _turned(*there))
     return worst
+
+
+def _but_rounding(vector: Tensor, among: Tensor) -> Tensor:
+    """Return a vector, or zero where it is as small as the rounding of the largest number that it stands among."""
+    rounding = torch.finfo(vector.dtype).eps * float(among.abs().max()) * len(vector) ** 0.5
+    return vector if float(vector.abs().max()) > rounding else torch.zeros_like(vector)
 
 
 def _turned(own: Tensor, seen: Tensor) -> float:

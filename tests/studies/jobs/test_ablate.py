@@ -113,6 +113,10 @@ def test_a_sentence_says_where_the_set_stands_among_random_ones() -> None:
         "(selected minus their mean: +1.50 [+1.40, +1.60]; n = 12 texts)."
     )
     (below,) = findings("ablated-together", ablated_together=invented(-2.0, [0.25, 0.75], 1.0, 0.04))
+    many = invented(2.0, [0.25], 0.02, 1.0).assign(component=",".join(f"a0.h{head}" for head in range(9)))
+    assert findings("ablated-together", ablated_together=many)[0].startswith(
+        "Taking out a0.h0, a0.h1, a0.h2 and 6 more components together"
+    )
     assert "it does not stand out from them: the share of sets with at least as small an effect, this one counted, is 0.0400" in below
 
 

@@ -19,6 +19,8 @@ from mechscope.report.theme import number as written
 _RANDOM = (("kind", "==", "random"),)
 # rank among random sets below which a set stands out, one-sided
 _RARE = 0.025
+# components that a sentence names
+_NAMED = 6
 
 TOGETHER = table(
     "One row per set of components that was taken out together, the selected one first.",
@@ -69,6 +71,12 @@ def _views(tables: Tables) -> list[Shown]:
     return [Shown("Taken out together", view.view(), terminal=True)]
 
 
+def _written(component: str) -> str:
+    """Return a set for reading; of a large one the first components and how many more there are."""
+    parts = component.split(",")
+    return label(component) if len(parts) <= _NAMED else f"{', '.join(map(label, parts[:3]))} and {len(parts) - 3} more components"
+
+
 def _findings(tables: Tables) -> list[Finding]:
     sets = tables["ablated_together"]
     top = sets.iloc[0]
@@ -87,12 +95,12 @@ def _findings(tables: Tables) -> list[Finding]:
     size = f"{written(top['effect'], sign=True)} {interval(top['low'], top['high'], sign=True)}".rstrip()
     return [
         Finding(
-            f"Taking out {label(top['component'])} together changes {top['metric']} by {size} to {written(top['value'])}{beside}",
+            f"Taking out {_written(top['component'])} together changes {top['metric']} by {size} to {written(top['value'])}{beside}",
             n=top["n"],
             rows=(top,),
             derived=derived,
             effect=sized(top),
-            card=Card(size.partition(" ")[0], f"on {top['metric']} without the selected set", label(top["component"])),
+            card=Card(size.partition(" ")[0], f"on {top['metric']} without the selected set", _written(top["component"])),
             table="ablated_together",
         )
     ]
