@@ -146,7 +146,7 @@ def test_a_wrong_number_is_found() -> None:
 
 def test_a_finding_says_on_how_many_observations_of_which_unit_it_rests() -> None:
     # weights are no sample, and neither is what was asked for: a metric, budgets
-    weights, design = {"weights", "head-weights", "positions"}, {"circuit_curve", "bakeoff"}
+    weights, design = {"weights", "head-weights", "positions", "ground-truth"}, {"circuit_curve", "bakeoff"}
     for section, finding in findings():
         if section in weights:
             assert finding.n is None
