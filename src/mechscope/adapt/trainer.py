@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import SeedableRandomSampler
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from mechscope import ranks
+from mechscope.adapt.kept import save_weights
 from mechscope.adapt.loss import NOTHING, Collator, mean_loss, summed_loss
 from mechscope.choices import TuningMethod
 from mechscope.data.prompt import Example
@@ -122,13 +122,7 @@ class SummaryTrainer(Trainer):
         return 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        if isinstance(self.model, PeftModel):
-            # peft would compile a template for a model card at every checkpoint, and ask a hub whether the embeddings were resized
-            self.model.create_or_update_model_card = lambda *_: None
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(folder)
+        save_weights(self.model, Path(output_dir or str(self.args.output_dir)))
 
 
 class Reporter(TrainerCallback):

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from mechscope import ranks
+from mechscope.adapt.kept import KEPT, Keep
 from mechscope.adapt.lora import attach, base_copy, leak, total_parameters
 from mechscope.adapt.targets import Placement
 from mechscope.adapt.trainer import Reporter, build_trainer, finished, last_checkpoint, read_state, undisturbed
@@ -113,6 +114,7 @@ def tune(
     initial_loss: float | None = None,
     until: int | None = None,
     control: Mapping[str, Any] | None = None,
+    keep_every: int | None = None,
     about: Mapping[str, Any] | None = None,
     replace: bool = False,
     execution: Execution = Execution(),
@@ -133,6 +135,7 @@ def tune(
         until: Optimizer step at which training ends and whose weights are saved, whatever the validation loss: a control has as many steps of the same
             schedule as the training that it is matched with. The settings' patience is then not used.
         control: What is recorded of a control (`Tuned.control`).
+        keep_every: Optimizer steps between checkpoints that stay, as models or adapters of their own in `out` (`checkpoint-100`); None for none.
         about: What the caller resolved, documents included; kept beside the result (`study.yaml`), for another training to take after.
         replace: Put the result in the place of a training with other settings, data or base model, which is otherwise refused.
         execution: Seed of the order of examples, of dropout and of the adapter's start; progress, called with ("training", steps done, steps at most).
@@ -141,7 +144,7 @@ def tune(
         What was reached, with the learning curve.
 
     Raises:
-        SettingsError: Method and placement contradict each other, or the step `until` lies behind the last one.
+        SettingsError: Method and placement contradict each other, or the step `until` or the first to keep lies behind the last one.
         DataError: No examples.
         RunError: The folder is taken by something else or cannot be written, or the loss is no longer a number.
     """
@@ -159,6 +162,8 @@ def tune(
             f"the training that this control is matched with kept the weights of step {until}, and {len(train)} examples give but {steps} steps: "
             "shuffling left too many documents out as too long; raise max_tokens for both trainings"
         )
+    if keep_every is not None and keep_every > (steps := settings.steps(len(train))):
+        raise SettingsError(f"setting 'keep_every' is {keep_every}, but the training has {steps} steps: no checkpoint would be kept")
     if subject.dtype == torch.float16:
         raise ModelError(f"model {subject.source!r} is loaded in float16, in which training overflows: load it in float32 or bfloat16")
     request = {
@@ -174,6 +179,7 @@ def tune(
         # trainings that are no controls keep the request, and so the place, that they have always had
         **({} if until is None else {"until": until}),
         **({} if control is None else {"control": dict(control)}),
+        **({} if keep_every is None else {"keep_every": keep_every}),
     }
     with Artifact(out.parent, request, name=out.name, replace=replace) as artifact:
         if not artifact.done:
@@ -181,7 +187,19 @@ def tune(
             try:
                 try:
                     facts = _train(
-                        subject, train, validation, work, method, placed, scaling, dropout, settings, execution, initial_loss, until
+                        subject,
+                        train,
+                        validation,
+                        work,
+                        method,
+                        placed,
+                        scaling,
+                        dropout,
+                        settings,
+                        execution,
+                        initial_loss,
+                        until,
+                        keep_every,
                     )
                     facts |= {"seed": execution.seed, "control": None if control is None else dict(control)}
                 except RunError:
@@ -217,6 +235,7 @@ def _train(
     execution: Execution,
     initial_loss: float | None,
     until: int | None,
+    keep_every: int | None,
 ) -> dict[str, Any]:
     """Train up to the last checkpoint in `work`, from the one that is there if there is one, and count parameters."""
     base = total_parameters(subject.model)
@@ -231,6 +250,7 @@ def _train(
     state = None if checkpoint is None else read_state(checkpoint)
     if state is not None and finished(state, settings, until):
         return facts
+    kept = [] if keep_every is None else [Keep(keep_every, work / KEPT, subject.tokenizer)]
     with undisturbed():
         if placed is None:
             model: Any = base_copy(subject).float().requires_grad_(True)
@@ -247,7 +267,7 @@ def _train(
             pad_id=0 if subject.tokenizer is None else pad_id(subject.tokenizer),
             first_time=checkpoint is None,
             until=until,
-            callbacks=[Reporter(execution, "training")],
+            callbacks=[Reporter(execution, "training"), *kept],
         )
         trainer.initial_loss = initial_loss
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -285,6 +305,8 @@ def _write_result(
     }
     shutil.rmtree(folder)  # what a kill left half copied
     shutil.copytree(work / f"checkpoint-{step}", folder, ignore=shutil.ignore_patterns(*_NOT_RESULT))
+    if (work / KEPT).is_dir():
+        shutil.copytree(work / KEPT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(result, folder / RECORD)

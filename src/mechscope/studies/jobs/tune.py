@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechscope.choices import TrainedControl, TuningMethod
 from mechscope.errors import SettingsError
-from mechscope.settings import Count, nested, setting
+from mechscope.settings import Count, Number, nested, setting
 from mechscope.settings.lora import LoraSettings
 from mechscope.settings.training import TrainSettings
 from mechscope.studies.groups import Loading, SplitCorpus
@@ -35,6 +35,10 @@ class TuneSettings(Loading, SplitCorpus):
     )
     training: TrainSettings = nested(TrainSettings)
     lora: LoraSettings = nested(LoraSettings)
+    keep_every: Number | None = setting(
+        None,
+        "Optimizer steps between checkpoints that stay in the folder as models of their own, a series for mechscope dynamics; by default none.",
+    )
     control: TrainedControl | None = setting(
         None,
         "Train a control of the training in --like, with as many steps of the same schedule: shuffled (every document with another one's summary) or "
@@ -111,6 +115,7 @@ def _tune(
         "placed": placed,
         "scaling": settings.lora.lora_scaling,
         "dropout": settings.lora.lora_dropout,
+        "keep_every": settings.keep_every,
         "about": asdict(settings),
     }
     if settings.control is None:
@@ -120,7 +125,7 @@ def _tune(
     from mechscope.studies.corpora import encode_for
 
     seed = settings.control_seed or 0
-    alike = {name: value for name, value in how.items() if name != "about"}
+    alike = {name: value for name, value in how.items() if name not in ("about", "keep_every")}
     match = matched(Path(settings.like or ""), subject, train, validation, **alike, settings=settings.training)
     if settings.control == "seed" and seed == match.seed:
         raise SettingsError(f"setting 'control_seed' is {seed}, the seed of the training in {settings.like}: choose another")
