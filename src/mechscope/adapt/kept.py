@@ -25,7 +25,7 @@ def save_weights(model: Any, folder: Path) -> None:
     """Write a model, or the adapter on it, as safetensors."""
     if isinstance(model, PeftModel):
         # peft would compile a template for a model card at every checkpoint, and ask a hub whether the embeddings were resized
-        model.create_or_update_model_card = lambda *_: None  # type: ignore[method-assign]
+        model.create_or_update_model_card = lambda *_: None
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
         model.save_pretrained(folder)
