@@ -3,9 +3,9 @@
 documents   one row per text, the mean over its tokens or its last token, with an attribute of the text
 tokens      one row per token but a text's first, where models keep a state of another kind; the concept that a token stands for, or none
 
-Labels that mean nothing are the control. Shuffled ones have the same frequencies and no tie to the texts: what a probe makes of them is what it learns by
-heart and does not generalise. A control task (Hewitt and Liang 2019) draws one class for each kind of token, so that a probe that can learn tokens by heart
-tells it: what it tells beyond that (selectivity) is not the token's identity.
+Labels that mean nothing are the control. Shuffled ones are those of another text, with their runs and up to the lengths of texts their frequencies, and no
+tie to what is in it: what a probe makes of them is what it learns by heart and does not generalise. A control task (Hewitt and Liang 2019) draws one class for
+each kind of token, so that a probe that can learn tokens by heart tells it: what it tells beyond that (selectivity) is not the token's identity.
 """
 
 from __future__ import annotations
@@ -67,22 +67,36 @@ class Task:
                 )
 
     def labelings(self, *, shuffles: int, seed: int) -> list[tuple[str, tuple[Int[np.ndarray, " row"], ...]]]:
-        """Return the labels, and labels of the same frequencies that mean nothing: shuffled among all rows, and by kind of token where rows are tokens.
+        """Return the labels, and labels that mean nothing: shuffled among the texts, and by kind of token where rows are tokens.
 
         Args:
             shuffles: How many times labels are shuffled.
             seed: Of what is drawn; the same rows get the same labels in every model.
         """
         random = np.random.default_rng([seed, len(self.labels)])
-        sizes, every = np.cumsum([len(own) for own in self.labels])[:-1], np.concatenate(self.labels)
         made = [(LABELS, self.labels)]
-        made += [(SHUFFLED, tuple(np.split(random.permutation(every), sizes))) for _ in range(shuffles)]
+        made += [(SHUFFLED, self._shuffled(random)) for _ in range(shuffles)]
         if self.reading == "tokens":
+            every = np.concatenate(self.labels)
             shares = np.bincount(every, minlength=len(self.classes)) / len(every)
             kinds = np.unique(np.concatenate([pair.clean for pair in self.texts]))
             drawn = dict(zip(kinds.tolist(), random.choice(len(shares), p=shares, size=len(kinds)), strict=True))
             made.append((CONTROL, tuple(np.array([drawn[token] for token in pair.clean[1:]], dtype=np.int64) for pair in self.texts)))
         return made
+
+    def _shuffled(self, random: np.random.Generator) -> tuple[Int[np.ndarray, " row"], ...]:
+        """Return the labels of texts in random order: each takes another's, from a random row on, and over again where it is the longer one.
+
+        Tokens of one text are of one class more often than those of several. Shuffled one by one, labels that mean nothing would vary less than labels do.
+        """
+        classes = range(len(self.classes))
+        standing = [sum(bool((own == each).any()) for own in self.labels) for each in classes]
+        while True:
+            donors = [np.roll(each := self.labels[at], random.integers(len(each))) for at in random.permutation(len(self.labels))]
+            made = tuple(np.resize(donor, len(own)) for donor, own in zip(donors, self.labels, strict=True))
+            # shorter texts may lose a rare class, without which there would be nothing to learn
+            if all(2 * sum(bool((own == each).any()) for own in made) >= standing[each] for each in classes):
+                return made
 
 
 def document_task(labelled: Labelled, name: str, *, reading: Literal["last", "mean"] = "mean") -> Task:
