@@ -224,9 +224,9 @@ def test_shuffled_labels_are_those_of_other_texts_and_a_control_label_belongs_to
             of_kind.setdefault(token, set()).add(int(label))
     assert max(map(len, of_kind.values())) == 1
     assert [own.tolist() for own in task.labelings(shuffles=2, seed=3)[3][1]] == [own.tolist() for own in made[3][1]]
-    (kind, topics), (other, shuffled) = document_task(labelled(), "topic").labelings(shuffles=1, seed=0)
+    (kind, topics), (other, mixed) = document_task(labelled(), "topic").labelings(shuffles=1, seed=0)
     assert (kind, other) == (LABELS, SHUFFLED)
-    assert np.bincount(np.concatenate(shuffled)).tolist() == np.bincount(np.concatenate(topics)).tolist()
+    assert np.bincount(np.concatenate(mixed)).tolist() == np.bincount(np.concatenate(topics)).tolist()
 
 
 def test_tokens_of_one_text_are_of_one_class_among_shuffled_labels_too_so_that_nothing_is_claimed_of_chance() -> None:
