@@ -20,7 +20,7 @@ FLOORS = (
     ("subject",),
     ("instrument", "stats"),
     ("data",),
-    ("difference", "lens", "causal", "circuits", "heads", "weights", "features", "probing"),
+    ("difference", "lens", "causal", "circuits", "heads", "weights", "features", "probing", "edit"),
     ("adapt", "groundtruth"),
     ("report",),
     ("studies",),
