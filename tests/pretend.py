@@ -76,9 +76,9 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor, place: torch.device) -> Pretended:
         """Wrap a real tensor."""
-        self = Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=CPU
-        )
+        # compressed rows have no strides; what they are is known to the operations, which are given the real tensor
+        strides, offset = (inner.stride(), inner.storage_offset()) if inner.layout is torch.strided else (None, None)
+        self = Tensor._make_wrapper_subclass(cls, inner.shape, strides=strides, storage_offset=offset, dtype=inner.dtype, device=CPU)
         self.held, self.place = inner, place
         return self
 
@@ -350,7 +350,7 @@ def _place(func: Any, args: Any, tensors: list[Tensor]) -> torch.device:
         # indices may lie on the CPU, whatever is indexed
         home = args[0].device
         others = [x for x in args[1] if x is not None and x.device != CPU] + [x for x in args[2:3] if isinstance(x, Tensor) and x.ndim]
-        tensors = [args[0], *others]
+        tensors = [args[0], *(x for x in others if x.device != _ANYWHERE)]
     else:
         home = next((x.device for x in tensors if x.ndim), tensors[0].device)
         # on a device, a number on the CPU is as good as a Python number

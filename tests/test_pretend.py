@@ -71,6 +71,22 @@ def test_gradients_go_back_over_devices() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_products_at_the_entries_of_compressed_rows_stay_on_their_device() -> None:
+    offsets, columns = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
+    left, right = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 5.0], [1.0, 7.0, 0.0]])
+    with pretended():
+        pattern = torch.sparse_csr_tensor(
+            offsets.to("cuda:1"), columns.to("cuda:1"), torch.zeros(3, device="cuda:1"), (2, 3), check_invariants=True
+        )
+        found = torch.sparse.sampled_addmm(pattern, left.to("cuda:1"), right.to("cuda:1"), beta=0.0).values()
+        assert str(found.device) == "cuda:1"
+        # 1 + 2, 1 · 5, and 4 · 7
+        assert found.tolist() == [3.0, 5.0, 28.0]
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.sparse.sampled_addmm(pattern, left.to("cuda:0"), right.to("cuda:1"), beta=0.0)
+
+
 def test_what_makes_the_host_wait_is_counted() -> None:
     with pretended():
         x = torch.ones(3, device="cuda:0")

@@ -51,16 +51,6 @@ NOT_RUN = {
     "padded rows; tests/adapt/test_generate.py holds it in float32",
 }
 
-# fails over two devices
-ON_ONE_DEVICE = {
-    ("gpt_neox", "prune"): "pretended devices do not follow this gradient",
-    **{
-        (family, name): "pretended devices have no compressed rows, with which products at active latents are taken"
-        for family in ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3")
-        for name in ("node_effects", "node_edges", "attribute latents", "shift effects")
-    },
-}
-
 # public functions that run over texts and have no entry of their own
 ELSEWHERE = {
     "bake_off": "trains arms into a folder: tests/adapt/test_bakeoff.py",

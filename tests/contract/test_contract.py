@@ -16,7 +16,7 @@ import torch
 from mechscope.errors import ModelError, RunError
 from mechscope.instrument import Execution, memory
 from mechscope.subject import Subject
-from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, OF_FAMILY, ON_ONE_DEVICE, WITHOUT_BATCHES
+from tests.contract.exceptions import EVALUATED, NOT_HALVED, NOT_RUN, OF_BATCHES, OF_FAMILY, WITHOUT_BATCHES
 from tests.contract.technique import TOKENS, Case, Result, case, techniques
 from tests.devices import assert_same
 from tests.pretend import pretended
@@ -187,9 +187,7 @@ def test_where_one_text_does_not_fit_into_memory_the_error_tells_the_remedy(name
 
 @every
 @families(("gpt2", "llama"), ("gpt_neox", "gemma2", "qwen3"))
-def test_models_over_two_devices_give_what_they_give_on_one(name: str, family: str, request: pytest.FixtureRequest) -> None:
-    if (family, name) in ON_ONE_DEVICE:
-        request.applymarker(pytest.mark.xfail(strict=False, reason=ON_ONE_DEVICE[family, name]))
+def test_models_over_two_devices_give_what_they_give_on_one(name: str, family: str) -> None:
     expected = outcome(name, family, ONE_BATCH if name in OF_BATCHES else TOKENS).result
     with pretended():
         result = techniques()[name](case(of(name, family), spread=True), Execution(tokens_per_batch=ONE_BATCH))

@@ -111,12 +111,12 @@ class Standing:
 
         Args:
             real: Tokens that are no padding.
-            streams: What stands at its place in each run in which the tokens are read; none to leave norms aside.
+            streams: What stands at its place in each run in which the tokens are read, on any device; none to leave norms aside.
         """
         tokens = sent(real, self.decoders.device)
         tokens = tokens & (tokens.cumsum(1) > self.first)
         for x in streams:
-            tokens = tokens & self.ordinary(x)
+            tokens = tokens & sent(self.ordinary(x), tokens.device)
         return tokens
 
     def ordinary(self, x: Stream) -> Bool[Tensor, "batch token"]:
