@@ -21,7 +21,7 @@ FLOORS = (
     ("instrument", "stats"),
     ("data",),
     ("difference", "lens", "causal", "circuits", "heads", "weights", "features", "probing", "edit"),
-    ("adapt", "groundtruth"),
+    ("adapt", "groundtruth", "universality"),
     ("report",),
     ("studies",),
     ("commands",),

@@ -13,7 +13,7 @@ import pytest
 from tests.contract import exceptions
 from tests.contract.technique import techniques
 
-PACKAGES = ("causal", "circuits", "lens", "heads", "weights", "features", "probing", "edit", "difference", "adapt")
+PACKAGES = ("causal", "circuits", "lens", "heads", "weights", "features", "probing", "edit", "difference", "adapt", "universality")
 ENTRIES = Path(__file__).parent / "entries"
 
 

@@ -30,6 +30,7 @@ from tests.features.test_shift import labelled_rows
 from tests.matrix.plain import build
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
+from tests.studies.jobs.test_universality import DOCUMENTS
 
 # settings of a run that ends within a second or two
 _JOBS: dict[str, dict[str, Any]] = {
@@ -149,6 +150,16 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     routed: dict[str, Any] = {"model": "given in memory", "tuned": "given in memory", "pairs": "given in memory"}
     job = _job("routing")
     tables |= run_job(job, resolve(job.settings, **routed), None, given={**mixtures, "pairs": random_pairs(8)}).tables
+    compared = _job("universality")
+    asked = compared.resolve(
+        **dict.fromkeys(("model", "others", "data"), "given in memory"), template="{document} w3 {summary}", probes=6, draws=20
+    )
+    alike = {
+        "model": subject(),
+        "others": {"other": load(families.build("gpt2", seed=1), tokenizer=families.tokenizer())},
+        "data": DOCUMENTS,
+    }
+    tables |= run_job(compared, asked, None, given=alike).tables
     truth, judged = _job("groundtruth"), _job("benchmark_circuits")
     tables |= run_job(truth, truth.resolve(name="counting", pairs=4), None).tables
     tables |= run_job(judged, judged.resolve(programs="induction", methods="eap,exact", pairs=6, draws=50), None).tables
