@@ -11,7 +11,7 @@ from torch import Tensor
 from mechscope.errors import SettingsError
 from mechscope.features import crosscoder
 from mechscope.features.dictionary import Dictionary
-from mechscope.features.diffing import classified, found_again
+from mechscope.features.diffing import classified, found_again, nearest_by_chance
 from mechscope.features.rules import Rule
 from mechscope.settings.diffing import ExclusiveSettings
 
@@ -87,12 +87,29 @@ def test_a_latent_is_found_again_at_the_nearest_of_those_that_were_judged_alike(
     assert found["match"].tolist() == [2]
     # lost latents by what the first model has of them: (1, 2) beside (5, 0) and (0, −3)
     lost = found_again(own, judged("", "new", "lost"), other, judged("", "lost", "new", "lost", "new"), judged="lost")
-    assert lost.to_dict("list") == {"latent": [2], "cosine": [pytest.approx(5**-0.5)], "match": [1]}
+    assert lost.drop(columns=["chance", "chance_found"]).to_dict("list") == {
+        "latent": [2],
+        "cosine": [pytest.approx(5**-0.5)],
+        "match": [1],
+        "found": [False],
+    }
+
+
+def test_found_again_is_what_reaches_the_cosine_beside_as_many_mixtures_of_all_latents_there() -> None:
+    own, other = of([[0, 0, 3, 4], [0, 0, 4, 3]]), of([[0, 0, 0, 7], [0, 0, 1, 0], [0, 0, 0, 1]])
+    tables = judged("new", "new"), judged("new", "", "new")
+    for recurs, again in ((0.8, [True, False]), (0.59, [True, True]), (0.81, [False, False])):
+        assert found_again(own, tables[0], other, tables[1], recurs=recurs)["found"].tolist() == again
+    found = found_again(own, *(tables[0], other, tables[1]), recurs=0.8, seed=3)
+    expected = nearest_by_chance(torch.tensor([[3.0, 4], [4, 3]]), torch.tensor([[0.0, 7], [1, 0], [0, 1]]), 2, recurs=0.8, seed=3)
+    np.testing.assert_array_equal(found[["chance", "chance_found"]].to_numpy().T, expected)
 
 
 def test_where_nothing_was_judged_alike_nothing_is_found() -> None:
     own = of([[0, 0, 3, 4], [0, 0, 1, 0]])
     found = found_again(own, judged("new", "new"), own, judged("", "lost"))
     assert found["match"].tolist() == [-1, -1]
-    assert np.isnan(found["cosine"]).all()
+    assert np.isnan(found[["cosine", "chance"]]).all(axis=None)
+    assert found["found"].tolist() == [False, False]
+    assert found["chance_found"].tolist() == [0, 0]
     assert found_again(own, judged("", ""), own, judged("new", "new")).empty

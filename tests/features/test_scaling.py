@@ -194,7 +194,7 @@ def test_latents_are_found_again_by_their_longer_decoder_among_those_judged_alik
     tables = [classified(scaled_latents(each, scaling_sums(each, values)[0]), ExclusiveSettings()) for each in (one, one)]
     tables[1] = tables[1].assign(judged=["", "new", ""])
     found = found_again(one, tables[0], other, tables[1])
-    assert found.to_dict("list") == {"latent": [0], "cosine": [pytest.approx(1.0)], "match": [1]}
+    assert found[["latent", "cosine", "match"]].to_dict("list") == {"latent": [0], "cosine": [pytest.approx(1.0)], "match": [1]}
     none = found_again(one, tables[0], other, tables[1].assign(judged=""))
     assert none["match"].tolist() == [-1]
     assert none["cosine"].isna().all()

@@ -36,7 +36,7 @@ def carried_table(share: float, withheld: str = "") -> pd.DataFrame:
             "latents": 7,
             "draws": 5,
             "energy": 1.0,
-            "n": 40,
+            "n": 24,
             "share": value,
             "share_low": value - 0.01,
             "share_high": value + 0.01,
@@ -54,9 +54,11 @@ def test_the_sentence_gives_the_latents_their_share_and_the_controls() -> None:
     sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=carried_table(0.23))[0]
     assert sentence.startswith(
         "7 latents are new beyond control; base against base has 0 (3 by decoders alone); put into the base they carry 23\u202f% [22.0, 24.0] "
-        "of the gain on summaries, beside "
+        "of the gain on 24 summaries, beside "
         "4\u202f% [3.00, 5.00] for as many other latents and 1\u202f% [0.00, 2.00] for random vectors of their length; all of the difference there carries "
     )
+    # what is new was judged on more texts
+    assert sentence.endswith("(n = 40 texts).")
     weak = carried_table(0.23)
     weak.loc[weak["set"] == "other latents", "energy"] = 0.4
     sentence = findings("feature-difference", feature_comparisons=table, feature_planted=PLANTED, feature_carried=weak)[0]
@@ -82,3 +84,35 @@ def test_nothing_is_said_to_be_new_where_equal_models_have_as_many_and_nothing_i
     )
     blind = findings("feature-difference", feature_comparisons=none, feature_planted=PLANTED.assign(found=False))[0]
     assert "withheld, as none is new beyond control, but of the planted directions none was found either" in blind
+
+
+def test_what_is_found_stands_beside_what_random_mixtures_would_find() -> None:
+    table = comparisons_table(crosscoder={"new": 4, "beyond": 3}, half={"control": "half"}, other0={"control": "seed"})
+    again = pd.DataFrame(
+        {
+            "component": [f"base:resid1.f{latent}" for latent in (0, 1, 2, 3)] * 2,
+            "comparison": ["half"] * 4 + ["other0"] * 4,
+            "control": ["half"] * 4 + ["seed"] * 4,
+            "cosine": 0.8,
+            "match": "base:resid1.f9",
+            "found": [True, True, True, False, True, False, False, False],
+            "chance": 0.3,
+            "chance_found": [0.0, 0.0, 0.0, 0.0, 0.1, 0.2, 0.3, 0.4],
+        }
+    )
+    planted = PLANTED.assign(found=[True, False], chance=0.2, chance_found=[0.0, 0.1])
+    said = "\n".join(findings("feature-difference", feature_comparisons=table, feature_again=again, feature_planted=planted))
+    assert (
+        "In the other half of the documents 3 of 4 new latents are found again; random mixtures of the latents there are near enough in 0\u202f%"
+        in said
+    )
+    assert (
+        "In the same training with another seed (other0) 1 of 4 new latents is found again; random mixtures of the latents there are near enough in 25"
+        in said
+    )
+    assert "1 are found and judged new; random mixtures of the control's latents are near enough in 5\u202f% of the draws" in said
+    # runs in which chance was not drawn say nothing of it
+    older = again.drop(columns=["chance", "chance_found"])
+    assert "1 of 4 new latents is found again (n = 1 training)." in "\n".join(
+        findings("feature-difference", feature_comparisons=table, feature_again=older)
+    )

@@ -48,13 +48,13 @@ def new_latents(tables: Tables, main: Any, same: Any) -> Finding:
         return Finding(f"{said}; what they carry of the gain is withheld: {new['withheld']}", rows=(*quoted, new), card=card, **options)
     whole = own.get("whole difference")
     most = "" if whole is None else f"; all of the difference there carries {share_said(whole)}"
+    # fewer texts than latents are judged on
+    on = f"{written(int(new['n']))} {'summary' if int(new['n']) == 1 else 'summaries'}"
     return Finding(
-        f"{said}; put into the base they carry {share_said(new)} of the gain on summaries{beside_said(own, 'for')}{most}",
-        n=new["n"],
+        f"{said}; put into the base they carry {share_said(new)} of the gain on {on}{beside_said(own, 'for')}{most}",
         rows=(*quoted, *own.values()),
-        effect=float("inf"),
         card=card,
-        table="feature_carried",
+        **{**options, "table": "feature_carried"},
     )
 
 

@@ -30,7 +30,14 @@ def judge_all(request: Request) -> Tables:
     latents = {name: classified(scaled_latents(trained.dictionaries[name], judged[name].sums), settings) for name in two}
     own = latents[CROSSCODER]
     again = {
-        name: found_again(trained.dictionaries[CROSSCODER], own, trained.dictionaries[name], latents[name])
+        name: found_again(
+            trained.dictionaries[CROSSCODER],
+            own,
+            trained.dictionaries[name],
+            latents[name],
+            recurs=settings.recurs,
+            seed=request.run.settings.seed,
+        )
         for name, comparison in two.items()
         if comparison.control in ("half", "seed", "shuffled", "other")
     }
@@ -56,9 +63,7 @@ def judge_all(request: Request) -> Tables:
         names = [_component(dictionary, latent) for latent in range(dictionary.latents)]
         tables["feature_differences"] = pd.DataFrame({"component": names, **{name: each.numpy() for name, each in columns.items()}})
     if again:
-        tables["feature_again"] = pd.concat(
-            [_again(table, two[name], trained, settings.recurs) for name, table in again.items()], ignore_index=True
-        )
+        tables["feature_again"] = pd.concat([_again(table, two[name], trained) for name, table in again.items()], ignore_index=True)
     if "planted" in latents:
         tables["feature_planted"] = _planted(request, trained, texts.judged, latents["planted"])
     return tables
@@ -112,7 +117,7 @@ def _comparison_row(comparison: Comparison, judged: Judged, latents: pd.DataFram
     return row
 
 
-def _again(table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs: float) -> pd.DataFrame:
+def _again(table: pd.DataFrame, comparison: Comparison, trained: Trained) -> pd.DataFrame:
     import pandas as pd
 
     from mechscope.features.diffing import CROSSCODER
@@ -125,7 +130,7 @@ def _again(table: pd.DataFrame, comparison: Comparison, trained: Trained, recurs
             "control": comparison.control,
             "cosine": table["cosine"].astype(float),
             "match": [_component(two, latent) if latent >= 0 else "" for latent in table["match"]],
-            "found": table["cosine"] >= recurs,
+            **{name: table[name] for name in ("found", "chance", "chance_found")},
         }
     )
 
@@ -135,7 +140,7 @@ def _planted(request: Request, trained: Trained, texts: Pairs, latents: pd.DataF
     import pandas as pd
     import torch
 
-    from mechscope.features.diffing import Decoders
+    from mechscope.features.diffing import Decoders, nearest_by_chance
     from mechscope.subject.spelling import Spelling
 
     plant, dictionary, spelling = trained.recipe.plant, trained.dictionaries["planted"], Spelling(request.pair.tokenizer)
@@ -146,7 +151,9 @@ def _planted(request: Request, trained: Trained, texts: Pairs, latents: pd.DataF
         torch.cat([plant.directions(place, width) for place, width in zip(where, widths, strict=False)], dim=1), dim=1
     )
     second = torch.nn.functional.normalize(Decoders.of(dictionary).second.double().cpu(), dim=1)
-    cosine = true @ second.T
+    cosine, recurs = true @ second.T, request.settings.exclusive.recurs
+    # the nearest was sought among all latents
+    chance, by_chance = nearest_by_chance(true, second, len(second), recurs=recurs, seed=request.run.settings.seed)
     tokens = [token for pair in texts for token in pair.clean[1:]]
     rows = []
     for number, (kinds, own) in enumerate(zip(plant.kinds, cosine, strict=True), start=1):
@@ -165,7 +172,9 @@ def _planted(request: Request, trained: Trained, texts: Pairs, latents: pd.DataF
                 "nu_reconstruction": row["nu_reconstruction"],
                 "by_norm": row["by_norm"],
                 "judged": row["judged"],
-                "found": bool(own[best] >= request.settings.exclusive.recurs and row["judged"] == "new"),
+                "found": bool(own[best] >= recurs and row["judged"] == "new"),
+                "chance": chance[number - 1],
+                "chance_found": by_chance[number - 1],
             }
         )
     return pd.DataFrame(rows)

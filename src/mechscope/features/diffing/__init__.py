@@ -1,5 +1,6 @@
 """Comparing two models by dictionaries: what fine-tuning added, beside controls of the same budget, and what of it matters."""
 
+from mechscope.features.diffing.by_chance import nearest_by_chance
 from mechscope.features.diffing.carried import Carried, Contribution, LatentSet, alike, carried, contributed
 from mechscope.features.diffing.classes import BY_NORM, JUDGED, classified, found_again
 from mechscope.features.diffing.comparisons import CROSSCODER, Comparison, Judged, comparisons, judge
@@ -34,6 +35,7 @@ __all__ = [
     "judge",
     "latent_scaling",
     "model_places",
+    "nearest_by_chance",
     "require_change",
     "scaled_latents",
     "scaling_sums",

@@ -11,9 +11,9 @@ import pandas as pd
 from mechscope.report.gains import MAIN
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.histograms import histogram_lines
-from mechscope.report.marks.tables import Cell, Row, Shown, Table
+from mechscope.report.marks.tables import Cell, Row, Shown, Table, value
 from mechscope.report.new_latents import new_latents
-from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.section import Column, Section, Tables, number, table
 from mechscope.report.shared import THIS_PAIR, few_texts
 from mechscope.report.statements import Caveat, Derived, Finding
 from mechscope.report.theme import number as written
@@ -36,6 +36,14 @@ _CLASSES = (
     *(("new", "new"), ("beyond", "new beyond control"), ("lost", "lost"), ("shrunk", "shrunk"), ("decoupled", "decoupled")),
     *(("unclear", "unclear"), ("between", "between"), ("shared", "shared"), ("silent", "silent")),
 )
+
+
+def _by_chance(among: str) -> dict[str, Column]:
+    return {
+        "chance": number(f"largest cosine with one of {among}, mean over draws; missing where there are none", "cosine", optional=True),
+        "chance_found": number("share of the draws in which that would be near enough", "share", optional=True),
+    }
+
 
 TABLES = {
     "feature_comparisons": table(
@@ -95,6 +103,7 @@ TABLES = {
         cosine=number("largest cosine of its decoder with that of a latent that is new there; missing where none is", "cosine"),
         match="that latent; empty for none",
         found="whether that is enough to count as found again",
+        **_by_chance("as many random mixtures of that dictionary's decoders as it has new latents"),
     ),
     "feature_planted": table(
         "One row per planted direction.",
@@ -110,6 +119,7 @@ TABLES = {
         by_norm="its class by the relative norm",
         judged="how it was judged",
         found="whether the direction counts as found: near enough, and judged new",
+        **_by_chance("as many random mixtures of that dictionary's decoders as it has latents"),
     ),
 }
 
@@ -181,6 +191,7 @@ def _views(tables: Tables) -> list[Shown]:
             view.numbers("strength", "length")
             .words("component", "nearest latent")
             .numbers("cosine", "cosine")
+            .cells("chance", "by chance", _chance)
             .numbers("nu_error", "ν error")
         )
         view = view.numbers("nu_reconstruction", "ν reconstruction").words("judged", "judged").cells("found", "found", _yes)
@@ -189,7 +200,7 @@ def _views(tables: Tables) -> list[Shown]:
         view = (
             Table(tables["feature_again"]).words("component", "latent").words("comparison", "other dictionary").numbers("cosine", "cosine")
         )
-        view = view.words("match", "nearest there").cells("found", "found again", _yes)
+        view = view.cells("chance", "by chance", _chance).words("match", "nearest there").cells("found", "found again", _yes)
         shown.append(Shown("New latents in other dictionaries", view.view(), folded=True, table="feature_again"))
     return shown
 
@@ -208,6 +219,10 @@ def _count(value: Any) -> Cell:
     return Cell("–") if missing else Cell(written(int(value)), sort=float(value))
 
 
+def _chance(row: Row) -> Cell:
+    return value(row.get("chance", np.nan))
+
+
 def _yes(row: Row) -> Cell:
     return Cell("yes" if row["found"] else "no")
 
@@ -222,13 +237,14 @@ def _findings(tables: Tables) -> list[Finding]:
     if (planted := tables.get("feature_planted")) is not None:
         number_found = Derived("feature_planted", (("found", "==", True),))
         every = Derived("feature_planted")
+        said, chance = _beside_chance("feature_planted", tables, "the control's latents")
         found.append(
             Finding(
                 f"Of {every.written(tables)} directions that were planted, {percent(planted['strength'].iloc[0])} as long as the base's activations, "
-                f"{number_found.written(tables)} are found and judged new" + _how_far(rows.get("difference")),
+                f"{number_found.written(tables)} are found and judged new" + said + _how_far(rows.get("difference")),
                 n=main["n"],
                 rows=(planted.iloc[0], *([rows["difference"]] if "difference" in rows else [])),
-                derived=(every, number_found),
+                derived=(every, number_found, *chance),
                 table="feature_planted",
             )
         )
@@ -254,23 +270,41 @@ def _how_far(difference: Any) -> str:
     return f"; fine-tuning moves them by {percent(difference['moved'])} of it on average"
 
 
+def _beside_chance(name: str, tables: Tables, mixed: str, *where: tuple[str, str, Any]) -> tuple[str, tuple[Derived, ...]]:
+    """Say how often chance alone would find as much; nothing of runs in which that was not drawn."""
+    share = Derived(name, where, "chance_found", "mean")
+    if "chance_found" not in tables[name] or np.isnan(share.of(tables)):
+        return "", ()
+    return f"; random mixtures of {mixed} are near enough in {percent(share.of(tables))} of the draws", (share,)
+
+
+_TRAININGS = {
+    "half": "the other half of the documents",
+    "seed": "the same training with another seed",
+    "shuffled": "a training on shuffled summaries",
+}
+
+
 def _others(tables: Tables) -> list[Finding]:
-    """Say how many of the new latents are there again in each other training."""
+    """Say how many of the new latents are there again in each other training, and how many chance would find."""
     again, found = tables.get("feature_again"), list[Finding]()
     if again is None:
         return []
-    for name, own in again[again["control"] != "half"].groupby("comparison", sort=False):
+    for name, own in again.groupby("comparison", sort=False):
         every = Derived("feature_again", (("comparison", "==", name),))
         hits = Derived("feature_again", (("comparison", "==", name), ("found", "==", True)))
         kind = str(own["control"].iloc[0])
-        said = {"seed": "the same training with another seed", "shuffled": "a training on shuffled summaries"}.get(kind, "another training")
+        beside, chance = _beside_chance("feature_again", tables, "the latents there", ("comparison", "==", name))
+        where = _TRAININGS.get(kind, "another training") + ("" if kind == name else f" ({name})")
         found.append(
             Finding(
-                f"In {said} ({name}) {hits.written(tables)} of {every.written(tables)} new latents {'is' if hits.of(tables) == 1 else 'are'} found again",
+                f"In {where} {hits.written(tables)} of {every.written(tables)} new latents {'is' if hits.of(tables) == 1 else 'are'} found again{beside}",
                 n=1,
                 unit="trainings",
                 rows=(own.iloc[0],),
-                derived=(every, hits),
+                derived=(every, hits, *chance),
+                # of the other half the first sentence says it
+                folded=kind == "half",
                 table="feature_again",
             )
         )
