@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Job
-from benchmarks.jobs import adapters, attention, circuits, documents, features, graphs, heads, interventions, lenses, walks, weights
+from benchmarks.jobs import adapters, attention, circuits, documents, features, graphs, heads, interventions, lenses, probes, walks, weights
 
 TOPICS: dict[str, tuple[Job, ...]] = {
     "attention": attention.JOBS,
@@ -13,6 +13,7 @@ TOPICS: dict[str, tuple[Job, ...]] = {
     "lenses": lenses.JOBS,
     "heads": heads.JOBS,
     "weights": weights.JOBS,
+    "probes": probes.JOBS,
     "features": features.JOBS,
     "graphs": graphs.JOBS,
     "adapters": adapters.JOBS,

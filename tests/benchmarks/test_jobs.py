@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.harness import measure
-from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lenses, walks, weights
+from benchmarks.jobs import JOBS, TOPICS, attention, circuits, documents, heads, lenses, probes, walks, weights
 from benchmarks.jobs.cases import build, build_two
 from benchmarks.models import make_model
 from benchmarks.settings import Settings
@@ -39,6 +39,7 @@ TARGETS = {
     "lens_all": (None, 0.5, None),
     "role_table": (12, None, None),
     **{f"weights_{name}": (None, 3, None) for name in ("ov", "qk", "ov_sources", "ov_change")},
+    "probes_logistic": (0.5, None, None),
     "difference": (2.2, None, None),
     "features_step": (2.5, 0.23, None),
     "features_dashboard": (1.3, None, None),
@@ -70,6 +71,20 @@ def test_the_issue_s_hot_paths_all_have_a_job() -> None:
     assert {"lora_step", "lora_heads_step", "full_step"} <= set(JOBS)
     assert sum(len(jobs) for jobs in TOPICS.values()) == len(JOBS), "no two jobs share a name"
     assert not set(TOPICS) & set(JOBS), "a name means a job or a topic"
+
+
+def test_logistic_probes_tell_the_rows_that_scikit_learns_tell(tiny: Settings) -> None:
+    case = probes.build(tiny, Size(1, 1))
+    told = torch.cat([probe.says(case.x.double()) for probe in probes.fit(case)])
+    loop = probes.loop(case)
+    sites, labelings = len(case.x), case.labels.shape[1]
+    for at, model in enumerate(loop):
+        site, labeling = divmod(at, labelings)
+        accuracy, other = (
+            (told[labeling * sites + site].numpy() == case.labels[:, labeling].numpy()).mean(),
+            model.score(case.x[site], case.labels[:, labeling]),
+        )
+        assert abs(accuracy - other) < 0.003
 
 
 def test_models_have_the_same_weights_every_time_and_the_tuned_one_others_near_by() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,24 @@ from mechscope.data.pairs import Pairs, PromptPair
 from mechscope.data.splits import folds
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Execution, load, record
-from mechscope.probing import Activations, Method, components_of, document_task, probe, task_of, token_task, untrained
+from mechscope.probing import (
+    Activations,
+    Method,
+    chosen_penalties,
+    components_of,
+    document_task,
+    logistic,
+    mlp,
+    probe,
+    task_of,
+    token_task,
+    untrained,
+)
 from mechscope.probing.activations import ProbeSite
-from mechscope.probing.passes import Folded, co_moments, together
+from mechscope.probing.held import HeldRows
+from mechscope.probing.passes import Folded, Probe, co_moments, fitted, together
 from mechscope.probing.tasks import CONTROL, LABELS, SHUFFLED, Reading
+from mechscope.stats.co_moments import CoMoments
 from tests import families
 from tests.slips import slip
 
@@ -122,6 +137,56 @@ def test_accuracies_are_those_of_a_loop_over_folds_with_the_nearest_mean() -> No
         assert row["majority"] == pytest.approx(max(kind.mean(), 1 - kind.mean()))
 
 
+@pytest.mark.parametrize("method", ["logistic", "mlp"])
+def test_probes_learned_from_held_rows_are_those_of_rows_run_one_by_one(method: Literal["logistic", "mlp"]) -> None:
+    task = document_task(labelled(), "topic")
+    subject = families.subject("llama", torch.float64)
+    folded = Folded(task, [task.labels], np.arange(60) % 3)
+    held = folded.held(seed=0)
+    moments = co_moments(Activations(subject, "residual", "mean"), folded, Execution(tokens_per_batch=50), held)
+    rows = np.stack([[row[at][0] for row in slow("llama", "residual", "mean", task.texts)] for at in (0, 1)])
+    np.testing.assert_allclose(held.x[:2], rows, atol=1e-5)
+    kind = np.concatenate(task.labels)
+    found = fitted(moments, method, folded, held)
+    for fold in range(3):
+        own = np.arange(60) % 3 != fold
+        x, y = torch.from_numpy(rows[:, own]), torch.from_numpy(kind[own])[:, None]
+        chooses = np.arange(60) % 3 == (fold + 1) % 3
+        parts = [
+            CoMoments.of(torch.from_numpy(rows[:, each]), torch.from_numpy(kind[each])[:, None], (2,)) for each in (own & ~chooses, chooses)
+        ]
+        penalty = chosen_penalties(*parts)
+        if method == "logistic":
+            variance = torch.from_numpy(rows[:, own].var(1).mean(-1))
+            again: Probe = logistic(x, y, 2, penalty=penalty * variance / 4)[0]
+        else:
+            again = mlp(x, y, 2, shrinkage=penalty[0])[0]
+        told = found[fold][0].scores(held.x.double())[:2].softmax(-1)
+        np.testing.assert_allclose(told, again.scores(torch.from_numpy(rows)).softmax(-1), atol=0.02)
+
+
+def test_of_many_rows_the_same_are_held_whatever_the_batches() -> None:
+    task = token_task(labelled(), "word")
+    folded = Folded(task, [task.labels], np.arange(60) % 3)
+    text, labels = np.repeat(np.arange(60), [len(own) for own in task.labels]), np.concatenate(task.labels)[:, None]
+    made = []
+    for tokens in (30, 400):
+        held = HeldRows(labels, text, most=50, seed=1)
+        with pytest.raises(ValueError, match="once all were read"):
+            _ = held.x
+        co_moments(
+            Activations(families.subject("gpt2", torch.float64), "residual", "tokens"), folded, Execution(tokens_per_batch=tokens), held
+        )
+        made.append(held)
+    assert made[0].x.shape == (families.LAYERS + 1, 50, 32)
+    torch.testing.assert_close(made[0].x, made[1].x)
+    rows = slow("gpt2", "residual", "tokens", task.texts)
+    at = [int(each) for each in np.sort(np.random.default_rng(1).permutation(len(text))[:50])]
+    np.testing.assert_allclose(made[0].x[0], np.concatenate([row[0] for row in rows])[at], atol=1e-5)
+    assert made[0].text.tolist() == text[at].tolist()
+    assert made[0].labels.tolist() == labels[at].tolist()
+
+
 def of(table: pd.DataFrame, **values: str) -> pd.DataFrame:
     """Return the rows that have these values, by component."""
     for name, value in values.items():
@@ -129,7 +194,7 @@ def of(table: pd.DataFrame, **values: str) -> pd.DataFrame:
     return table.set_index("component")
 
 
-@pytest.mark.parametrize("method", ["lda", "ridge", "means"])
+@pytest.mark.parametrize("method", ["lda", "ridge", "means", "logistic"])
 def test_a_class_that_a_word_tells_is_told_and_one_that_nothing_tells_is_not(method: Method) -> None:
     subject = families.subject("llama")
     told = probe(subject, document_task(labelled(200), "topic"), method=method)

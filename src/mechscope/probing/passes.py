@@ -1,8 +1,8 @@
 """The two passes of a probe over its texts: one adds up what is learned from, fold by fold, the other judges each fold by probes that were fitted to the
 others.
 
-Nothing is kept of a row: what is held does not grow with the tokens. Probes are solved between the passes, and whatever their number, a pass runs the model
-once.
+Probes in closed form keep nothing of a row: what is held does not grow with the tokens. Those that are learned step by step hold rows, up to a number. Probes
+are solved between the passes, and whatever their number, a pass runs the model once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from mechscope.errors import ModelError
 from mechscope.instrument import Execution
 from mechscope.instrument.texts import over_texts
 from mechscope.probing.activations import Activations, components_of
+from mechscope.probing.held import HeldRows
 from mechscope.probing.linear import LinearProbe, Spectrum, chosen_penalties, difference_in_means, lda, ridge
+from mechscope.probing.logistic import logistic
+from mechscope.probing.mlp import MlpProbe, mlp
 from mechscope.probing.tasks import Task
 from mechscope.shapes import by_shape
 from mechscope.stats.co_moments import CoMoments
 from mechscope.subject.placement import sent
 
-Method = Literal["lda", "ridge", "means"]
+Method = Literal["lda", "ridge", "means", "logistic", "mlp"]
+LEARNED: tuple[Method, ...] = ("logistic", "mlp")
+Probe = LinearProbe | MlpProbe
 Labeling = Sequence[Int[np.ndarray, " row"]]
 TOKENS_PER_BATCH = 2048
 # rows that are added up at once: adding few costs as much as adding many, as all of a Gram matrix is read and written
@@ -66,14 +71,26 @@ class Folded:
         counts = [len(self.labelings[0][at]) for at in batch.indices]
         return torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
 
+    def held(self, seed: int) -> HeldRows:
+        """Return what will hold the rows."""
+        sizes = [len(own) for own in self.labelings[0]]
+        labels = np.stack([np.concatenate(labeling) for labeling in self.labelings], axis=1)
+        return HeldRows(labels, np.repeat(np.arange(len(sizes)), sizes), seed=seed)
+
     def seen(self) -> Float[np.ndarray, "labeling text class"]:
         """Return how many rows of each class every text has."""
         classes = len(self.task.classes)
         return np.array([[np.bincount(own, minlength=classes) for own in labeling] for labeling in self.labelings], dtype=np.float64)
 
 
-def co_moments(activations: Activations, folded: Folded, execution: Execution) -> list[CoMoments]:
+def co_moments(activations: Activations, folded: Folded, execution: Execution, held: HeldRows | None = None) -> list[CoMoments]:
     """Run over the texts once and return the statistics of each fold's rows; ranks share the batches and have the same.
+
+    Args:
+        activations: What is read.
+        folded: The texts' rows.
+        execution: Tokens of a batch, progress.
+        held: What holds rows meanwhile.
 
     Raises:
         ModelError: Activations are not finite.
@@ -96,6 +113,8 @@ def co_moments(activations: Activations, folded: Folded, execution: Execution) -
 
     for batch, x in over_texts(folded.task.texts, activations.rows, execution, tokens=TOKENS_PER_BATCH, label="probe", dealt=True):
         labels, fold = folded.labels(batch), torch.from_numpy(folded.fold[list(batch.indices)])[folded.text(batch)]
+        if held is not None:
+            held.take(batch, x)
         for each in fold.unique().tolist():
             own = fold == each
             waiting[each].append((x[:, sent(own, x.device)], labels[own]))
@@ -110,6 +129,8 @@ def co_moments(activations: Activations, folded: Folded, execution: Execution) -
             for one, more in zip(first, other, strict=True):
                 one.merge(more)
         moments = [each.to(activations.subject.device) for each in first]
+    if held is not None:
+        held.gather()
     return moments
 
 
@@ -122,18 +143,23 @@ def together(moments: Sequence[CoMoments]) -> CoMoments:
     return whole
 
 
-def fitted(moments: Sequence[CoMoments], method: Method) -> list[list[LinearProbe]]:
+def fitted(moments: Sequence[CoMoments], method: Method, folded: Folded, held: HeldRows | None = None, seed: int = 0) -> list[list[Probe]]:
     """Return, for every fold, the probe of each labeling that was fitted to the other folds.
 
-    How much covariances are shrunk is chosen, for each site, on the next fold, which the probe that chooses has not seen either.
+    How much covariances are shrunk, or weights are, is chosen for each site on the next fold, which the probe that chooses has not seen either: by ridge
+    regression, for all probes. The penalty of logistic regression is λ t p (1 − p), p = 1 / classes, which curves its loss as much as ridge's.
 
     Args:
         moments: Of each fold; three at least.
-        method: `lda`, `ridge` or `means`, the difference in means.
+        method: How.
+        folded: The texts' rows.
+        held: Rows, for probes that are learned step by step.
+        seed: Of what those draw.
     """
-    whole, probes = together(moments), []
+    whole, probes = together(moments), list[list[Probe]]()
+    classes, labelings = len(folded.task.classes), range(len(whole.classes))
     for number, judged in enumerate(moments):
-        learned, labelings = whole.without(judged), range(len(whole.classes))
+        learned = whole.without(judged)
         if method == "means":
             probes.append([difference_in_means(learned, labeling) for labeling in labelings])
             continue
@@ -141,13 +167,23 @@ def fitted(moments: Sequence[CoMoments], method: Method) -> list[list[LinearProb
         penalties, spectrum = chosen_penalties(learned.without(chooses), chooses), Spectrum.of(learned)
         if method == "lda":
             probes.append([lda(learned, each, shrinkage=penalties[each], spectrum=spectrum) for each in labelings])
-        else:
+        elif method == "ridge":
             probes.append([ridge(learned, each, penalty=penalties[each], spectrum=spectrum) for each in labelings])
+        elif held is not None:
+            own = torch.from_numpy(folded.fold)[held.text] != number
+            x, labels = held.x[:, sent(own, held.x.device)], held.labels[own]
+            if method == "logistic":
+                curved = penalties * spectrum.scale.cpu() * (classes - 1) / classes**2
+                probes.append([*logistic(x, labels, classes, penalty=curved, spectrum=spectrum)])
+            else:
+                probes.append([*mlp(x, labels, classes, shrinkage=penalties[0], spectrum=spectrum, seed=seed)])
+        else:
+            raise ValueError(f"a {method} probe is learned from rows: hold them")
     return probes
 
 
 def judged(
-    activations: Activations, folded: Folded, probes: Mapping[str, Sequence[Sequence[LinearProbe]]], execution: Execution
+    activations: Activations, folded: Folded, probes: Mapping[str, Sequence[Sequence[Probe]]], execution: Execution
 ) -> dict[str, Float[np.ndarray, "component labeling class text"]]:
     """Run over the texts once more and return how many rows of each text and class every set of probes tells right.
 

@@ -21,7 +21,7 @@ from mechscope.data.splits import folds as dealt
 from mechscope.errors import SettingsError
 from mechscope.instrument import Execution
 from mechscope.probing.activations import Activations, Component, ProbeSite, components_of
-from mechscope.probing.passes import Folded, Method, co_moments, fitted, judged, together
+from mechscope.probing.passes import LEARNED, Folded, Method, co_moments, fitted, judged, together
 from mechscope.probing.tasks import CONTROL, LABELS, SHUFFLED, Task
 from mechscope.shapes import by_shape
 from mechscope.stats.co_moments import CoMoments
@@ -70,14 +70,14 @@ def probe(
     shuffles: int = 20,
     execution: Execution = Execution(),
 ) -> Probing:
-    """Fit linear probes to the activations of every layer, and judge them on texts that they were not fitted to.
+    """Fit probes to the activations of every layer, and judge them on texts that they were not fitted to.
 
     Args:
         models: The model, or several of one architecture by name: where there are `base` and `tuned`, the base's probes also judge the tuned model, and
             the model `random weights` is a control of the others.
         task: What is told.
         site: What is read of every layer.
-        method: The probe: `lda` or `ridge`, shrunk as much as suits other texts, or `means`, the difference in means.
+        method: The probe: `lda`, `ridge` or `logistic`, shrunk as much as suits other texts; `means`, the difference in means; `mlp`, with one hidden layer.
         folds: Parts of the texts, each judged by probes of the others; classes are dealt out evenly where they are of texts.
         shuffles: How often labels are shuffled for the control.
         execution: Tokens of a batch (2,048 by default), seed of folds and controls, progress.
@@ -107,8 +107,9 @@ def probe(
     own_probes = {}
     for name, subject in named.items():
         activations = Activations(subject, site, task.reading)
-        moments[name] = co_moments(activations, folded, execution)
-        own_probes[name] = fitted(moments[name], method)
+        held = folded.held(execution.seed) if method in LEARNED else None
+        moments[name] = co_moments(activations, folded, execution, held)
+        own_probes[name] = fitted(moments[name], method, folded, held, execution.seed)
         sets = {OWN: own_probes[name]} | ({BASES: own_probes[BASE]} if name == TUNED and BASE in own_probes else {})
         for whose, hits in judged(activations, folded, sets, execution).items():
             for kind in dict.fromkeys(kinds):

@@ -33,7 +33,7 @@ def test_what_a_word_tells_is_said_beside_its_controls(tmp_path: Path) -> None:
     best = of(result, "embed", model="model")
     assert best["balanced"] > 0.8
     assert best["n"] == best["rows"] == 150
-    (said,) = [each for each in findings("probe", **result.tables) if "A linear probe of" in each]
+    (said,) = [each for each in findings("probe", **result.tables) if "A linear probe at" in each]
     for part in ("tells topic of held-out texts", "shuffled labels", "random weights", "a guess 33", "n = 150 texts"):
         assert part in said
     assert "control task" not in said, "texts are of no kind of token"
@@ -49,6 +49,16 @@ def test_what_nothing_tells_is_said_not_to_be_told(tmp_path: Path) -> None:
     (said,) = [each for each in findings("probe", **result.tables) if "coin" in each and "n = 120" in each]
     assert "No component is shown to tell coin of held-out texts better than shuffled labels" in said
     assert set(result.probe_accuracy["model"]) == {"model"}
+
+
+@pytest.mark.parametrize(("method", "named"), [("logistic", "A logistic probe at embed"), ("mlp", "A probe with a hidden layer at embed")])
+def test_probes_that_are_learned_step_by_step_are_named(method: str, named: str, tmp_path: Path) -> None:
+    data = str(labelled_file(tmp_path, 150))
+    result = run(JOB, tmp_path / "run", data=data, labels="topic", method=method, shuffles=5, folds=3, untrained=False)
+    assert of(result, "embed", model="model")["balanced"] > 0.7
+    assert set(result.probe_accuracy["method"]) == {method}
+    (said,) = [each for each in findings("probe", **result.tables) if named in each]
+    assert "tells topic of held-out texts" in said
 
 
 def test_heads_are_read_by_name(tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ from mechscope.report.theme import percent
 _LABELS, _SHUFFLED, _CONTROL, _UNTRAINED, _OWN = "labels", "shuffled labels", "control task", "random weights", "its own"
 _OVER_SHUFFLED, _OVER_BASE, _BASES = "over shuffled labels", "over the base", "the base's probe over its own"
 
-_TOLD = {"task": Column("what is told"), "unit": Column("what a row that is told is: texts or tokens")}
+_PROBES = {
+    **dict.fromkeys(("lda", "ridge"), "a linear probe"),
+    "means": "the nearest class mean",
+    "logistic": "a logistic probe",
+    "mlp": "a probe with a hidden layer",
+}
+
+_TOLD = {
+    "task": Column("what is told"),
+    "unit": Column("what a row that is told is: texts or tokens"),
+    "method": Column("how probes are fitted: lda, ridge, means (the nearest), logistic, mlp (one hidden layer)"),
+}
 _WHERE = {"component": Column("what is read: embed, resid3, a3, m3, a3.h5"), "layer": Column("its layer, −1 for the embedding")}
 TABLES = {
     "probe_accuracy": table(
@@ -84,7 +95,7 @@ def _figures(tables: Tables) -> list[Figure]:
         place_curves(
             points[["place", "series", "dash", "value", "low", "high", "n"]],
             name="probe",
-            title=f"What a linear probe tells of {task}",
+            title=f"What {_PROBES[str(rows['method'].iloc[0])]} tells of {task}",
             axis="balanced accuracy",
             caption="Held-out texts, each judged by probes of the others; the band is the 95\u202f% interval over texts. "
             f"A guess gets {percent(rows['chance'].iloc[0])}.",
@@ -167,7 +178,7 @@ def _told(model: str, own: pd.DataFrame, tables: Tables) -> Finding:
             table="probe_accuracy",
         )
     return Finding(
-        f"A linear probe of {best['component']}{whose} tells {told} with a balanced accuracy of {numbers}",
+        f"{_PROBES[str(best['method'])].capitalize()} at {best['component']}{whose} tells {told} with a balanced accuracy of {numbers}",
         n=best["n"],
         rows=tuple(quoted),
         effect=float(best["balanced"] - best["chance"]),
@@ -219,7 +230,7 @@ def _caveats(tables: Tables) -> list[Caveat]:
             "them.",
             weakens="probe_accuracy",
         ),
-        Caveat("What a linear probe tells is there to be read. Whether the model reads it, only an intervention shows."),
+        Caveat("What a probe tells is there to be read. Whether the model reads it, only an intervention shows."),
     ]
 
 
@@ -227,7 +238,7 @@ SECTION = Section(
     id="probe",
     heading="What can be read off",
     intro=(
-        "A linear probe learns from the activations of some texts to tell their labels and is judged on others, fold by fold; equal texts fall into one "
+        "A probe learns from the activations of some texts to tell their labels and is judged on others, fold by fold; equal texts fall into one "
         "fold. Balanced accuracy is the mean over classes of the share told right. What it means, controls say: the same probe on shuffled labels; on a "
         "control task, a random class for each kind of token, which only knowing tokens by heart tells (Hewitt and Liang 2019); on the embedding, which "
         "sees no other token; and on a model of the same architecture with random weights."

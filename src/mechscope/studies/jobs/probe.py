@@ -39,9 +39,10 @@ class ProbeSettings(ModelAndTuned):
         "mean", "What stands for a text: the mean over its tokens, or its last token. Labels of tokens are told of each token."
     )
     site: Literal["residual", "attention_output", "mlp_output", "head"] = setting("residual", "What is read of every layer.")
-    method: Literal["lda", "ridge", "means"] = setting(
+    method: Literal["lda", "ridge", "means", "logistic", "mlp"] = setting(
         "lda",
-        "The probe: linear discriminant analysis, least squares, or the difference in means. The first two are shrunk as suits other texts.",
+        "The probe: linear discriminant analysis, least squares, the difference in means, logistic regression, or an MLP of one hidden layer, which is not "
+        "linear. All but the third are shrunk as suits other texts; the last two take longer.",
     )
     folds: Annotated[int, Ge(3)] = setting(5, "Parts of the texts, each judged by probes that were fitted to the others.")
     shuffles: Annotated[int, Ge(5)] = setting(20, "How often labels are shuffled, for what accuracies are where there is nothing to tell.")
@@ -101,7 +102,8 @@ def _probed(run: JobRun[ProbeSettings]) -> Tables:
         tables["probe_directions"] = found.directions
     # a page says what was told of what
     unit = "tokens" if run[TASK].reading == "tokens" else "texts"
-    return {name: table.assign(task=settings.labels, unit=unit)[["task", "unit", *table]] for name, table in tables.items()}
+    said = {"task": settings.labels, "unit": unit, "method": settings.method}
+    return {name: table.assign(**said)[[*said, *table]] for name, table in tables.items()}
 
 
 PROBED = Stage(name="probe", work=_probed, hangs_on=("site", "method", "folds", "shuffles", "untrained", "seed"), inputs=(MODELS, TASK))
@@ -115,7 +117,7 @@ def _title(names: Mapping[str, str]) -> str:
 
 JOB = Job(
     name="probe",
-    help="What a linear probe reads off the activations of every layer, beside shuffled labels, a control task and random weights; before and after tuning.",
+    help="What a probe reads off the activations of every layer, beside shuffled labels, a control task and random weights; before and after tuning.",
     panel="read",
     example="mechscope probe gpt2 --data labelled.jsonl --labels topic --out runs/probe",
     settings=ProbeSettings,
