@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from mechscope.causal import mean_of, run_counterfactuals
+from mechscope.data.documents import Document
+from mechscope.data.pairs import Pairs
 from mechscope.errors import ModelError
 from mechscope.instrument import load
+from mechscope.studies.inputs import read_documents
 from mechscope.studies.job import Result
 from mechscope.studies.jobs import ablate, counterfactual, patch
+from mechscope.studies.jobs.diff import JOB as DIFF
 from mechscope.studies.jobs.routing import JOB
 from mechscope.studies.runner import run_job
 from mechscope.subject import Subject, pair
@@ -26,6 +30,15 @@ from tests.matrix.plain import build
 from tests.studies.jobs.running import findings, refuses, shown
 
 PAIRS = random_pairs(8)
+# effects that are set need no pass in another precision
+SMALLEST: dict[str, Any] = {
+    "smallest_entropy_change": 0.01,
+    "smallest_attention_kl": 1e-4,
+    "smallest_write_change": 0.03,
+    "smallest_residual_cosine": 1e-4,
+    "smallest_output_kl": 1e-3,
+    "smallest_loss_change": 0.01,
+}
 
 
 @cache
@@ -59,6 +72,45 @@ def test_tables_of_two_models_are_those_of_the_function_and_the_page_shows_them(
     pd.testing.assert_frame_equal(result.tables["routing_changes"], expected.layers)
     pd.testing.assert_frame_equal(result.tables["expert_changes"], expected.experts)
     assert "Which experts fine-tuning moved" in shown(result, "routing")
+
+
+def compared(base: Subject, tuned: Subject, out: Path | None = None) -> tuple[Result, Pairs]:
+    """Compare two models on documents, and return these as texts too."""
+    corpus = [Document(str(row), " ".join(f"w{3 + (row + place) % 7}" for place in range(6 + row)), "w4 w5") for row in range(6)]
+    settings = DIFF.resolve(
+        **dict.fromkeys(("base", "tuned", "data"), "given in memory"),
+        template="{document} w9 {summary}",
+        noise_draws=0,
+        replicates=4,
+        **SMALLEST,
+    )
+    result = run_job(DIFF, settings, out, given={"base": base, "tuned": tuned, "data": corpus})
+    return result, read_documents(settings, corpus, len(corpus), base).pairs
+
+
+def test_a_difference_of_mixtures_has_the_tables_of_their_routing_on_its_documents(tmp_path: Path) -> None:
+    result, texts = compared(subject(), subject(1), tmp_path / "run")
+    expected = routing_change(pair(subject(), subject(1)), texts)
+    pd.testing.assert_frame_equal(result.tables["routing_changes"], expected.layers)
+    pd.testing.assert_frame_equal(result.tables["expert_changes"], expected.experts)
+    assert set(result.tables["routing"]["model"]) == {"base", "tuned"}
+    assert result.report is not None
+    page = result.report.read_text(encoding="utf-8")
+    assert page.index('<section id="weights">') < page.index('<section id="routing">') < page.index('<section id="outputs">')
+
+
+def test_a_difference_of_dense_models_says_nothing_of_routing_nor_does_one_whose_routers_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpt2 = [load(families.build("gpt2", seed=seed), tokenizer=families.tokenizer()) for seed in (0, 1)]
+    dense, _ = compared(gpt2[0], gpt2[1])
+    assert not {"routing", "experts", "routing_changes", "expert_changes"} & set(dense.tables)
+    assert not dense.tables["caveats"]["caveat"].str.contains("outing").any()
+    monkeypatch.setattr("mechscope.instrument.routers._kind", lambda *_: None)
+    unread, _ = compared(subject(), subject(1))
+    assert "routing" not in unread.tables
+    assert not unread.tables["heads"].empty
+    assert unread.tables["caveats"]["caveat"].str.contains("Routing is left out.*neither a softmax nor a sigmoid").any()
 
 
 def test_sentences_name_the_expert_with_most_load_and_the_one_that_moved_most() -> None:

@@ -10,6 +10,7 @@ from mechscope.studies.groups import MEASURED_BY, Measuring, OneCorpus, Selectin
 from mechscope.studies.inputs import CORPUS, MODELS, PAIR
 from mechscope.studies.job import Job, Stage
 from mechscope.studies.paper_2505_17073 import claims_stage
+from mechscope.studies.routing import routing_stage
 from mechscope.studies.run import JobRun, Tables
 from mechscope.studies.selection import check_selection, control_selection_stage, selection_stage
 
@@ -37,6 +38,7 @@ DIFFERENCE = Stage(
     hangs_on=MEASURED_BY,
     inputs=(PAIR, CORPUS),
 )
+ROUTING = routing_stage(CORPUS, where_routed=True)
 SELECTION = selection_stage(DIFFERENCE)
 CONTROLLED = controls_input(PAIR)
 CONTROLS = controls_stage(PAIR, CORPUS, CONTROLLED, DIFFERENCE)
@@ -44,14 +46,14 @@ CONTROL_SELECTION = control_selection_stage(CONTROLS)
 
 JOB = Job(
     name="diff",
-    help="Measure what fine-tuning changed between two models: attention, activations, weights, outputs.",
+    help="Measure what fine-tuning changed between two models: attention, activations, weights, routing, outputs.",
     panel="compare",
     example="mechscope diff gpt2 my-tuned-gpt2 --data articles.jsonl --out runs/diff",
     settings=DiffSettings,
     arguments=("base", "tuned"),
     inputs=(MODELS, PAIR, CORPUS, CONTROLLED),
-    stages=(DIFFERENCE, SELECTION, CONTROLS, CONTROL_SELECTION, claims_stage(DIFFERENCE, SELECTION, CONTROLS)),
-    sections=("claims", "controls", "heads", "layers", "weights", "outputs", "selection", "matters", "bakeoff", "samples"),
+    stages=(DIFFERENCE, ROUTING, SELECTION, CONTROLS, CONTROL_SELECTION, claims_stage(DIFFERENCE, SELECTION, CONTROLS)),
+    sections=("claims", "controls", "heads", "layers", "weights", "routing", "outputs", "selection", "matters", "bakeoff", "samples"),
     title=lambda names: f"What fine-tuning changed in {names['base']}",
     check=_check,
 )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from mechscope.studies.groups import ModelAndTuned
 from mechscope.studies.inputs import MODELS
-from mechscope.studies.job import Job, Stage
-from mechscope.studies.run import JobRun, Tables
+from mechscope.studies.job import Job
+from mechscope.studies.routing import routing_stage
+from mechscope.studies.run import JobRun
 from mechscope.studies.texts import TEXTS, Texts
-
-if TYPE_CHECKING:
-    from mechscope.weights import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +30,6 @@ def _check(run: JobRun[RoutingSettings]) -> None:
         check_fits(subject, run[TEXTS])
 
 
-def _routing(run: JobRun[RoutingSettings]) -> Tables:
-    from mechscope.subject import pair
-    from mechscope.weights import routing, routing_change
-
-    models, texts = run[MODELS], run[TEXTS]
-    if "tuned" not in models:
-        return _tables({label: routing(subject, texts, execution=run.execution) for label, subject in models.items()})
-    change = routing_change(pair(models["base"], models["tuned"]), texts, execution=run.execution)
-    return {**_tables({"base": change.base, "tuned": change.tuned}), "routing_changes": change.layers, "expert_changes": change.experts}
-
-
-def _tables(routed: Mapping[str, Routing]) -> Tables:
-    import pandas as pd
-
-    return {
-        "routing": pd.concat([each.layers.assign(model=label) for label, each in routed.items()], ignore_index=True),
-        "experts": pd.concat([each.experts.assign(model=label) for label, each in routed.items()], ignore_index=True),
-    }
-
-
 def _title(names: Mapping[str, str]) -> str:
     if "tuned" in names:
         return f"How {names['base']} routes tokens to its experts, before and after fine-tuning"
@@ -66,7 +44,7 @@ JOB = Job(
     settings=RoutingSettings,
     arguments=("model", "tuned"),
     inputs=(MODELS, TEXTS),
-    stages=(Stage(name="routing", work=_routing, hangs_on=(), inputs=(MODELS, TEXTS)),),
+    stages=(routing_stage(TEXTS),),
     sections=("routing",),
     title=_title,
     check=_check,
