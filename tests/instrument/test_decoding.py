@@ -72,6 +72,18 @@ def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
     assert len(set(map(len, found))) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_padded_text_is_continued_as_it_is_alone_with_attention_by_maps(family: str, dtype: torch.dtype) -> None:
+    model = families.build(family, dtype)
+    model.set_attn_implementation("eager")  # in float64 it gives NaN at padding, and so everywhere
+    texts = [TEXT, TEXT[3:]]
+    rows, decoding = torch.tensor([TEXT, [0, 0, 0, *TEXT[3:]]]), Decoding(max_new_tokens=8)
+    found = continuations(model, rows, decoding=decoding, pad=0, real=rows != 0)
+    assert found == [slow(model, text, 8, {model.generation_config.eos_token_id}) for text in texts]
+    assert model.config._attn_implementation == "eager"
+
+
 EDITS = [
     Edit("z", 1, 0.0, heads=(2,)),
     Edit("pattern", 0, lambda pattern: pattern.flip(1), heads=(0, 1)),

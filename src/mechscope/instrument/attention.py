@@ -192,6 +192,20 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextlib.contextmanager
+def through_mechscope(model: Any) -> Iterator[None]:
+    """Let a plain Hugging Face model call the attention function above; nests."""
+    before = model.config._attn_implementation
+    if before == NAME:
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
 def observed(subject: Subject, tap: Tap | None = None, *, rewrite: Rewrite | None = None) -> Iterator[None]:
     """Route a model's attention through mechscope, showing every call to a tap; nests, and restores the model in any case.
 
@@ -202,20 +216,14 @@ def observed(subject: Subject, tap: Tap | None = None, *, rewrite: Rewrite | Non
         tap: Called after every attention module; may return a replacement of z.
         rewrite: Called before every attention module; returns its inputs, changed or as they are.
     """
-    config = subject.plain.config
-    before = config._attn_implementation
-    if before != NAME:
-        subject.plain.set_attn_implementation(NAME)
     blocks = subject.anatomy.blocks
     entries = [(blocks[layer].attention, _Watch(layer, tap, rewrite)) for layer in subject.anatomy.attending]
     for module, entry in entries:
         _WATCHES.setdefault(module, []).append(entry)
     try:
-        with subject.active(), by_own_length(subject):
+        with through_mechscope(subject.plain), subject.active(), by_own_length(subject):
             yield
     finally:
         for module, entry in entries:
             # by identity: two observers may be equal
             _WATCHES[module][:] = [other for other in _WATCHES[module] if other is not entry]
-        if before != NAME:
-            subject.plain.set_attn_implementation(before)

@@ -7,7 +7,7 @@ a chat model's sampling temperature or repetition penalty. So these are others f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
+from mechscope.instrument.attention import through_mechscope
 from mechscope.instrument.rotary import as_if_fresh
 from mechscope.settings.decoding import Decoding
 from mechscope.subject.discovery import depends_on_length
@@ -47,8 +48,11 @@ def continuations(
     named = model.generation_config.eos_token_id
     stops = {token for token in (*ends, *([named] if isinstance(named, int) else named or ())) if token is not None}
     mask = torch.ones_like(ids) if real is None else real.to(ids)
+    # transformers' attention by maps takes its softmax in float32, where float64's lowest number is −∞: NaN at padding, and in the next layer everywhere
+    by_maps = mask.min() == 0 and model.dtype == torch.float64 and model.config._attn_implementation == "eager"
+    attention = through_mechscope(model) if by_maps else nullcontext()
     rotaries = [module for module in model.modules() if depends_on_length(module)]
-    with _settings(model, decoding, pad, stops), evaluating(model.modules()), as_if_fresh(rotaries):
+    with attention, _settings(model, decoding, pad, stops), evaluating(model.modules()), as_if_fresh(rotaries):
         rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
     return [tuple(row[: next((at + 1 for at, token in enumerate(row) if token in stops), len(row))]) for row in rows]
 
