@@ -17,6 +17,7 @@ WITHOUT_BATCHES = {
     "attention edges": "one text, whole",
     "patchscope": "one text read in another",
     "attribution graph": "one prompt",
+    "edit": "one fact",
 }
 
 # the result depends on what is batched together

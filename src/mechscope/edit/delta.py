@@ -110,7 +110,7 @@ class Delta:
     def size(self, subject: Subject) -> float:
         """Return ‖Δ‖ / ‖W‖, the largest over the parameters that are changed."""
         own = _parameters(subject)
-        return max(float(_dense(change).double().norm() / own[name].double().norm().cpu()) for name, change in self.changes.items())
+        return max(float(_dense(change).double().norm() / own[name].detach().double().norm()) for name, change in self.changes.items())
 
     def save(self, path: Path) -> None:
         """Write it to one safetensors file; `RunError` where it cannot be written."""

@@ -42,15 +42,21 @@ class DownMap:
         """Its weight as (output, input), in float64, apart from the model."""
         return oriented_weight(self.module).detach().double()
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (input, output), as GPT-2's `Conv1D` does."""
+        return is_conv1d(self.module)
+
     def stored(self, change: Float[Tensor, "d_model d_mlp"]) -> Tensor:
         """Return a change of the weight in the orientation in which the weight is stored: `Conv1D` keeps (input, output)."""
-        return change.T if is_conv1d(self.module) else change
+        return change.T if self.transposed else change
 
     def written(self, keys: Float[Tensor, "d_mlp n"]) -> Float[Tensor, "d_model n"]:
-        """Return what the map makes of keys, its bias included, in float64."""
+        """Return what the map makes of keys, its bias included, in float64 on the CPU."""
         bias: Any = getattr(self.module, "bias", None)
-        made = self.weight @ keys
-        return made if bias is None else made + bias.detach().double()[:, None]
+        weight = self.weight
+        made = weight @ sent(keys, weight.device)
+        return (made if bias is None else made + bias.detach().double()[:, None]).cpu()
 
 
 def down_map(subject: Subject, layer: int) -> DownMap:

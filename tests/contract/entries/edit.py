@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mechscope import edit
 from mechscope.instrument import Execution
+from tests import families
 from tests.contract.technique import Case, Result, Technique, numbers
 
 
@@ -13,4 +16,24 @@ def keys(case: Case, execution: Execution) -> Result:
     return {name: array for layer in (0, 2) for name, array in numbers(moments.mean(layer), f"layer {layer}").items()}
 
 
-TECHNIQUES: dict[str, Technique] = {"keys": keys}
+def methods(case: Case, execution: Execution) -> Result:
+    """Edit a fact by every method."""
+    subject = replace(case.subject, tokenizer=families.tokenizer())
+    request = edit.Request("fact", "w9 w30", "w5 {} w12 w7", "w44 w45", "w20")
+    moments = edit.key_moments(subject, case.pairs, layers=[0, 1], execution=replace(execution, progress=None))
+    setting = edit.Setting(moments, [(4, 5, 6)], edit.Search(steps=2))
+    deltas = {
+        "rome": edit.rome(subject, request, setting, layer=1, execution=execution),
+        "finetune": edit.finetune(subject, request, setting, layer=1, steps=2, execution=execution),
+    }
+    if subject.anatomy.blocks[0].mlp_behind is None:
+        deltas["memit"] = edit.memit(subject, [request], setting, layers=[0, 1], execution=execution)
+        deltas["alphaedit"] = edit.alphaedit(subject, [request], setting, layers=[1], free=0.5, execution=execution)
+    return {
+        f"{name} {parameter}": (change.left @ change.right.T if isinstance(change, edit.LowRank) else change).numpy()
+        for name, delta in deltas.items()
+        for parameter, change in delta.changes.items()
+    }
+
+
+TECHNIQUES: dict[str, Technique] = {"keys": keys, "edit": methods}
