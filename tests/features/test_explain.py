@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,23 @@ def test_planted_tokens_are_found_and_score_one_and_anothers_explanation_scores_
     summary = found.summary.set_index(["control", "scorer"])
     assert summary.loc[("", "detection"), "score"] == 1
     assert summary.loc[("", "detection"), "n"] == 3
+
+
+def test_latents_are_judged_by_explanations_of_their_own_dictionary(evidence: list[Evidence]) -> None:
+    # two dictionaries with the same latents: one's explanation is right of the other's
+    both = [replace(each, dictionary=name) for name in ("a", "b b") for each in evidence[:2]]
+    for seed in range(4):
+        found = explain(both, Baseline(), scorers=("detection",), execution=Execution(seed=seed))
+        scores = found.scores.set_index(["dictionary", "component", "control"])["score"]
+        for each in both:
+            assert scores[(*each.key, "")] == 1
+            assert scores[(*each.key, CONTROL)] < 0.8
+    assert found.summary[["dictionary", "control", "n"]].to_numpy().tolist() == [
+        ["a", "", 2],
+        ["b b", "", 2],
+        ["a", CONTROL, 2],
+        ["b b", CONTROL, 2],
+    ]
 
 
 def test_shuffled_labels_score_by_chance(evidence: list[Evidence]) -> None:

@@ -187,7 +187,8 @@ def test_a_busy_endpoint_is_asked_again() -> None:
 def test_nothing_finished_is_lost_when_the_endpoint_goes_down() -> None:
     # three units, of ten windows each in which they are active and ten in which they are not: four questions of five windows
     active, silent = [[Window(tuple(range(at, at + 8)), (value,) * 8) for at in range(10)] for value in (1.0, 0.0)]
-    evidence = [Evidence(f"resid1.f{latent}", 160, 80, *map(tuple, (active, silent, active, silent))) for latent in range(3)]
+    sides = tuple(active), tuple(silent)
+    evidence = [Evidence(f"resid1.f{latent}", 160, 80, *sides, *sides) for latent in range(3)]
     answered = 0
 
     def answer(body: dict[str, Any]) -> tuple[int, bytes]:

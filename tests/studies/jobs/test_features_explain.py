@@ -40,13 +40,17 @@ def test_tables_are_those_of_the_functions(tmp_path: Path) -> None:
             Neurons(subject(), ["m1.n3", "m1.n4"], PAIRS, share=0.05),
             Heads(subject(), ["a1.h2", "a0.h0"], PAIRS, share=0.05),
         )
-        for each in gather(observed, PAIRS, settings=windows, execution=execution)
+        for each in gather(
+            observed,
+            PAIRS,
+            settings=windows,
+            dictionary="random" if isinstance(observed, Latents) else "",
+            execution=execution,
+        )
     ]
     found = explain(evidence, Baseline(subject().tokenizer), execution=execution)
     assert result.explanations["component"].tolist() == ["resid1.f22", "resid1.f8", "m1.n3", "m1.n4", "a1.h2", "a0.h0"]
-    pd.testing.assert_frame_equal(
-        result.explanations.drop(columns=["dictionary", "texts", "strongest"]), found.explanations.drop(columns="strongest")
-    )
+    pd.testing.assert_frame_equal(result.explanations.drop(columns=["texts", "strongest"]), found.explanations.drop(columns="strongest"))
     for spelled, tokens, each in zip(result.explanations["strongest"], found.explanations["strongest"], evidence, strict=True):
         assert list(spelled) == [subject().tokenizer.decode([token]) for token in tokens]
         # the first is the token of the largest activation of all that explain it
@@ -66,6 +70,36 @@ def test_by_default_the_strongest_latents_are_explained(tmp_path: Path) -> None:
     assert len(result.explanations) == 3
     assert result.explanations["component"].str.startswith("resid1.f").all()
     assert set(result.explanation_scores["scorer"]) == {"detection"}
+
+
+def test_dictionaries_of_one_place_are_explained_apart(tmp_path: Path) -> None:
+    one = random_dictionary()
+    # the same latents under other names, and nothing else: what was latent 3 of one is latent 5 of the other
+    other = replace(one, tensors={name: tensor.roll(2, 0) if tensor.shape[:1] == (40,) else tensor for name, tensor in one.tensors.items()})
+    quick = {**QUICK, "latents_explained": 3, "scorers": "detection"}
+    alone = []
+    for name, dictionary in (("one", one), ("an other", other)):
+        dictionary.save(tmp_path / f"{name}.safetensors")
+        alone.append(run(JOB, None, **quick, dictionary=str(tmp_path / f"{name}.safetensors")))
+    both = run(JOB, tmp_path / "run", **quick, dictionary=f"{tmp_path / 'one.safetensors'},{tmp_path / 'an other.safetensors'}")
+    assert both.explanations["dictionary"].tolist() == ["one"] * 3 + ["an other"] * 3
+    # that of one is judged beside explanations of its own latents, whatever is explained with it
+    for name in ("explanations", "explanation_scores", "explanation_summary"):
+        for result in alone:
+            own = both.tables[name][both.tables[name]["dictionary"] == result.explanations["dictionary"][0]].reset_index(drop=True)
+            assert len(own) == len(result.tables[name]) > 0
+            if name == "explanations":
+                pd.testing.assert_frame_equal(own, result.tables[name])
+    moved = [f"resid1.f{(int(component.removeprefix('resid1.f')) + 2) % 40}" for component in both.explanations["component"][:3]]
+    assert both.explanations["component"][3:].tolist() == moved
+    assert both.explanations["explanation"][:3].tolist() == both.explanations["explanation"][3:].tolist()
+    page = shown(both, "explanations")
+    assert page.count("an other") > 3
+    said = findings("explanations", **both.tables)
+    assert [sentence.partition(" by ")[0] for sentence in said[:2]] == [
+        "Explanations of latents of one",
+        "Explanations of latents of an other",
+    ]
 
 
 def test_the_half_that_explanations_are_made_of_decides_which_latents_are_explained(tmp_path: Path) -> None:
@@ -149,9 +183,15 @@ def test_what_does_not_go_together_is_refused_before_the_model_runs(tmp_path: Pa
         ({"components": "m9.n1"}, "neuron m9.n1 does not exist"),
         ({"components": "a0.h9"}, "component a0.h9 does not exist"),
         ({"components": "a0.h1,a0.h1"}, "named twice"),
-        ({"components": "resid1.f3"}, "is a latent of 0 of the dictionaries"),
+        (
+            {"components": "resid1.f3"},
+            r"'resid1\.f3' is a latent of none of the dictionaries that are named: name the one that writes resid1",
+        ),
         ({"components": "resid1.f99", "dictionary": file}, "dictionary random has latents 0-39"),
-        ({"dictionary": f"{file},{tmp_path / 'other.safetensors'}"}, "random and other both write resid1"),
+        (
+            {"components": "resid1.f3", "dictionary": f"{file},{tmp_path / 'other.safetensors'}"},
+            r"'resid1\.f3' could be a latent of random or other, which both write resid1: name one of them alone",
+        ),
         ({"components": UNITS, "explainer": "endpoint", "explainer_model": "x", "endpoint": "http://h:x"}, "no address of http"),
     ]
     for settings, message in wrong:

@@ -63,6 +63,7 @@ class Evidence:
         train_silent: Windows of the first half in which it is silent.
         test: Random windows in which it is active, of the other half.
         test_silent: Random windows of the other half in which it is silent.
+        dictionary: Of a latent, the dictionary that it belongs to, where units of several are explained together.
     """
 
     unit: str
@@ -72,6 +73,12 @@ class Evidence:
     train_silent: tuple[Window, ...]
     test: tuple[Window, ...]
     test_silent: tuple[Window, ...]
+    dictionary: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The dictionary and the unit: latents of two dictionaries at one place have the same names."""
+        return self.dictionary, self.unit
 
     @property
     def largest(self) -> float:
@@ -148,7 +155,12 @@ def halves(texts: Pairs, seed: int) -> tuple[Pairs, Pairs]:
 
 
 def gather(
-    observed: Observed, texts: Pairs, *, settings: ExplainSettings | None = None, execution: Execution = Execution()
+    observed: Observed,
+    texts: Pairs,
+    *,
+    settings: ExplainSettings | None = None,
+    dictionary: str = "",
+    execution: Execution = Execution(),
 ) -> list[Evidence]:
     """Read texts once and return the windows of every unit.
 
@@ -156,6 +168,7 @@ def gather(
         observed: The units.
         texts: Any texts; a half of them is held out (`halves`).
         settings: How many windows, of which length.
+        dictionary: What the dictionary is called, where latents of several are explained together.
         execution: Tokens of a batch, seed, progress.
 
     Raises:
@@ -193,6 +206,7 @@ def gather(
                 first.silent(unit, settings.examples),
                 tuple(window for _, _, window in second.active(second.seen.drawn.of(unit), settings.windows)),
                 second.silent(unit, settings.windows),
+                dictionary,
             )
         )
     return found

@@ -5,8 +5,9 @@ What is finished of a unit is kept where the caller wants it, so that an endpoin
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -33,13 +34,14 @@ class Explained:
     """Explanations and their scores.
 
     Attributes:
-        explanations: One row per unit: `component`, `kind` ("latents", "neurons", "heads"), `explainer`, `explanation`, `active` (tokens), `density`, `train`
-            and `test` (windows in which it is active), `strongest` (a list: the tokens of its largest activations in the windows that explain it, each once).
-        scores: One row per unit, scorer and control: `component`, `kind`, `explainer`, `scorer`, `control` (empty, or "shuffled explanations"), `n` (answers
-            asked for), `score` with `low`, `high`, `chance`, `unreadable` (share of the answers), `withheld`.
-        summary: One row per kind, scorer and control: `kind`, `explainer`, `scorer`, `control`, `n` (units), `score` (mean over units) with `low` and `high`,
-            `chance`, `unreadable`, `withheld`.
-        sent: One row per question to a language model: `component`, `control`, `purpose`, `text`, `answer`.
+        explanations: One row per unit: `dictionary` (of a latent, where it was named), `component`, `kind` ("latents", "neurons", "heads"), `explainer`,
+            `explanation`, `active` (tokens), `density`, `train` and `test` (windows in which it is active), `strongest` (a list: the tokens of its largest
+            activations in the windows that explain it, each once).
+        scores: One row per unit, scorer and control: `dictionary`, `component`, `kind`, `explainer`, `scorer`, `control` (empty, or "shuffled explanations"),
+            `n` (answers asked for), `score` with `low`, `high`, `chance`, `unreadable` (share of the answers), `withheld`.
+        summary: One row per dictionary, kind, scorer and control: `dictionary`, `kind`, `explainer`, `scorer`, `control`, `n` (units), `score` (mean over
+            units) with `low` and `high`, `chance`, `unreadable`, `withheld`.
+        sent: One row per question to a language model: `dictionary`, `component`, `control`, `purpose`, `text`, `answer`.
     """
 
     explanations: pd.DataFrame
@@ -73,7 +75,7 @@ def explain(
     kept: MutableMapping[str, Any] | None = None,
     execution: Execution = Execution(),
 ) -> Explained:
-    """Explain units and score the explanations, and each unit's windows by another unit's explanation.
+    """Explain units and score the explanations, and each unit's windows by the explanation of another unit of its kind, a latent's of its dictionary.
 
     Args:
         evidence: The units' windows (`gather`).
@@ -87,58 +89,73 @@ def explain(
     """
     kept = {} if kept is None else kept
     total = 3 * len(evidence)
-    explanations: dict[str, Explanation] = {}
+    explanations: dict[tuple[str, str], Explanation] = {}
+    rows, sent = list[dict[str, Any]](), list[dict[str, Any]]()
+
+    def asked(each: Evidence, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what was finished before, or is now."""
+        name = " ".join([*filter(None, each.key), what])
+        if name not in kept:
+            kept[name] = work() | {"sent": _sent(explainer)}
+        found: dict[str, Any] = kept[name]
+        control = CONTROL if what == CONTROL else ""
+        sent.extend({**_which(each), "control": control, **one} for one in found["sent"])
+        return found
 
     def done(step: int, at: int) -> None:
         execution.told("explanations", step * len(evidence) + at + 1, total)
 
     for at, each in enumerate(evidence):
-        key = f"{each.unit} explanation"
-        if key not in kept:
-            explanation = explainer.explain(each)
-            kept[key] = {
-                "text": explanation.text,
-                "grams": [[list(gram), value] for gram, value in explanation.grams.items()],
-                "sent": _sent(explainer),
-            }
-        explanations[each.unit] = Explanation(kept[key]["text"], {tuple(gram): value for gram, value in kept[key]["grams"]})
+        explained = asked(each, "explanation", partial(_explained, explainer, each))
+        explanations[each.key] = Explanation(explained["text"], {tuple(gram): value for gram, value in explained["grams"]})
         done(0, at)
     others = _others(evidence, execution.seed)
-    rows, sent = list[dict[str, Any]](), list[dict[str, Any]]()
     for step, control in enumerate(("", CONTROL), start=1):
         for at, each in enumerate(evidence):
-            judge = each.unit if not control else others.get(each.unit)
+            judge = each.key if not control else others.get(each.key)
             # where no explanation is looked at another unit's would change nothing
             wanted = [one for one in scorers if one != "intruder" or not control or explainer.intrudes_by_explanation]
             if judge is not None and wanted:
-                key = f"{each.unit} {control or 'scores'}"
-                if key not in kept:
-                    scored = score(explainer, explanations[judge], each, wanted, seed=execution.seed)
-                    kept[key] = {"scores": [asdict(one) for one in scored], "sent": _sent(explainer)}
-                rows += [_row(each, explainer, control, Score(**one)) for one in kept[key]["scores"]]
+                scored = asked(each, control or "scores", partial(_scored, explainer, explanations[judge], each, wanted, execution.seed))
+                rows += [_row(each, explainer, control, Score(**one)) for one in scored["scores"]]
             done(step, at)
-    for key, value in kept.items():
-        unit, _, what = key.partition(" ")
-        sent += [{"component": unit, "control": CONTROL if what == CONTROL else "", **each} for each in value["sent"]]
     scores = pd.DataFrame(rows)
     return Explained(
-        pd.DataFrame([_told(each, explainer, explanations[each.unit]) for each in evidence]),
+        pd.DataFrame([_told(each, explainer, explanations[each.key]) for each in evidence]),
         scores,
         _summary(scores) if len(scores) else pd.DataFrame(),
-        pd.DataFrame(sent, columns=["component", "control", "purpose", "text", "answer"]),
+        pd.DataFrame(sent, columns=["dictionary", "component", "control", "purpose", "text", "answer"]),
     )
 
 
-def _others(evidence: Sequence[Evidence], seed: int) -> dict[str, str]:
-    """Return for each unit another one of its kind, each once; none where it is the only one."""
-    found: dict[str, str] = {}
+def _others(evidence: Sequence[Evidence], seed: int) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return for each unit another one of its kind and dictionary, each once; none where it is the only one."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
     random = np.random.default_rng(seed)
-    for kind in dict.fromkeys(kind_of(each.unit) for each in evidence):
-        units = [each.unit for each in evidence if kind_of(each.unit) == kind]
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for each in evidence:
+        # another dictionary may have the same latent again, whose explanation would be no other
+        groups.setdefault((each.dictionary, kind_of(each.unit)), []).append(each.key)
+    for units in groups.values():
         order = random.permutation(len(units))
         if len(units) > 1:
             found |= {units[one]: units[other] for one, other in zip(order, np.roll(order, 1), strict=True)}
     return found
+
+
+def _explained(explainer: Explainer, each: Evidence) -> dict[str, Any]:
+    found = explainer.explain(each)
+    return {"text": found.text, "grams": [[list(gram), value] for gram, value in found.grams.items()]}
+
+
+def _scored(
+    explainer: Explainer, explanation: Explanation, each: Evidence, wanted: Sequence[ExplanationScorer], seed: int
+) -> dict[str, Any]:
+    return {"scores": [asdict(one) for one in score(explainer, explanation, each, wanted, seed=seed)]}
+
+
+def _which(each: Evidence) -> dict[str, Any]:
+    return {"dictionary": each.dictionary, "component": each.unit}
 
 
 def _sent(explainer: Explainer) -> list[dict[str, str]]:
@@ -154,7 +171,7 @@ def _sent(explainer: Explainer) -> list[dict[str, str]]:
 
 def _told(each: Evidence, explainer: Explainer, explanation: Explanation) -> dict[str, Any]:
     return {
-        "component": each.unit,
+        **_which(each),
         "kind": kind_of(each.unit),
         "explainer": explainer.name,
         "explanation": explanation.text,
@@ -168,7 +185,7 @@ def _told(each: Evidence, explainer: Explainer, explanation: Explanation) -> dic
 
 def _row(each: Evidence, explainer: Explainer, control: str, scored: Score) -> dict[str, Any]:
     return {
-        "component": each.unit,
+        **_which(each),
         "kind": kind_of(each.unit),
         "explainer": explainer.name,
         "scorer": scored.scorer,
@@ -186,13 +203,16 @@ def _row(each: Evidence, explainer: Explainer, control: str, scored: Score) -> d
 def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     """Average scores over units, with intervals over units."""
     rows = []
-    for (kind, explainer, scorer, control), own in scores.groupby(["kind", "explainer", "scorer", "control"], sort=False):
+    for (dictionary, kind, explainer, scorer, control), own in scores.groupby(
+        ["dictionary", "kind", "explainer", "scorer", "control"], sort=False
+    ):
         given = own["score"].dropna().to_numpy(dtype=float)
         moments = ThirdMoments(())
         moments.update_many(given)
         mean = estimate(moments)
         rows.append(
             {
+                "dictionary": dictionary,
                 "kind": kind,
                 "explainer": explainer,
                 "scorer": scorer,

@@ -8,7 +8,7 @@ import pandas as pd
 from mechscope.report.marks.figure import Figure
 from mechscope.report.marks.intervals import interval_plot
 from mechscope.report.marks.tables import Shown, Table
-from mechscope.report.section import Section, Tables, number, table
+from mechscope.report.section import Section, Tables, number, optional, table
 from mechscope.report.shared import WITHHELD
 from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import interval, name_of, percent
@@ -17,7 +17,10 @@ from mechscope.report.theme import number as written
 _KIND = "latents, neurons or heads"
 _EXPLAINER = "who explains and judges: baseline (n-grams), local:MODEL or endpoint:MODEL"
 _SCORER = "detection, fuzzing (balanced accuracy), simulation (Pearson's correlation), intruder (share right)"
-_CONTROL = "empty; or shuffled explanations: its windows judged by the explanation of another unit"
+_CONTROL = "empty; or shuffled explanations: its windows judged by the explanation of another unit, of the same dictionary"
+_DICTIONARY = "of a latent: the dictionary that it belongs to; empty for neurons and heads"
+# missing in tables of runs that explained one dictionary at a place
+_OF = optional(_DICTIONARY)
 _UNREADABLE = number("answers that could not be read, which count as wrong", "share")
 # questions that are shown whole
 _QUESTIONS = 6
@@ -25,7 +28,7 @@ _QUESTIONS = 6
 TABLES = {
     "explanations": table(
         "One row per unit: a latent, neuron or head.",
-        dictionary="of a latent: the dictionary that it belongs to; empty for neurons and heads",
+        dictionary=_DICTIONARY,
         component="the unit: resid6.f12, m3.n1024, a3.h5",
         kind=_KIND,
         explainer=_EXPLAINER,
@@ -39,6 +42,7 @@ TABLES = {
     ),
     "explanation_scores": table(
         "One row per unit, scorer and control.",
+        dictionary=_OF,
         component="the unit",
         kind=_KIND,
         explainer=_EXPLAINER,
@@ -53,7 +57,8 @@ TABLES = {
         withheld=WITHHELD,
     ),
     "explanation_summary": table(
-        "One row per kind of unit, scorer and control.",
+        "One row per dictionary or kind of unit, scorer and control.",
+        dictionary=_OF,
         kind=_KIND,
         explainer=_EXPLAINER,
         scorer=_SCORER,
@@ -66,6 +71,7 @@ TABLES = {
     ),
     "explanation_questions": table(
         "One row per question that a language model was sent.",
+        dictionary=_OF,
         component="the unit",
         control=_CONTROL,
         purpose="what it was asked for",
@@ -75,16 +81,33 @@ TABLES = {
 }
 
 
+def _dictionaries(rows: pd.DataFrame) -> int:
+    return int(rows.loc[rows["kind"] == "latents", "dictionary"].nunique()) if "dictionary" in rows else 0
+
+
+def _units(rows: pd.DataFrame) -> list[str]:
+    """Return what each row is of: latents, neurons or heads, and of which dictionary where there are several."""
+    several = _dictionaries(rows) > 1
+    return [
+        f"{row['kind']} of {row['dictionary']}" if several and row["dictionary"] else str(row["kind"]) for row in rows.to_dict("records")
+    ]
+
+
+def _count(scores: pd.DataFrame) -> int:
+    return len(scores[[name for name in ("dictionary", "component") if name in scores]].drop_duplicates())
+
+
 def _figures(tables: Tables) -> list[Figure]:
     summary = tables.get("explanation_summary")
     if summary is None or not summary["score"].notna().any():
         return []
-    several = summary["kind"].nunique() > 1
+    summary = summary.assign(units=_units(summary))
+    several = summary["units"].nunique() > 1
     rows = [
-        row["scorer"] + (f" of {row['kind']}" if several else "") + (", shuffled" if row["control"] else "")
+        row["scorer"] + (f" of {row['units']}" if several else "") + (", shuffled" if row["control"] else "")
         for row in summary.to_dict("records")
     ]
-    drawn = summary.assign(row=rows, value=summary["score"].astype(float)).sort_values(["scorer", "kind", "control"], kind="stable")
+    drawn = summary.assign(row=rows, value=summary["score"].astype(float)).sort_values(["scorer", "units", "control"], kind="stable")
     drawn = drawn[drawn["value"].notna()]
     least, most = int(drawn["n"].min()), int(drawn["n"].max())
     counted = written(most) if least == most else f"{written(least)} to {written(most)}"
@@ -106,20 +129,24 @@ def _views(tables: Tables) -> list[Shown]:
     shown = []
     summary, explained, scores = (tables.get(name) for name in ("explanation_summary", "explanations", "explanation_scores"))
     if summary is not None:
+        summary = summary.assign(units=_units(summary))
         view = Table(summary).words("scorer", "scorer", strong=lambda row: not row["control"])
-        if summary["kind"].nunique() > 1:
-            view = view.words("kind", "of")
+        if summary["units"].nunique() > 1:
+            view = view.words("units", "of")
         view = view.mapped("control", "explanations", lambda control: str(control) or "their own").words("explainer", "explainer")
         view = view.shares("score", "mean score", ends=("low", "high")).numbers("chance", "chance").numbers("unreadable", "unreadable")
         shown.append(Shown("Scores of explanations", view.numbers("n", "units").view(), terminal=True, table="explanation_summary"))
     if explained is not None:
         listed = explained
         if scores is not None:
-            own = scores[scores["control"] == ""].pivot(index="component", columns="scorer", values="score")
-            listed = explained.merge(own, left_on="component", right_index=True, how="left")
+            of = ["dictionary", "component"] if "dictionary" in scores else ["component"]
+            own = scores[scores["control"] == ""].pivot(index=of, columns="scorer", values="score")
+            listed = explained.merge(own, left_on=of, right_index=True, how="left")
+        view = Table(listed)
+        if _dictionaries(explained) > 1:
+            view = view.words("dictionary", "dictionary")
         view = (
-            Table(listed)
-            .words("component", "unit")
+            view.words("component", "unit")
             .texts("explanation", "stands for")
             .token_lists("strongest", "strongest at")
             .numbers("density", "density")
@@ -139,7 +166,7 @@ def _findings(tables: Tables) -> list[Finding]:
     summary, found = tables.get("explanation_summary"), list[Finding]()
     if summary is None:
         return found
-    for (kind, scorer), own in summary.groupby(["kind", "scorer"], sort=False):
+    for (kind, scorer), own in summary.assign(units=_units(summary)).groupby(["units", "scorer"], sort=False):
         rows = [each for _, each in own.iterrows()]
         row = rows[0]
         # a language model is shown no explanation where it looks for an intruder
@@ -168,7 +195,7 @@ def _findings(tables: Tables) -> list[Finding]:
             Finding(
                 f"{said} (chance {written(row['chance'])}{lost}){beside}",
                 n=row["n"],
-                unit=str(kind),
+                unit=str(row["kind"]),
                 rows=tuple(rows),
                 # what guessing leaves to be had is had to this part
                 effect=float((row["score"] - row["chance"]) / (1 - row["chance"])),
@@ -189,11 +216,11 @@ def _caveats(tables: Tables) -> list[Caveat]:
     found, scores = [], tables.get("explanation_scores")
     if scores is not None and (scores["withheld"] != "").any():
         without = scores[(scores["withheld"] != "") & (scores["control"] == "")]
-        units = without["component"].nunique()
+        units = _count(without)
         if units:
             found.append(
                 Caveat(
-                    f"{written(units)} of {written(scores['component'].nunique())} units have no scores (the first: {without['withheld'].iloc[0]}): "
+                    f"{written(units)} of {written(_count(scores))} units have no scores (the first: {without['withheld'].iloc[0]}): "
                     "the means are of the others.",
                     weakens="explanation_summary",
                     withheld=True,

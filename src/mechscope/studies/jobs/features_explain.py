@@ -22,7 +22,6 @@ from mechscope.studies.run import Input, JobRun, Tables
 from mechscope.studies.texts import TEXTS, Texts
 
 if TYPE_CHECKING:
-    from mechscope.features import Dictionary
     from mechscope.features.explain import Explainer
     from mechscope.features.observed import Observed
     from mechscope.subject import Subject
@@ -124,9 +123,13 @@ def _named(run: JobRun[FeaturesExplainSettings]) -> dict[str, list[str]]:
         if kind == "latents":
             latent = Latent.parse(name)
             own = [key for key, each in run[DICTIONARIES].items() if each.layout.outputs[0] == latent.place]
-            if len(own) != 1:
+            if not own:
                 raise SettingsError(
-                    f"component {name!r} is a latent of {len(own)} of the dictionaries that are named: name the one that writes {latent.place}"
+                    f"component {name!r} is a latent of none of the dictionaries that are named: name the one that writes {latent.place} (--dictionary)"
+                )
+            if len(own) > 1:
+                raise SettingsError(
+                    f"component {name!r} could be a latent of {' or '.join(own)}, which both write {latent.place}: name one of them alone (--dictionary)"
                 )
             if latent.index >= (count := run[DICTIONARIES][own[0]].latents):
                 raise SettingsError(f"component {name!r} does not exist: dictionary {own[0]} has latents 0-{count - 1}")
@@ -135,18 +138,6 @@ def _named(run: JobRun[FeaturesExplainSettings]) -> dict[str, list[str]]:
             raise SettingsError(f"component {name!r} is named twice")
         found[kind].append(name)
     return found
-
-
-def _require_apart(dictionaries: dict[str, Dictionary]) -> None:
-    """Refuse dictionaries whose latents have the same names, which explanations could not be told apart by; `SettingsError`."""
-    known: dict[str, str] = {}
-    for name, each in dictionaries.items():
-        place = each.layout.outputs[0].name
-        if place in known:
-            raise SettingsError(
-                f"dictionaries {known[place]} and {name} both write {place}, so that their latents have the same names: explain them in runs of their own"
-            )
-        known[place] = name
 
 
 def _check(run: JobRun[FeaturesExplainSettings]) -> None:
@@ -160,7 +151,6 @@ def _check(run: JobRun[FeaturesExplainSettings]) -> None:
     for dictionary in run[DICTIONARIES].values():
         dictionary.check(run.first, other_model=run.settings.other_model)
     named = _named(run)
-    _require_apart(run[DICTIONARIES])
     if (local := run[EXPLAINER]) is not None:
         LocalModel(local, run.first.tokenizer)
     if run.settings.endpoint is not None:
@@ -170,8 +160,8 @@ def _check(run: JobRun[FeaturesExplainSettings]) -> None:
     halves(run[TEXTS], run.settings.seed)
 
 
-def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[Observed]:
-    """Yield what is to be explained, kind by kind."""
+def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[tuple[str, Observed]]:
+    """Yield what is to be explained, kind by kind, with the dictionary of latents."""
     from mechscope.features import Latent, top_examples
     from mechscope.features.explain import halves
     from mechscope.features.observed import Heads, Latents, Neurons
@@ -188,10 +178,10 @@ def _observed(run: JobRun[FeaturesExplainSettings]) -> Iterator[Observed]:
         else:
             latents = [Latent.parse(each).index for each in named.get(f"latents {name}", ())]
         if latents:
-            yield Latents(subject, moved, texts, latents=latents, tokens=tokens, other_model=True, execution=run.execution)
+            yield name, Latents(subject, moved, texts, latents=latents, tokens=tokens, other_model=True, execution=run.execution)
     for kind, observed in (("neurons", Neurons), ("heads", Heads)):
         if kind in named:
-            yield observed(subject, named[kind], texts, tokens=tokens, share=settings.explain.active_share, execution=run.execution)
+            yield "", observed(subject, named[kind], texts, tokens=tokens, share=settings.explain.active_share, execution=run.execution)
 
 
 def _local(run: JobRun[FeaturesExplainSettings]) -> Subject | None:
@@ -231,7 +221,9 @@ def _explain(run: JobRun[FeaturesExplainSettings]) -> Tables:
 
     settings = run.settings
     evidence = [
-        each for observed in _observed(run) for each in gather(observed, run[TEXTS], settings=settings.explain, execution=run.execution)
+        each
+        for name, observed in _observed(run)
+        for each in gather(observed, run[TEXTS], settings=settings.explain, dictionary=name, execution=run.execution)
     ]
     if not evidence:
         raise SettingsError("nothing is left to explain: no latent of the dictionaries is active on these texts")
@@ -240,9 +232,6 @@ def _explain(run: JobRun[FeaturesExplainSettings]) -> Tables:
     )
     spelling = Spelling(run.first.tokenizer)
     told = found.explanations.assign(texts=len(run[TEXTS]), strongest=found.explanations["strongest"].map(spelling.tokens))
-    places = {each.layout.outputs[0].name: name for name, each in run[DICTIONARIES].items()}
-    latents, place = told["kind"] == "latents", told["component"].str.rpartition(".")[0]
-    told.insert(0, "dictionary", place.map(places).where(latents, ""))
     tables = {
         "explanations": told,
         "explanation_scores": found.scores,
