@@ -150,6 +150,9 @@ def measured_tables() -> dict[str, pd.DataFrame]:
     routed: dict[str, Any] = {"model": "given in memory", "tuned": "given in memory", "pairs": "given in memory"}
     job = _job("routing")
     tables |= run_job(job, resolve(job.settings, **routed), None, given={**mixtures, "pairs": random_pairs(8)}).tables
+    toys = _job("superposition")
+    few: dict[str, Any] = {"features": 4, "dimensions": 2, "sparsities": "0,0.9", "seeds": 2, "steps": 60, "dictionary_steps": 20}
+    tables |= run_job(toys, toys.resolve(**few), None).tables
     compared = _job("universality")
     asked = compared.resolve(
         **dict.fromkeys(("model", "others", "data"), "given in memory"), template="{document} w3 {summary}", probes=6, draws=20

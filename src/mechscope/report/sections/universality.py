@@ -10,7 +10,7 @@ from mechscope.report.marks.heatmaps import Q_SIGNIFICANT, grid_heatmap
 from mechscope.report.marks.histograms import histogram_lines
 from mechscope.report.marks.tables import Shown, Table
 from mechscope.report.section import Section, Tables, number, table
-from mechscope.report.shared import few_texts
+from mechscope.report.shared import counted_in, few_texts
 from mechscope.report.statements import Card, Caveat, Derived, Finding
 from mechscope.report.theme import label
 from mechscope.report.theme import number as written
@@ -55,6 +55,7 @@ GRID = table(
     **_WHICH,
     layer="the layer",
     other_layer="the other model's",
+    n="texts",
     cka=number("debiased linear CKA of their residual streams", "share"),
 )
 HEADS = table(
@@ -116,7 +117,7 @@ def _figures(tables: Tables) -> list[Figure]:
                     name=f"universal-grid-{at + 1}",
                     title=f"Representations: CKA with {label(other)}",
                     legend="CKA",
-                    caption="Debiased linear CKA of the residual streams at the same characters of the same texts.",
+                    caption=counted_in("Debiased linear CKA of the residual streams at the same characters of the same texts.", own),
                     scale="share",
                     tooltip={"cka": "CKA"},
                 )

@@ -150,7 +150,9 @@ def _activations(run: JobRun[UniversalitySettings]) -> Tables:
             found["universal_neurons"] = neurons.assign(n=len(aligned.texts["model"]) - len(aligned.texts["model"]) // 2)
         if settings.measured("representations"):
             found["universal_layers"] = same_representations(own.layers("residual"), theirs.layers("residual"), text_of)
-            found["universal_grid"] = similarity_grid(own.layers("residual"), theirs.layers("residual"))
+            found["universal_grid"] = similarity_grid(own.layers("residual"), theirs.layers("residual")).assign(
+                n=len(aligned.texts["model"])
+            )
         for name, table in found.items():
             table.insert(0, "other", label)
             table.insert(1, "control", label == UNTRAINED)
