@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechscope.data.pairs import Pairs, PromptPair
-from mechscope.errors import DataError, ModelError
+from mechscope.errors import ModelError
 from mechscope.features import Dictionary, FeatureTraining, Objective, Plan, Rule, train
 from mechscope.features.activations import Block
 from mechscope.features.affine import Affine, moments_of
@@ -186,21 +185,6 @@ def test_one_token_that_differs_is_a_change() -> None:
     assert len(without) > 0
     with pytest.raises(ModelError, match="do not differ at resid1: name a later place"):
         require_change(reader, without, WHERE, Execution(8))
-
-
-def test_planted_kinds_of_tokens_are_rare_and_make_up_their_share() -> None:
-    given = texts()
-    plant = Plant.chosen(given, directions=3, share=0.03, strength=0.5, seed=1)
-    tokens = [token for pair in given for token in pair.clean[1:]]
-    counts = Counter(tokens)
-    assert len({token for kinds in plant.kinds for token in kinds}) == sum(map(len, plant.kinds))
-    for kinds in plant.kinds:
-        share = sum(counts[token] for token in kinds) / len(tokens)
-        assert 0.03 <= share < 0.03 * 1.3
-        assert max(counts[token] for token in kinds) <= 0.25 * 0.03 * len(tokens)
-    assert plant == Plant.chosen(given, directions=3, share=0.03, strength=0.5, seed=1)
-    with pytest.raises(DataError, match="rare tokens for 1 of 2 planted directions"):
-        Plant.chosen(given, directions=2, share=0.6, strength=0.5, seed=1)
 
 
 def test_a_recipe_comes_back_from_plain_values() -> None:
