@@ -77,7 +77,16 @@ class _InterruptedError(Exception):
 def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
     """Add a job as a command."""
 
-    def command(out: Path | None, config: Path | None = None, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+    def command(
+        out: Path | None,
+        config: Path | None = None,
+        quiet: bool = False,
+        verbose: bool = False,
+        context: typer.Context | None = None,
+        **given: Any,
+    ) -> None:
+        if context is not None and context.args:
+            given[job.passes] = " ".join(filter(None, (given[job.passes], shlex.join(context.args))))
         with flags_in_errors([leaf.name for leaf in job.options], job.arguments):
             # an error about settings or paths comes before anything heavy is imported
             settings = job.resolve(config, **given)
@@ -97,13 +106,18 @@ def _add(job: Job[Any], groups: dict[str, typer.Typer]) -> None:
 
     own: list[tuple[str, Any, Any]] = [("out", None, _out(job)), ("quiet", False, Quiet), ("verbose", False, Verbose)]
     own = [*own[:1], *([("config", None, Config)] if job.options else []), *own[1:]]
+    own += [("context", inspect.Parameter.empty, typer.Context)] if job.passes else []
     output = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, default, kind in own]
     first, then = ([_flag(leaf, job) for leaf in part] for part in job.in_order)
     _with_signature(command, [*first, *output, *then])
     command.__doc__ = job.help
     group = app if not job.group else groups.setdefault(job.group, typer.Typer(help=_GROUPS[job.group], no_args_is_help=True))
     kind = type(f"{job.name} command", (_Command,), {"usage": " ".join([*_required(job), "[OPTIONS]"])})
-    group.command(job.command.split()[-1], cls=kind, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel])(command)
+    # what a job hands on to another is not looked for among its own flags
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True} if job.passes else None
+    group.command(
+        job.command.split()[-1], cls=kind, epilog=f"Example: {job.example}", rich_help_panel=PANELS[job.panel], context_settings=settings
+    )(command)
 
 
 class _Command(TyperCommand):

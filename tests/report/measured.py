@@ -31,6 +31,7 @@ from tests.matrix.plain import build
 from tests.studies.jobs.running import run, subject
 from tests.studies.jobs.test_features_diff import run as compare_by_dictionaries
 from tests.studies.jobs.test_universality import DOCUMENTS
+from tests.subject.saved import save
 
 # settings of a run that ends within a second or two
 _JOBS: dict[str, dict[str, Any]] = {
@@ -130,6 +131,10 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         probed: dict[str, Any] = {"data": str(labelled_file(Path(folder), 60)), "labels": "topic", "shuffles": 5, "folds": 3}
         both = {"model": subject(), "tuned": load(families.build("gpt2", seed=1), tokenizer=families.tokenizer())}
         tables |= run_job(_job("probe"), _job("probe").resolve(**dict.fromkeys(both, "given in memory"), **probed), None, given=both).tables
+        for number, seed in ((0, 0), (5, 1), (20, 0)):
+            save(Path(folder) / "series" / f"checkpoint-{number}", seed=seed)
+        course = {"series": str(Path(folder) / "series"), "job": "ablate", "options": "--pairs induction --limit 8"}
+        tables |= run_job(_job("dynamics"), _job("dynamics").resolve(**course), None).tables
         labelled = Path(folder) / "labelled.jsonl"
         labelled.write_text("\n".join(json.dumps(row) for row in labelled_rows(160)), encoding="utf-8")
         shifted: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,3 +94,26 @@ def test_what_is_no_series_is_refused_by_what_was_found(tmp_path: Path, monkeypa
 def test_a_hub_that_does_not_answer_is_one_sentence() -> None:
     with pytest.raises(ModelError, match="the hub does not list its branches"):
         Series.find("someone/pythia")
+
+
+def test_steps_of_different_trainings_are_refused_by_what_differs(tmp_path: Path) -> None:
+    def series(name: str, *configs: dict[str, Any], words: tuple[str, ...] = ("a", "a")) -> Series:
+        for number, (config, word) in enumerate(zip(configs, words, strict=True)):
+            folder = checkpoint(tmp_path / name / f"step{number}", file="adapter_config.json" if "r" in config else "config.json")
+            (folder / ("adapter_config.json" if "r" in config else "config.json")).write_text(json.dumps(config))
+            (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {word: 0}}}))
+        return Series.find(tmp_path / name)
+
+    plain = {"model_type": "gpt2", "n_embd": 8}
+    series("same", plain, {**plain, "transformers_version": "other"}).check_alike()
+    for name, other, words, told in (
+        ("width", {**plain, "n_embd": 16}, ("a", "a"), "step 1 has n_embd 16, step 0 has 8"),
+        ("kind", {"r": 4, "base_model_name_or_path": "x"}, ("a", "a"), "step 1 has kind adapter, step 0 has whole model"),
+        ("words", plain, ("a", "b"), "step 1 has vocabulary 1 words .*, step 0 has 1 words"),
+    ):
+        with pytest.raises(ModelError, match=f"is not of one training: {told}"):
+            series(name, plain, other, words=words).check_alike()
+    found = series("damaged", plain, plain)
+    (found.steps[1].folder() / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"step '.*step1' cannot be read"):
+        found.check_alike()

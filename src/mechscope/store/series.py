@@ -7,6 +7,8 @@ Steps stand in the order of their numbers, not of their names: `checkpoint-1000`
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +23,11 @@ _BRANCH = re.compile(r"step[-_]?(\d+)")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 # what decides how a model acts
 _DECIDE = ("*.safetensors", "config.json", "adapter_config.json")
+# of a configuration or an adapter's: what no step of a training changes
+_ALIKE = (
+    *("model_type", "base_model_name_or_path", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
+    *("num_key_value_heads", "intermediate_size", "n_inner", "vocab_size"),
+)
 # names that a trainer gives its checkpoints: beside others, these are meant
 _USUAL = ("checkpoint", "step")
 
@@ -109,6 +116,41 @@ class Series:
         if len(steps) < 2:
             raise ModelError(f"series {text!r} has one step ({steps[0].number}): a course over time needs two or more")
         return cls(text, tuple(steps))
+
+    def check_alike(self) -> None:
+        """Refuse steps that are not of one training, by their configurations and vocabularies; those on the hub are not fetched for it.
+
+        Raises:
+            ModelError: One is an adapter and another a whole model, or sizes, bases or vocabularies differ; the message names the step and what differs.
+        """
+        here = [step for step in self.steps if not step.revision]
+        known: dict[str, tuple[int, str]] = {}
+        for step in here:
+            for name, found in _shape(step.folder()).items():
+                first, before = known.setdefault(name, (step.number, found))
+                if found != before:
+                    raise ModelError(
+                        f"series {self.source!r} is not of one training: step {step.number} has {name} {found}, step {first} has {before}; "
+                        "name the steps that belong together, joined by commas"
+                    )
+
+
+def _shape(folder: Path) -> dict[str, str]:
+    """Return what all steps of a training have in common: kind, sizes, base and vocabulary."""
+    adapter = folder / "adapter_config.json"
+    file = adapter if adapter.is_file() else folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        words = folder / "tokenizer.json"
+        vocabulary = json.loads(words.read_text(encoding="utf-8")) if words.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"step {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
+    found = {name: str(config[name]) for name in _ALIKE if name in config}
+    if vocabulary is not None:
+        model = vocabulary.get("model", {})
+        digest = hashlib.sha256(json.dumps([model.get("vocab"), vocabulary.get("added_tokens")], sort_keys=True).encode()).hexdigest()
+        found["vocabulary"] = f"{len(model.get('vocab') or ())} words ({digest[:8]})"
+    return {"kind": "adapter" if file == adapter else "whole model", **found}
 
 
 def _listed(folders: list[str]) -> list[Step]:

@@ -79,6 +79,7 @@ class Job(Generic[S]):
         execute: What runs it in place of the stages, for a job that fills no run folder; called as `run_job`.
         show: Prints what `execute` returned.
         like: Setting that names the folder of a finished run of the same job, whose settings stand where none are given.
+        passes: Setting that takes, as one text, the flags of the command line that the job does not have.
         function: What it is called in Python where its name is that of a package (`mechscope.lens`).
     """
 
@@ -99,6 +100,7 @@ class Job(Generic[S]):
     execute: Callable[..., Any] | None = None
     show: Callable[[Any], None] | None = None
     like: str = ""
+    passes: str = ""
     function: str = ""
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mechscope.choices import CORPORA, PAIR_KINDS, PAIR_TASKS
 from mechscope.errors import ModelError, SettingsError
 from mechscope.store.paths import absent, check_model_path, is_path, nearest
+from mechscope.store.series import Series
 
 if TYPE_CHECKING:
     from mechscope.store.run import RunFolder
@@ -32,7 +33,7 @@ def check_paths(job: Job[Any], settings: Any) -> None:
     """
     for leaf in job.options:
         value = leaf.read(settings)
-        check = check_model if leaf.name in job.arguments else _CHECKS.get(leaf.name)
+        check = _CHECKS.get(leaf.name, check_model if leaf.name in job.arguments else None)
         if isinstance(value, str) and check is not None:
             check(f"setting {leaf.name!r}", value)
 
@@ -101,6 +102,19 @@ def _check_control(name: str, source: str) -> None:
     check_model(name, source)
 
 
+def _check_series(name: str, source: str) -> None:
+    """Refuse a series on this machine that is none; one on the hub is asked for later."""
+    if "," in source or is_path(source) or Path(source).exists() or absent(source):
+        try:
+            Series.find(source)
+        except ModelError as error:
+            raise SettingsError(f"{name}: {error}") from error
+
+
+def _known(name: str, value: str) -> None:
+    """Accept what the settings themselves have checked."""
+
+
 # what settings of a name hold, in whatever job
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     **dict.fromkeys(("tuned", "base"), check_model),
@@ -108,6 +122,8 @@ _CHECKS: dict[str, Callable[[str, str], None]] = {
     **dict.fromkeys(("runs", "hypothesis", "positive", "negative", "like"), _check_file),
     **dict.fromkeys(("target_circuit", "targets"), _check_circuit),
     "pairs": _check_pairs,
+    "series": _check_series,
+    "job": _known,
     "checkpoints": _each(check_model),
     "dictionary": _each(_check_file),
     "controls": _each(_check_control),

@@ -34,6 +34,7 @@ def run_job(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
     given: Mapping[str, Any] | None = None,
+    page: bool = True,
 ) -> Result:
     """Run a job into a folder, or continue it there.
 
@@ -44,6 +45,7 @@ def run_job(
         command: The command line that begins or continues it, for the report.
         progress: Called with a label, what is done and how much there is.
         given: Models and documents in memory, by the name of the setting that would name their source.
+        page: Whether a page is drawn; a run without a folder has none.
 
     Raises:
         MechscopeError: Models, data or settings cannot be used, or the folder belongs to another run.
@@ -51,7 +53,7 @@ def run_job(
     if out is None:
         with tempfile.TemporaryDirectory(prefix="mechscope-") as folder:
             return dataclasses.replace(_run(job, settings, folder, command, progress, given, page=False), path=Path(folder))
-    return _run(job, settings, out, command, progress, given, page=True)
+    return _run(job, settings, out, command, progress, given, page=page)
 
 
 def _run(

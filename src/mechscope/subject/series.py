@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mechscope.errors import ModelError
-from mechscope.store.series import Step
 from mechscope.subject.load import Subject
 
 ENTRIES = 2048
@@ -93,17 +92,3 @@ def survey(numbers: Sequence[int], fingerprints: Sequence[str], sketches: Sequen
         across = distance(sketches[i - 1], sketches[i + 1])
         rows[i]["jumps"] = bool(min(rows[i]["moved"], rows[i + 1]["moved"]) > JUMP * across)
     return pd.DataFrame(rows).astype({"repeats": "Int64"})
-
-
-def check_alike(first: Subject, step: Step, subject: Subject) -> None:
-    """Refuse a step that is not of the same training as the first.
-
-    Raises:
-        ModelError: Its architecture, sizes, tokenizer or vocabulary differ; the message names the step and which.
-    """
-    from mechscope.subject.pair import pair
-
-    try:
-        pair(first, subject)
-    except ModelError as error:
-        raise ModelError(f"step {step.number:,} ({step.source}) is not of the same training as the others: {error}") from error

@@ -31,6 +31,7 @@ def small_multiples(
     name: str,
     title: str,
     caption: str,
+    own_scales: bool = False,
 ) -> Figure:
     """Draw the same marks in a panel for every value of a column.
 
@@ -47,6 +48,7 @@ def small_multiples(
         name: The figure's name.
         title: Its title.
         caption: How to read it.
+        own_scales: Whether every panel has a vertical scale of its own, as numbers of several units need.
     """
     panels = list(dict.fromkeys(table[panel]))
     # the header's own labels know no colour scheme: marks have the page's
@@ -58,6 +60,8 @@ def small_multiples(
     switched = [column for column in ("rows",) if column in table]
     data = numbers.add(table, list(dict.fromkeys([panel, *keep, *switched])))
     chart = layered.facet(data=data, facet=facet, columns=columns, spacing={"row": 30, "column": GAP})
+    if own_scales:
+        chart = chart.resolve_scale(y="independent").resolve_axis(y="independent")
     if switched:
         chart = chart.transform_filter("datum.rows === query_rows")
     spec = definition(chart, numbers, description=f"{title}: {len(panels)} panels, {', '.join(map(str, panels))}")
