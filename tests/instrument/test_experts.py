@@ -24,8 +24,13 @@ LAYER = 1
 
 @cache
 def subject(family: str, dtype: torch.dtype = torch.float64) -> Subject:
-    """Return a mixture of experts."""
-    return load(build(family, 0, dtype))
+    """Return a mixture of experts; of one family with a factor on what blocks add."""
+    model = build(family, 0, dtype)
+    if family == "granitemoe":
+        model.config.residual_multiplier = 0.3
+        for block in model.model.layers:
+            block.residual_multiplier = 0.3
+    return load(model)
 
 
 def run(model: Subject, texts: families.Texts, *sites: Any) -> Any:
@@ -158,6 +163,17 @@ def test_edits_compose_and_a_recording_inside_sees_what_was_changed() -> None:
     expected[1, :, 0] = -1.0
     torch.testing.assert_close(recording["expert_output", LAYER], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(recording["mlp_output", LAYER], expected.sum(2), rtol=0, atol=1e-9)
+    with intervene(model, edits[0]), intervene(model, edits[1]), intervene(model, edits[2]):  # an inner one keeps what an outer one changed
+        nested = run(model, texts, "expert_output")
+    torch.testing.assert_close(nested["expert_output", LAYER], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(nested["mlp_output", LAYER], recording["mlp_output", LAYER], rtol=0, atol=1e-12)
+
+
+def test_experts_are_first_taken_apart_inside_a_change_of_their_mlp() -> None:
+    fresh, texts = load(build("mixtral", 0, torch.float64)), families.padded(families.documents(), "none")
+    with intervene(fresh, Edit("mlp_output", LAYER, 0.0)):  # how the parts add up is looked at beneath it
+        experts = run(fresh, texts, "expert_output")["expert_output", LAYER]
+    torch.testing.assert_close(experts, run(subject("mixtral"), texts, "expert_output")["expert_output", LAYER], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe", "cohere2_moe"])
