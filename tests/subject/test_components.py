@@ -62,7 +62,10 @@ def test_parts_are_sorted_and_without_repeats_so_equal_selections_are_equal_valu
     "text", ["h5", "a3", "a3.h", "layers:", "layers:2-", "m", "3", "a3h5", "m3;m4", "m3.e", "m3e5", "a3.e5", "layers:a", "a-1.h2"]
 )
 def test_a_part_that_is_not_understood_is_named_with_the_forms_that_are(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"component .* is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers"):
+    with pytest.raises(
+        SettingsError,
+        match=r"component .* is not understood: write heads as 'a3.h5', MLPs as 'm3', experts as 'm3.e5', mixers .* 'mixer3', whole layers",
+    ):
         Components.parse(text)
 
 

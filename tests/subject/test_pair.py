@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from mechscope.errors import ModelError
 from mechscope.subject.load import Subject, load
 from mechscope.subject.pair import pair
 from tests import families
+from tests.matrix import plain
 
 
 def subject(family: str = "llama", seed: int = 0, words: int = families.VOCABULARY, **changes: Any) -> Subject:
@@ -50,6 +53,17 @@ def test_models_of_different_families_are_refused_by_name() -> None:
 def test_sizes_that_differ_are_refused_with_both_values(changes: dict[str, Any], name: str, found: int) -> None:
     with pytest.raises(ModelError, match=rf"has {name} = {found}, base .* has \d+: they are not the same architecture"):
         pair(subject(), subject(**changes))
+
+
+def test_other_numbers_of_experts_are_refused_with_the_layer() -> None:
+    four, three = (load(plain.build("qwen2_moe", 0, torch.float32)) for _ in range(2))
+    blocks = list(three.anatomy.blocks)
+    experts = blocks[1].experts
+    assert experts is not None
+    blocks[1] = replace(blocks[1], experts=replace(experts, number=3))
+    fewer = replace(three, anatomy=replace(three.anatomy, blocks=tuple(blocks)))
+    with pytest.raises(ModelError, match=r"layer 1 of tuned model .* has 3 experts, of base .* 4: they are not the same architecture"):
+        pair(four, fewer)
 
 
 def test_a_resized_vocabulary_is_refused_with_the_option_that_compares_the_shared_tokens() -> None:

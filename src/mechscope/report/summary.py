@@ -79,8 +79,8 @@ class Summary:
         return tuple(each for group in self.groups for each in group.findings if each.card is not None)[:_CARDS]
 
     def of_section(self, section: str) -> list[Caveat]:
-        """Return the caveats of a section."""
-        return [caveat for name, caveat in self.caveats if name == section]
+        """Return the caveats of a section; what weakens several of its tables in the same words once."""
+        return list({caveat.text: caveat for name, caveat in self.caveats if name == section}.values())
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -113,7 +113,8 @@ class Components:
                     layers.extend(range(int(first), int(last or first) + 1))
             else:
                 raise SettingsError(
-                    f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', whole layers as 'layers:2,3,5', joined by commas"
+                    f"component {part!r} is not understood: write heads as 'a3.h5', MLPs as 'm3', experts as 'm3.e5', mixers of layers that do not attend as "
+                    "'mixer3', whole layers as 'layers:2,3,5', joined by commas"
                 )
         return cls(tuple(heads), tuple(mlps), tuple(layers), tuple(latents), tuple(experts), tuple(mixers))
 

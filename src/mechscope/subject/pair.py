@@ -62,6 +62,12 @@ def pair(base: Subject, tuned: Subject, *, resize: Literal["refuse", "truncate"]
             raise ModelError(
                 f"tuned model {tuned.source!r} has {name} = {second}, base {base.source!r} has {first}: they are not the same architecture"
             )
+    for layer, blocks in enumerate(zip(base.anatomy.blocks, tuned.anatomy.blocks, strict=True)):
+        first, second = (0 if block.experts is None else block.experts.number for block in blocks)
+        if first != second:
+            raise ModelError(
+                f"layer {layer} of tuned model {tuned.source!r} has {second} experts, of base {base.source!r} {first}: they are not the same architecture"
+            )
     if base.model is tuned.model and base.adapted == tuned.adapted and base.is_adapter:
         raise ModelError(f"base and tuned are the same model in the same state ({tuned.source!r}): take base = tuned.without_adapter()")
     ties = base.tied, tuned.tied

@@ -71,7 +71,10 @@ def test_tables_of_two_models_are_those_of_the_function_and_the_page_shows_them(
         pd.testing.assert_frame_equal(own["experts"].drop(columns="model").reset_index(drop=True), side.experts)
     pd.testing.assert_frame_equal(result.tables["routing_changes"], expected.layers)
     pd.testing.assert_frame_equal(result.tables["expert_changes"], expected.experts)
-    assert "Which experts fine-tuning moved" in shown(result, "routing")
+    page = shown(result, "routing")
+    assert "Which experts fine-tuning moved" in page
+    # weakens two tables, and is said once
+    assert page.partition('aria-label="What weakens this"')[2].partition("</ul>")[0].count("Only 8 texts were read") == 1
 
 
 def compared(base: Subject, tuned: Subject, out: Path | None = None) -> tuple[Result, Pairs]:

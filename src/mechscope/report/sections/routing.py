@@ -133,11 +133,11 @@ def _agreement(changes: pd.DataFrame) -> list[Figure]:
         ),
         layer_curves(
             changes,
-            {"top1_agreement": "the expert with the largest gate weight", "overlap": "all chosen experts"},
+            {"top1_agreement": "first expert", "overlap": "all chosen experts"},
             name="routing-agreement",
             title="Tokens that go to the same experts",
             axis="share",
-            caption="In both models, on the same tokens; band: 95\u202f% over texts.",
+            caption="In both models, on the same tokens; the first expert has the largest gate weight; band: 95\u202f% over texts.",
             share=True,
             counted_in="texts",
         ),
