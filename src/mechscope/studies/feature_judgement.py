@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mechscope.features.diffing import Comparison, Judged
 
 
+# controls that compare the base with a fine-tuned model too, whose latents could be the same
+_SOUGHT_IN = ("half", "seed", "shuffled", "other")
+
+
 def judge_all(request: Request) -> Tables:
     """Classify the latents of every dictionary by the same thresholds, on texts that none has learned from."""
     import pandas as pd
@@ -39,12 +43,9 @@ def judge_all(request: Request) -> Tables:
             seed=request.run.settings.seed,
         )
         for name, comparison in two.items()
-        if comparison.control in ("half", "seed", "shuffled", "other")
+        if comparison.control in _SOUGHT_IN
     }
-    half = again["half"].set_index("latent")["cosine"] if "half" in again else None
-    # without another half there is no control that a latent could be beyond
-    beyond = None if half is None else own["judged"].eq("new") & own["latent"].map(half).ge(settings.recurs)
-    latents[CROSSCODER] = own.assign(beyond=beyond, again=np.nan if half is None else own["latent"].map(half))
+    latents[CROSSCODER] = beyond_control(own, again.get("half"), settings.recurs)
     tables = {
         "feature_comparisons": pd.DataFrame(
             [_comparison_row(each, judged[each.name], latents.get(each.name), trained) for each in compared(request)]
@@ -67,6 +68,24 @@ def judge_all(request: Request) -> Tables:
     if "planted" in latents:
         tables["feature_planted"] = _planted(request, trained, texts.judged, latents["planted"])
     return tables
+
+
+def beyond_control(own: pd.DataFrame, half: pd.DataFrame | None, recurs: float) -> pd.DataFrame:
+    """Say of latents which are new beyond control: judged new, and found again in the other half of the documents.
+
+    Args:
+        own: The latents, `classified`.
+        half: Of those that are new, what `found_again` says of the other half; None where it was left out.
+        recurs: Cosine from which one counts as found again.
+
+    Returns:
+        The latents with `beyond` (None without the other half: there is no control that a latent could be beyond) and `again` (the cosine; NaN where it was
+        not looked for).
+    """
+    if half is None:
+        return own.assign(beyond=None, again=np.nan)
+    again = own["latent"].map(half.set_index("latent")["cosine"])
+    return own.assign(beyond=own["judged"].eq("new") & again.ge(recurs), again=again)
 
 
 _LATENT_COLUMNS = (
@@ -180,6 +199,26 @@ def _planted(request: Request, trained: Trained, texts: Pairs, latents: pd.DataF
     return pd.DataFrame(rows)
 
 
+def candidates(own: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return the latents that the tuned model alone has by its decoders, and those that come nearest: what says most first.
+
+    Args:
+        own: The latents of the models' own crosscoder, with `beyond`.
+        most: How many are returned.
+
+    Returns:
+        Those rows with their `share` of the energy of all: what is new beyond control first, then what is new, what scaling takes back, what is unclear (each
+        by energy), and behind them the latents of both models that are nearer to the tuned model's (by their relative norm).
+    """
+    own = own.assign(share=own["energy"] / own["energy"].sum())
+    alone = own["by_norm"] == "second only"
+    nearly = (own["by_norm"] == "between") & (own["relative_norm"] > 0.5)
+    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2).where(alone, 4) - own["beyond"].eq(True).fillna(False).astype(bool)
+    within = own["energy"].where(alone, own["relative_norm"])
+    own = own.assign(rank=rank, within=within)[alone | nearly]
+    return own.sort_values(["rank", "within"], ascending=[True, False], kind="stable").head(most)
+
+
 def show_candidates(request: Request) -> Tables:
     """List the latents that the tuned model alone has by its decoders, and those that come nearest, with what they write and where they are active."""
     import pandas as pd
@@ -193,14 +232,7 @@ def show_candidates(request: Request) -> Tables:
     trained = trained_of(request, {"base": both.base, "tuned": both.tuned})
     table, dictionary = request.run.table("feature_latents"), trained.dictionaries[CROSSCODER]
     own = table[table["comparison"] == CROSSCODER].reset_index(drop=True)
-    own = own.assign(share=own["energy"] / own["energy"].sum())
-    alone = own["by_norm"] == "second only"
-    nearly = (own["by_norm"] == "between") & (own["relative_norm"] > 0.5)
-    # what is beyond control first, then what is new, then what scaling takes back; behind them the nearest that both models have
-    rank = own["judged"].map({"new": 1, "unclear": 3}).fillna(2).where(alone, 4) - own["beyond"].eq(True).fillna(False).astype(bool)
-    within = own["energy"].where(alone, own["relative_norm"])
-    own = own.assign(rank=rank, within=within)[alone | nearly]
-    own = own.sort_values(["rank", "within"], ascending=[True, False], kind="stable").head(settings.latents_shown)
+    own = candidates(own, settings.latents_shown)
     if own.empty:
         return {}
     chosen, place = [int(latent) for latent in own.index], dictionary.layout.outputs[-1]

@@ -30,6 +30,7 @@ from mechscope.studies.jobs.features_diff import JOB
 from mechscope.studies.runner import run_job
 from mechscope.subject import Pair, pair
 from mechscope.subject.load import load
+from mechscope.subject.spelling import Spelling
 from tests import families
 from tests.difference.oracle import examples, perturbed
 from tests.studies.jobs.running import findings
@@ -186,6 +187,10 @@ def test_candidates_stand_on_the_page_with_what_they_write(whole: Result) -> Non
     assert candidates["beyond"].astype(bool).tolist() == sorted(candidates["beyond"].astype(bool), reverse=True)
     assert set(candidates["by_norm"]) <= {"second only", "between"}
     assert all(len(tokens) == 8 for tokens in candidates["promotes"])
+    # by what they write into the tuned model
+    chosen, given = [int(name.partition(".f")[2]) for name in candidates["component"]], crosscoder(whole)
+    up = features.promoted_tokens(both().tuned, given, chosen, place=places("tuned:resid1")[0])
+    assert [list(tokens) for tokens in candidates["promotes"]] == [Spelling(both().tokenizer).tokens(tokens) for tokens, _ in up]
     assert set(examples_of["component"]) <= set(candidates["component"])
     assert set(verify(whole.path)["status"]) == {"ok"}
     assert not list(whole.path.rglob("block-*.safetensors"))
