@@ -72,6 +72,21 @@ def test_rows_of_a_batch_are_cut_each_behind_its_own_end() -> None:
     assert len(set(map(len, found))) > 1
 
 
+@torch.no_grad()
+def test_as_many_beams_as_tokens_find_the_likeliest_two() -> None:
+    model = families.build("gpt2", torch.float64)
+    model.generation_config.eos_token_id = None
+    greedy = []
+    for text in (TEXT, TEXT[::-1], TEXT[4:]):
+        first = model(torch.tensor([text])).logits[0, -1].log_softmax(-1)
+        after = model(torch.tensor([[*text, token] for token in range(families.VOCABULARY)])).logits[:, -1].log_softmax(-1)
+        best = divmod(int((first[:, None] + after).argmax()), families.VOCABULARY)
+        decoding = Decoding(max_new_tokens=2, beams=families.VOCABULARY)
+        assert continuations(model, torch.tensor([text]), decoding=decoding, pad=0) == [best]
+        greedy.append(slow(model, text, 2, set()) == best)
+    assert not all(greedy), "one beam would do"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_padded_text_is_continued_as_it_is_alone_with_attention_by_maps(family: str, dtype: torch.dtype) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mechscope.errors import ModelError
 from mechscope.instrument import CachedRun, Check, Edit, check_subject, intervene, load, record
@@ -117,6 +126,32 @@ def test_logits_that_do_not_follow_from_the_last_residual_stream_are_refused() -
     model.forward = shifted
     with pytest.raises(ModelError, match="walking block by block gives the logits"):
         load(model)
+
+
+@pytest.mark.parametrize(
+    ("shared", "named"),
+    [(0, r"between its blocks stands \(2, .*several residual streams.*AltUp"), (1, "1 of its layers have no keys and values")],
+)
+def test_gemma_3n_is_refused_with_what_it_is(shared: int, named: str) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=97,
+        vocab_size_per_layer_input=97,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        num_kv_shared_layers=shared,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0],
+        max_position_embeddings=64,
+    )
+    with pytest.raises(ModelError, match=f"gemma3n_text: {named}.*: not supported"):
+        load(AutoModelForCausalLM.from_config(config))
 
 
 def test_gpt_neo_is_refused_by_name() -> None:

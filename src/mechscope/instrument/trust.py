@@ -152,6 +152,12 @@ def check_subject(subject: Subject) -> tuple[Check, ...]:
             "interface, so attention cannot be observed: this family is not supported"
         )
     _require_sizes(subject, calls[0])
+    carried = recording["residual", 0].shape
+    if carried != (*ids.shape, subject.anatomy.d_model):
+        raise ModelError(
+            f"{subject.family}: between its blocks stands {tuple(carried)} instead of one vector for each of {tuple(ids.shape)} tokens, as where several "
+            "residual streams run side by side (AltUp): not supported"
+        )
 
     def check(name: str, error: float, needed_for: str, *, required: bool = True, allowed: float = tolerance) -> Check:
         return Check(name, error <= allowed, error, allowed, needed_for, required)
