@@ -128,7 +128,13 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         with endpoint(lambda body: completion("[1, 0, 1, 0, 1]")) as (url, _):
             tables |= run(_job("features_explain"), None, pairs=texts((24,) * 80), documents=80, window=6, endpoint=url, **judge).tables
         tables |= _compared(Path(folder))
-        probed: dict[str, Any] = {"data": str(labelled_file(Path(folder), 60)), "labels": "topic", "shuffles": 5, "folds": 3}
+        probed: dict[str, Any] = {
+            "data": str(labelled_file(Path(folder), 60)),
+            "labels": "topic",
+            "shuffles": 5,
+            "folds": 3,
+            "erase": "resid0",
+        }
         both = {"model": subject(), "tuned": load(families.build("gpt2", seed=1), tokenizer=families.tokenizer())}
         tables |= run_job(_job("probe"), _job("probe").resolve(**dict.fromkeys(both, "given in memory"), **probed), None, given=both).tables
         for number, seed in ((0, 0), (5, 1), (20, 0)):

@@ -1,8 +1,9 @@
 """What a model's activations tell of its texts: probes, linear and with a hidden layer, beside controls; and erasing what they tell."""
 
 from mechscope.probing.activations import Activations, Component, ProbeSite, components_of
+from mechscope.probing.amnesic import component_of, erased, erasing
 from mechscope.probing.controls import untrained
-from mechscope.probing.erasure import Eraser, erase_means, inlp, leace
+from mechscope.probing.erasure import Eraser, erase_means, erase_random, inlp, leace
 from mechscope.probing.linear import PENALTIES, LinearProbe, chosen_penalties, difference_in_means, lda, mass_mean, r_squared, ridge
 from mechscope.probing.logistic import logistic
 from mechscope.probing.mlp import MlpProbe, mlp
@@ -22,10 +23,14 @@ __all__ = [
     "Probing",
     "Task",
     "chosen_penalties",
+    "component_of",
     "components_of",
     "difference_in_means",
     "document_task",
     "erase_means",
+    "erase_random",
+    "erased",
+    "erasing",
     "inlp",
     "lda",
     "leace",

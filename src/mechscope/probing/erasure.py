@@ -60,16 +60,55 @@ def erase_means(moments: CoMoments, labeling: int = 0) -> Eraser:
     return Eraser(moments.mean, basis, basis.transpose(1, 2))
 
 
-def leace(moments: CoMoments, labeling: int = 0) -> Eraser:
-    """Return the LEACE eraser of a labeling; `DataError` where the classes do not differ.
+def leace(moments: CoMoments, labeling: int = 0, *, shrinkage: float | Float[Tensor, " site"] = 0.0) -> Eraser:
+    """Return the LEACE eraser of a labeling.
 
-    The covariance is not shrunk and singular values are compared with the largest, so that what is erased does not hang on how frequent a class is.
+    Singular values are compared with the largest, so that what is erased does not hang on how frequent a class is.
+
+    Args:
+        moments: Of the rows that are learned from.
+        labeling: Which of their labelings.
+        shrinkage: λ, for all sites or for each: rows are whitened by (Σ + λ t I)^−½, t the mean variance. Class means are made equal whatever λ is; of few rows
+            the change is the smaller on others where λ is above zero.
+
+    Raises:
+        DataError: The classes do not differ.
     """
-    values, vectors = torch.linalg.eigh(moments.covariance)
-    root = torch.where(values > _NO_VARIANCE * values.amax(-1, keepdim=True), values.clamp(min=0).sqrt(), 0.0)
-    inverse = torch.where(root > 0, 1 / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
+    vectors, root, inverse = _whitening(moments, shrinkage)
     # in the basis of eigenvectors whitening is a scale
     basis, _ = _range(inverse[..., None] * (vectors.transpose(1, 2) @ _concept(moments, labeling)))
+    return _unwhitened(moments, vectors, root, inverse, basis)
+
+
+def erase_random(moments: CoMoments, rank: int, *, shrinkage: float | Float[Tensor, " site"] = 0.0, seed: int = 0) -> Eraser:
+    """Return a map that takes out so many random directions as LEACE does its own: what an erasure stands beside.
+
+    Args:
+        moments: Of the rows that are learned from.
+        rank: How many directions.
+        shrinkage: As of `leace`.
+        seed: Of the directions, which are uniform among those of whitened rows.
+    """
+    vectors, root, inverse = _whitening(moments, shrinkage)
+    drawn = torch.randn(moments.width, rank, generator=torch.Generator().manual_seed(seed), dtype=root.dtype).to(root.device)
+    # none of them where rows do not vary
+    basis, _ = torch.linalg.qr((root > 0)[..., None] * drawn)
+    return _unwhitened(moments, vectors, root, inverse, basis)
+
+
+def _whitening(
+    moments: CoMoments, shrinkage: float | Float[Tensor, " site"]
+) -> tuple[Float[Tensor, "site width width"], Float[Tensor, "site width"], Float[Tensor, "site width"]]:
+    """Return the directions of the covariance, the deviation along each, and one over it, zero where there is none."""
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    mean = values.clamp(min=0).mean(-1)
+    values = values.clamp(min=0) + (torch.as_tensor(shrinkage, dtype=torch.float64).to(mean.device) * mean)[:, None]
+    root = torch.where(values > _NO_VARIANCE * values.amax(-1, keepdim=True), values.sqrt(), 0.0)
+    return vectors, root, torch.where(root > 0, 1 / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
+
+
+def _unwhitened(moments: CoMoments, vectors: Tensor, root: Tensor, inverse: Tensor, basis: Float[Tensor, "site width rank"]) -> Eraser:
+    """Return the eraser of directions of whitened rows."""
     return Eraser(moments.mean, vectors @ (root[..., None] * basis), (basis * inverse[..., None]).transpose(1, 2) @ vectors.transpose(1, 2))
 
 

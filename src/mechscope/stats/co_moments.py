@@ -136,6 +136,11 @@ class CoMoments:
             left._add(other, -1)
         return left
 
+    def at(self, site: int) -> CoMoments:
+        """Return the statistics of the same rows at one site, from 0."""
+        one = {name: value if name in ("n", "classes", "counts") else value[site : site + 1] for name, value in self.state().items()}
+        return self.from_state(one)
+
     def _check(self, other: CoMoments) -> None:
         own, others = ((each.sites, each.width, each.classes) for each in (self, other))
         if own != others:

@@ -29,4 +29,11 @@ def tokens(case: Case, execution: Execution) -> Result:
     return numbers(probing.probe(case.subject, task, site="head", method="ridge", folds=3, execution=execution))
 
 
-TECHNIQUES: dict[str, Technique] = {"probe": documents, "probe tokens": tokens}
+def without(case: Case, execution: Execution) -> Result:
+    """Erase an attribute of texts."""
+    return numbers(
+        probing.erasing(case.subject, probing.document_task(_labelled(case), "odd"), "resid0", folds=3, draws=5, execution=execution)
+    )
+
+
+TECHNIQUES: dict[str, Technique] = {"probe": documents, "probe tokens": tokens, "erasing": without}

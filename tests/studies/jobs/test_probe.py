@@ -61,6 +61,15 @@ def test_probes_that_are_learned_step_by_step_are_named(method: str, named: str,
     assert "tells topic of held-out texts" in said
 
 
+def test_what_a_model_does_without_labels_is_said_beside_as_many_random_directions(tmp_path: Path) -> None:
+    data = str(labelled_file(tmp_path, 60))
+    result = run(JOB, tmp_path / "run", data=data, labels="topic", shuffles=5, folds=3, untrained=False, erase="resid0")
+    (said,) = [each for each in findings("probe", **result.tables) if "Erasing topic at resid0" in each]
+    for part in ("nats (KL)", "as many directions of shuffled labels", "random ones", "n = 60 texts"):
+        assert part in said
+    shown(result, "probe")
+
+
 def test_heads_are_read_by_name(tmp_path: Path) -> None:
     result = run(JOB, tmp_path / "run", data=str(labelled_file(tmp_path, 40)), labels="topic", reading="last", site="head", shuffles=5)
     assert result.probe_accuracy["component"].nunique() == 12
@@ -88,6 +97,7 @@ def test_before_and_after_fine_tuning_are_told_on_the_same_texts(tmp_path: Path)
         ({"labels": "text"}, DataError, "class 'w"),
         ({"labels": "topic", "folds": 40}, DataError, "class 'a' of 'topic' stands in 30 different texts of .*, 40 folds need at least 40"),
         ({"labels": "topic", "folds": 2}, SettingsError, "setting 'folds' is 2"),
+        ({"labels": "topic", "erase": "resid9"}, SettingsError, "the model has no 'resid9' among what is read: it has embed to resid2"),
         ({"labels": "first letter a"}, DataError, "known are topic, day of texts and nothing of tokens"),
     ],
 )

@@ -75,6 +75,25 @@ TABLES = {
         alike=number("angle between those of two halves of the texts in the base: noise alone", "degrees"),
         apart=number("angle between those of one half in the base and the other in the tuned model", "degrees"),
     ),
+    "probe_erased": table(
+        "One row per model, metric and what was erased at a component, each text run without what was learned from others.",
+        task=_TOLD["task"],
+        model="model, or base and tuned",
+        **_WHERE,
+        metric="kl: of the next token's distribution from the unchanged run's; loss: of the text's tokens",
+        erased="labels; shuffled labels; random directions",
+        n="texts",
+        draws=number("how many times labels were shuffled, or directions drawn"),
+        rank=number("directions taken out"),
+        effect=number("mean over texts of the metric less that of the unchanged run", "nats per token", "low", "high"),
+        less=number(
+            "the labels' effect less this control's; interval over texts, p by the spread of the draws",
+            "nats per token",
+            "low",
+            "high",
+            "p",
+        ),
+    ),
 }
 
 
@@ -134,6 +153,13 @@ def _views(tables: Tables) -> list[Shown]:
         view = Table(rows).words("component", "component").numbers("angle", "turned by, degrees", ends=("angle_low", "angle_high"))
         view = view.numbers("alike", "between halves of the texts").numbers("apart", "between halves in both models").numbers("n", "texts")
         shown.append(Shown("Whether directions moved", view.view(), table="probe_directions"))
+    if (rows := tables.get("probe_erased")) is not None:
+        view = Table(rows).words("component", "at").words("model", "model").words("metric", "metric").words("erased", "erased")
+        view = view.numbers("effect", "effect, nats per token", ends=("effect_low", "effect_high"), sign=True)
+        view = view.numbers("less", "labels' less this", ends=("less_low", "less_high"), sign=True).numbers("less_p", "p")
+        shown.append(
+            Shown("What the model does without it", view.numbers("rank", "directions").numbers("n", "texts").view(), table="probe_erased")
+        )
     return shown
 
 
@@ -143,7 +169,26 @@ def _findings(tables: Tables) -> list[Finding]:
         return []
     own = rows[(rows["labels"] == _LABELS) & (rows["probe"] == _OWN)]
     found = [_told(str(model), of_model, tables) for model, of_model in own.groupby("model", sort=False) if model != _UNTRAINED]
-    return found + _changed(own, tables)
+    return found + _changed(own, tables) + _without(tables)
+
+
+def _without(tables: Tables) -> list[Finding]:
+    """Say what erasing the labels changes of the next token, and whether labels that mean nothing change as much."""
+    rows = tables.get("probe_erased")
+    if rows is None:
+        return []
+    found = []
+    for model, own in rows[rows["metric"] == "kl"].groupby("model", sort=False):
+        labels, shuffled, drawn = (own[own["erased"] == name].iloc[0] for name in (_LABELS, _SHUFFLED, "random directions"))
+        more = all(row["less"] > 0 and row["less_p"] < Q_SIGNIFICANT for row in (shuffled, drawn))
+        whose = "" if model == "model" else f" of the {model} model"
+        said = "more than" if more else "no more than is shown of"
+        text = (
+            f"erasing {labels['task']} at {labels['component']}{whose} moves the next token's distribution by {estimated(labels, 'effect')} nats (KL), {said} "
+            f"erasing as many directions of shuffled labels, {estimated(shuffled, 'effect')}, and random ones, {estimated(drawn, 'effect')}"
+        )
+        found.append(Finding(text, n=labels["n"], rows=(labels, shuffled, drawn), effect=float(labels["effect"]), table="probe_erased"))
+    return found
 
 
 def _told(model: str, own: pd.DataFrame, tables: Tables) -> Finding:

@@ -46,6 +46,11 @@ class ProbeSettings(ModelAndTuned):
     )
     folds: Annotated[int, Ge(3)] = setting(5, "Parts of the texts, each judged by probes that were fitted to the others.")
     shuffles: Annotated[int, Ge(5)] = setting(20, "How often labels are shuffled, for what accuracies are where there is nothing to tell.")
+    erase: str = setting(
+        "",
+        "A component such as resid3, of the site that is read, where the labels are erased (LEACE) to see what the model does without them, beside as many "
+        "random directions; empty for none.",
+    )
     untrained: bool = setting(
         True, "Also probe a model of the same architecture with random weights: the control for what any model tells that sees the words."
     )
@@ -77,7 +82,12 @@ TASK: Input[Task] = Input(
 
 
 def _check(run: JobRun[ProbeSettings]) -> None:
-    run[TASK].check(run.settings.folds)
+    settings = run.settings
+    if settings.erase:
+        from mechscope.probing import component_of
+
+        component_of(run.first, settings.site, settings.erase)
+    run[TASK].check(settings.folds)
 
 
 def _probed(run: JobRun[ProbeSettings]) -> Tables:
@@ -106,6 +116,27 @@ def _probed(run: JobRun[ProbeSettings]) -> Tables:
     return {name: table.assign(**said)[[*said, *table]] for name, table in tables.items()}
 
 
+def _erased(run: JobRun[ProbeSettings]) -> Tables:
+    import pandas as pd
+
+    from mechscope.probing import erasing
+
+    settings, task = run.settings, run[TASK]
+    if not settings.erase:
+        return {}
+    tables = [
+        erasing(
+            subject, task, settings.erase, site=settings.site, folds=settings.folds, draws=settings.shuffles, execution=run.execution
+        ).assign(model=name)
+        for name, subject in run[MODELS].items()
+    ]
+    table = pd.concat(tables, ignore_index=True).assign(task=settings.labels)
+    return {"probe_erased": table[["task", "model", *(name for name in table if name not in ("task", "model"))]]}
+
+
+ERASED = Stage(name="erase", work=_erased, hangs_on=("site", "folds", "shuffles", "erase", "seed"), inputs=(MODELS, TASK))
+
+
 PROBED = Stage(name="probe", work=_probed, hangs_on=("site", "method", "folds", "shuffles", "untrained", "seed"), inputs=(MODELS, TASK))
 
 
@@ -123,7 +154,7 @@ JOB = Job(
     settings=ProbeSettings,
     arguments=("model", "tuned"),
     inputs=(MODELS, TASK),
-    stages=(PROBED,),
+    stages=(PROBED, ERASED),
     sections=("probe",),
     title=_title,
     check=_check,
