@@ -91,8 +91,8 @@ def erase_random(moments: CoMoments, rank: int, *, shrinkage: float | Float[Tens
     """
     vectors, root, inverse = _whitening(moments, shrinkage)
     drawn = torch.randn(moments.width, rank, generator=torch.Generator().manual_seed(seed), dtype=root.dtype).to(root.device)
-    # none of them where rows do not vary
-    basis, _ = torch.linalg.qr((root > 0)[..., None] * drawn)
+    # drawn before they are turned: the signs of directions of the covariance are those of rounding. None of them where rows do not vary
+    basis, _ = torch.linalg.qr((root > 0)[..., None] * (vectors.transpose(1, 2) @ drawn))
     return _unwhitened(moments, vectors, root, inverse, basis)
 
 
