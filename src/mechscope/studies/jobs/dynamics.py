@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mechscope import ranks
 from mechscope.errors import SettingsError
 from mechscope.settings import setting
 from mechscope.store.series import Series, Step
@@ -118,7 +119,8 @@ def _step(run: JobRun[DynamicsSettings]) -> Tables:
     for name, table in result.tables.items():
         if name != "caveats":
             path = run.folder.path / _STEPS / str(step.number) / f"{name}.parquet"
-            write_table(table, path)
+            if ranks.is_first():
+                write_table(table, path)
             run.stage.add(path)
     del given, subject, result
     gc.collect()  # models hold circles, and the next step's is about to be loaded
