@@ -42,7 +42,7 @@ def courses(points: pd.DataFrame, *, name: str, title: str, caption: str) -> Fig
     ]
     marks = []
     if points["at"].notna().any():
-        marks.append(base.mark_rule(strokeDash=[3, 3], strokeWidth=1, opacity=0.7).encode(x=alt.X("at:Q", title="step")))
+        marks.append(base.mark_rule(style="zero", color="#8C8C8C", strokeDash=[3, 3]).encode(x=alt.X("at:Q", title="step")))
     if points["low"].notna().any():
         marks.append(base.mark_area(fillOpacity=0.15).encode(y=alt.Y("low:Q", title=None, scale=alt.Scale(zero=False)), y2="high:Q"))
     marks.append(base.mark_line(strokeWidth=1.8).encode(y=down))
