@@ -267,7 +267,7 @@ def test_a_rank_beyond_a_slice_is_refused_for_bare_targets():
 def test_experts_are_refused_with_the_reason() -> None:
     mixture = families.subject("gpt_oss")
     with pytest.raises(
-        SettingsError, match=r"m1\.e2 is an expert: the experts of a layer share stacked weights, of which LoRA cannot adapt one alone"
+        SettingsError, match=r"m1\.e2 is an expert: the experts of a layer share stacked weights, which PEFT adapts all together"
     ):
         find_targets(mixture, Components.parse("a0.h1,m1.e2"))
     with pytest.raises(SettingsError, match=r"no linear maps that LoRA could adapt \(its 4 experts share stacked weights\)"):

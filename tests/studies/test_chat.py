@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mechscope
@@ -200,6 +201,30 @@ def test_prompts_are_a_users_messages_and_answers_what_the_assistant_begins_with
     path.write_text(json.dumps({**row, "answers": " Barlow"}))
     with pytest.raises(DataError, match=r"answer ' Barlow' is 2 tokens where an assistant's answer begins, not one"):
         read_prompt_pairs(str(path), subject, **options)
+
+
+def test_a_start_token_before_every_text_stands_once_before_a_conversation(tmp_path: Path) -> None:
+    tokenizer = chatting(TEMPLATES["brackets"])
+    start = ("<|begin|>", tokenizer.convert_tokens_to_ids("<|begin|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[start])
+    path = tmp_path / "pairs.jsonl"
+    row = {
+        "clean": "The vote is in Marlow?",
+        "corrupt": "The vote is in Barlow?",
+        "answers": ["The"],
+        "wrong_answers": [" It"],
+        "subject": "Marlow",
+    }
+    path.write_text(json.dumps(row))
+    options: dict[str, Any] = {"limit": None, "max_tokens": 100, "on_problem": "error", "seed": 0}
+    subject = mechscope.load(made(), tokenizer=tokenizer)
+    (plain,), (pair,) = (read_prompt_pairs(str(path), subject, chat=chat, **options) for chat in (False, True))
+    assert plain.clean[0] == start[1]
+    turns = [{"role": "user", "content": row["clean"]}]
+    # with the space that stands before a message there
+    assert list(pair.clean) == tokenizer.apply_chat_template(turns, return_dict=False, add_generation_prompt=True)
+    assert len(pair.corrupt) == len(pair.clean)
+    assert tokenizer.decode(pair.clean[slice(*pair.segments["subject"][0])]).strip() == "Marlow"
 
 
 def test_documents_with_salient_sentences_are_conversations(tmp_path: Path) -> None:

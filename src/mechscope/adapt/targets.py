@@ -102,8 +102,8 @@ def find_targets(subject: Any, components: Components, *, modules: LoraModules =
     if components.experts:
         layer, expert = components.experts[0]
         raise SettingsError(
-            f"m{layer}.e{expert} is an expert: the experts of a layer share stacked weights, of which LoRA cannot adapt one alone; adapt heads or layers "
-            "instead, or train everything (method full)"
+            f"m{layer}.e{expert} is an expert: the experts of a layer share stacked weights, which PEFT adapts all together (target_parameters) and never one "
+            "alone; adapt heads or layers instead, or train everything (method full)"
         )
     components.validate(anatomy)
     whole = set(components.layers) if modules in ("attention", "all") else set()

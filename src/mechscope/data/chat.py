@@ -97,7 +97,7 @@ def in_turns(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> Pairs:
         tokenizer: the tokenizer they were made with, which has a chat template.
 
     Raises:
-        DataError: the chat template cannot be used (as for `chat_template`), or an answer is several tokens there.
+        DataError: the chat template cannot be used (as for `chat_template`), an answer is several tokens there, or two texts are no longer of one length.
     """
     template, pieces = chat_template("{document}", tokenizer), Pieces(tokenizer)
     frame = Frame(pieces, template)
@@ -112,25 +112,39 @@ def in_turns(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> Pairs:
                 )
         return tuple(dict.fromkeys(tokens[0] for tokens in written))
 
+    def begun(token: int) -> tuple[int, ...]:
+        """Return a prompt's first token behind the space that the template puts before a message (`[INST] `); the rest of its word keeps its tokens."""
+        text = tokenizer.decode([token])
+        gap = template.document("")
+        if not gap or text != text.strip() or pieces.ids([text]) != [[token]]:
+            return (token,)
+        return tuple(pieces.ids([gap + text])[0])
+
     def turned(pair: PromptPair) -> PromptPair:
         start = len(pieces.start_ids) if pair.clean[: len(pieces.start_ids)] == pieces.start_ids else 0
-        shift = len(frame.head) - start
-        clean, corrupt = ((*frame.head, *ids[start:], *frame.joint) for ids in (pair.clean, pair.corrupt))
+        firsts = [begun(ids[start]) for ids in (pair.clean, pair.corrupt)]
+        if len({len(first) for first in firsts}) > 1:
+            raise DataError(f"pair {pair.id!r}: behind the space of the chat template its clean and corrupt text are not of one length")
+        shift = len(frame.head) - start + len(firsts[0]) - 1
+        clean, corrupt = (
+            (*frame.head, *first, *ids[start + 1 :], *frame.joint) for first, ids in zip(firsts, (pair.clean, pair.corrupt), strict=True)
+        )
+
+        def moved(span: Span) -> Span:
+            # what begins with the text still does
+            return len(frame.head) if span[0] == start else span[0] + shift, span[1] + shift
+
         return PromptPair(
             pair.id,
             clean,
             corrupt,
             answers(pair, pair.answers),
             answers(pair, pair.wrong_answers),
-            target=None if pair.target is None else _moved(pair.target, shift),
-            segments={name: tuple(_moved(span, shift) for span in spans) for name, spans in pair.segments.items()},
+            target=None if pair.target is None else moved(pair.target),
+            segments={name: tuple(map(moved, spans)) for name, spans in pair.segments.items()},
         )
 
     return Pairs(tuple(map(turned, pairs)), f"{pairs.source}, as a user's message", pairs.problems)
-
-
-def _moved(span: Span, shift: int) -> Span:
-    return span[0] + shift, span[1] + shift
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
