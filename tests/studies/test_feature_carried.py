@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from mechscope.features.diffing import Carried, LatentSet
-from mechscope.studies.feature_carried import carried_rows
+from mechscope.studies.feature_carried import _sets, carried_rows, strongest
 from tests.studies.jobs.running import findings
 
 GAIN = np.array([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
@@ -166,3 +166,32 @@ def test_the_sentence_says_what_is_lost_without_them_beside_as_many_others() -> 
     assert "without as many other latents and 0\u202f% [" in said[0]
     weak = table.assign(energy=table["energy"].where(table["set"] != "other latents", 1.9))
     assert "as many other latents (which write less than half as much)" in findings("feature-carried", feature_carried=weak)[0]
+
+
+def test_the_strongest_latents_are_those_that_write_most() -> None:
+    assert strongest(np.array([0.0, 3.0, 1.0, 3.0, 2.0]), 3).tolist() == [1, 3, 4]
+
+
+def test_beside_the_first_group_stand_draws_of_other_latents_and_of_random_vectors() -> None:
+    groups = {"new": np.array([1, 4]), "lost": np.array([], dtype=int), "new by thresholds": np.array([1, 2, 4])}
+    energy = np.linspace(1.0, 2.0, 40)
+    sets = _sets(groups, energy, draws=3, seed=7)
+    drawn = [f"{kind} {draw}" for draw in range(3) for kind in ("other latents", "random vectors")]
+    assert list(sets) == ["new", *drawn, "new by thresholds", "all latents"]
+    assert sets["new"] == LatentSet((1, 4))
+    assert sets["new by thresholds"] == LatentSet((1, 2, 4))
+    assert sets["all latents"] == LatentSet()
+    others = [sets[f"other latents {draw}"] for draw in range(3)]
+    assert all(each.latents is not None and len(each.latents) == 2 and not {1, 4} & set(each.latents) for each in others)
+    vectors = [sets[f"random vectors {draw}"] for draw in range(3)]
+    assert all(each.latents == (1, 4) for each in vectors)
+    # every draw is one of its own, in every run with another seed too
+    again = _sets(groups, energy, draws=3, seed=8)
+    seeds = [each[f"random vectors {draw}"].draw for each in (sets, again) for draw in range(3)]
+    assert len(set(seeds)) == 6
+    assert len({each.latents for each in others}) > 1
+    assert others != [again[f"other latents {draw}"] for draw in range(3)]
+    # where nothing is new there is nothing to draw beside, and where no other latent is active none is drawn
+    assert list(_sets({"new": np.array([], dtype=int), "lost": np.array([3])}, energy, draws=2, seed=0)) == ["lost", "all latents"]
+    alone = _sets({"new": np.array([0])}, np.array([1.0, 0.0]), draws=1, seed=0)
+    assert list(alone) == ["new", "random vectors 0", "all latents"]

@@ -49,7 +49,7 @@ def carry_all(request: Request) -> Tables:
         latents = own if name == CROSSCODER else request.run.table("feature_differences")
         energy = contributed(dictionary, latents["squares"].to_numpy())
         if name != CROSSCODER:
-            groups = {"strongest": np.argsort(-energy, kind="stable")[: max(_STRONGEST, len(new))]}
+            groups = {"strongest": strongest(energy, max(_STRONGEST, len(new)))}
         sets = _sets(groups, energy, draws=settings.random_draws, seed=request.run.settings.seed)
         first = next(iter(groups))
         if name == CROSSCODER:
@@ -66,6 +66,12 @@ def carry_all(request: Request) -> Tables:
         rows.append(carried_rows(found, sets, first).assign(comparison=name))
     whole = pd.concat(rows, ignore_index=True)
     return {"feature_carried": whole[["comparison", *(column for column in whole if column != "comparison")]]}
+
+
+def strongest(energy: np.ndarray, most: int) -> np.ndarray:
+    """Return the latents that say most of the difference, by the energy of what they write of it."""
+    latents: np.ndarray = np.argsort(-energy, kind="stable")[:most]
+    return latents
 
 
 def _sets(groups: Mapping[str, np.ndarray], energy: np.ndarray, *, draws: int, seed: int) -> dict[str, LatentSet]:
