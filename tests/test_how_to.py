@@ -16,7 +16,7 @@ from mechscope.report import page
 from mechscope.studies.jobs import jobs
 
 HOW_TO = Path(__file__).resolve().parents[1] / "docs" / "how-to"
-PAGES = ("compare", "intervene", "circuits", "read", "features")
+PAGES = ("compare", "intervene", "edit", "circuits", "read", "features")
 # the whole studies are in the guide
 ELSEWHERE = {"demo", "summarization", "calibrate"}
 

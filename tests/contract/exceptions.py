@@ -53,6 +53,8 @@ ELSEWHERE = {
     "train": "trains on activations, not on texts: tests/features/test_trainer.py",
     "train_end_to_end": "a step of training takes a batch, into a folder: tests/features/test_end_to_end.py",
     "shift": "fits probes on labelled texts: tests/features/test_shift.py; what it reads of the model stands in an entry",
+    "edit_alone": "standing before and after edits: tests/edit/test_measures.py",
+    "edit_in_sequence": "standing after edits: tests/edit/test_measures.py",
     "kept_key_moments": "key_moments, kept in a folder: tests/edit/test_keys.py",
     "copying_roles": "a part of head_roles",
     "pattern_roles": "a part of head_roles",

@@ -297,6 +297,11 @@ def few_texts(tables: Tables, *names: str) -> list[Caveat]:
     return [caveat for name in names for caveat in _few(tables, name, "texts were read")]
 
 
+def few_edits(tables: Tables, name: str) -> list[Caveat]:
+    """Return the caveat that few edits were made, where those of a table (with their number in `n`) are few."""
+    return _few(tables, name, "edits were made")
+
+
 def _few(tables: Tables, name: str, what: str) -> list[Caveat]:
     most = int(tables[name]["n"].max()) if name in tables and tables[name]["n"].notna().any() else _FEW
     if most >= _FEW:

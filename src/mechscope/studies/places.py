@@ -119,7 +119,7 @@ def _known(name: str, value: str) -> None:
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     **dict.fromkeys(("tuned", "base"), check_model),
     **dict.fromkeys(("data", "validation_data", "test_data", "lens_data", "neutral"), _check_documents),
-    **dict.fromkeys(("runs", "hypothesis", "positive", "negative", "like"), _check_file),
+    **dict.fromkeys(("runs", "hypothesis", "positive", "negative", "like", "edits"), _check_file),
     **dict.fromkeys(("target_circuit", "targets"), _check_circuit),
     "pairs": _check_pairs,
     "series": _check_series,

@@ -36,4 +36,13 @@ def methods(case: Case, execution: Execution) -> Result:
     }
 
 
-TECHNIQUES: dict[str, Technique] = {"keys": keys, "edit": methods}
+def facts(case: Case, execution: Execution) -> Result:
+    """Measure how facts stand, and the loss of texts."""
+    subject = replace(case.subject, tokenizer=families.tokenizer())
+    long = "w5 w6 w7 {} w8 w9 w10 w11"
+    requests = [edit.Request(str(at), f"w2{at} w3{at}", long, "w44 w45", "w20", (), ("w7 w8 w9 w10 w11 w12 w13",)) for at in range(3)]
+    table = edit.standing(subject, edit.Requests(tuple(requests), "made"), execution=execution)
+    return {**numbers(table), "loss": edit.text_loss(subject, case.pairs, execution=execution)}
+
+
+TECHNIQUES: dict[str, Technique] = {"keys": keys, "edit": methods, "facts": facts}
