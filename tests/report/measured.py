@@ -138,16 +138,13 @@ def measured_tables() -> dict[str, pd.DataFrame]:
         }
         both = {"model": subject(), "tuned": load(families.build("gpt2", seed=1), tokenizer=families.tokenizer())}
         tables |= run_job(_job("probe"), _job("probe").resolve(**dict.fromkeys(both, "given in memory"), **probed), None, given=both).tables
-<<<<<<< HEAD
         for number, seed in ((0, 0), (5, 1), (20, 0)):
             save(Path(folder) / "series" / f"checkpoint-{number}", seed=seed)
         course = {"series": str(Path(folder) / "series"), "job": "ablate", "options": "--pairs induction --limit 8"}
         tables |= run_job(_job("dynamics"), _job("dynamics").resolve(**course), None).tables
-=======
         tables |= run(
             _job("edit"), None, **edit_files(Path(folder)), limit=2, layers="1", texts=12, held_out=2, steps=2, controls=2, sequence="1,2"
         ).tables
->>>>>>> 5260aa0 (Add mechscope edit: facts changed by four methods, measured alone and one upon another, beside controls)
         labelled = Path(folder) / "labelled.jsonl"
         labelled.write_text("\n".join(json.dumps(row) for row in labelled_rows(160)), encoding="utf-8")
         shifted: dict[str, Any] = {
