@@ -107,7 +107,10 @@ def test_every_control_is_trained_with_the_same_budget_and_judged_by_the_same_th
     names = ["crosscoder", "difference", "same", "half", "planted", "shuffled pairs"]
     assert whole.feature_comparisons["comparison"].tolist() == names
     assert whole.dictionaries["dictionary"].tolist() == names
-    assert whole.dictionaries["tokens"].nunique() == whole.dictionaries["latents"].nunique() == 1
+    # eight steps of sixteen tokens
+    assert set(whole.dictionaries["tokens"]) == {8 * 16}
+    assert set(whole.dictionaries["steps"]) == {8}
+    assert set(whole.dictionaries["latents"]) == {40}
     judged = whole.feature_comparisons
     assert judged["tokens"].nunique() == 1
     latents = whole.feature_latents
