@@ -30,8 +30,8 @@ from mechscope.edit.value import losses_of, precise
 from mechscope.errors import DataError, SettingsError
 from mechscope.instrument import Execution, record
 from mechscope.instrument.walk import run_backbone, unembed
-from mechscope.stats.bootstrap import mean_interval
-from mechscope.stats.inference import MIN_TEXTS, too_few
+from mechscope.stats.bootstrap import MeanInterval, mean_interval
+from mechscope.stats.inference import MIN_TEXTS, share_interval, too_few
 from mechscope.subject import Subject
 from mechscope.subject.placement import sent
 
@@ -200,7 +200,7 @@ def summary(edits: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     for name in (*SHARES, "difference", "neighbour_difference", "kl", "loss", "size"):
         values = edits[name].dropna().to_numpy(dtype=float)
         old = edits[f"{name}_before"].dropna().mean() if f"{name}_before" in edits else math.nan
-        found = mean_interval(values, seed=seed)
+        found = _bounded(name, values, seed)
         reason = found.withheld.replace("documents", "edits") if len(values) else "no edit has what this compares"
         rows.append(
             {
@@ -241,8 +241,21 @@ def _harmonic(values: np.ndarray) -> float:
 
 
 def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
-    found = mean_interval(values, seed=seed)
+    found = _bounded(name, values, seed)
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _bounded(name: str, values: np.ndarray, seed: int) -> MeanInterval:
+    """Return a mean with its interval, cut to what the measure can be; of hits and misses it is Wilson's, which has a width where all are alike."""
+    found = mean_interval(values, seed=seed)
+    if name in ("efficacy", "top") and len(values) >= MIN_TEXTS:
+        low, high = share_interval(int(values.sum()), len(values))
+        return MeanInterval(found.value, low, high, "")
+    least, most = {"loss": (-math.inf, math.inf), "kl": (0.0, math.inf), "size": (0.0, math.inf)}.get(
+        name, (0.0 if name in SHARES else -1.0, 1.0)
+    )
+    low, high = (float(np.clip(end, least, most)) for end in (found.low, found.high))
+    return MeanInterval(found.value, low, high, found.withheld)
 
 
 def _mean(values: np.ndarray) -> float:
