@@ -166,7 +166,7 @@ def _findings(tables: Tables) -> list[Finding]:
     summary, found = tables.get("explanation_summary"), list[Finding]()
     if summary is None:
         return found
-    for (kind, scorer), own in summary.assign(units=_units(summary)).groupby(["units", "scorer"], sort=False):
+    for (kind, scorer), own in summary.groupby([_units(summary), summary["scorer"]], sort=False):
         rows = [each for _, each in own.iterrows()]
         row = rows[0]
         # a language model is shown no explanation where it looks for an intruder

@@ -55,10 +55,10 @@ class EditSettings(OneModel):
     beginnings: Count = setting(10, "Starts of texts that stand before the prompt while a value is looked for.")
     steps: Number = setting(25, "Steps of the search at most.")
     weight: Rate | None = setting(
-        None, "memit: how many tokens of the texts one edit is weighed against; by default a tenth of the width of the MLP."
+        None, "Of memit: how many tokens of the texts one edit is weighed against; by default a tenth of the width of the MLP."
     )
-    free: Rate = setting(0.1, "alphaedit: directions that keys use less than this share of the mean are free.")
-    bound: Rate = setting(5e-4, "finetune: most that a weight moves.")
+    free: Rate = setting(0.1, "Of alphaedit: directions that keys use less than this share of the mean are free.")
+    bound: Rate = setting(5e-4, "Of finetune: most that a weight moves.")
     controls: Count = setting(10, "Edits that are also made with C = I, in a random layer, and at another subject's key; 0 for none.")
     sequence: str = setting("1,10,50", "Make edits one upon the other too, and measure after so many; empty for not.")
     keys: str | None = setting(None, "Folder in which what keys a model sees is kept for other runs; by default this run's.")
